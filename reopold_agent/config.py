@@ -1,0 +1,309 @@
+"""A run's configuration, typed. Hydra composes it; this module checks and holds it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from reopold_agent.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """Which environment. ``kwargs`` go to `gymnasium.make`; with ``takes_data`` the run's
+    ``data`` section goes there too (key ``data``)."""
+
+    name: str
+    id: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    takes_data: bool = False
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tasks come from, one specification per split; see `reopold_agent.data.load_tasks`.
+
+    ``env_kwargs`` are settings of the environment that belong to this data.
+    """
+
+    train: dict[str, Any] | None = None
+    eval: dict[str, Any] | None = None
+    env_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    """Size limits of a picture after the resize, in pixels (784 per token)."""
+
+    min_pixels: int
+    max_pixels: int
+
+
+@dataclass(frozen=True)
+class PixelsConfig:
+    """Limits of the prompt's pictures and of those that tools return."""
+
+    prompt: PixelConfig
+    observation: PixelConfig
+
+
+@dataclass(frozen=True)
+class BatchConfig:
+    """What one step rolls out and how it is split into updates.
+
+    Attributes:
+        prompts: tasks per step.
+        samples: episodes per task (the group).
+        mini_batch: tasks per update; ``prompts / mini_batch`` updates per step.
+    """
+
+    prompts: int = 128
+    samples: int = 8
+    mini_batch: int = 64
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch", "prompts", "samples", "mini_batch")
+        if self.prompts % self.mini_batch:
+            raise ConfigError(
+                f"batch.mini_batch={self.mini_batch} does not divide batch.prompts={self.prompts}"
+            )
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """Budgets of one episode; see `reopold_agent.rollout.runner.RolloutLimits`."""
+
+    max_response_tokens: int = 8192
+    max_turn_tokens: int = 4096
+    max_turns: int = 2
+    env_seconds: float = 120.0
+    concurrency: int = 64
+    stop_at_tool_call: bool = True
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How episodes are sampled."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss. ``switch_step`` overrides ``switch_share`` (share of all steps that explore)."""
+
+    name: str = "reopold"
+    mixture: float = 0.1
+    top_share: float = 0.2
+    switch_share: float = 0.33
+    switch_step: int | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW. ``warmup_steps`` counts updates; afterwards the rate is constant."""
+
+    lr: float = 1e-6
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "optimizer", "lr", "max_grad_norm")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out success. Before and after use ``tasks`` episodes each, sampled and greedy.
+
+    Attributes:
+        every: steps between points of the curve; 0 for none.
+        curve_tasks: sampled episodes per point of the curve.
+        teacher: also evaluate the teacher, once.
+        max_turns: assistant turns (the paper trains with 2 and evaluates with 5).
+    """
+
+    tasks: int = 256
+    every: int = 10
+    curve_tasks: int = 128
+    teacher: bool = True
+    max_turns: int = 5
+
+    def __post_init__(self) -> None:
+        _positive(self, "evaluation", "tasks", "curve_tasks", "max_turns")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every so many steps (0: only at the end and on Ctrl-C); the newest are kept."""
+
+    every: int = 20
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "checkpoint", "keep")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """How many of a step's trajectories are written out, every so many steps."""
+
+    trajectories: int = 4
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The local engine.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: ``auto`` (bfloat16 on a GPU, else float32), ``float32`` or ``bfloat16``.
+        threads: CPU threads of PyTorch; null leaves its default.
+        max_tokens_per_pass: rows x tokens of one forward pass without gradient.
+        max_tokens_per_micro_batch: the same with gradient. Neither changes any result.
+        old_logp: ``rollout`` uses the log-probs that came with the samples, ``recompute`` runs
+            the model once more before the update, ``auto`` recomputes unless in float32.
+    """
+
+    name: str = "local"
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+    max_tokens_per_pass: int = 16384
+    max_tokens_per_micro_batch: int = 8192
+    old_logp: str = "auto"
+
+    def __post_init__(self) -> None:
+        _positive(self, "engine", "max_tokens_per_pass", "max_tokens_per_micro_batch")
+        _one_of("engine.precision", self.precision, ("auto", "float32", "bfloat16"))
+        _one_of("engine.old_logp", self.old_logp, ("auto", "rollout", "recompute"))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One checkpoint; see `reopold_agent.policies.loading.ModelSpec`."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    lora: dict[str, Any] | None = None
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class ModelsConfig:
+    """Student and teacher."""
+
+    student: ModelConfig
+    teacher: ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything about a training run."""
+
+    env: EnvConfig
+    data: DataConfig
+    pixels: PixelsConfig
+    model: ModelsConfig
+    objective: ObjectiveConfig
+    engine: EngineConfig
+    batch: BatchConfig
+    rollout: RolloutConfig
+    sampling: SamplingConfig
+    optimizer: OptimizerConfig
+    evaluation: EvaluationConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    seed: int
+    steps: int
+    resume: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        if self.seed < 0:
+            raise ConfigError(f"seed must not be negative, got {self.seed}")
+        _one_of("resume", self.resume, ("auto", "never", "must"))
+
+    @property
+    def switch_step(self) -> int:
+        """The first step of the refinement phase (the paper's T_switch)."""
+        if self.objective.switch_step is not None:
+            return self.objective.switch_step
+        return math.floor(self.objective.switch_share * self.steps + 0.5)
+
+
+def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """Makes a configuration dataclass from nested mappings.
+
+    Raises:
+        ConfigError: an unknown or missing key, or a value of the wrong type; names the key.
+    """
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # T is a dataclass
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), list(known), n=1)
+            hint = f" Did you mean '{where}{close[0]}'?" if close else ""
+            raise ConfigError(f"unknown setting '{where}{key}'.{hint}")
+    arguments: dict[str, Any] = {}
+    for name, spec in known.items():
+        if name in values:
+            arguments[name] = _convert(hints[name], values[name], f"{where}{name}")
+        elif spec.default is MISSING and spec.default_factory is MISSING:
+            raise ConfigError(f"the setting '{where}{name}' is missing")
+    try:
+        return kind(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"'{where}' must be a group of settings, got {value!r}")
+        return build(hint, value, f"{where}.")
+    options = getattr(hint, "__args__", ())
+    if value is None:
+        if type(None) in options:
+            return None
+        raise ConfigError(f"'{where}' must be set")
+    origin = next((o for o in options if o is not type(None)), hint) if _is_optional(hint) else hint
+    wanted = getattr(origin, "__origin__", origin)
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        raise ConfigError(f"'{where}' must be {wanted.__name__}, got {value!r}")
+    return value
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in getattr(hint, "__args__", ())
+
+
+def _positive(owner: Any, where: str, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) <= 0:
+            raise ConfigError(f"{where}.{name} must be positive, got {getattr(owner, name)}")
+
+
+def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        close = difflib.get_close_matches(value, allowed, n=1)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ConfigError(f"{where} must be one of {', '.join(allowed)}; got '{value}'.{hint}")

@@ -1,0 +1,154 @@
+"""The row formats of the field, as tasks: Pixel-Reasoner's and verl's (VerlTool's)."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from reopold_agent.data.images import BytesImage, FileImage, ZipImage, safe_join
+from reopold_agent.errors import DataError
+from reopold_agent.types import ImageSource, Task
+
+
+@dataclass
+class PictureFolder:
+    """Where the pictures of a data folder are: extracted, or in its zip archives."""
+
+    root: Path
+    _members: dict[str, tuple[Path, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for archive in sorted(self.root.glob("*.zip")):
+            try:
+                with zipfile.ZipFile(archive) as opened:
+                    for name in opened.namelist():
+                        # Archives may or may not carry their own name as top folder.
+                        for key in (name, name.removeprefix(f"{archive.stem}/")):
+                            self._members.setdefault(key, (archive, name))
+            except zipfile.BadZipFile as error:
+                raise DataError(f"{archive} is not a zip archive: {error}") from error
+
+    def find(self, relative: str) -> ImageSource:
+        """The picture of that path.
+
+        Raises:
+            DataError: it is nowhere, or the path leaves the folder.
+        """
+        path = safe_join(self.root, relative)
+        tries = [path, *(self.root / top / relative for top in ("images", "videos"))]
+        for each in tries:
+            if each.is_file():
+                safe_join(self.root, str(each.relative_to(self.root)))
+                return FileImage(each)
+        keys = [relative.removeprefix("./"), relative.removeprefix("images/")]
+        for key in (*keys, relative.removeprefix("videos/")):
+            if key in self._members:
+                return ZipImage(*self._members[key])
+        raise DataError(
+            f"the picture '{relative}' is neither in {self.root} nor in its zip archives; "
+            "download images.zip and videos.zip of the dataset beside its rows"
+        )
+
+
+def pixel_reasoner_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> Task:
+    """A row of Pixel-Reasoner: question, answer (string or list), image (list), is_video, qid.
+
+    Raises:
+        DataError: a column is missing or wrong.
+    """
+    question = row.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise DataError("no question")
+    images = row.get("image") or []
+    names = [images] if isinstance(images, str) else list(images)
+    if not all(isinstance(name, str) for name in names):
+        raise DataError("'image' must be a path or a list of paths")
+    return Task(
+        id=str(row.get("qid", number)),
+        question=_without_markers(question),
+        answers=_answers(row.get("answer")),
+        images=tuple(pictures.find(name) for name in names),
+        is_video=bool(row.get("is_video", False)),
+    )
+
+
+def verl_task(row: Mapping[str, Any], number: int, root: Path) -> Task:
+    """A row of verl: prompt, images, reward_model.ground_truth, extra_info.
+
+    The question is the last user message. Pictures are given by path (relative to the file's
+    folder, or absolute inside it) or by bytes.
+
+    Raises:
+        DataError: a column is missing or wrong.
+    """
+    prompt = row.get("prompt")
+    if not isinstance(prompt, Sequence) or isinstance(prompt, str):
+        raise DataError("'prompt' must be a list of messages")
+    words = [m.get("content") for m in prompt if isinstance(m, Mapping) and m.get("role") == "user"]
+    if not words or not isinstance(words[-1], str):
+        raise DataError("'prompt' has no user message")
+    extra = row.get("extra_info") or {}
+    graded = row.get("reward_model") or {}
+    pictures = row.get("images") or extra.get("images") or []
+    return Task(
+        id=str(extra.get("qid") or extra.get("index") or number),
+        question=_without_markers(words[-1]),
+        answers=_answers(graded.get("ground_truth")),
+        images=tuple(_verl_picture(each, root) for each in pictures),
+        is_video=bool(extra.get("is_video", False)),
+        metadata={"data_source": row.get("data_source", "")},
+    )
+
+
+def verl_row(task: Task, index: int, split: str, paths: Sequence[str]) -> dict[str, Any]:
+    """A task as a row of verl, its pictures at ``paths``; `verl_task` reads it back."""
+    answers: Any = task.answers[0] if len(task.answers) == 1 else list(task.answers)
+    return {
+        "data_source": str(task.metadata.get("data_source") or "reopold"),
+        "prompt": [{"role": "user", "content": "<image>" * len(paths) + task.question}],
+        "images": [{"image": path} for path in paths],
+        "ability": "visual_reasoning",
+        "reward_model": {"style": "rule", "ground_truth": answers},
+        "extra_info": {
+            "split": split,
+            "index": index,
+            "qid": task.id,
+            "is_video": task.is_video,
+            "images": list(paths),
+        },
+    }
+
+
+def _verl_picture(value: Any, root: Path) -> ImageSource:
+    if isinstance(value, Mapping):
+        if isinstance(value.get("bytes"), bytes):
+            return BytesImage(value["bytes"])
+        value = value.get("image") or value.get("path")
+    if isinstance(value, bytes):
+        return BytesImage(value)
+    if not isinstance(value, str):
+        raise DataError(f"a picture must be a path or bytes, got {type(value).__name__}")
+    name = value.removeprefix("file://")
+    absolute = Path(name)
+    if absolute.is_absolute() and absolute.is_relative_to(root.resolve()):
+        name = str(absolute.relative_to(root.resolve()))
+    path = safe_join(root, name)
+    if not path.is_file():
+        raise DataError(f"the picture {path} does not exist")
+    return FileImage(path)
+
+
+def _answers(value: Any) -> tuple[str, ...]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    answers = tuple(str(v).strip() for v in values if v is not None and str(v).strip())
+    if not answers:
+        raise DataError("no answer")
+    return answers
+
+
+def _without_markers(text: str) -> str:
+    """Peers mark pictures in the text; here they come first anyway."""
+    return text.replace("<image>", "").replace("<video>", "").strip()

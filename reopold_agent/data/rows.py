@@ -1,0 +1,113 @@
+"""Rows from files: parquet, json and jsonl, or the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from reopold_agent.errors import DataError, MissingExtraError
+
+_SUFFIXES = (".parquet", ".jsonl", ".json")
+
+
+def find_row_files(path: Path, split: str | None) -> list[Path]:
+    """The row files of a path: itself, or those in the folder (and its ``data`` folder).
+
+    In a folder, files whose name contains the split's are preferred; without such files all are
+    taken if their names mention no split at all.
+
+    Raises:
+        DataError: there are none.
+    """
+    if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise DataError(f"{path} is not one of {', '.join(_SUFFIXES)}")
+        return [path]
+    if not path.is_dir():
+        raise DataError(f"the data path {path} does not exist")
+    files = sorted(
+        file
+        for folder in (path, path / "data")
+        if folder.is_dir()
+        for file in folder.iterdir()
+        if file.suffix in _SUFFIXES and file.is_file()
+    )
+    if split is not None:
+        named = [file for file in files if split in file.stem.split("-")[0].split("_")]
+        if named:
+            return named
+        others = ("train", "test", "validation", "valid", "val", "dev", "eval")
+        if any(o in file.stem.split("-")[0].split("_") for file in files for o in others):
+            raise DataError(
+                f"no file for the split '{split}' in {path}; there are "
+                + ", ".join(file.name for file in files)
+            )
+    if not files:
+        raise DataError(f"no rows in {path}: expected *.parquet, *.jsonl or *.json there")
+    return files
+
+
+def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one file, in order.
+
+    Raises:
+        DataError: names file and line.
+    """
+    if file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        try:
+            table = pyarrow.parquet.ParquetFile(file)
+            for batch in table.iter_batches(batch_size=256):
+                yield from batch.to_pylist()
+        except (OSError, pyarrow.ArrowInvalid) as error:
+            raise DataError(f"cannot read {file}: {error}") from error
+        return
+    if file.suffix == ".jsonl":
+        with file.open(encoding="utf-8") as handle:
+            for number, line in enumerate(handle, start=1):
+                if line.strip():
+                    yield _row(line, f"{file}, line {number}")
+        return
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{file} must hold a list of objects")
+    yield from rows
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected an object")
+    return row
+
+
+def download(repository: str, revision: str | None) -> Path:
+    """A dataset of the hub as a local folder (cached by huggingface_hub).
+
+    Raises:
+        MissingExtraError: huggingface_hub is not installed.
+        DataError: it cannot be downloaded; says how to use a local copy.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingExtraError("huggingface_hub", "hub", f"the dataset '{repository}'") from error
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", revision=revision))
+    except Exception as error:  # the hub's client raises many kinds, all meaning "not had"
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
+        raise DataError(
+            f"the dataset '{repository}' is neither a folder here nor could it be downloaded "
+            f"({type(error).__name__}: {reason}).\nDownload it where there is a network:\n"
+            f"  hf download {repository} --repo-type dataset --local-dir data/mine\n"
+            "and set data.train.path=data/mine (data.eval.path for the held-out rows)"
+        ) from error

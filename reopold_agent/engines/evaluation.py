@@ -1,0 +1,61 @@
+"""Held-out success of a policy, as training reports it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from reopold_agent.policies.base import Policy
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
+from reopold_agent.tracking.statistics import rollout_statistics, wilson_interval
+from reopold_agent.types import Sampling
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Success over ``n`` held-out tasks, one episode each.
+
+    ``low`` and ``high`` bound the success rate with 95 % confidence (Wilson's score interval).
+    """
+
+    success: float
+    low: float
+    high: float
+    n: int
+    tool_rate: float
+    response_tokens: float
+
+    def row(self) -> dict[str, Any]:
+        """As plain values."""
+        return dict(vars(self))
+
+
+def evaluate_policy(
+    runner: RolloutRunner,
+    policy: Policy,
+    *,
+    tasks: int,
+    sampling: Sampling,
+    seed: int,
+    split: str = "eval",
+    on_done: Callable[[int], None] | None = None,
+) -> EvaluationResult:
+    """Plays the first ``tasks`` tasks of a split once each.
+
+    The same seed gives the same random draws to every policy, so that two policies are compared
+    on equal terms.
+    """
+    episodes = [EpisodeSpec(split, index) for index in range(tasks)]
+    trajectories = runner.run(policy, episodes, sampling, (seed, 2), on_done=on_done)
+    successes = sum(t.success for t in trajectories)
+    low, high = wilson_interval(successes, tasks)
+    statistics = rollout_statistics(trajectories)
+    return EvaluationResult(
+        success=successes / tasks,
+        low=low,
+        high=high,
+        n=tasks,
+        tool_rate=statistics["rollout/tool_rate"],
+        response_tokens=statistics["rollout/response_tokens"],
+    )

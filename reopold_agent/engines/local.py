@@ -1,0 +1,141 @@
+"""The local engine: one process, one CPU or GPU.
+
+A step: roll out with the student, let the teacher score the very same ids and pictures, update
+on the objective, log. This module gets a run ready; `session` is the run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.engines.checkpoint import config_differences, newest_checkpoint
+from reopold_agent.engines.environments import make_env, num_tasks
+from reopold_agent.engines.interrupts import Interrupts
+from reopold_agent.engines.session import Session
+from reopold_agent.errors import CheckpointError, ConfigError
+from reopold_agent.policies.loading import (
+    ModelSpec,
+    check_available,
+    check_vocabularies,
+    load_model,
+)
+from reopold_agent.tracking.progress import Progress
+from reopold_agent.tracking.run_folder import RunFolder
+
+
+class LocalEngine:
+    """Trains a student in this process.
+
+    Args:
+        config: the checked configuration.
+        raw: the same as plain values, for the run folder and for comparing on resume.
+        folder: the run folder; an earlier run in it is continued (``resume``).
+        command: words of a command line that would start this run again, for messages.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        raw: Mapping[str, Any],
+        folder: Path,
+        command: Sequence[str],
+    ) -> None:
+        self.config, self._raw, self._command = config, dict(raw), list(command)
+        self.folder = RunFolder(folder)
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end and returns the summary that ``summary.json`` holds.
+
+        Raises:
+            ReopoldError: anything the user can mend; the message says how.
+            KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
+        """
+        with self.folder.lock():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        config = self.config
+        checkpoint = self._resumable()
+        specs = {
+            role: ModelSpec(**vars(getattr(config.model, role))) for role in ("student", "teacher")
+        }
+        for role, spec in specs.items():
+            check_available(spec, role)
+        device, autocast = self._device()
+        if config.engine.threads is not None:
+            torch.set_num_threads(config.engine.threads)
+        _seed_everything(config.seed)
+
+        probe = make_env(config)  # tasks are loaded and checked here, before any model
+        tasks = {split: num_tasks(probe, split) for split in ("train", "eval")}
+        probe.close()
+
+        student = load_model(
+            specs["student"],
+            "student",
+            device,
+            autocast=autocast,
+            saved=checkpoint / "model" if checkpoint else None,
+        )
+        teacher = load_model(specs["teacher"], "teacher", device, autocast=autocast)
+        teacher.adapter.model.requires_grad_(False)
+        check_vocabularies(student, teacher)
+
+        if checkpoint is None:
+            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+            self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
+            self.folder.write_versions(device=name)
+        with Interrupts() as interrupts, Progress(config.steps) as progress:
+            session = Session(config, self.folder, student, teacher, tasks, progress)
+            return session.train(checkpoint, interrupts, self._command)
+
+    def _device(self) -> tuple[torch.device, torch.dtype | None]:
+        wanted = self.config.engine.device
+        if wanted == "auto":
+            wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted.startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError("engine.device asks for a GPU, but PyTorch sees none; use device=cpu")
+        device = torch.device(wanted)
+        precision = self.config.engine.precision
+        if precision == "auto":
+            precision = "bfloat16" if device.type == "cuda" else "float32"
+        return device, torch.bfloat16 if precision == "bfloat16" else None
+
+    def _resumable(self) -> Path | None:
+        """The checkpoint to continue from, or None for a fresh start."""
+        newest = newest_checkpoint(self.folder.checkpoints)
+        resume = self.config.resume
+        if newest is None:
+            if resume == "must":
+                raise CheckpointError(f"resume=must, but {self.folder.path} holds no checkpoint")
+            return None
+        if resume == "never":
+            raise CheckpointError(
+                f"{self.folder.path} already holds a run. Choose another hydra.run.dir, or "
+                "resume=auto to continue it."
+            )
+        saved = OmegaConf.to_container(OmegaConf.load(self.folder.path / "config.yaml"))
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"{self.folder.path / 'config.yaml'} is not a configuration")
+        different = config_differences({str(k): v for k, v in saved.items()}, self._raw)
+        if different:
+            raise CheckpointError(
+                f"{self.folder.path} was started with other settings (saved -> now):\n  "
+                + "\n  ".join(different)
+                + "\nGive the same settings to continue it, or another hydra.run.dir to start anew."
+            )
+        return newest
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

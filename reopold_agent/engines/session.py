@@ -1,0 +1,398 @@
+"""One loaded training run: models, environments, optimizer, files; and its steps in order."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.engines.checkpoint import load_trainer_state, restore, save_checkpoint
+from reopold_agent.engines.data_order import DataOrder
+from reopold_agent.engines.environments import make_env
+from reopold_agent.engines.evaluation import EvaluationResult, evaluate_policy
+from reopold_agent.engines.interrupts import Interrupts, resume_command
+from reopold_agent.engines.update import Updater, UpdateStats
+from reopold_agent.errors import ConfigError, NonFiniteError
+from reopold_agent.objectives import Reopold
+from reopold_agent.objectives.pieces import reward_floor
+from reopold_agent.policies.loading import LoadedModel
+from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.policies.vision import PixelLimits
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner, RolloutStats
+from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
+from reopold_agent.tracking.plots import make_plots
+from reopold_agent.tracking.progress import Progress
+from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.statistics import distillation_statistics, rollout_statistics
+from reopold_agent.tracking.summary import print_summary, write_json_atomic
+from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
+from reopold_agent.types import FloatArray, Sampling, StopReason, Trajectory
+
+GREEDY = Sampling(temperature=0.0)
+
+
+class Session:
+    """A loaded run: models, environments, optimizer, files."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        student: LoadedModel,
+        teacher: LoadedModel,
+        tasks: Mapping[str, int],
+        progress: Progress,
+    ) -> None:
+        self.config, self.folder, self.progress = config, folder, progress
+        self.student_model = student
+        self.tasks = tasks
+        chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
+        self.student, self.teacher = (
+            model.policy(
+                forbidden_ids=chat.forbidden_ids,
+                stop_ids=chat.stop_ids,
+                max_tokens_per_pass=config.engine.max_tokens_per_pass,
+            )
+            for model in (student, teacher)
+        )
+        self.objective = Reopold(
+            switch_step=config.switch_step,
+            mixture=config.objective.mixture,
+            top_share=config.objective.top_share,
+        )
+        self.updater = Updater(
+            self.student,
+            self.objective,
+            config.optimizer,
+            max_tokens=config.engine.max_tokens_per_micro_batch,
+        )
+        self.sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
+        self.order = DataOrder(tasks["train"], config.seed)
+        self.train_runner = self._runner(chat, config.rollout.max_turns)
+        self.eval_runner = self._runner(chat, config.evaluation.max_turns)
+        self.metrics = MetricsWriter(folder.path / "metrics.jsonl")
+        self.trajectories = JsonLines(folder.path / "trajectories.jsonl")
+        self._chat = chat
+
+    def _runner(self, chat: ChatRenderer, max_turns: int) -> RolloutRunner:
+        config = self.config
+        return RolloutRunner(
+            lambda: make_env(config, max_turns=max_turns),
+            chat,
+            self.student_model.vision,
+            prompt_pixels=PixelLimits(**vars(config.pixels.prompt)),
+            observation_pixels=PixelLimits(**vars(config.pixels.observation)),
+            limits=RolloutLimits(
+                max_response_tokens=config.rollout.max_response_tokens,
+                max_turn_tokens=config.rollout.max_turn_tokens,
+                max_turns=max_turns,
+                env_seconds=config.rollout.env_seconds,
+                concurrency=config.rollout.concurrency,
+            ),
+        )
+
+    def train(
+        self,
+        checkpoint: Path | None,
+        interrupts: Interrupts,
+        command: Sequence[str],
+    ) -> dict[str, Any]:
+        """The run from its first or resumed step to the summary."""
+        started = time.perf_counter()
+        config = self.config
+        step = position = 0
+        if checkpoint is not None:
+            restore(checkpoint, self.updater)
+            state = load_trainer_state(checkpoint)
+            step, position = int(state["step"]), int(state["position"])
+        self.metrics.truncate_after(step)
+        self.trajectories.truncate_after(step)
+        self.progress.start(config.steps, step)
+        if checkpoint is not None:
+            self.progress.note(f"continuing from {checkpoint} at step {step}")
+        elif config.evaluation.tasks:
+            self._evaluate_ends(0, who="student")
+            if config.evaluation.teacher:
+                self._evaluate_ends(0, who="teacher")
+
+        trained = time.perf_counter()
+        while step < config.steps:
+            position = self._step(step, position)
+            step += 1
+            every = config.evaluation.every
+            if every and step % every == 0 and step < config.steps:
+                self._evaluate("student", self.student, step, self.sampling, curve=True)
+            due = config.checkpoint.every and step % config.checkpoint.every == 0
+            if due or step == config.steps or interrupts.received:
+                saved = save_checkpoint(
+                    self.folder.checkpoints,
+                    step=step,
+                    position=position,
+                    phase=self.objective.phase(step),
+                    student=self.student_model,
+                    updater=self.updater,
+                    keep=config.checkpoint.keep,
+                )
+                if interrupts.received and step < config.steps:
+                    self.progress.stop()
+                    print(
+                        f"\nStopped after step {step}; saved {saved}.\nContinue with:\n"
+                        f"  {resume_command(command, self.folder.path)}",
+                        file=sys.stderr,
+                    )
+                    raise KeyboardInterrupt
+        train_seconds = time.perf_counter() - trained
+        return self._finish(step, train_seconds, started)
+
+    def _finish(self, step: int, train_seconds: float, started: float) -> dict[str, Any]:
+        self._evaluate_ends(step, who="student")
+        final = self.folder.path / "final"
+        self.student_model.save(final, merge=True)
+        self.train_runner.close()
+        self.eval_runner.close()
+        rows = read_metrics(self.folder.path / "metrics.jsonl")
+        summary = summarise(rows, self.config, self.folder.path)
+        summary["train_seconds"] = round(train_seconds, 1)
+        summary["seconds"] = round(time.perf_counter() - started, 1)
+        summary["next"] = [
+            f"look at {self.folder.path / 'plots'} and {self.folder.path / 'trajectories.jsonl'}",
+            f"python -m reopold_agent.train env={self.config.env.name} seed={self.config.seed + 1}",
+            f"python -m reopold_agent.train env={self.config.env.name} "
+            f"model.student.path={final} hydra.run.dir={self.folder.path}-more",
+        ]
+        write_json_atomic(self.folder.path / "summary.json", summary)
+        self.progress.stop()
+        make_plots(self.folder.path)
+        print_summary(summary)
+        return summary
+
+    # One step
+
+    def _step(self, step: int, position: int) -> int:
+        config = self.config
+        clock = _Clock()
+        episodes = [
+            EpisodeSpec("train", self.order[position + k], sample)
+            for k in range(config.batch.prompts)
+            for sample in range(config.batch.samples)
+        ]
+        with self.student.adapter.autocast():
+            trajectories = self.train_runner.run(
+                self.student, episodes, self.sampling, (config.seed, 1, step)
+            )
+        clock.lap("rollout")
+        stats = self.train_runner.stats
+        usable = [
+            t
+            for t in trajectories
+            if t.stop_reason is not StopReason.ENV_ERROR and t.response_tokens
+        ]
+        if not usable:
+            raise ConfigError(
+                f"step {step}: every episode of the batch ended in an environment error; the first "
+                f"was: {trajectories[0].info.get('error', 'unknown')}"
+            )
+        with self.teacher.adapter.autocast():
+            scores = self.teacher.score(usable)
+        for trajectory, score in zip(usable, scores, strict=True):
+            trajectory.teacher_logp = _checked(score.logp, trajectory, "teacher", step)
+        clock.lap("teacher")
+        logp_old, entropy = self._behaviour(usable, step)
+        clock.lap("old_logp")
+        update = self.updater.step(self._mini_batches(usable, step), step, logp_old, entropy)
+        clock.lap("update")
+        row = self._row(step, usable, trajectories, update, logp_old, entropy)
+        self._write_trajectories(step, trajectories)
+        clock.lap("other")
+        row.update(_times(clock, stats))
+        row["tokens_per_second"] = stats.sampled_tokens / max(1e-9, row["time/step"])
+        self.metrics.write(row)
+        self.progress.step(row)
+        return position + config.batch.prompts
+
+    def _behaviour(
+        self, trajectories: Sequence[Trajectory], step: int
+    ) -> tuple[dict[int, FloatArray], dict[int, FloatArray]]:
+        """Log-probs and entropies under the policy that sampled, by trajectory."""
+        mode = self.config.engine.old_logp
+        if mode == "auto":
+            # In float32 the two agree to 1e-5; in bfloat16 the batched decoder and the full pass
+            # differ enough to show up in the ratio.
+            weight = self.student.adapter.head.weight
+            exact = weight.dtype == torch.float32 and not self.student.adapter.autocasts
+            mode = "rollout" if exact else "recompute"
+        if mode == "rollout":
+            pairs = [(t.logp, t.entropy) for t in trajectories]
+        else:
+            with self.student.adapter.autocast():
+                scores = self.student.score(trajectories, with_entropy=True)
+            pairs = [(s.logp, s.entropy) for s in scores]
+        logp_old = {
+            id(t): _checked(logp, t, "student", step)
+            for t, (logp, _) in zip(trajectories, pairs, strict=True)
+        }
+        return logp_old, {id(t): e for t, (_, e) in zip(trajectories, pairs, strict=True)}
+
+    def _mini_batches(
+        self, trajectories: Sequence[Trajectory], step: int
+    ) -> list[list[Trajectory]]:
+        """Whole groups per mini-batch, in a random order that depends on seed and step."""
+        config = self.config
+        updates = config.batch.prompts // config.batch.mini_batch
+        groups: dict[int, list[Trajectory]] = {}
+        for trajectory in trajectories:
+            groups.setdefault(trajectory.index, []).append(trajectory)
+        keys = list(groups)
+        if updates > 1:
+            rng = np.random.default_rng([config.seed, 4, step])
+            keys = [keys[i] for i in rng.permutation(len(keys))]
+        parts = np.array_split(np.arange(len(keys)), updates)
+        return [[t for i in part for t in groups[keys[i]]] for part in parts if len(part)]
+
+    def _row(
+        self,
+        step: int,
+        usable: Sequence[Trajectory],
+        trajectories: Sequence[Trajectory],
+        update: UpdateStats,
+        logp_old: dict[int, FloatArray],
+        entropy: dict[int, FloatArray],
+    ) -> dict[str, Any]:
+        floor = reward_floor(self.config.objective.mixture)
+        return {
+            "kind": "train",
+            "step": step,
+            "phase": self.objective.phase(step),
+            "loss": update.loss,
+            "grad_norm": update.grad_norm,
+            "lr": update.lr,
+            **distillation_statistics(
+                usable,
+                floor=floor,
+                threshold=update.threshold,
+                logp=[logp_old[id(t)] for t in usable],
+                entropy=[entropy[id(t)] for t in usable],
+            ),
+            "mask/kept_share": update.kept_share,
+            "ratio/mean": update.ratio_mean,
+            "ratio/max": update.ratio_max,
+            "ratio/ppo_clip_share": update.ppo_clip_share,
+            **rollout_statistics(trajectories),
+        }
+
+    def _write_trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> None:
+        logging_config = self.config.logging
+        if not logging_config.every or step % logging_config.every:
+            return
+        for trajectory in trajectories[: logging_config.trajectories]:
+            pictures = save_pictures(trajectory, self.folder.path)
+            self.trajectories.write(
+                trajectory_record(trajectory, step=step, pictures=pictures, decode=self._chat.raw)
+            )
+
+    # Evaluation
+
+    def _evaluate_ends(self, step: int, who: str) -> None:
+        policy = self.student if who == "student" else self.teacher
+        for sampling in (self.sampling, GREEDY):
+            self._evaluate(who, policy, step, sampling, curve=False)
+
+    def _evaluate(
+        self, who: str, policy: TransformersPolicy, step: int, sampling: Sampling, *, curve: bool
+    ) -> EvaluationResult:
+        settings = self.config.evaluation
+        wanted = settings.curve_tasks if curve else settings.tasks
+        with policy.adapter.autocast():
+            result = evaluate_policy(
+                self.eval_runner,
+                policy,
+                tasks=min(wanted, self.tasks["eval"]),
+                sampling=sampling,
+                seed=self.config.seed,
+            )
+        row = {
+            "kind": "eval",
+            "step": step,
+            "who": who,
+            "sampling": "greedy" if sampling.temperature == 0 else "sampled",
+            "curve": curve,
+            **result.row(),
+        }
+        self.metrics.write(row)
+        self.progress.evaluation(row)
+        return result
+
+
+def summarise(
+    rows: Sequence[Mapping[str, Any]], config: TrainConfig, folder: Path
+) -> dict[str, Any]:
+    """The figures a newcomer looks for, from the rows of ``metrics.jsonl``."""
+    fields = ("success", "low", "high", "n", "tool_rate")
+
+    def find(who: str, step: int) -> dict[str, Any] | None:
+        found = {
+            row["sampling"]: {name: row[name] for name in fields}
+            for row in rows
+            if row["kind"] == "eval"
+            and (row["who"], row["step"], row["curve"]) == (who, step, False)
+        }
+        if "sampled" not in found:
+            return None
+        return {**found["sampled"], "greedy": found.get("greedy")}
+
+    return {
+        "before": find("student", 0),
+        "after": find("student", config.steps),
+        "teacher": find("teacher", 0),
+        "env": config.env.name,
+        "seed": config.seed,
+        "steps": config.steps,
+        "run": str(folder),
+    }
+
+
+class _Clock:
+    """Seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def _times(clock: _Clock, stats: RolloutStats) -> dict[str, float]:
+    laps = clock.laps
+    parts = {
+        "generate": stats.generate_seconds,
+        "environment": stats.env_wait_seconds,
+        "teacher": laps["teacher"],
+        "old_logp": laps["old_logp"],
+        "update": laps["update"],
+        "sync": 0.0,  # student and sampler are one module: nothing to copy
+    }
+    total = sum(laps.values())
+    parts["other"] = max(0.0, total - sum(parts.values()))
+    return {**{f"time/{name}": seconds for name, seconds in parts.items()}, "time/step": total}
+
+
+def _checked(values: FloatArray, trajectory: Trajectory, whose: str, step: int) -> FloatArray:
+    if len(values) != len(trajectory.ids) or not np.isfinite(values).all():
+        raise NonFiniteError(
+            f"step {step}: the {whose}'s log-probs of task {trajectory.task_id} are "
+            f"{'of the wrong length' if len(values) != len(trajectory.ids) else 'not finite'}; "
+            "nothing was updated"
+        )
+    return values

@@ -1,0 +1,198 @@
+"""The parameter update: objective, accumulation over micro-batches, clipping, AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from reopold_agent.config import OptimizerConfig
+from reopold_agent.errors import NonFiniteError
+from reopold_agent.objectives import Objective, TokenBatch
+from reopold_agent.objectives.reopold import PPO_CLIP
+from reopold_agent.policies.transformers_policy import (
+    TrajectoryBatch,
+    TransformersPolicy,
+    split_by_tokens,
+)
+from reopold_agent.types import FloatArray, Trajectory
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """What the updates of one step did; token figures are over all its mini-batches.
+
+    ``loss`` and ``grad_norm`` (before clipping) are means over the mini-batches.
+    """
+
+    loss: float
+    grad_norm: float
+    lr: float
+    kept_share: float
+    ratio_mean: float
+    ratio_max: float
+    ppo_clip_share: float
+    threshold: float
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that require a gradient, in the model's order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+class Updater:
+    """Owns the optimizer of one student.
+
+    Args:
+        policy: the student.
+        objective: the loss.
+        config: AdamW's settings.
+        max_tokens: rows x tokens of one micro-batch; any value gives the same gradient.
+    """
+
+    def __init__(
+        self,
+        policy: TransformersPolicy,
+        objective: Objective,
+        config: OptimizerConfig,
+        *,
+        max_tokens: int,
+    ) -> None:
+        self.policy, self.objective = policy, objective
+        self._config, self._max_tokens = config, max_tokens
+        self._parameters = trainable_parameters(policy.adapter.model)
+        self.optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        )
+        warmup = config.warmup_steps
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda done: min(1.0, (done + 1) / warmup) if warmup else 1.0
+        )
+
+    def step(
+        self,
+        mini_batches: Sequence[Sequence[Trajectory]],
+        step: int,
+        logp_old: dict[int, FloatArray],
+        entropy: dict[int, FloatArray],
+    ) -> UpdateStats:
+        """One update per mini-batch.
+
+        Args:
+            mini_batches: scored trajectories; together they are the step's batch.
+            step: training step from 0, for the objective's phases.
+            logp_old: log-probs under the policy that sampled, by ``id(trajectory)``, (L,).
+            entropy: its entropies, likewise.
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite. The parameters are then as before
+                that mini-batch's update.
+        """
+        everything = [t for batch in mini_batches for t in batch]
+        # One threshold for the whole batch: micro- and mini-batches must not change who is kept.
+        entropies = np.concatenate([entropy[id(t)][t.loss_mask] for t in everything])
+        entropies_N = torch.from_numpy(entropies)
+        threshold = self.objective.threshold(entropies_N, torch.ones_like(entropies_N))
+        model = self.policy.adapter.model
+        model.train()
+        totals = _Totals()
+        losses, norms = [], []
+        for batch in mini_batches:
+            self.optimizer.zero_grad(set_to_none=True)
+            numerator, denominator = 0.0, 0
+            for group in split_by_tokens([len(t.ids) for t in batch], self._max_tokens):
+                part = [batch[i] for i in group]
+                tokens = self._token_batch(part, logp_old, entropy)
+                terms = self.objective.terms(tokens, step, threshold)
+                terms.numerator.backward()  # type: ignore[no-untyped-call]
+                numerator += float(terms.numerator.detach())
+                denominator += int(terms.denominator)
+                totals.add(terms.ratio, terms.clipped_reward, terms.mask)
+            # The loss is a mean over the tokens kept in the whole mini-batch, whose number is
+            # known only now: gradients of the sums are divided once, so the split cannot matter.
+            scale = 1.0 / max(1, denominator)
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+            norm = float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+            loss = numerator * scale
+            if not np.isfinite(loss) or not np.isfinite(norm):
+                self.optimizer.zero_grad(set_to_none=True)
+                raise NonFiniteError(
+                    f"step {step}: the loss is {loss} and the gradient norm {norm}; the update was "
+                    f"not made. Tasks in this mini-batch: {', '.join(t.task_id for t in batch[:8])}"
+                    f"{' ...' if len(batch) > 8 else ''}"
+                )
+            self.optimizer.step()
+            self.scheduler.step()
+            losses.append(loss)
+            norms.append(norm)
+        model.eval()
+        return UpdateStats(
+            loss=float(np.mean(losses)),
+            grad_norm=float(np.mean(norms)),
+            lr=float(self.optimizer.param_groups[0]["lr"]),
+            threshold=threshold,
+            **totals.shares(),
+        )
+
+    def _token_batch(
+        self,
+        trajectories: Sequence[Trajectory],
+        logp_old: dict[int, FloatArray],
+        entropy: dict[int, FloatArray],
+    ) -> TokenBatch:
+        """The loss tokens of a micro-batch as one row: (1, N)."""
+        adapter = self.policy.adapter
+        logp_N, _ = self.policy.logprobs(TrajectoryBatch.build(adapter, trajectories))
+
+        def flat(values: Sequence[FloatArray]) -> Tensor:
+            chosen = [v[t.loss_mask] for v, t in zip(values, trajectories, strict=True)]
+            return torch.from_numpy(np.concatenate(chosen)).to(adapter.device)[None]
+
+        teacher = [t.teacher_logp for t in trajectories]
+        scored = [values for values in teacher if values is not None]
+        if len(scored) != len(trajectories):
+            raise ValueError("a trajectory has no teacher scores")
+        return TokenBatch(
+            logp=logp_N[None],
+            logp_old=flat([logp_old[id(t)] for t in trajectories]),
+            logp_teacher=flat(scored),
+            entropy=flat([entropy[id(t)] for t in trajectories]),
+            loss_mask=torch.ones_like(logp_N[None], dtype=torch.bool),
+        )
+
+
+class _Totals:
+    """Token counts over the micro-batches of a step."""
+
+    def __init__(self) -> None:
+        self._tokens = self._kept = self._cut = 0
+        self._ratio_sum = self._ratio_max = 0.0
+
+    def add(self, ratio: Tensor, reward: Tensor, mask: Tensor) -> None:
+        if ratio.numel() == 0:
+            return
+        above = (ratio > 1 + PPO_CLIP) & (reward > 0)
+        below = (ratio < 1 - PPO_CLIP) & (reward < 0)
+        self._tokens += ratio.numel()
+        self._kept += int(mask.sum())
+        self._cut += int((above | below).sum())
+        self._ratio_sum += float(ratio.sum())
+        self._ratio_max = max(self._ratio_max, float(ratio.max()))
+
+    def shares(self) -> dict[str, float]:
+        count = max(1, self._tokens)
+        return {
+            "kept_share": self._kept / count,
+            "ratio_mean": self._ratio_sum / count,
+            "ratio_max": self._ratio_max,
+            "ppo_clip_share": self._cut / count,
+        }

@@ -1,0 +1,70 @@
+"""Every error a user can meet. Each also subclasses the standard type it refines."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ReopoldError(Exception):
+    """Base of all errors whose message is written for the user; `train` prints it bare."""
+
+
+class ConfigError(ReopoldError, ValueError):
+    """A setting is missing, unknown or contradicts another."""
+
+
+class UnknownNameError(ReopoldError, KeyError):
+    """A registry has no such name; the message lists what exists and the closest match."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.kind, self.name, self.known = kind, name, sorted(known)
+        super().__init__(kind, name, self.known)
+
+    def __str__(self) -> str:
+        close = difflib.get_close_matches(self.name, self.known, n=1, cutoff=0.5)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        listed = ", ".join(self.known) or "none"
+        return f"no {self.kind} is called '{self.name}'.{hint} Known: {listed}."
+
+
+class MissingExtraError(ReopoldError, ImportError):
+    """An optional dependency is absent; the message is the pip command that installs it."""
+
+    def __init__(self, package: str, extra: str, why: str) -> None:
+        self.package, self.extra, self.why = package, extra, why
+        super().__init__(package, extra, why)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.why} needs the package '{self.package}', which is not installed. "
+            f'Run: pip install "reopold-agent[{self.extra}]"'
+        )
+
+
+class DataError(ReopoldError, ValueError):
+    """A data file or row cannot be used; the message names it."""
+
+
+class ModelError(ReopoldError, ValueError):
+    """A checkpoint is missing, incomplete or does not fit its counterpart."""
+
+
+class VocabularyMismatchError(ModelError):
+    """Student and teacher do not map the same ids to the same tokens."""
+
+
+class CheckpointError(ReopoldError, RuntimeError):
+    """A run folder cannot be resumed as asked."""
+
+
+class NonFiniteError(ReopoldError, ArithmeticError):
+    """A loss, gradient or log-prob is NaN or infinite."""
+
+
+class ToolError(ReopoldError, ValueError):
+    """Raised by a tool to tell the model what was wrong with its call; never ends an episode."""
+
+
+class ToolTimeoutError(ToolError, TimeoutError):
+    """The tool did not finish within its time limit."""

@@ -1,0 +1,81 @@
+"""The parts that Reopold and its ablations are made of; pure functions on tensors.
+
+All tensors are (batch, time) and hold one value per token; ``loss_mask`` is true where the
+student sampled the token. Sources are the paper's equations; formulas that its text lost are
+restored in ``docs/objective.md``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def reward_floor(mixture: float) -> float:
+    """The least reward that the mixture bound allows: ``log(mixture) / (1 - mixture)``, eq. 7.
+
+    By Jensen, ``log(p_T/p) <= log((m p + (1-m) p_T)/p) / (1-m)``, whose right side tends to this
+    value as ``p_T`` tends to 0 (paper, appendix A.2). For example 0.1 gives -2.558.
+
+    Args:
+        mixture: the paper's lambda, strictly between 0 and 1.
+
+    Raises:
+        ValueError: ``mixture`` is outside (0, 1).
+    """
+    if not 0.0 < mixture < 1.0:
+        raise ValueError(f"mixture (the paper's lambda) must lie strictly in (0, 1), got {mixture}")
+    return math.log(mixture) / (1.0 - mixture)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision is only a container: arithmetic is float32, or float64 if that was given."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def distillation_reward(logp: Tensor, logp_teacher: Tensor) -> Tensor:
+    """``R = stop_gradient(log pi_T - log pi)`` per token, nats (paper, remark 3.1)."""
+    return at_least_float32(logp_teacher.detach()) - at_least_float32(logp.detach())
+
+
+def exploration_mask(reward: Tensor, loss_mask: Tensor, floor: float) -> Tensor:
+    """Keeps the student's tokens whose unclipped reward is above the floor, eq. 9. Bool."""
+    return loss_mask.bool() & (reward > floor)
+
+
+def entropy_threshold(entropy: Tensor, loss_mask: Tensor, top_share: float) -> float:
+    """The entropy from which a token counts as uncertain: tau of eq. 10.
+
+    It is the k-th largest entropy of the ``n`` loss tokens given, ``k = max(1, ceil(rho n))``.
+    Give the whole batch (all micro-batches and ranks), or the choice depends on the split.
+
+    Args:
+        entropy: nats, of the policy that sampled.
+        top_share: the paper's rho, in (0, 1]; 1 keeps every token.
+
+    Returns:
+        The threshold; infinity when there is no loss token.
+
+    Raises:
+        ValueError: ``top_share`` is outside (0, 1].
+    """
+    if not 0.0 < top_share <= 1.0:
+        raise ValueError(f"top_share (the paper's rho) must lie in (0, 1], got {top_share}")
+    values = entropy.detach().float()[loss_mask.bool()]
+    if values.numel() == 0:
+        return math.inf
+    # The product is rounded first: 0.07 * 100 is 7.000000000000001, whose ceiling is 8.
+    count = max(1, math.ceil(round(top_share * values.numel(), 9)))
+    return float(torch.topk(values, count, sorted=True).values[-1])
+
+
+def refinement_mask(entropy: Tensor, loss_mask: Tensor, threshold: float) -> Tensor:
+    """Keeps the student's tokens with at least the threshold's entropy, eq. 10; ties stay. Bool."""
+    return loss_mask.bool() & (entropy.detach().float() >= threshold)
+
+
+def importance_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
+    """``exp(log pi - log pi_old)``; carries the gradient of ``logp``."""
+    return torch.exp(at_least_float32(logp) - at_least_float32(logp_old.detach()))

@@ -1,0 +1,1 @@
+"""Who generates and who scores."""

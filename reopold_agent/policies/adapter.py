@@ -1,0 +1,145 @@
+"""What the code needs to know of a model's architecture, in one place.
+
+`ModelAdapter` runs the body of a Hugging Face causal or image-text model on token ids and
+pictures and gives hidden states; the vocabulary projection is left to `logprobs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reopold_agent.errors import ModelError
+from reopold_agent.policies.vision import VisionProcessor
+from reopold_agent.types import EncodedImage, IntArray
+
+
+class ModelAdapter:
+    """A model together with its picture processor.
+
+    Args:
+        model: `Qwen2_5_VLForConditionalGeneration`, a text-only causal model of Hugging Face, or
+            either wrapped by peft.
+        vision: needed when pictures occur.
+        image_token_id: the placeholder's id; None for text-only models.
+        autocast: dtype of the computation where it differs from the weights'.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        vision: VisionProcessor | None,
+        image_token_id: int | None,
+        *,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model = model
+        self._autocast = autocast
+        self.vision = vision
+        self.image_token_id = image_token_id
+        wrapped: Any = model
+        base: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+        self._body: Any = base.model
+        self._multimodal_positions = hasattr(base.model, "get_rope_index")
+        self.text_config: Any = base.config.get_text_config()
+        self.head: nn.Linear = base.get_output_embeddings()
+        attention = str(getattr(self.text_config, "_attn_implementation", "sdpa"))
+        if attention not in ("sdpa", "eager"):
+            raise ModelError(
+                f"attention '{attention}' cannot mask sequences of different lengths in one batch; "
+                "set model.attention=sdpa (PyTorch picks its flash kernels where it can)"
+            )
+        self._additive_mask = attention == "eager"
+        if self.head.bias is not None:
+            raise ModelError("models whose output embedding has a bias are not supported")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the output embedding lives."""
+        return self.head.weight.device
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context that the model computes in. Entered once around many passes, it converts
+        each weight once."""
+        if self._autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self._autocast)
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether the computation's dtype differs from the weights'."""
+        return self._autocast is not None
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the output embedding; may exceed the tokenizer's size (padding)."""
+        return int(self.head.weight.shape[0])
+
+    def positions(self, ids: Sequence[int] | IntArray, images: Sequence[EncodedImage]) -> Tensor:
+        """Position ids of a whole sequence, (3, length) int64, by the model's own rule.
+
+        Qwen2.5-VL: multimodal RoPE from the grids (`get_rope_index`). Text models: 0, 1, 2 ...
+        three times, of which one is used.
+
+        Raises:
+            ModelError: placeholders and pictures do not match.
+        """
+        ids_L = torch.as_tensor(ids, dtype=torch.int64)
+        placeholders = (
+            0 if self.image_token_id is None else int((ids_L == self.image_token_id).sum())
+        )
+        expected = sum(image.tokens for image in images)
+        if placeholders != expected:
+            raise ModelError(
+                f"{placeholders} image placeholder tokens for pictures that need {expected}; the "
+                "ids and the pictures of a sequence do not belong together"
+            )
+        if not self._multimodal_positions or not images:
+            return torch.arange(len(ids_L)).expand(3, -1)
+        kinds = torch.eq(ids_L, self.image_token_id or 0).int()
+        position_ids, _ = self._body.get_rope_index(
+            ids_L[None], kinds[None], torch.tensor([image.grid for image in images])
+        )
+        positions: Tensor = position_ids[:, 0]
+        return positions
+
+    def hidden_states(
+        self,
+        ids_BT: Tensor,
+        positions_3BT: Tensor,
+        images: Sequence[EncodedImage],
+        attention_mask: Tensor | None,
+        cache: Any = None,
+    ) -> Tensor:
+        """Last hidden states, (batch, time, width).
+
+        Args:
+            ids_BT: int64.
+            positions_3BT: as `positions`, stacked.
+            images: all pictures whose placeholders are in ``ids_BT``, row by row, in order.
+            attention_mask: (batch, time) or a ready (batch, 1, query, key) bool mask, or None.
+            cache: keys and values of earlier tokens; updated.
+        """
+        if attention_mask is not None and attention_mask.dim() == 4 and self._additive_mask:
+            lowest = torch.finfo(self.head.weight.dtype).min
+            attention_mask = torch.where(attention_mask, 0.0, lowest).to(self.head.weight.dtype)
+        inputs: dict[str, Any] = {
+            "input_ids": ids_BT,
+            "attention_mask": attention_mask,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        inputs["position_ids"] = positions_3BT if self._multimodal_positions else positions_3BT[0]
+        if images:
+            if self.vision is None:
+                raise ModelError("this model takes no pictures, but the environment shows some")
+            pixel_values, grids = self.vision.patches(images)
+            inputs["pixel_values"] = pixel_values.to(self.device)
+            inputs["image_grid_thw"] = grids.to(self.device)
+        with self.autocast():
+            hidden: Tensor = self._body(**inputs).last_hidden_state
+        return hidden

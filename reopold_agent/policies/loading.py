@@ -1,0 +1,313 @@
+"""Checkpoints in: from a local folder, the Hugging Face hub, or the package's own demo."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from reopold_agent.errors import MissingExtraError, ModelError, VocabularyMismatchError
+from reopold_agent.policies.adapter import ModelAdapter
+from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.policies.vision import VisionProcessor
+
+_log = logging.getLogger(__name__)
+
+DEMO_PREFIX = "demo:"
+_MULTIMODAL = ("qwen2_5_vl",)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which checkpoint to load and how.
+
+    Attributes:
+        path: ``demo:student``, ``demo:teacher``, a local folder, or a hub id ``org/name``.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        attention: ``sdpa`` or ``eager``.
+        trust_remote_code: run code that comes with the checkpoint; off by default.
+        lora: settings of `peft.LoraConfig` (``r``, ``lora_alpha``, ``target_modules`` ...), or
+            None to train all weights.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: str = "float32"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    lora: Mapping[str, Any] | None = None
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ModelError(
+                f"model dtype must be float32, bfloat16 or float16, got '{self.dtype}'"
+            )
+
+
+@dataclass
+class LoadedModel:
+    """A checkpoint ready to use."""
+
+    spec: ModelSpec
+    adapter: ModelAdapter
+    tokenizer: PreTrainedTokenizerBase
+    vision: VisionProcessor | None
+    config: Any = field(repr=False)
+
+    def policy(
+        self,
+        *,
+        forbidden_ids: Sequence[int],
+        stop_ids: Sequence[int],
+        max_tokens_per_pass: int,
+    ) -> TransformersPolicy:
+        """The model as a policy; ids are those of the conversation format (`ChatRenderer`)."""
+        return TransformersPolicy(
+            self.adapter,
+            allowed_ids=len(self.tokenizer),
+            forbidden_ids=forbidden_ids,
+            stop_ids=stop_ids,
+            max_tokens_per_pass=max_tokens_per_pass,
+        )
+
+    def save(self, folder: Path, *, merge: bool = False) -> None:
+        """Writes model, tokenizer and picture processor in Hugging Face layout, as safetensors.
+
+        Args:
+            folder: where to.
+            merge: fold a LoRA adapter into the weights and write a complete model; training
+                cannot go on afterwards. Otherwise only the adapter is written.
+        """
+        model: Any = self.adapter.model
+        if merge and self.spec.lora is not None:
+            model = model.merge_and_unload()
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if self.vision is not None:
+            self.vision.processor.save_pretrained(folder)
+
+
+def resolve_path(path: str) -> str:
+    """Turns ``demo:NAME`` into the folder that the package ships; other paths stay.
+
+    Raises:
+        ModelError: no such demo model.
+    """
+    if not path.startswith(DEMO_PREFIX):
+        return path
+    root = resources.files("reopold_agent") / "demo" / "weights"
+    folder = Path(str(root)) / path.removeprefix(DEMO_PREFIX)
+    if not folder.is_dir():
+        shipped = ", ".join(f"demo:{p.name}" for p in sorted(Path(str(root)).glob("*")))
+        raise ModelError(f"there is no demo model '{path}'; the package ships {shipped or 'none'}")
+    return str(folder)
+
+
+def check_available(spec: ModelSpec, role: str) -> Any:
+    """Reads a checkpoint's configuration and makes sure its files can be had.
+
+    Call it for student and teacher before anything heavy is loaded.
+
+    Args:
+        spec: the checkpoint.
+        role: ``student`` or ``teacher``; used in messages.
+
+    Returns:
+        The Hugging Face configuration.
+
+    Raises:
+        ModelError: the message says what is missing and what to download or set.
+    """
+    path = resolve_path(spec.path)
+    folder = Path(path)
+    looks_local = folder.is_dir() or path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local:
+        _check_folder(folder, role)
+    try:
+        config = AutoConfig.from_pretrained(
+            path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        if looks_local:
+            raise ModelError(f"cannot read the {role} in '{folder}': {error}") from error
+        local = re.sub(r"[^\w.-]", "_", path.rsplit("/", 1)[-1])
+        raise ModelError(
+            f"the {role} '{path}' is neither a folder here nor could it be read from the Hugging "
+            f"Face hub ({_first_line(error)}).\nDownload it where there is a network:\n"
+            f"  hf download {path} --local-dir models/{local}\n"
+            f"and set model.{role}.path=models/{local}"
+        ) from error
+    if getattr(config, "vision_config", None) is not None and config.model_type not in _MULTIMODAL:
+        raise ModelError(
+            f"the {role} '{spec.path}' is a {config.model_type} model; of the vision-language "
+            f"models, {', '.join(_MULTIMODAL)} is supported"
+        )
+    return config
+
+
+def load_model(
+    spec: ModelSpec,
+    role: str,
+    device: torch.device,
+    *,
+    autocast: torch.dtype | None = None,
+    saved: Path | None = None,
+) -> LoadedModel:
+    """Loads a checkpoint: weights, tokenizer, and picture processor if it sees.
+
+    Args:
+        spec: the checkpoint.
+        role: ``student`` or ``teacher``; used in messages.
+        device: where the weights go.
+        autocast: compute in this dtype while the weights keep theirs (bfloat16 over float32
+            master weights when training: at a learning rate of 1e-6 a bfloat16 weight would not
+            move at all).
+        saved: a folder written by `LoadedModel.save` whose weights (or LoRA adapter) take the
+            place of the checkpoint's own.
+
+    Raises:
+        ModelError: something is missing or does not fit; see `check_available`.
+        MissingExtraError: LoRA was asked for and peft is not installed.
+    """
+    config = check_available(spec, role)
+    path = resolve_path(spec.path)
+    if saved is not None and spec.lora is None:
+        path = str(saved)
+    common: dict[str, Any] = {
+        "revision": spec.revision,
+        "trust_remote_code": spec.trust_remote_code,
+    }
+    sees = config.model_type in _MULTIMODAL
+    model_class: Any = Qwen2_5_VLForConditionalGeneration if sees else AutoModelForCausalLM
+    model: Any = model_class.from_pretrained(
+        path,
+        dtype=getattr(torch, spec.dtype),
+        attn_implementation=spec.attention,
+        **common,
+    )
+    model.to(device)
+    tokenizer = AutoTokenizer.from_pretrained(path, **common)
+    vision = None
+    if sees:
+        processor = Qwen2VLImageProcessorPil.from_pretrained(path, revision=spec.revision or "main")
+        vision = VisionProcessor(processor)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spec.lora is not None:
+        model = _with_lora(model, spec.lora, saved)
+    image_id = int(config.image_token_id) if sees else None
+    adapter = ModelAdapter(model, vision, image_id, autocast=autocast)
+    if len(tokenizer) > adapter.vocabulary_rows:
+        raise ModelError(
+            f"the tokenizer of '{spec.path}' knows {len(tokenizer)} ids, but the model has only "
+            f"{adapter.vocabulary_rows} rows"
+        )
+    return LoadedModel(spec, adapter, tokenizer, vision, config)
+
+
+def check_vocabularies(student: LoadedModel, teacher: LoadedModel) -> None:
+    """Makes sure that an id means the same to both, before any teacher score is believed.
+
+    The models may be padded to different widths (Qwen2.5-VL: 151,936 and 152,064 rows); the
+    tokenizers must agree on every id that can occur.
+
+    Raises:
+        VocabularyMismatchError: the message shows the first ids that differ.
+    """
+    mine = {i: token for token, i in student.tokenizer.get_vocab().items()}
+    theirs = {i: token for token, i in teacher.tokenizer.get_vocab().items()}
+    differing = [i for i in sorted({*mine, *theirs}) if mine.get(i) != theirs.get(i)]
+    if differing:
+        shown = "\n".join(
+            f"  id {i}: student {mine.get(i)!r}, teacher {theirs.get(i)!r}" for i in differing[:5]
+        )
+        raise VocabularyMismatchError(
+            f"student '{student.spec.path}' and teacher '{teacher.spec.path}' disagree on "
+            f"{len(differing)} token ids, so the teacher would score other words than the student "
+            f"said. The first:\n{shown}\nUse a teacher with the student's tokenizer."
+        )
+    ours, his = student.adapter.image_token_id, teacher.adapter.image_token_id
+    if ours is not None and his is not None and ours != his:
+        raise VocabularyMismatchError(
+            f"the image placeholder is id {ours} for the student and {his} for the teacher"
+        )
+    if student.vision is not None and teacher.vision is None:
+        raise ModelError(
+            f"the teacher '{teacher.spec.path}' reads text only, but the student sees pictures; "
+            "it would score without them"
+        )
+    if student.vision is not None and teacher.vision is not None:
+        _check_processors(student.vision, teacher.vision)
+
+
+def _check_processors(student: VisionProcessor, teacher: VisionProcessor) -> None:
+    for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"):
+        mine, his = getattr(student.processor, name), getattr(teacher.processor, name)
+        if list(_listed(mine)) != list(_listed(his)):
+            raise ModelError(
+                f"student and teacher prepare pictures differently: {name} is {mine} and {his}"
+            )
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check_folder(folder: Path, role: str) -> None:
+    if not folder.is_dir():
+        raise ModelError(
+            f"the {role}'s folder '{folder}' does not exist; set model.{role}.path to a folder in "
+            "Hugging Face layout or to a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+    missing = [
+        what
+        for what, patterns in (
+            ("config.json", ["config.json"]),
+            ("weights (*.safetensors)", ["*.safetensors"]),
+            ("a tokenizer (tokenizer.json)", ["tokenizer.json", "vocab.json"]),
+        )
+        if not any(any(folder.glob(pattern)) for pattern in patterns)
+    ]
+    if missing:
+        raise ModelError(f"the {role}'s folder '{folder}' lacks {', '.join(missing)}")
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        absent = sorted(name for name in shards if not (folder / name).is_file())
+        if absent:
+            raise ModelError(
+                f"the {role}'s folder '{folder}' lacks {len(absent)} of {len(shards)} weight "
+                f"files, the first is {absent[0]}; the download is incomplete"
+            )
+
+
+def _with_lora(model: Any, settings: Mapping[str, Any], saved: Path | None) -> Any:
+    try:
+        from peft import LoraConfig, PeftModel, get_peft_model
+    except ImportError as error:
+        raise MissingExtraError("peft", "lora", "model.student.lora") from error
+    if saved is not None:
+        return PeftModel.from_pretrained(model, str(saved), is_trainable=True)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -1,0 +1,151 @@
+"""One place that decides the pixels: resize once, then everybody sees the same array.
+
+Student, teacher and trainer get the same `EncodedImage`. It holds the resized picture as uint8
+(8 times smaller than the model's float patches, which are made when needed), so the grid and the
+number of placeholder tokens are fixed at encoding time and can never disagree with the features.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
+
+from reopold_agent.errors import ConfigError
+from reopold_agent.types import EncodedImage, PixelArray
+
+
+@dataclass(frozen=True)
+class PixelLimits:
+    """Bounds on height x width after the resize, in pixels.
+
+    Qwen2.5-VL spends one token per 28 x 28 pixels, so ``tokens = pixels / 784``.
+    """
+
+    min_pixels: int
+    max_pixels: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ConfigError(
+                f"pixel limits need 0 < min_pixels <= max_pixels, got {self.min_pixels} and "
+                f"{self.max_pixels}"
+            )
+
+
+class VisionProcessor:
+    """Turns pictures into `EncodedImage` and those into the patches a model reads.
+
+    The resize rule and the normalisation are the checkpoint's own Qwen2-VL image processor (PIL
+    backend; no torchvision needed).
+    """
+
+    def __init__(
+        self, processor: Qwen2VLImageProcessorPil, *, cache_bytes: int = 512 * 2**20
+    ) -> None:
+        self.processor = processor
+        self.factor = int(processor.patch_size) * int(processor.merge_size)
+        self._encoded: _ByteLimitedCache[bytes, EncodedImage] = _ByteLimitedCache(cache_bytes)
+        self._patches: _ByteLimitedCache[int, Tensor] = _ByteLimitedCache(cache_bytes)
+
+    def encode(self, image: PixelArray | Image.Image, limits: PixelLimits) -> EncodedImage:
+        """Resizes (bicubic) to a multiple of patch x merge within the limits.
+
+        Equal pictures under equal limits give the same object, so that the samples of a group
+        share their prompt. A picture whose sides differ by more than a factor of 200, which
+        Qwen's rule refuses, is padded with grey first: the student may well ask for such a crop.
+        """
+        array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
+            raise ConfigError(
+                "a picture must be a non-empty (height, width, 3) uint8 array, got "
+                f"shape {array.shape}, dtype {array.dtype}"
+            )
+        digest = hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=16)
+        digest.update(repr((array.shape, limits)).encode())
+        key = digest.digest()
+        found = self._encoded.get(key)
+        if found is not None:
+            return found
+        array = _limit_aspect(array, 190)
+        height, width = smart_resize(
+            array.shape[0], array.shape[1], self.factor, limits.min_pixels, limits.max_pixels
+        )
+        if (height, width) != array.shape[:2]:
+            resized = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
+            array = np.asarray(resized)
+        elif isinstance(image, np.ndarray):
+            array = array.copy()  # the environment may draw on its own array later
+        patch = int(self.processor.patch_size)
+        grid = (1, height // patch, width // patch)
+        tokens = grid[1] * grid[2] // int(self.processor.merge_size) ** 2
+        encoded = EncodedImage(pixels=array, grid=grid, tokens=tokens)
+        self._encoded.put(key, encoded, array.nbytes)
+        return encoded
+
+    def patches(self, images: Sequence[EncodedImage]) -> tuple[Tensor, Tensor]:
+        """The model's inputs for some pictures, in order.
+
+        Returns:
+            ``pixel_values`` (sum of t*h*w, 3 * 2 * patch**2) float32 and ``image_grid_thw``
+            (number of pictures, 3) int64, both on the CPU.
+        """
+        parts = []
+        for image in images:
+            part = self._patches.get(image.key)
+            if part is None:
+                features: Any = self.processor(
+                    images=[Image.fromarray(image.pixels)], do_resize=False, return_tensors="pt"
+                )
+                part = features["pixel_values"]
+                if tuple(features["image_grid_thw"][0].tolist()) != image.grid:
+                    raise RuntimeError("the image processor changed the size of an encoded picture")
+                self._patches.put(image.key, part, part.nbytes)
+            parts.append(part)
+        return torch.cat(parts), torch.tensor([image.grid for image in images])
+
+
+def _limit_aspect(array: PixelArray, most: int) -> PixelArray:
+    height, width = array.shape[:2]
+    rows, columns = max(height, -(-width // most)), max(width, -(-height // most))
+    if (rows, columns) == (height, width):
+        return array
+    padded = np.full((rows, columns, 3), 128, dtype=np.uint8)
+    padded[:height, :width] = array
+    return padded
+
+
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+
+class _ByteLimitedCache(Generic[_K, _V]):
+    """Least recently used first out, limited by the bytes of what it holds."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._entries: OrderedDict[_K, tuple[_V, int]] = OrderedDict()
+
+    def get(self, key: _K) -> _V | None:
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
+        return entry[0]
+
+    def put(self, key: _K, value: _V, size: int) -> None:
+        self._entries[key] = (value, size)
+        self._bytes += size
+        while self._bytes > self._max_bytes and len(self._entries) > 1:
+            self._bytes -= self._entries.popitem(last=False)[1][1]

@@ -1,0 +1,1 @@
+"""Episodes: environment x policy -> `Trajectory`."""

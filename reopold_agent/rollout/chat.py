@@ -1,0 +1,213 @@
+"""Conversations as token ids, by the checkpoint's own chat template, without drift.
+
+The ids that the student sampled are kept as they are; nothing is decoded and encoded again. What
+the template would put around an observation is encoded on its own and appended. That gives the
+template's own tokenisation of the whole conversation because every piece starts or ends at a
+control token, across which no tokenizer merges (drift elsewhere: trl #5224, verl #6719).
+
+Text that merely looks like a control token (a question that says ``<|im_end|>``) is encoded as
+ordinary text, so no question, file name or tool output can forge a turn or an image.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from reopold_agent.errors import ModelError
+from reopold_agent.types import IMAGE_MARK, EncodedImage, Message, Observation
+
+IMAGE_TOKEN = "<|image_pad|>"
+FORBIDDEN_TOKENS = (IMAGE_TOKEN, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+"""Never sampled: an image token without a picture would break the match with the features."""
+
+_ANSWER = "\N{INVISIBLE SEPARATOR}student\N{INVISIBLE SEPARATOR}"
+
+
+class ChatRenderer:
+    """Renders prompts and observations for one tokenizer.
+
+    Raises:
+        ModelError: the tokenizer has no chat template, or one that rewrites earlier turns.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_at_tool_call: bool = True):
+        if not tokenizer.chat_template:
+            raise ModelError(
+                f"the tokenizer of '{tokenizer.name_or_path}' has no chat template; use an "
+                "instruction-tuned checkpoint, or put its chat_template.jinja beside the tokenizer"
+            )
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder
+        self._control = {token.content: i for i, token in added.items() if token.special}
+        self._split = re.compile("(" + "|".join(map(re.escape, self._control)) + ")")
+        self.image_id = self._control.get(IMAGE_TOKEN)
+        names = {token.content: i for i, token in added.items()}
+        self.forbidden_ids = tuple(names[name] for name in FORBIDDEN_TOKENS if name in names)
+        end = self._continuation_text(Message("user", ("",)))
+        first = self._split.match(end)
+        if first is None:
+            raise ModelError(
+                "the chat template does not end an assistant turn with a control token"
+            )
+        self.turn_end_id = self._control[first.group()]
+        stops = {self.turn_end_id}
+        if tokenizer.eos_token_id is not None:
+            stops.add(int(tokenizer.eos_token_id))
+        if "<|endoftext|>" in names:
+            stops.add(names["<|endoftext|>"])
+        if stop_at_tool_call and "</tool_call>" in names:
+            stops.add(names["</tool_call>"])
+        self.stop_ids = tuple(sorted(stops))
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[EncodedImage]]:
+        """Ids of a conversation that the student continues, and its images in order.
+
+        Each image stands as one placeholder id per merged patch.
+        """
+        guarded, guards = self._guard(messages)
+        images = _images(messages)
+        return self._ids(self._apply(guarded, True), guards, images), images
+
+    def continuation(
+        self, observation: Message, last_id: int
+    ) -> tuple[list[int], list[EncodedImage]]:
+        """Ids to append after the student's turn so that it can take the next one.
+
+        Args:
+            observation: the user turn that answers the student.
+            last_id: the last id the student sampled; if it is the end of turn, which the
+                template would write, that id is not repeated.
+        """
+        guarded, guards = self._guard([observation])
+        images = _images([observation])
+        ids = self._ids(self._continuation_text(guarded[0]), guards, images)
+        return (ids[1:] if last_id == self.turn_end_id else ids), images
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The student's words: control tokens removed, nothing else changed."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def raw(self, ids: Sequence[int]) -> str:
+        """Everything, control tokens included, for records and viewers."""
+        return str(
+            self.tokenizer.decode(
+                list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
+        )
+
+    def _ids(self, text: str, guards: dict[str, str], images: list[EncodedImage]) -> list[int]:
+        ids: list[int] = []
+        remaining = iter(images)
+        for piece in self._split.split(text):
+            control = self._control.get(piece)
+            if control is None:
+                for guard, original in guards.items():
+                    piece = piece.replace(guard, original)
+                if piece:
+                    ids += self._plain(piece)
+            elif control == self.image_id:
+                image = next(remaining, None)
+                if image is None:
+                    raise ModelError("the chat template wrote more images than the messages hold")
+                ids += [control] * image.tokens
+            else:
+                ids.append(control)
+        if next(remaining, None) is not None:
+            raise ModelError(
+                "the chat template left out an image; this model's template takes text only"
+            )
+        return ids
+
+    def _plain(self, text: str) -> list[int]:
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
+        return [int(i) for i in encoded["input_ids"]]
+
+    def _guard(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
+        """Hides control strings in the messages' text behind characters they do not contain."""
+        messages = [Message(m.role, _joined(m.content)) for m in messages]
+        whole = "".join(p for m in messages for p in m.content if isinstance(p, str))
+        typed = [token for token in self._control if token in whole]
+        if not typed:
+            return list(messages), {}
+        spare = (chr(c) for c in range(0x100000, 0x10FFFD) if chr(c) not in whole)
+        guards = {next(spare): token for token in typed}
+
+        def hide(part: str | EncodedImage) -> str | EncodedImage:
+            if isinstance(part, str):
+                for guard, token in guards.items():
+                    part = part.replace(token, guard)
+            return part
+
+        return [Message(m.role, tuple(hide(p) for p in m.content)) for m in messages], guards
+
+    def _continuation_text(self, observation: Message) -> str:
+        """What the template writes between an assistant's words and its next turn."""
+        start = [Message("user", ("?",)), Message("assistant", (_ANSWER,))]
+        before, mark, after = self._apply([*start, observation], True).partition(_ANSWER)
+        if not mark or not self._apply(start, False).startswith(before + _ANSWER):
+            raise ModelError(
+                "this chat template changes earlier turns when one is added, so a multi-turn "
+                "episode cannot be kept token by token; use a template that only appends"
+            )
+        return after
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        rows: Any = [{"role": m.role, "content": _template_content(m)} for m in messages]
+        rendered: Any = self.tokenizer.apply_chat_template(
+            rows, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        return str(rendered)
+
+
+def _images(messages: Sequence[Message]) -> list[EncodedImage]:
+    return [part for m in messages for part in m.content if isinstance(part, EncodedImage)]
+
+
+def _joined(content: Sequence[str | EncodedImage]) -> tuple[str | EncodedImage, ...]:
+    """Neighbouring texts as one, as the template joins them: a control string may span two."""
+    joined: list[str | EncodedImage] = []
+    for part in content:
+        if joined and isinstance(part, str) and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return tuple(joined)
+
+
+def _template_content(message: Message) -> str | list[dict[str, str]]:
+    # Text-only templates (Qwen2.5, DeepSeek) take a string; Qwen2.5-VL's takes both.
+    if not _images([message]):
+        return "".join(part for part in message.content if isinstance(part, str))
+    return [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in message.content
+    ]
+
+
+def observation_message(observation: Observation, images: Sequence[EncodedImage]) -> Message:
+    """The user turn of an observation; ``images`` are its pictures, encoded, in order.
+
+    Raises:
+        ValueError: the text's image marks and the pictures differ in number.
+    """
+    texts = observation["text"].split(IMAGE_MARK)
+    if len(texts) - 1 != len(images):
+        raise ValueError(
+            f"an observation has {len(images)} images but {len(texts) - 1} image marks "
+            "(U+FFFC) in its text"
+        )
+    content: list[str | EncodedImage] = []
+    for position, text in enumerate(texts):
+        if text:
+            content.append(text)
+        if position < len(images):
+            content.append(images[position])
+    return Message("user", tuple(content))

@@ -1,0 +1,372 @@
+"""Episodes in bulk: many environments, one policy, trajectories out.
+
+The loop keeps the generator busy: a turn that ends goes to its environment on a worker thread
+while the others keep decoding, and comes back with its observation. When an episode comes back
+depends on counts, never on the clock, so a run with the same seeds gives the same trajectories.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import gymnasium
+import numpy as np
+
+from reopold_agent.policies.base import Generator, Policy
+from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.rollout.chat import ChatRenderer, observation_message
+from reopold_agent.rollout.workers import Outcome, Worker
+from reopold_agent.types import (
+    Completion,
+    EncodedImage,
+    Message,
+    Observation,
+    Request,
+    Sampling,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
+
+Env: TypeAlias = "gymnasium.Env[Any, str]"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RolloutLimits:
+    """Budgets of one episode.
+
+    Attributes:
+        max_response_tokens: everything after the prompt: turns, observations, separators.
+        max_turn_tokens: one assistant turn.
+        max_turns: assistant turns; the environment may end an episode earlier.
+        env_seconds: wall-clock bound on one ``reset`` or ``step`` of an environment. Tools have
+            their own, shorter limits inside it; this one catches environments that hang.
+        concurrency: episodes in flight at once.
+    """
+
+    max_response_tokens: int = 8192
+    max_turn_tokens: int = 4096
+    max_turns: int = 5
+    env_seconds: float = 120.0
+    concurrency: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("max_response_tokens", "max_turn_tokens", "max_turns", "concurrency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}")
+        if self.env_seconds <= 0:
+            raise ValueError(f"rollout.env_seconds must be positive, got {self.env_seconds}")
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """Which episode to play: task ``index`` of ``split``, its ``sample``-th repetition."""
+
+    split: str
+    index: int
+    sample: int = 0
+
+
+@dataclass
+class RolloutStats:
+    """Where the time of a rollout went, in seconds of wall-clock on the main thread."""
+
+    generate_seconds: float = 0.0
+    env_wait_seconds: float = 0.0
+    render_seconds: float = 0.0
+    sampled_tokens: int = 0
+
+
+@dataclass
+class _Episode:
+    key: int
+    spec: EpisodeSpec
+    worker: Worker
+    started: float
+    prompt_length: int = 0
+    task_id: str = ""
+    ids: list[int] = field(default_factory=list)
+    loss: list[bool] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    images: list[EncodedImage] = field(default_factory=list)
+    turns: list[Turn] = field(default_factory=list)
+    stop: StopReason | None = None
+    reward: float = 0.0
+    success: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Adds tokens that the student did not sample."""
+        self.ids += ids
+        self.loss += [False] * len(ids)
+        self.logp += [0.0] * len(ids)
+        self.entropy += [0.0] * len(ids)
+
+
+class RolloutRunner:
+    """Plays episodes and records them as trajectories.
+
+    Args:
+        make_env: makes one environment; called once per concurrent episode and kept.
+        chat: renders conversations for the policy's tokenizer.
+        vision: encodes pictures; None for text-only models (a picture is then an error).
+        prompt_pixels, observation_pixels: size limits of the first observation's pictures and of
+            those that tools return.
+        limits: budgets.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[], Env],
+        chat: ChatRenderer,
+        vision: VisionProcessor | None,
+        *,
+        prompt_pixels: PixelLimits,
+        observation_pixels: PixelLimits,
+        limits: RolloutLimits,
+    ) -> None:
+        self._make_env = make_env
+        self._chat, self._vision = chat, vision
+        self._prompt_pixels, self._observation_pixels = prompt_pixels, observation_pixels
+        self.limits = limits
+        self._idle: list[Worker] = []
+        self.stats = RolloutStats()
+
+    def run(
+        self,
+        policy: Policy,
+        episodes: Iterable[EpisodeSpec],
+        sampling: Sampling,
+        seed: tuple[int, ...],
+        *,
+        on_done: Callable[[int], None] | None = None,
+    ) -> list[Trajectory]:
+        """Plays the episodes and returns their trajectories in the given order.
+
+        Args:
+            policy: who generates.
+            episodes: what to play.
+            sampling: temperature and top_p.
+            seed: with the episode's index and sample it fixes every random draw. The
+                environment's own seed depends on split and index only, so that all samples of a
+                group face the same task.
+            on_done: called with the number of finished episodes after each one.
+        """
+        self.stats = RolloutStats()
+        specs = list(episodes)
+        generator = policy.generator(sampling)
+        waiting = list(enumerate(specs))[::-1]
+        finished: dict[int, Trajectory] = {}
+        pending: list[_Episode] = []  # at their environments, in the order they went there
+        playing: dict[int, _Episode] = {}
+        try:
+            while len(finished) < len(specs):
+                while waiting and len(playing) < self.limits.concurrency:
+                    key, spec = waiting.pop()
+                    episode = _Episode(key, spec, self._worker(), time.perf_counter())
+                    playing[key] = episode
+                    pending.append(episode)
+                    self._start_reset(episode)
+                # Fetch observations when at least as many episodes wait as decode: few, large
+                # prefills. The rule counts and never looks at the clock.
+                if pending and len(pending) >= generator.in_flight:
+                    ready = [e for e in pending if self._receive(e, generator)]
+                    pending = []
+                    self._submit(ready, generator, seed)
+                for completion in self._timed_step(generator):
+                    episode = playing[completion.key]
+                    self._end_turn(episode, completion)
+                    pending.append(episode)
+                for key in [k for k, e in playing.items() if e.stop is not None]:
+                    episode = playing.pop(key)
+                    finished[key] = self._trajectory(episode)
+                    if episode.stop is not StopReason.ENV_ERROR:
+                        self._idle.append(episode.worker)
+                    if on_done is not None:
+                        on_done(len(finished))
+        finally:
+            for episode in playing.values():
+                episode.worker.abandon()
+        return [finished[key] for key in range(len(specs))]
+
+    def close(self) -> None:
+        """Closes the environments."""
+        for worker in self._idle:
+            worker.close()
+        self._idle.clear()
+
+    def _worker(self) -> Worker:
+        return self._idle.pop() if self._idle else Worker(self._make_env)
+
+    def _start_reset(self, episode: _Episode) -> None:
+        spec = episode.spec
+        # crc-free and stable: the split's letters and the index, nothing of the process.
+        words = [*spec.split.encode(), spec.index]
+        env_seed = int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF
+        options = {"split": spec.split, "index": spec.index}
+        episode.worker.call(lambda env: env.reset(seed=env_seed, options=options))
+
+    def _receive(self, episode: _Episode, generator: Generator) -> bool:
+        """Takes the environment's answer; true if the student is to go on."""
+        started = time.perf_counter()
+        outcome = episode.worker.result(self.limits.env_seconds)
+        self.stats.env_wait_seconds += time.perf_counter() - started
+        if episode.turns:
+            episode.turns[-1].env_seconds = outcome.seconds
+        started = time.perf_counter()
+        try:
+            going_on = self._handle(episode, outcome)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            # What it returned is not what an environment returns: a failure of its own episode.
+            text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            going_on = self._fail(episode, text)
+        finally:
+            self.stats.render_seconds += time.perf_counter() - started
+        if not going_on and episode.turns:
+            generator.release(episode.key)
+        return going_on
+
+    def _handle(self, episode: _Episode, outcome: Outcome) -> bool:
+        if outcome.error is not None:
+            return self._fail(episode, outcome.error)
+        if not episode.turns:
+            observation, info = outcome.value
+            episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
+            self._add_prompt(episode, observation, str(info.get("system_prompt", "")))
+            return True
+        observation, reward, terminated, truncated, info = outcome.value
+        turn = episode.turns[-1]
+        call = info.get("tool_call")
+        turn.tool_call = call if isinstance(call, ToolCall) else None
+        episode.reward += float(reward)
+        if terminated or truncated:
+            episode.success = bool(info.get("success", reward > 0))
+            episode.info = {k: info[k] for k in ("answer", "success") if k in info}
+            if terminated:
+                # A turn cut by the budget is graded as it stands, but it is not an answer.
+                cut = turn.finish == "length"
+                episode.stop = StopReason.MAX_TOKENS if cut else StopReason.ANSWER
+            elif info.get("time_limit"):
+                episode.stop = StopReason.TIME_LIMIT
+            else:
+                episode.stop = StopReason.MAX_TURNS
+            return False
+        turn.observation = observation["text"]
+        return self._add_observation(episode, observation)
+
+    @staticmethod
+    def _fail(episode: _Episode, error: str) -> bool:
+        """Ends the episode, keeps what it has, and gives its environment up."""
+        where = "step" if episode.turns else "reset"
+        task = episode.task_id or episode.spec
+        _log.error("the environment failed in %s of task %s: %s", where, task, error)
+        episode.info["error"] = error
+        episode.stop = StopReason.ENV_ERROR
+        episode.worker.abandon()
+        return False
+
+    def _add_prompt(self, episode: _Episode, observation: Observation, system: str) -> None:
+        images = self._encode(observation, self._prompt_pixels)
+        messages = [observation_message(observation, images)]
+        if system:
+            messages.insert(0, Message("system", (system,)))
+        ids, images = self._chat.prompt(messages)
+        episode.append(ids)
+        episode.images += images
+        episode.prompt_length = len(ids)
+
+    def _add_observation(self, episode: _Episode, observation: Observation) -> bool:
+        if len(episode.turns) >= self.limits.max_turns:
+            episode.stop = StopReason.MAX_TURNS
+            return False
+        images = self._encode(observation, self._observation_pixels)
+        message = observation_message(observation, images)
+        ids, images = self._chat.continuation(message, episode.ids[-1])
+        used = len(episode.ids) - episode.prompt_length
+        # An observation is added whole or not at all, never cut inside an image; and it must
+        # leave room for at least one token of the student.
+        if used + len(ids) + 1 > self.limits.max_response_tokens:
+            episode.stop = StopReason.MAX_TOKENS
+            return False
+        episode.append(ids)
+        episode.images += images
+        return True
+
+    def _encode(self, observation: Observation, limits: PixelLimits) -> list[EncodedImage]:
+        if not observation["images"]:
+            return []
+        if self._vision is None:
+            raise ValueError("the environment shows pictures, but the model reads text only")
+        return [self._vision.encode(image, limits) for image in observation["images"]]
+
+    def _submit(
+        self, episodes: Sequence[_Episode], generator: Generator, seed: tuple[int, ...]
+    ) -> None:
+        requests = []
+        for episode in episodes:
+            used = len(episode.ids) - episode.prompt_length
+            room = self.limits.max_response_tokens - used
+            requests.append(
+                Request(
+                    key=episode.key,
+                    ids=episode.ids,
+                    images=episode.images,
+                    max_tokens=min(self.limits.max_turn_tokens, room),
+                    seed=(*seed, episode.spec.index, episode.spec.sample, len(episode.turns)),
+                )
+            )
+        if requests:
+            started = time.perf_counter()
+            generator.submit(requests)
+            self.stats.generate_seconds += time.perf_counter() - started
+
+    def _timed_step(self, generator: Generator) -> list[Completion]:
+        if not generator.in_flight:
+            return []
+        started = time.perf_counter()
+        completions = generator.step()
+        self.stats.generate_seconds += time.perf_counter() - started
+        return completions
+
+    def _end_turn(self, episode: _Episode, completion: Completion) -> None:
+        """Records the student's turn and hands its words to the environment."""
+        start = len(episode.ids)
+        episode.ids += completion.ids
+        episode.loss += [True] * len(completion.ids)
+        episode.logp += completion.logp
+        episode.entropy += completion.entropy
+        self.stats.sampled_tokens += len(completion.ids)
+        text = self._chat.text(completion.ids)
+        episode.turns.append(Turn(start, len(episode.ids), text, completion.finish))
+        episode.worker.call(lambda env: env.step(text))
+
+    @staticmethod
+    def _trajectory(episode: _Episode) -> Trajectory:
+        if episode.stop is None:
+            raise RuntimeError("an unfinished episode has no trajectory")
+        return Trajectory(
+            task_id=episode.task_id,
+            index=episode.spec.index,
+            sample=episode.spec.sample,
+            prompt_length=episode.prompt_length,
+            ids=np.array(episode.ids, dtype=np.int64),
+            loss_mask=np.array(episode.loss, dtype=np.bool_),
+            logp=np.array(episode.logp, dtype=np.float32),
+            entropy=np.array(episode.entropy, dtype=np.float32),
+            images=episode.images,
+            turns=episode.turns,
+            stop_reason=episode.stop,
+            reward=episode.reward,
+            success=episode.success,
+            info=episode.info,
+            seconds=time.perf_counter() - episode.started,
+        )

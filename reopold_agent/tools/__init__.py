@@ -1,0 +1,21 @@
+"""Tools that a student may call, and the registry that third parties add to."""
+
+from reopold_agent.tools.base import TOOLS, EpisodeState, Tool, ToolResult, tool
+from reopold_agent.tools.crop import crop_image
+from reopold_agent.tools.frames import select_frames
+from reopold_agent.tools.parse import ParsedCall, find_tool_call
+from reopold_agent.tools.prompt import BASE_PROMPT, system_prompt
+
+__all__ = [
+    "BASE_PROMPT",
+    "TOOLS",
+    "EpisodeState",
+    "ParsedCall",
+    "Tool",
+    "ToolResult",
+    "crop_image",
+    "find_tool_call",
+    "select_frames",
+    "system_prompt",
+    "tool",
+]

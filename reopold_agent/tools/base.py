@@ -1,0 +1,211 @@
+"""A tool: a typed function of the episode's state that gives the model text and pictures."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from PIL import Image
+
+from reopold_agent.errors import ConfigError, ToolError, ToolTimeoutError
+from reopold_agent.registry import Registry
+from reopold_agent.tools.schema import check_arguments, parameters_schema
+from reopold_agent.types import IMAGE_MARK, Task, ToolCall
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass
+class EpisodeState:
+    """What a tool may look at.
+
+    Attributes:
+        task: the question.
+        images: every picture of the episode so far at full size, RGB, in order of appearance;
+            the model counts them from 1. Pictures that a tool returns are appended here.
+        frames: number of leading ``images`` that are frames of the question's video; 0 if none.
+        options: per tool, settings from the environment's configuration.
+        extra: a place for the tools' own notes within an episode.
+    """
+
+    task: Task
+    images: list[Image.Image]
+    frames: int = 0
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def image(self, number: int) -> Image.Image:
+        """The picture of that number, counted from 1.
+
+        Raises:
+            ToolError: there is none.
+        """
+        if not 1 <= number <= len(self.images):
+            raise ToolError(
+                f"There is no image {number}; the images are numbered 1 to {len(self.images)}."
+            )
+        return self.images[number - 1]
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What the model sees: text with one `IMAGE_MARK` per picture, and the pictures.
+
+    Raises:
+        ValueError: marks and pictures differ in number.
+    """
+
+    text: str
+    images: tuple[Image.Image, ...] = ()
+
+    def __post_init__(self) -> None:
+        marks = self.text.count(IMAGE_MARK)
+        if marks != len(self.images):
+            raise ValueError(f"{marks} image marks in the text, but {len(self.images)} images")
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A named function that the model may call.
+
+    Attributes:
+        name: as the model calls it; `shown_as` changes it.
+        function: ``function(state, **arguments) -> ToolResult``; raises `ToolError` with a
+            message for the model.
+        description: what the model is told.
+        aliases: other names that are accepted.
+        timeout_s: wall-clock limit of one call, seconds.
+    """
+
+    name: str
+    function: Callable[..., ToolResult]
+    description: str
+    aliases: tuple[str, ...] = ()
+    timeout_s: float = 20.0
+
+    def answers_to(self, name: str) -> bool:
+        """Whether a call by that name means this tool."""
+        return name == self.name or name in self.aliases
+
+    def shown_as(self, name: str) -> Tool:
+        """The same tool under another name; the old one stays as an alias."""
+        if name == self.name:
+            return self
+        others = tuple(a for a in (self.name, *self.aliases) if a != name)
+        return replace(self, name=name, aliases=others)
+
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema that goes into the system message (OpenAI's and Qwen's form)."""
+        return {
+            "type": "function",
+            "function": {
+                "name": self.name,
+                "description": self.description,
+                "parameters": parameters_schema(self.function),
+            },
+        }
+
+    def call(
+        self, state: EpisodeState, arguments: object, *, seconds: float | None = None
+    ) -> tuple[ToolCall, ToolResult]:
+        """Runs the tool. Nothing but a result leaves this method, whatever the tool does.
+
+        Args:
+            state: the episode.
+            arguments: as the model gave them; checked here.
+            seconds: a tighter limit than the tool's own, for an episode that runs out of time.
+
+        Returns:
+            The record of the call, and what the model is shown; on failure a text that begins
+            with "Execution error:".
+        """
+        limit = self.timeout_s if seconds is None else min(seconds, self.timeout_s)
+        started = time.perf_counter()
+        shown: Mapping[str, Any] = arguments if isinstance(arguments, Mapping) else {}
+        try:
+            checked = check_arguments(self.function, arguments)
+            result = run_bounded(lambda: self.function(state, **checked), limit)
+            if not isinstance(result, ToolResult):
+                raise TypeError(f"returned {type(result).__name__}, not a ToolResult")
+        except ToolError as error:
+            spent = time.perf_counter() - started
+            return ToolCall(self.name, shown, False, str(error), spent), failure(str(error))
+        except Exception as error:  # a bug in the tool is the developer's, not the model's
+            _log.exception("tool '%s' failed on %s", self.name, shown)
+            message = f"The tool {self.name} failed: {type(error).__name__}."
+            spent = time.perf_counter() - started
+            return ToolCall(self.name, shown, False, message, spent), failure(message)
+        return ToolCall(self.name, shown, True, None, time.perf_counter() - started), result
+
+
+def failure(reason: str) -> ToolResult:
+    """What the model sees of a call that failed (Pixel-Reasoner's words)."""
+    return ToolResult(f"Execution error:\n{reason.replace(IMAGE_MARK, ' ')}")
+
+
+def run_bounded(function: Callable[[], T], seconds: float) -> T:
+    """Runs a function on a daemon thread and waits at most ``seconds`` for it.
+
+    A function that never returns keeps its thread, but neither the episode nor the process's
+    exit. (Code that holds the interpreter's lock for ever cannot be bounded by a thread.)
+
+    Raises:
+        ToolTimeoutError: the time is up.
+        Exception: whatever the function raised.
+    """
+    outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            outcome.put((True, function()))
+        except Exception as error:  # handed to the caller, who raises it
+            outcome.put((False, error))
+        except BaseException as error:  # SystemExit and the like must not pass for success
+            outcome.put((False, RuntimeError(f"{type(error).__name__}: {error}")))
+
+    threading.Thread(target=work, daemon=True, name="reopold-tool").start()
+    try:
+        ok, value = outcome.get(timeout=max(0.0, seconds))
+    except queue.Empty:
+        raise ToolTimeoutError(f"The tool did not finish within {seconds:g} seconds.") from None
+    if not ok:
+        raise value
+    result: T = value
+    return result
+
+
+TOOLS: Registry[Tool] = Registry("tool", "reopold_agent.tools")
+
+
+def tool(
+    name: str,
+    *,
+    description: str | None = None,
+    aliases: tuple[str, ...] = (),
+    timeout_s: float = 20.0,
+) -> Callable[[Callable[..., ToolResult]], Tool]:
+    """Makes a tool of a function and registers it.
+
+    The description is the function's docstring unless given. Parameters after the first need
+    annotations (`reopold_agent.tools.schema`).
+
+    Raises:
+        ConfigError: no description, an unsupported annotation, or a name that is taken.
+    """
+
+    def decorate(function: Callable[..., ToolResult]) -> Tool:
+        text = description or (function.__doc__ or "").strip().split("\n\n")[0]
+        if not text:
+            raise ConfigError(f"tool '{name}' needs a description or a docstring")
+        made = Tool(name, function, " ".join(text.split()), aliases, timeout_s)
+        made.schema()
+        return TOOLS.register(name, made, aliases=aliases)
+
+    return decorate

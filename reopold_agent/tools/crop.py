@@ -1,0 +1,90 @@
+"""``crop_image``: look closer at a part of a picture."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from reopold_agent.errors import ToolError
+from reopold_agent.tools.base import EpisodeState, ToolResult, tool
+from reopold_agent.types import IMAGE_MARK
+
+MIN_SIDE = 28
+"""A result must be larger than 28 x 28 pixels: one token of Qwen2.5-VL."""
+
+PADDING, PADDING_PIXELS = 0.1, 600
+"""The box grows on each side by this share of the picture's side, at most so many pixels."""
+
+
+@tool(
+    "crop_image",
+    description="Zoom in on the image based on the bounding box coordinates. It is useful when "
+    "the object or text in the image is too small to be seen.",
+    aliases=("crop_image_normalized", "zoom_in"),
+)
+def crop_image(
+    state: EpisodeState,
+    bbox_2d: Annotated[
+        list[float],
+        "coordinates for bounding box of the area you want to zoom in: [x1, y1, x2, y2], "
+        "normalized to the range 0 to 1, or in pixels of the image.",
+    ],
+    target_image: Annotated[
+        int,
+        "The index of the image to crop, from 1 to the number of images so far. Choose 1 to "
+        "operate on the original image.",
+    ],
+) -> ToolResult:
+    """Cuts the padded box out of the picture at full size.
+
+    Options (environment configuration, ``tool_options.crop_image``): ``padding`` (share of the
+    side), ``min_side`` (pixels).
+    """
+    image = state.image(target_image)
+    options = state.options.get("crop_image", {})
+    box = pixel_box(
+        bbox_2d,
+        image.width,
+        image.height,
+        padding=float(options.get("padding", PADDING)),
+        min_side=int(options.get("min_side", MIN_SIDE)),
+    )
+    part = image.crop(box)
+    size = f"{part.width}x{part.height}"
+    return ToolResult(f"Here is the cropped image (Image Size: {size}):\n{IMAGE_MARK}", (part,))
+
+
+def pixel_box(
+    bbox: list[float], width: int, height: int, *, padding: float, min_side: int
+) -> tuple[int, int, int, int]:
+    """The box in whole pixels, padded and clipped to the picture.
+
+    Coordinates are normalised when all four lie in [0, 1], pixels otherwise. The one ambiguous
+    case, a pixel box inside the first pixel, would be too small to be of use. (Peers ask for
+    ``< 1``, so that the whole picture [0, 0, 1, 1] became its corner.) Padding is
+    ``min(padding, 600 / side)`` of the side, as in Pixel-Reasoner.
+
+    Raises:
+        ToolError: the box is malformed, inside out, outside the picture, or too small.
+    """
+    if len(bbox) != 4:
+        raise ToolError(f"'bbox_2d' must have 4 numbers [x1, y1, x2, y2], got {len(bbox)}.")
+    x1, y1, x2, y2 = bbox
+    if x2 <= x1 or y2 <= y1:
+        raise ToolError(
+            f"The box [{x1:g}, {y1:g}, {x2:g}, {y2:g}] is empty: x2 must be greater than x1 and "
+            "y2 greater than y1."
+        )
+    if all(0 <= value <= 1 for value in bbox):
+        x1, x2, y1, y2 = x1 * width, x2 * width, y1 * height, y2 * height
+    if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
+        raise ToolError(f"The box lies outside the image, whose size is {width}x{height}.")
+    pad_x = min(padding * width, PADDING_PIXELS)
+    pad_y = min(padding * height, PADDING_PIXELS)
+    left, top = max(0, round(x1 - pad_x)), max(0, round(y1 - pad_y))
+    right, bottom = min(width, round(x2 + pad_x)), min(height, round(y2 + pad_y))
+    if right - left <= min_side or bottom - top <= min_side:
+        raise ToolError(
+            f"The cropped image would be {right - left}x{bottom - top}; each side must be larger "
+            f"than {min_side} pixels. Choose a larger box."
+        )
+    return left, top, right, bottom

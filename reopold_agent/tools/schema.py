@@ -1,0 +1,133 @@
+"""From a typed signature to a JSON schema, and from a model's arguments to checked values.
+
+The two are made from the same annotations, so what the model is told and what is accepted cannot
+differ. Strict on purpose: a boolean is not a number, a string is not a list, NaN is nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from reopold_agent.errors import ConfigError, ToolError
+
+_NAMES = {int: "integer", float: "number", str: "string", bool: "boolean"}
+_ARTICLES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+def parameters_schema(function: Callable[..., Any]) -> dict[str, Any]:
+    """JSON schema of a tool's arguments: every parameter after the first (the episode's state).
+
+    ``Annotated[T, "text"]`` gives the description; a default makes a parameter optional.
+
+    Raises:
+        ConfigError: an annotation is missing or not supported.
+    """
+    properties: dict[str, Any] = {}
+    required = []
+    for name, parameter in _arguments(function).items():
+        hint = _hint(function, name)
+        properties[name] = _schema(hint, f"{function.__name__}({name})")
+        if parameter.default is inspect.Parameter.empty:
+            required.append(name)
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def check_arguments(function: Callable[..., Any], arguments: object) -> dict[str, Any]:
+    """The arguments as the function wants them.
+
+    Raises:
+        ToolError: says which argument is wrong and what is expected; meant for the model.
+    """
+    if not isinstance(arguments, Mapping):
+        raise ToolError(f"The arguments must be a JSON object, got {shorten(arguments)}.")
+    known = _arguments(function)
+    unknown = [str(key) for key in arguments if key not in known]
+    if unknown:
+        raise ToolError(
+            f"Unknown argument '{shorten(unknown[0], 40)}'. The arguments are: {', '.join(known)}."
+        )
+    checked: dict[str, Any] = {}
+    for name, parameter in known.items():
+        if name in arguments:
+            checked[name] = _check(_hint(function, name), arguments[name], name)
+        elif parameter.default is inspect.Parameter.empty:
+            raise ToolError(f"The argument '{name}' is missing.")
+    return checked
+
+
+def shorten(value: object, most: int = 80) -> str:
+    """A value as text for a message, cut so that a huge argument cannot fill the context."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (RecursionError, ValueError):  # too deep, or an integer of more digits than allowed
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _arguments(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(list(inspect.signature(function).parameters.items())[1:])
+
+
+def _hint(function: Callable[..., Any], name: str) -> Any:
+    hints = get_type_hints(function, include_extras=True)
+    if name not in hints:
+        raise ConfigError(f"the parameter '{name}' of tool '{function.__name__}' has no annotation")
+    return hints[name]
+
+
+def _schema(hint: Any, where: str) -> dict[str, Any]:
+    if get_origin(hint) is Annotated:
+        inner, *notes = get_args(hint)
+        schema = _schema(inner, where)
+        text = next((note for note in notes if isinstance(note, str)), None)
+        if text is None:
+            return schema
+        # Qwen's schemas have type, description, items in this order.
+        kind = schema.pop("type")
+        return {"type": kind, "description": text, **schema}
+    if hint in _NAMES:
+        return {"type": _NAMES[hint]}
+    if get_origin(hint) is list:
+        (item,) = get_args(hint)
+        return {"type": "array", "items": _schema(item, where)}
+    if get_origin(hint) is Literal:
+        return {"type": "string", "enum": list(get_args(hint))}
+    raise ConfigError(
+        f"{where}: {hint!r} is not supported; use int, float, str, bool, list[...] or Literal"
+    )
+
+
+def _check(hint: Any, value: Any, where: str) -> Any:
+    if get_origin(hint) is Annotated:
+        return _check(get_args(hint)[0], value, where)
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ToolError(f"'{where}' must be a list, got {shorten(value)}.")
+        (item,) = get_args(hint)
+        return [_check(item, each, f"{where}[{i}]") for i, each in enumerate(value)]
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            options = ", ".join(map(repr, get_args(hint)))
+            raise ToolError(f"'{where}' must be one of {options}, got {shorten(value)}.")
+        return value
+    wrong = ToolError(f"'{where}' must be {_ARTICLES[hint]}, got {shorten(value)}.")
+    if isinstance(value, bool) != (hint is bool):
+        raise wrong
+    if hint is float:
+        if not isinstance(value, (int, float)):
+            raise wrong
+        try:
+            number = float(value)
+        except OverflowError:
+            raise wrong from None
+        if not math.isfinite(number):
+            raise wrong
+        return number
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)  # JSON has one kind of number; 2.0 means 2
+    if not isinstance(value, hint):
+        raise wrong
+    return value

@@ -1,0 +1,175 @@
+"""Append-only files of JSON lines: ``metrics.jsonl`` and ``trajectories.jsonl``.
+
+A line is written by one call and without fsync: after a kill of the process every finished line
+is there, and at most the last one is cut off. Opening such a file again repairs it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from reopold_agent.errors import DataError
+from reopold_agent.tracking.files import dump_json, write_bytes_atomic
+
+
+def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Reads the rows of a file, without a last line that a kill cut off.
+
+    Raises:
+        DataError: there is no such file, or a line before the last is not a JSON object; the
+            message names file and line.
+    """
+    return [row for _, row in _lines(Path(path))]
+
+
+def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """Each row with the bytes it was read from."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}") from error
+    pieces = data.split(b"\n")
+    rows: list[tuple[bytes, dict[str, Any]]] = []
+    for number, line in enumerate(pieces, start=1):
+        if not line.strip():
+            continue
+        row = _parse(line)
+        if row is not None:
+            rows.append((line, row))
+        elif number < len(pieces):  # the last piece has no line break behind it: cut off
+            raise DataError(f"{path}, line {number}: not a JSON object; repair or delete the line")
+    return rows
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of ``metrics.jsonl``; ``path`` is the file or its run folder.
+
+    Raises:
+        DataError: as `read_json_lines`.
+    """
+    path = Path(path)
+    return read_json_lines(path / "metrics.jsonl" if path.is_dir() else path)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
+        return None
+    return row if isinstance(row, dict) else None
+
+
+class JsonLines:
+    """Appends rows to a file, one strict JSON object a line; the folder must exist.
+
+    Only one process may write to a file (`RunFolder` holds a lock). NaN and the infinities are
+    written as null and no value makes `write` fail (see `to_json`); a full disk does.
+
+    A last line that a kill cut off is removed on opening, one that lacks only its line break is
+    completed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._open()
+        self._repair()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one row.
+
+        Raises:
+            OSError: the row could not be written whole; what was written of it is taken back.
+        """
+        line = memoryview(dump_json(row) + b"\n")
+        start = self._stream.seek(0, 2)
+        try:
+            while line:  # a raw write may take only a part of it
+                line = line[self._stream.write(line) or 0 :]
+        except OSError:
+            self._stream.truncate(start)
+            raise
+
+    def truncate_after(self, step: int) -> int:
+        """Drops what a run that goes on from checkpoint ``step`` will write again.
+
+        A checkpoint's step is the number of updates done. Dropped are rows with ``kind`` "eval"
+        whose step is greater, and all other rows whose step is at least ``step`` (their step
+        counts from 0, so row ``step`` belongs to the update after the checkpoint). Rows without
+        a step stay. The file is replaced at once.
+
+        Returns:
+            Number of rows dropped.
+        """
+        rows = _lines(self.path)
+        kept = [line for line, row in rows if not _is_after(row, step)]
+        if len(kept) < len(rows):
+            self._stream.close()
+            try:
+                write_bytes_atomic(self.path, b"".join(line + b"\n" for line in kept))
+            finally:
+                self._open()
+        return len(rows) - len(kept)
+
+    def close(self) -> None:
+        """Closes the file; writing afterwards raises ValueError."""
+        self._stream.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self) -> None:
+        # Unbuffered, so that a line is in the kernel's hands when `write` returns.
+        self._stream = self.path.open("ab", buffering=0)
+
+    def _repair(self) -> None:
+        data = self.path.read_bytes()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            if _parse(data[end:]) is not None:
+                self._stream.write(b"\n")
+            else:
+                self._stream.truncate(end)
+
+
+def _is_after(row: Mapping[str, Any], step: int) -> bool:
+    at = row.get("step")
+    if isinstance(at, bool) or not isinstance(at, int | float):
+        return False
+    return at > step if row.get("kind") == "eval" else at >= step
+
+
+class MetricsWriter(JsonLines):
+    """``metrics.jsonl`` of a run: one row per training step and one per evaluation.
+
+    Rows of a training step have ``kind`` "train" and ``step`` counted from 0; rows of an
+    evaluation have ``kind`` "eval" and as ``step`` the number of updates done.
+    """
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one row.
+
+        Raises:
+            ValueError: the row's ``kind`` is neither "train" nor "eval", or its ``step`` is not
+                an integer: such a row would survive, or not, a resume by accident.
+            OSError: as in `JsonLines.write`.
+        """
+        kind, step = row.get("kind"), row.get("step")
+        if kind not in ("train", "eval"):
+            raise ValueError(f"a row of metrics needs kind 'train' or 'eval', got {kind!r}")
+        if isinstance(step, bool) or not isinstance(step, int | np.integer):
+            raise ValueError(f"a row of metrics needs an integer step, got {step!r}")
+        super().write(row)

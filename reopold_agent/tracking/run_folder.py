@@ -1,0 +1,182 @@
+"""The folder of a run: what lies where, who may write to it, and what it was made with."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Self
+
+import reopold_agent
+from reopold_agent.errors import CheckpointError
+from reopold_agent.tracking.files import write_json_atomic, write_text_atomic
+
+if sys.platform != "win32":
+    import fcntl
+
+_log = logging.getLogger(__name__)
+
+_PACKAGES = ("torch", "transformers", "numpy", "gymnasium", "hydra-core", "pillow", "safetensors")
+_CHECKPOINT = re.compile(r"step-(\d{6,})")
+
+
+class RunFolder:
+    """Where the files of a run lie. Making one touches nothing; `lock` makes the folders.
+
+    Attributes:
+        path: the folder, absolute.
+        config, versions, metrics, trajectories, summary, log: paths of its files.
+        pictures, plots, checkpoints: its folders.
+        final: folder of the trained student; made by who saves it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.config = self.path / "config.yaml"
+        self.versions = self.path / "versions.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.trajectories = self.path / "trajectories.jsonl"
+        self.summary = self.path / "summary.json"
+        self.log = self.path / "train.log"
+        self.pictures = self.path / "pictures"
+        self.plots = self.path / "plots"
+        self.checkpoints = self.path / "checkpoints"
+        self.final = self.path / "final"
+
+    @contextmanager
+    def lock(self) -> Iterator[Self]:
+        """Makes the layout and holds the folder for this process while the context lasts.
+
+        The lock is ``flock`` on ``RUN/.lock``: the kernel frees it when the process ends in any
+        way, SIGKILL included, so no stale lock can block a resume. (A child made by a bare fork
+        shares it.) On Windows there is no lock.
+
+        Raises:
+            CheckpointError: another process (or this one, by another context) holds the folder,
+                or it cannot be made.
+        """
+        try:
+            for folder in (self.pictures, self.plots, self.checkpoints):
+                folder.mkdir(parents=True, exist_ok=True)
+            # "a" neither fails on nor empties a file whose owner may be alive.
+            stream = (self.path / ".lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot make the run folder {self.path}: {error}") from error
+        with stream:
+            self._acquire(stream)
+            yield self
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after ``step`` updates."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of the checkpoints that exist, ascending; folders of other names do not count."""
+        found = (_CHECKPOINT.fullmatch(p.name) for p in self.checkpoints.iterdir() if p.is_dir())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def write_config(self, text: str) -> None:
+        """Writes ``config.yaml``, the resolved configuration, at once."""
+        write_text_atomic(self.config, text)
+
+    def write_versions(self, device: str = "cpu") -> dict[str, Any]:
+        """Writes ``versions.json``: what this process runs on and with (see `versions`).
+
+        When a run goes on with other versions, those of before stay under ``earlier``.
+        """
+        now = versions(device)
+        earlier: list[Any] = []
+        if self.versions.exists():
+            try:
+                before = json.loads(self.versions.read_bytes())
+                earlier = before.pop("earlier", [])
+            except (ValueError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{self.versions} is damaged ({error}); delete it to go on"
+                ) from error
+            if before != now:
+                earlier = [*earlier, before]
+        write_json_atomic(self.versions, {**now, "earlier": earlier} if earlier else now)
+        return now
+
+    def _acquire(self, stream: IO[str]) -> None:
+        if sys.platform == "win32":
+            return
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            owner = stream.read().strip()
+            raise CheckpointError(
+                f"the run folder {self.path} is in use"
+                + (f" by {owner}" if owner else "")
+                + "; wait for that run to end, or choose another folder with hydra.run.dir="
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            # Some network file systems have no locks; refusing to train there helps nobody.
+            _log.warning("%s: this file system has no locks (%s)", self.path, error)
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        stream.flush()
+
+
+def versions(device: str = "cpu") -> dict[str, Any]:
+    """What a run runs on and with; null where a package or the checkout is absent.
+
+    Args:
+        device: name of the device that trains ("cpu", "NVIDIA H100 80GB HBM3").
+
+    Returns:
+        ``reopold_agent``, ``python``, ``platform``, ``cpu_count``, ``device``, ``packages`` (name
+        to version) and ``git`` (``commit``, ``dirty``), null when the package is not run from
+        its own checkout.
+    """
+    return {
+        "reopold_agent": reopold_agent.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "device": device,
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "git": _git(Path(reopold_agent.__file__).resolve().parents[1]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(root: Path) -> dict[str, Any] | None:
+    # Only the project's own checkout: an installed copy may lie within someone else's repository.
+    if not ((root / ".git").exists() and (root / "pyproject.toml").exists()):
+        return None
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            _log.info("git is not usable in %s: %s", root, error)
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    if status is None:
+        return None
+    return {"commit": git("rev-parse", "--verify", "HEAD"), "dirty": bool(status)}

@@ -1,0 +1,170 @@
+"""Rows of ``trajectories.jsonl`` and the pictures beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from reopold_agent.tracking.files import write_bytes_atomic
+from reopold_agent.types import EncodedImage, FloatArray, PixelArray, Trajectory, Turn
+
+
+def trajectory_record(
+    trajectory: Trajectory,
+    step: int,
+    *,
+    kind: Literal["train", "eval"] = "train",
+    who: str = "student",
+    pictures: Sequence[str] = (),
+    decode: Callable[[Sequence[int]], str] | None = None,
+) -> dict[str, Any]:
+    """One episode as a row that holds all one needs to read it or to compute it again.
+
+    Args:
+        trajectory: the episode.
+        step: training step from 0 (kind "train") or number of updates done (kind "eval").
+        kind: which of both; `JsonLines.truncate_after` reads it.
+        who: "student" or "teacher".
+        pictures: paths from `save_pictures`, one per image, or none.
+        decode: ids to text with control tokens kept, for readers without the tokenizer; it gives
+            ``prompt`` and ``tokens``.
+
+    Returns:
+        ``kind``, ``step``, ``who``, ``task_id``, ``index``, ``sample``, ``success``, ``reward``,
+        ``stop_reason``, ``seconds``, ``prompt`` (null without ``decode``; a run of one id, such
+        as an image's placeholders, stands as "token*count"), ``prompt_length``,
+        ``response_tokens``,
+        ``turns`` (``start``, ``end``, ``text``, ``finish``, ``tool_call``, ``observation``,
+        ``env_seconds``), ``images`` (``grid``, ``tokens``, ``width``, ``height``, ``picture``),
+        ``info`` (its plain values only) and, each as long as ``ids``: ``ids``, ``loss_mask`` (0
+        or 1), ``logp``, ``entropy``, ``teacher_logp`` (null when not scored), ``tokens`` (one
+        text per id; null without ``decode``). Floats are the shortest that read back as the
+        same float32.
+
+    Raises:
+        ValueError: ``pictures`` has another length than the images.
+    """
+    if pictures and len(pictures) != len(trajectory.images):
+        raise ValueError(f"{len(pictures)} picture paths for {len(trajectory.images)} images")
+    paths: Sequence[str | None] = pictures or [None] * len(trajectory.images)
+    ids = [int(i) for i in trajectory.ids]
+    plain = str | int | float | bool | None
+    return {
+        "kind": kind,
+        "step": step,
+        "who": who,
+        "task_id": trajectory.task_id,
+        "index": trajectory.index,
+        "sample": trajectory.sample,
+        "success": bool(trajectory.success),
+        "reward": float(trajectory.reward),
+        "stop_reason": trajectory.stop_reason.value,
+        "seconds": trajectory.seconds,
+        "prompt": decode and _prompt(ids[: trajectory.prompt_length], decode),
+        "prompt_length": trajectory.prompt_length,
+        "response_tokens": trajectory.response_tokens,
+        "turns": [_turn(turn) for turn in trajectory.turns],
+        "images": [
+            _image(image, path) for image, path in zip(trajectory.images, paths, strict=True)
+        ],
+        "info": {key: value for key, value in trajectory.info.items() if isinstance(value, plain)},
+        "ids": ids,
+        "loss_mask": [int(m) for m in trajectory.loss_mask],
+        "logp": _short(trajectory.logp),
+        "entropy": _short(trajectory.entropy),
+        "teacher_logp": None
+        if trajectory.teacher_logp is None
+        else _short(trajectory.teacher_logp),
+        "tokens": decode and _tokens(ids, decode),
+    }
+
+
+def _tokens(ids: list[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    texts = {i: decode([i]) for i in set(ids)}
+    return [texts[i] for i in ids]
+
+
+def _prompt(ids: list[int], decode: Callable[[Sequence[int]], str]) -> str:
+    text, pending = "", list[int]()
+    for token, group in itertools.groupby(ids):
+        count = sum(1 for _ in group)
+        if count <= 3:  # "..." and blank lines are words; longer runs are placeholders
+            pending += [token] * count
+            continue
+        text += (decode(pending) if pending else "") + f"{decode([token])}*{count}"
+        pending = []
+    return text + (decode(pending) if pending else "")
+
+
+def _turn(turn: Turn) -> dict[str, Any]:
+    call = turn.tool_call
+    return {
+        "start": turn.start,
+        "end": turn.end,
+        "text": turn.text,
+        "finish": turn.finish,
+        "tool_call": None
+        if call is None
+        else {
+            "name": call.name,
+            "arguments": dict(call.arguments),
+            "ok": call.ok,
+            "error": call.error,
+            "seconds": call.seconds,
+        },
+        "observation": turn.observation,
+        "env_seconds": turn.env_seconds,
+    }
+
+
+def _image(image: EncodedImage, path: str | None) -> dict[str, Any]:
+    height, width = image.pixels.shape[:2]
+    return {
+        "grid": [int(side) for side in image.grid],
+        "tokens": image.tokens,
+        "width": width,
+        "height": height,
+        "picture": path,
+    }
+
+
+def _short(values: FloatArray) -> list[float]:
+    # str of a float32 is the shortest decimal that reads back as it: a third of float64's length.
+    return [float(str(value)) for value in np.asarray(values, dtype=np.float32)]
+
+
+def picture_name(pixels: PixelArray) -> str:
+    """File name of a picture: a hash of its shape and pixels, so equal ones share a file."""
+    pixels = np.ascontiguousarray(pixels)
+    digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes())
+    return f"{digest.hexdigest()[:24]}.png"
+
+
+def save_pictures(trajectory: Trajectory, run_dir: str | Path) -> list[str]:
+    """Writes the pictures that the model saw as PNG; one that is there already stays.
+
+    Args:
+        trajectory: whose ``images`` to write, after their resize.
+        run_dir: the run folder; its ``pictures`` is made when missing.
+
+    Returns:
+        One path per image, ``pictures/<hash>.png``, relative to the run folder, with slashes.
+    """
+    folder = Path(run_dir) / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths: list[str] = []
+    for image in trajectory.images:
+        name = picture_name(image.pixels)
+        if not (folder / name).exists():
+            encoded = io.BytesIO()
+            Image.fromarray(np.ascontiguousarray(image.pixels)).save(encoded, format="PNG")
+            write_bytes_atomic(folder / name, encoded.getvalue())
+        paths.append(f"pictures/{name}")
+    return paths

@@ -1,0 +1,246 @@
+"""The words of this project, as types: read this file first.
+
+What flows where::
+
+    Task --env.reset--> Observation --chat--> prompt ids --policy--> student's tokens
+      ^                                                                   |
+      |                                               env.step(text), tools, images
+      +---- one Trajectory per episode <----------------------------------+
+
+A `Trajectory` is what every later stage reads: the teacher scores its ids, the objective
+weighs its tokens, the engine trains on them, the files of a run record it.
+
+Conventions that hold everywhere:
+
+* Shapes are written as suffixes: ``_L`` one sequence, ``_BT`` batch x time.
+* A value at index ``i`` of a trajectory belongs to the token ``ids[i]`` given ``ids[:i]``.
+* Only tokens that the student sampled have ``loss_mask`` true. Prompts, observations, image
+  placeholders and the separators that the chat template puts between turns never do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+Role: TypeAlias = Literal["system", "user", "assistant"]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+PixelArray: TypeAlias = npt.NDArray[np.uint8]
+
+IMAGE_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+"""Stands in an observation's text where an image goes (Unicode's own character for it)."""
+
+
+class Observation(TypedDict):
+    """What an environment shows: one user turn.
+
+    ``text`` holds one `IMAGE_MARK` per image, in the order of ``images``; each image is an
+    array of shape (height, width, 3), dtype uint8.
+    """
+
+    text: str
+    images: tuple[PixelArray, ...]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation. ``content`` mixes text and images in reading order."""
+
+    role: Role
+    content: tuple[str | EncodedImage, ...]
+
+
+class ImageSource(Protocol):
+    """A picture that is opened when it is needed (file, member of an archive, bytes, memory)."""
+
+    def open(self) -> Image.Image:
+        """Returns the picture as RGB with its EXIF rotation applied.
+
+        Raises:
+            reopold_agent.errors.DataError: missing or damaged; the message names the file.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Task:
+    """One question with its pictures. ``answers`` are the acceptable strings."""
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    images: tuple[ImageSource, ...] = ()
+    is_video: bool = False
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+_image_keys = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """A picture after the one resize that student, teacher and trainer all share.
+
+    Attributes:
+        pixels: (height, width, 3) uint8, both sides multiples of patch x merge.
+        grid: (t, h, w) in patches, as Qwen2.5-VL's ``image_grid_thw`` wants it.
+        tokens: number of placeholder tokens, ``t * h * w / merge**2``.
+        key: unique within the process; caches of derived arrays use it.
+    """
+
+    pixels: PixelArray
+    grid: tuple[int, int, int]
+    tokens: int
+    key: int = field(default_factory=lambda: next(_image_keys))
+
+
+class StopReason(StrEnum):
+    """Why an episode ended."""
+
+    ANSWER = "answer"
+    """The environment terminated: the student answered."""
+    MAX_TURNS = "max_turns"
+    """The environment truncated at its turn budget."""
+    MAX_TOKENS = "max_tokens"
+    """The next tokens (a turn or an observation) would not fit the response budget."""
+    TIME_LIMIT = "time_limit"
+    """The episode used up its time for tools."""
+    ENV_ERROR = "env_error"
+    """The environment raised or hung; the episode is kept for the record, not trained on."""
+
+
+@dataclass
+class ToolCall:
+    """One tool call of the student and how it went. ``error`` is what the model was told."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    ok: bool
+    error: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Turn:
+    """One assistant turn: its tokens are ``ids[start:end]`` of the trajectory."""
+
+    start: int
+    end: int
+    text: str
+    finish: Literal["stop", "length"]
+    tool_call: ToolCall | None = None
+    observation: str = ""
+    env_seconds: float = 0.0
+
+
+@dataclass
+class Trajectory:
+    """One episode as tokens; see the module's conventions for alignment.
+
+    Attributes:
+        task_id: the task's id, as the environment's ``info["task_id"]`` gave it.
+        index: position of the task in its split; with ``sample`` it names the episode.
+        sample: which of the group's samples of this task it is, from 0.
+        ids: (L,) int64: prompt, then turns and observations in order.
+        loss_mask: (L,) bool.
+        logp: (L,) float32: log-prob under the policy that sampled, temperature 1, over the
+            allowed vocabulary; 0 where ``loss_mask`` is false.
+        entropy: (L,) float32, nats: entropy of that same distribution; 0 likewise.
+        images: in the order of their placeholders in ``ids``.
+        reward: the environment's outcome, for logs and reward-based objectives. Distillation
+            never reads it.
+        teacher_logp: (L,) float32 once scored, else None.
+    """
+
+    task_id: str
+    index: int
+    sample: int
+    prompt_length: int
+    ids: IntArray
+    loss_mask: BoolArray
+    logp: FloatArray
+    entropy: FloatArray
+    images: list[EncodedImage]
+    turns: list[Turn]
+    stop_reason: StopReason
+    reward: float
+    success: bool
+    info: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    teacher_logp: FloatArray | None = None
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """The tool calls in order, failed ones included."""
+        return [turn.tool_call for turn in self.turns if turn.tool_call is not None]
+
+    @property
+    def response_tokens(self) -> int:
+        """Number of tokens that the student sampled."""
+        return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. Training uses temperature 1 and top_p 1: then the recorded log-probs are
+    those of the distribution that was sampled from. ``temperature=0`` is greedy."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be >= 0 (0 is greedy), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+class TaskSource(Protocol):
+    """A finite, ordered set of tasks."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Task: ...
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Log-prob and entropy of the student's tokens of one trajectory, aligned with its ids."""
+
+    logp: FloatArray
+    entropy: FloatArray
+
+
+@dataclass(frozen=True)
+class Request:
+    """One turn to generate: continue ``ids`` (everything so far) of the sequence ``key``.
+
+    ``seed`` fixes the random stream of the sequence, so that what it samples does not depend
+    on which other sequences share the batch.
+    """
+
+    key: int
+    ids: Sequence[int]
+    images: Sequence[EncodedImage]
+    max_tokens: int
+    seed: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """The sampled continuation of a `Request`; the three sequences have equal length."""
+
+    key: int
+    ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    entropy: tuple[float, ...]
+    finish: Literal["stop", "length"]
