@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -85,6 +86,10 @@ class RolloutConfig:
     concurrency: int = 64
     stop_at_tool_call: bool = True
 
+    def __post_init__(self) -> None:
+        names = ("max_response_tokens", "max_turn_tokens", "max_turns", "concurrency")
+        _positive(self, "rollout", *names, "env_seconds")
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -92,6 +97,11 @@ class SamplingConfig:
 
     temperature: float = 1.0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "sampling", "temperature")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"sampling.top_p must lie in (0, 1], got {self.top_p}")
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,17 @@ class ObjectiveConfig:
     top_share: float = 0.2
     switch_share: float = 0.33
     switch_step: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("objective.name", self.name, ("reopold",))
+        if not 0 < self.mixture < 1:
+            raise ConfigError(f"objective.mixture must lie in (0, 1), got {self.mixture}")
+        if not 0 < self.top_share <= 1:
+            raise ConfigError(f"objective.top_share must lie in (0, 1], got {self.top_share}")
+        if not 0 <= self.switch_share <= 1:
+            raise ConfigError(f"objective.switch_share must lie in [0, 1], got {self.switch_share}")
+        if self.switch_step is not None:
+            _not_negative(self, "objective", "switch_step")
 
 
 @dataclass(frozen=True)
@@ -118,7 +139,11 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, "optimizer", "lr", "max_grad_norm")
+        _positive(self, "optimizer", "lr", "eps", "max_grad_norm")
+        _not_negative(self, "optimizer", "weight_decay", "warmup_steps")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name} must lie in [0, 1), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -140,6 +165,7 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "evaluation", "tasks", "curve_tasks", "max_turns")
+        _not_negative(self, "evaluation", "every")
 
 
 @dataclass(frozen=True)
@@ -151,6 +177,7 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "checkpoint", "keep")
+        _not_negative(self, "checkpoint", "every")
 
 
 @dataclass(frozen=True)
@@ -159,6 +186,9 @@ class LoggingConfig:
 
     trajectories: int = 4
     every: int = 1
+
+    def __post_init__(self) -> None:
+        _not_negative(self, "logging", "trajectories", "every")
 
 
 @dataclass(frozen=True)
@@ -184,7 +214,14 @@ class EngineConfig:
     old_logp: str = "auto"
 
     def __post_init__(self) -> None:
+        _one_of("engine.name", self.name, ("local",))
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ConfigError(
+                f"engine.device must be auto, cpu, cuda or cuda:N, got '{self.device}'"
+            )
         _positive(self, "engine", "max_tokens_per_pass", "max_tokens_per_micro_batch")
+        if self.threads is not None:
+            _positive(self, "engine", "threads")
         _one_of("engine.precision", self.precision, ("auto", "float32", "bfloat16"))
         _one_of("engine.old_logp", self.old_logp, ("auto", "rollout", "recompute"))
 
@@ -200,6 +237,10 @@ class ModelConfig:
     trust_remote_code: bool = False
     lora: dict[str, Any] | None = None
     gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("model dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        _one_of("model attention", self.attention, ("sdpa", "eager"))
 
 
 @dataclass(frozen=True)
@@ -287,6 +328,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     wanted = getattr(origin, "__origin__", origin)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"'{where}' must be a finite number, got {value}")
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
         raise ConfigError(f"'{where}' must be {wanted.__name__}, got {value!r}")
     return value
@@ -300,6 +343,12 @@ def _positive(owner: Any, where: str, *names: str) -> None:
     for name in names:
         if getattr(owner, name) <= 0:
             raise ConfigError(f"{where}.{name} must be positive, got {getattr(owner, name)}")
+
+
+def _not_negative(owner: Any, where: str, *names: str) -> None:
+    for name in names:
+        if getattr(owner, name) < 0:
+            raise ConfigError(f"{where}.{name} must not be negative, got {getattr(owner, name)}")
 
 
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:

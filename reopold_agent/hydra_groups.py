@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -10,6 +11,8 @@ from hydra.core.config_store import ConfigStore
 
 from reopold_agent.envs import ENVS
 from reopold_agent.errors import ConfigError, UnknownNameError
+
+_log = logging.getLogger(__name__)
 
 _SECTIONS = ("data", "pixels", "rollout", "batch", "sampling", "optimizer", "evaluation", "model")
 
@@ -20,13 +23,21 @@ def prepare_groups(arguments: Sequence[str]) -> None:
     Raises:
         UnknownNameError: an ``env=``, ``model=``, ``data=``, ``objective=`` or ``engine=`` names
             nothing; lists what exists and the closest match.
-        ConfigError: a plugin's configuration has an unknown section.
+        ConfigError: the configuration of the plugin that is asked for has an unknown section.
     """
     builtin = _options("env")
     store = ConfigStore.instance()
     for name in ENVS.names():
-        if name not in builtin:
-            store.store(group="env", name=name, node=_node(name), package="_global_")
+        if name in builtin:
+            continue
+        try:
+            node = _node(name)
+        except ConfigError as error:
+            if f"env={name}" in arguments:
+                raise
+            _log.warning("%s", error)  # an installed plugin must not stop other environments
+            continue
+        store.store(group="env", name=name, node=node, package="_global_")
     known = {group: _options(group) for group in ("data", "model", "objective", "engine")}
     known["env"] = ENVS.names()
     for argument in arguments:

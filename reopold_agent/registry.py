@@ -8,8 +8,10 @@ fails is reported by name and does not stop the others.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from types import ModuleType
 from typing import Generic, TypeVar
 
 from reopold_agent.errors import ConfigError, UnknownNameError
@@ -26,13 +28,16 @@ class Registry(Generic[T]):
         kind: what they are, for messages ("tool").
         group: entry-point group of third parties. An entry point may point to a thing, or to a
             module whose import registers things.
+        of: their type; an entry point to anything else but a module is a failed plugin.
     """
 
-    def __init__(self, kind: str, group: str) -> None:
-        self.kind, self.group = kind, group
+    def __init__(self, kind: str, group: str, of: type[T]) -> None:
+        self.kind, self.group, self._of = kind, group, of
         self._things: dict[str, T] = {}
         self._aliases: dict[str, str] = {}
         self._loaded = False
+        # Environments are made on threads; a second one must wait for the first one's imports.
+        self._lock = threading.RLock()
         self.failures: dict[str, str] = {}
 
     def register(self, name: str, thing: T, *, aliases: tuple[str, ...] = ()) -> T:
@@ -84,15 +89,17 @@ class Registry(Generic[T]):
 
     def load_plugins(self) -> None:
         """Imports the entry points of the group, once."""
-        if self._loaded:
-            return
-        self._loaded = True
+        with self._lock:
+            if not self._loaded:
+                self._loaded = True
+                self._load_all()
+
+    def _load_all(self) -> None:
         for point in metadata.entry_points(group=self.group):
             try:
-                thing = point.load()
-                if self._is_thing(thing):
-                    self.register(point.name, thing)
-            except Exception as error:  # third-party code: named, and the others go on
+                self._take(point.name, point.load())
+            # Third-party code (a module may even call sys.exit): named, and the others go on.
+            except (Exception, SystemExit) as error:
                 self.failures[point.name] = f"{type(error).__name__}: {error}"
                 _log.warning(
                     "the %s plugin '%s' (%s) could not be loaded: %s: %s",
@@ -103,6 +110,13 @@ class Registry(Generic[T]):
                     error,
                 )
 
-    def _is_thing(self, thing: object) -> bool:
-        # A module has registered what it has by being imported.
-        return not hasattr(thing, "__spec__") and thing not in self._things.values()
+    def _take(self, name: str, thing: object) -> None:
+        if isinstance(thing, ModuleType):
+            return  # by being imported it has registered what it has
+        if not isinstance(thing, self._of):
+            raise TypeError(
+                f"it points to a {type(thing).__name__}; it must point to a {self._of.__name__}, "
+                "or to a module that registers some"
+            )
+        if not any(thing is known for known in self._things.values()):
+            self.register(name, thing)

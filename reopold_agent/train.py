@@ -28,6 +28,9 @@ def load_config(composed: DictConfig) -> tuple[TrainConfig, dict[str, Any]]:
     Raises:
         ConfigError: names the setting and what is wrong with it.
     """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"these settings must be given: {', '.join(missing)}")
     try:
         raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:

@@ -1,5 +1,6 @@
-"""Rows in, tasks out."""
+"""Rows in, tasks out; and back."""
 
+from reopold_agent.data.export import write_verl
 from reopold_agent.data.loading import load_tasks
 
-__all__ = ["load_tasks"]
+__all__ = ["load_tasks", "write_verl"]

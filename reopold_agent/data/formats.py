@@ -37,12 +37,10 @@ class PictureFolder:
         Raises:
             DataError: it is nowhere, or the path leaves the folder.
         """
-        path = safe_join(self.root, relative)
-        tries = [path, *(self.root / top / relative for top in ("images", "videos"))]
-        for each in tries:
-            if each.is_file():
-                safe_join(self.root, str(each.relative_to(self.root)))
-                return FileImage(each)
+        for name in (relative, f"images/{relative}", f"videos/{relative}"):
+            path = safe_join(self.root, name)
+            if path.is_file():
+                return FileImage(path)
         keys = [relative.removeprefix("./"), relative.removeprefix("images/")]
         for key in (*keys, relative.removeprefix("videos/")):
             if key in self._members:
@@ -62,12 +60,12 @@ def pixel_reasoner_task(row: Mapping[str, Any], number: int, pictures: PictureFo
     question = row.get("question")
     if not isinstance(question, str) or not question.strip():
         raise DataError("no question")
-    images = row.get("image") or []
-    names = [images] if isinstance(images, str) else list(images)
-    if not all(isinstance(name, str) for name in names):
+    names = row.get("image") or []
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError("'image' must be a path or a list of paths")
     return Task(
-        id=str(row.get("qid", number)),
+        id=_first(row.get("qid"), number),
         question=_without_markers(question),
         answers=_answers(row.get("answer")),
         images=tuple(pictures.find(name) for name in names),
@@ -90,11 +88,14 @@ def verl_task(row: Mapping[str, Any], number: int, root: Path) -> Task:
     words = [m.get("content") for m in prompt if isinstance(m, Mapping) and m.get("role") == "user"]
     if not words or not isinstance(words[-1], str):
         raise DataError("'prompt' has no user message")
-    extra = row.get("extra_info") or {}
-    graded = row.get("reward_model") or {}
+    extra, graded = _group(row, "extra_info"), _group(row, "reward_model")
     pictures = row.get("images") or extra.get("images") or []
+    if isinstance(pictures, (str, bytes, Mapping)):
+        pictures = [pictures]
+    if not isinstance(pictures, list):
+        raise DataError("'images' must be a list of pictures")
     return Task(
-        id=str(extra.get("qid") or extra.get("index") or number),
+        id=_first(extra.get("qid"), extra.get("index"), number),
         question=_without_markers(words[-1]),
         answers=_answers(graded.get("ground_truth")),
         images=tuple(_verl_picture(each, root) for each in pictures),
@@ -139,6 +140,20 @@ def _verl_picture(value: Any, root: Path) -> ImageSource:
     if not path.is_file():
         raise DataError(f"the picture {path} does not exist")
     return FileImage(path)
+
+
+def _group(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = row.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise DataError(f"'{name}' must be an object, got {type(value).__name__}")
+    return value
+
+
+def _first(*values: Any) -> str:
+    """The first that is not None; 0 is an id like any other."""
+    return str(next(value for value in values if value is not None))
 
 
 def _answers(value: Any) -> tuple[str, ...]:

@@ -7,18 +7,41 @@ tag, the rest of the program sees upright 8-bit RGB.
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from reopold_agent.errors import DataError
 
 MAX_PIXELS = 200_000_000
 """A larger picture is refused before it is decoded (decompression bombs)."""
+
+MAX_BYTES = 500_000_000
+"""A larger member of a zip archive is refused before it is unpacked."""
+
+# RuntimeError: encrypted; NotImplementedError (a RuntimeError): unknown compression.
+_ZIP_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+# What Pillow's readers raise on damaged files (the first covers UnidentifiedImageError).
+_PICTURE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    struct.error,
+    zlib.error,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +69,14 @@ class ZipImage:
         # Opened per picture: a ZipFile must not be shared between threads.
         try:
             with zipfile.ZipFile(self.archive) as archive:
+                size = archive.getinfo(self.member).file_size
+                if size > MAX_BYTES:
+                    raise DataError(
+                        f"{self.member} in {self.archive} has {size} bytes; "
+                        f"the limit is {MAX_BYTES}"
+                    )
                 data = archive.read(self.member)
-        except (OSError, KeyError, zipfile.BadZipFile) as error:
+        except _ZIP_ERRORS as error:
             raise DataError(f"cannot read {self.member} in {self.archive}: {error}") from error
         return _decode(data, f"{self.archive}:{self.member}")
 
@@ -73,12 +102,24 @@ def safe_join(root: Path, relative: str) -> Path:
     pure = PurePosixPath(relative.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or not pure.parts:
         raise DataError(f"the path '{relative}' leaves the data folder {root}")
+    if "\0" in relative:
+        raise DataError(f"the path {relative!r} cannot be used")
     path = root.joinpath(*pure.parts)
-    if path.is_symlink() or path.exists():
+    try:
+        path.exists()  # raises for a name that is too long; resolve does not
         resolved = path.resolve()
-        if not resolved.is_relative_to(root.resolve()):
-            raise DataError(f"the path '{relative}' leaves the data folder {root} by a link")
+        homes = [root.resolve(), *_hub_blobs(root)]
+    except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
+        raise DataError(f"the path '{relative[:200]}' cannot be used: {error}") from error
+    if not any(resolved.is_relative_to(home) for home in homes):
+        raise DataError(f"the path '{relative}' leaves the data folder {root} by a link")
     return path
+
+
+def _hub_blobs(root: Path) -> list[Path]:
+    """Where huggingface_hub keeps the files that a snapshot folder links to."""
+    blobs = root.resolve().parent.parent / "blobs"
+    return [blobs] if root.resolve().parent.name == "snapshots" and blobs.is_dir() else []
 
 
 def _decode(data: bytes, name: str) -> Image.Image:
@@ -90,20 +131,22 @@ def _decode(data: bytes, name: str) -> Image.Image:
             )
         image.seek(0)  # an animation's first frame
         image.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
-        if isinstance(error, DataError):
-            raise
+        return to_rgb(ImageOps.exif_transpose(image))
+    except DataError:
+        raise
+    except _PICTURE_ERRORS as error:
         raise DataError(f"{name} is not a readable picture: {error}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large: {error}") from error
-    return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; transparency on white, 16-bit scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
         values: Any = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        # "I" and "F" do not say how many bits are used; "I;16" does.
+        deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        top = 65535.0 if deep else 255.0
         image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")

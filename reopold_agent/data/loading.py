@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -35,7 +36,7 @@ def load_tasks(spec: Mapping[str, Any]) -> TaskSource:
         ConfigError: an unknown source or setting.
         DataError: files are missing or rows are wrong; the message counts and names them.
     """
-    return _load(json.dumps(dict(spec), sort_keys=True))
+    return _load(json.dumps(dict(spec), sort_keys=True, default=os.fspath))
 
 
 @lru_cache(maxsize=16)

@@ -62,28 +62,28 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
             table = pyarrow.parquet.ParquetFile(file)
             for batch in table.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-        except (OSError, pyarrow.ArrowInvalid) as error:
+        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             raise DataError(f"cannot read {file}: {error}") from error
         return
     if file.suffix == ".jsonl":
-        with file.open(encoding="utf-8") as handle:
+        with file.open("rb") as handle:  # bytes, so that a wrong encoding is named by its line
             for number, line in enumerate(handle, start=1):
                 if line.strip():
                     yield _row(line, f"{file}, line {number}")
         return
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        rows = json.loads(file.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{file} must hold a list of objects")
     yield from rows
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object")

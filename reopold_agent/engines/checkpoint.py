@@ -8,10 +8,12 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from reopold_agent.engines.update import Updater
 from reopold_agent.errors import CheckpointError
@@ -32,6 +34,7 @@ def save_checkpoint(
     student: LoadedModel,
     updater: Updater,
     keep: int,
+    seconds: float = 0.0,
 ) -> Path:
     """Writes ``folder/step-NNNNNN`` and removes all but the newest ``keep`` checkpoints.
 
@@ -46,6 +49,7 @@ def save_checkpoint(
         student: model to save in Hugging Face layout under ``model/``.
         updater: optimizer and scheduler to save.
         keep: how many checkpoints stay.
+        seconds: time spent on the run so far, over all its processes.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -70,6 +74,7 @@ def save_checkpoint(
             "step": step,
             "position": position,
             "phase": phase,
+            "seconds": seconds,
             "python_rng": _jsonable(random.getstate()),
             "numpy_rng": _jsonable(np.random.get_state(legacy=False)),
         }
@@ -79,7 +84,8 @@ def save_checkpoint(
             shutil.rmtree(target)
         temporary.rename(target)
         _flush_folder(folder)
-    except OSError as error:
+    # A full disk is an OSError to Python, but safetensors and torch.save have their own kinds.
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         newest = newest_checkpoint(folder)
         kept = f"the last good checkpoint is {newest}" if newest else "there is no earlier one"
@@ -99,7 +105,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads ``step``, ``position`` and ``phase``.
+    """Reads ``step``, ``position``, ``phase`` and ``seconds``.
 
     Raises:
         CheckpointError: the folder is damaged.
@@ -122,7 +128,7 @@ def restore(checkpoint: Path, updater: Updater) -> None:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         updater.optimizer.load_state_dict(state["optimizer"])
         updater.scheduler.load_state_dict(state["scheduler"])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
         raise CheckpointError(f"cannot restore {checkpoint / 'state.pt'}: {error}") from error
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"] and torch.cuda.is_available():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from reopold_agent.policies.base import Policy
@@ -16,7 +16,8 @@ from reopold_agent.types import Sampling
 class EvaluationResult:
     """Success over ``n`` held-out tasks, one episode each.
 
-    ``low`` and ``high`` bound the success rate with 95 % confidence (Wilson's score interval).
+    ``low`` and ``high`` bound the success rate with 95 % confidence (Wilson's score interval);
+    ``stops`` has the share of episodes by ``stop/<reason>``.
     """
 
     success: float
@@ -25,10 +26,11 @@ class EvaluationResult:
     n: int
     tool_rate: float
     response_tokens: float
+    stops: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
         """As plain values."""
-        return dict(vars(self))
+        return {**{k: v for k, v in vars(self).items() if k != "stops"}, **self.stops}
 
 
 def evaluate_policy(
@@ -58,4 +60,9 @@ def evaluate_policy(
         n=tasks,
         tool_rate=statistics["rollout/tool_rate"],
         response_tokens=statistics["rollout/response_tokens"],
+        stops={
+            name.removeprefix("rollout/"): share
+            for name, share in statistics.items()
+            if name.startswith("rollout/stop/")
+        },
     )

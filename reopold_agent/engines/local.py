@@ -6,6 +6,7 @@ on the objective, log. This module gets a run ready; `session` is the run.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,11 @@ import torch
 from omegaconf import OmegaConf
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.engines.checkpoint import config_differences, newest_checkpoint
+from reopold_agent.engines.checkpoint import (
+    config_differences,
+    load_trainer_state,
+    newest_checkpoint,
+)
 from reopold_agent.engines.environments import make_env, num_tasks
 from reopold_agent.engines.interrupts import Interrupts
 from reopold_agent.engines.session import Session
@@ -27,8 +32,10 @@ from reopold_agent.policies.loading import (
     check_vocabularies,
     load_model,
 )
+from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.summary import print_summary
 
 
 class LocalEngine:
@@ -64,6 +71,8 @@ class LocalEngine:
     def _run(self) -> dict[str, Any]:
         config = self.config
         checkpoint = self._resumable()
+        if checkpoint is not None and self._finished(checkpoint):
+            return self._show_again()
         specs = {
             role: ModelSpec(**vars(getattr(config.model, role))) for role in ("student", "teacher")
         }
@@ -89,10 +98,10 @@ class LocalEngine:
         teacher.adapter.model.requires_grad_(False)
         check_vocabularies(student, teacher)
 
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         if checkpoint is None:
-            name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
             self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
-            self.folder.write_versions(device=name)
+        self.folder.write_versions(device=name)  # a resumed run keeps those of before beside them
         with Interrupts() as interrupts, Progress(config.steps) as progress:
             session = Session(config, self.folder, student, teacher, tasks, progress)
             return session.train(checkpoint, interrupts, self._command)
@@ -113,15 +122,17 @@ class LocalEngine:
         """The checkpoint to continue from, or None for a fresh start."""
         newest = newest_checkpoint(self.folder.checkpoints)
         resume = self.config.resume
-        if newest is None:
-            if resume == "must":
-                raise CheckpointError(f"resume=must, but {self.folder.path} holds no checkpoint")
-            return None
-        if resume == "never":
+        if resume == "never" and (newest is not None or self.folder.config.exists()):
             raise CheckpointError(
                 f"{self.folder.path} already holds a run. Choose another hydra.run.dir, or "
                 "resume=auto to continue it."
             )
+        if newest is None:
+            if resume == "must":
+                raise CheckpointError(f"resume=must, but {self.folder.path} holds no checkpoint")
+            return None
+        if not self.folder.config.is_file():
+            raise CheckpointError(f"{self.folder.path} has checkpoints, but no config.yaml")
         saved = OmegaConf.to_container(OmegaConf.load(self.folder.path / "config.yaml"))
         if not isinstance(saved, dict):
             raise CheckpointError(f"{self.folder.path / 'config.yaml'} is not a configuration")
@@ -133,6 +144,17 @@ class LocalEngine:
                 + "\nGive the same settings to continue it, or another hydra.run.dir to start anew."
             )
         return newest
+
+    def _finished(self, checkpoint: Path) -> bool:
+        done = int(load_trainer_state(checkpoint)["step"])
+        return done >= self.config.steps and self.folder.summary.is_file()
+
+    def _show_again(self) -> dict[str, Any]:
+        """The summary of a run that is complete; nothing is computed or written again."""
+        summary: dict[str, Any] = json.loads(self.folder.summary.read_text(encoding="utf-8"))
+        make_plots(self.folder.path)  # the only files that come after the summary
+        print_summary(summary)
+        return summary
 
 
 def _seed_everything(seed: int) -> None:

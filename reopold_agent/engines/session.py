@@ -108,12 +108,16 @@ class Session:
         started = time.perf_counter()
         config = self.config
         step = position = 0
+        earlier = 0.0
         if checkpoint is not None:
             restore(checkpoint, self.updater)
             state = load_trainer_state(checkpoint)
             step, position = int(state["step"]), int(state["position"])
-        self.metrics.truncate_after(step)
-        self.trajectories.truncate_after(step)
+            earlier = float(state["seconds"])
+        # Without a checkpoint the run starts over, and so do its files: rows of step 0 too.
+        kept = step if checkpoint is not None else -1
+        self.metrics.truncate_after(kept)
+        self.trajectories.truncate_after(kept)
         self.progress.start(config.steps, step)
         if checkpoint is not None:
             self.progress.note(f"continuing from {checkpoint} at step {step}")
@@ -122,7 +126,6 @@ class Session:
             if config.evaluation.teacher:
                 self._evaluate_ends(0, who="teacher")
 
-        trained = time.perf_counter()
         while step < config.steps:
             position = self._step(step, position)
             step += 1
@@ -139,6 +142,7 @@ class Session:
                     student=self.student_model,
                     updater=self.updater,
                     keep=config.checkpoint.keep,
+                    seconds=earlier + time.perf_counter() - started,
                 )
                 if interrupts.received and step < config.steps:
                     self.progress.stop()
@@ -148,10 +152,9 @@ class Session:
                         file=sys.stderr,
                     )
                     raise KeyboardInterrupt
-        train_seconds = time.perf_counter() - trained
-        return self._finish(step, train_seconds, started)
+        return self._finish(step, started - earlier)
 
-    def _finish(self, step: int, train_seconds: float, started: float) -> dict[str, Any]:
+    def _finish(self, step: int, started: float) -> dict[str, Any]:
         self._evaluate_ends(step, who="student")
         final = self.folder.path / "final"
         self.student_model.save(final, merge=True)
@@ -159,7 +162,9 @@ class Session:
         self.eval_runner.close()
         rows = read_metrics(self.folder.path / "metrics.jsonl")
         summary = summarise(rows, self.config, self.folder.path)
-        summary["train_seconds"] = round(train_seconds, 1)
+        # From the rows, so that a resumed run counts all its steps.
+        steps = [row["time/step"] for row in rows if row["kind"] == "train"]
+        summary["train_seconds"] = round(sum(steps), 1)
         summary["seconds"] = round(time.perf_counter() - started, 1)
         summary["next"] = [
             f"look at {self.folder.path / 'plots'} and {self.folder.path / 'trajectories.jsonl'}",
@@ -301,8 +306,16 @@ class Session:
 
     def _evaluate_ends(self, step: int, who: str) -> None:
         policy = self.student if who == "student" else self.teacher
+        # A run that was killed between its last step and its end has some of them already.
+        done = [
+            row["sampling"]
+            for row in read_metrics(self.folder.metrics)
+            if row["kind"] == "eval"
+            and (row["who"], row["step"], row["curve"]) == (who, step, False)
+        ]
         for sampling in (self.sampling, GREEDY):
-            self._evaluate(who, policy, step, sampling, curve=False)
+            if _kind(sampling) not in done:
+                self._evaluate(who, policy, step, sampling, curve=False)
 
     def _evaluate(
         self, who: str, policy: TransformersPolicy, step: int, sampling: Sampling, *, curve: bool
@@ -321,7 +334,7 @@ class Session:
             "kind": "eval",
             "step": step,
             "who": who,
-            "sampling": "greedy" if sampling.temperature == 0 else "sampled",
+            "sampling": _kind(sampling),
             "curve": curve,
             **result.row(),
         }
@@ -356,6 +369,10 @@ def summarise(
         "steps": config.steps,
         "run": str(folder),
     }
+
+
+def _kind(sampling: Sampling) -> str:
+    return "greedy" if sampling.temperature == 0 else "sampled"
 
 
 class _Clock:

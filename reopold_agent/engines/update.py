@@ -25,7 +25,8 @@ from reopold_agent.types import FloatArray, Trajectory
 class UpdateStats:
     """What the updates of one step did; token figures are over all its mini-batches.
 
-    ``loss`` and ``grad_norm`` (before clipping) are means over the mini-batches.
+    ``loss`` and ``grad_norm`` (before clipping) are means over the mini-batches; ``lr`` is that
+    of the last one.
     """
 
     loss: float
@@ -103,7 +104,7 @@ class Updater:
         model = self.policy.adapter.model
         model.train()
         totals = _Totals()
-        losses, norms = [], []
+        losses, norms, rate = [], [], 0.0
         for batch in mini_batches:
             self.optimizer.zero_grad(set_to_none=True)
             numerator, denominator = 0.0, 0
@@ -130,6 +131,7 @@ class Updater:
                     f"not made. Tasks in this mini-batch: {', '.join(t.task_id for t in batch[:8])}"
                     f"{' ...' if len(batch) > 8 else ''}"
                 )
+            rate = float(self.optimizer.param_groups[0]["lr"])  # before the scheduler moves on
             self.optimizer.step()
             self.scheduler.step()
             losses.append(loss)
@@ -138,7 +140,7 @@ class Updater:
         return UpdateStats(
             loss=float(np.mean(losses)),
             grad_norm=float(np.mean(norms)),
-            lr=float(self.optimizer.param_groups[0]["lr"]),
+            lr=rate,
             threshold=threshold,
             **totals.shares(),
         )

@@ -18,7 +18,7 @@ from PIL import Image
 
 from reopold_agent.envs.spaces import Pictures, UnicodeText
 from reopold_agent.errors import ConfigError, ToolError
-from reopold_agent.judges import grade
+from reopold_agent.judges import JUDGES, Judge
 from reopold_agent.tools import (
     BASE_PROMPT,
     TOOLS,
@@ -35,8 +35,6 @@ from reopold_agent.types import IMAGE_MARK, Observation, Task, TaskSource, ToolC
 ToolChoice: TypeAlias = "str | Mapping[str, str] | Tool"
 """A tool by name, ``{"name": ..., "as": name shown to the model}``, or the tool itself."""
 
-NO_ANSWER = Observation(text="", images=())
-
 
 class ToolEnv(gymnasium.Env[Observation, str]):
     """A multi-turn environment with tools.
@@ -52,7 +50,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
     Args:
         tools: what the student may call, in the order shown; None for the class's default.
-        tool_options: per tool, settings that it looks up in ``state.options``.
+        tool_options: per tool (by name or alias), settings that it looks up in ``state.options``.
         max_turns: assistant turns; a tool call in the last one truncates the episode.
         max_response_tokens: budget over all the text after the prompt, counted by
             ``count_tokens``; pictures are not counted. (Rollouts keep an exact budget of their
@@ -64,6 +62,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
             pixels; tools still work on the originals. A task may set its own in its metadata.
         system_message: what precedes the tool block.
         guideline: what follows the question; None for the class's default.
+        judge: who grades the answer: a name (``rules``, or a plugin's) or a `Judge`.
         max_text, max_side, max_pictures: bounds of the observation space. Longer texts are cut
             at the end, larger pictures shown smaller.
         render_mode: ``"rgb_array"`` or None.
@@ -87,6 +86,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         overview_max_side: int | None = None,
         system_message: str = BASE_PROMPT,
         guideline: str | None = None,
+        judge: str | Judge = "rules",
         max_text: int = 100_000,
         max_side: int = 16_384,
         max_pictures: int = 64,
@@ -109,12 +109,13 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         names = [tool.name for tool in self.tools]
         if len(set(names)) != len(names):
             raise ConfigError(f"two tools are shown under one name: {', '.join(names)}")
-        self._tool_options = dict(tool_options or {})
+        self._tool_options = _by_own_name(tool_options or {}, self.tools)
         self._max_turns, self._policy = max_turns, tool_call_policy
         self._max_tokens, self._count_tokens = max_response_tokens, count_tokens
         self._tool_seconds = tool_time_limit_s
         self._overview_max_side = overview_max_side
         self._guideline = self.default_guideline if guideline is None else guideline
+        self._judge = JUDGES.get(judge) if isinstance(judge, str) else judge
         self._max_text, self._max_side, self._max_pictures = max_text, max_side, max_pictures
         self._system_prompt = system_prompt(system_message, self.tools)
         self._source = source
@@ -143,8 +144,8 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         return f"{task.question}\n\n{self._guideline}" if self._guideline else task.question
 
     def reward(self, task: Task, answer: str) -> tuple[float, bool]:
-        """Outcome reward and success of the final turn's text; here by rule, 1 or 0."""
-        correct = grade(answer, task.answers).correct
+        """Outcome reward and success of the final turn's text; here 1 or 0, as the judge says."""
+        correct = self._judge.grade(answer, task.answers).correct
         return float(correct), correct
 
     # Gymnasium
@@ -168,9 +169,10 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         )
         self._turns = self._tokens = 0
         self._seconds_left = self._tool_seconds
+        self._shown = ()
         side = task.metadata.get("overview_max_side", self._overview_max_side)
         # Marks in a question would stand for pictures that are not there.
-        words = self.question(replace(task, question=task.question.replace(IMAGE_MARK, " ")))
+        words = self.question(task).replace(IMAGE_MARK, " ")
         text = IMAGE_MARK * len(images) + ("\n" if images else "") + words
         observation = self._observe(text, [_smaller(image, side) for image in images])
         return observation, {"task_id": task.id, "system_prompt": self._system_prompt}
@@ -181,6 +183,8 @@ class ToolEnv(gymnasium.Env[Observation, str]):
             raise gymnasium.error.ResetNeeded("call reset before step")
         self._turns += 1
         self._tokens += self._count(action)
+        if self._over_budget():
+            return self._cut_off({"tool_call": None})
         call, result = self._run_call(action, self._state)
         if result is None and call is None:
             return self._answer(action, self._state)
@@ -191,7 +195,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
             info["time_limit"] = True
             return self._cut_off(info)
         self._tokens += self._count(result.text)
-        if self._max_tokens is not None and self._tokens > self._max_tokens:
+        if self._over_budget():
             return self._cut_off(info)
         self._state.images.extend(result.images)
         return self._observe(result.text, result.images), 0.0, False, False, info
@@ -217,7 +221,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     def _run_call(
         self, text: str, state: EpisodeState
     ) -> tuple[ToolCall | None, ToolResult | None]:
-        """The turn's call and its result; (None, None) without a call, no result if out of turns."""
+        """The turn's call and result; (None, None) without a call, no result if out of turns."""
         try:
             parsed = find_tool_call(text, self._policy)
         except ToolError as error:
@@ -229,13 +233,20 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         if self._turns >= self._max_turns:
             reason = "The last turn must answer; the tool was not run."
             return ToolCall(shorten(parsed.name), shown, False, reason), None
-        tool = next((tool for tool in self.tools if tool.answers_to(parsed.name)), None)
+        # A name that is shown goes before another tool's alias.
+        byname = sorted(self.tools, key=lambda tool: tool.name != parsed.name)
+        tool = next((tool for tool in byname if tool.answers_to(parsed.name)), None)
         if tool is None:
             names = ", ".join(tool.name for tool in self.tools) or "none"
             reason = f"There is no tool '{shorten(parsed.name)}'. Tools: {names}."
             return ToolCall(shorten(parsed.name), shown, False, reason), failure(reason)
         call, result = tool.call(state, parsed.arguments, seconds=self._seconds_left)
         self._seconds_left -= call.seconds
+        if len(result.images) > self._max_pictures:
+            reason = (
+                f"The result has {len(result.images)} images; {self._max_pictures} can be shown."
+            )
+            return replace(call, ok=False, error=reason), failure(reason)
         return call, result
 
     def _answer(
@@ -244,23 +255,32 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         reward, success = self.reward(state.task, text)
         info = {"tool_call": None, "success": success, "answer": text}
         self._state = None
-        return NO_ANSWER, reward, True, False, info
+        return Observation(text="", images=()), reward, True, False, info
 
     def _cut_off(
         self, info: dict[str, Any]
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         self._state = None
-        return NO_ANSWER, 0.0, False, True, {**info, "success": False, "answer": None}
+        return (
+            Observation(text="", images=()),
+            0.0,
+            False,
+            True,
+            {**info, "success": False, "answer": None},
+        )
 
     def _observe(self, text: str, images: Sequence[Image.Image]) -> Observation:
         if len(images) > self._max_pictures:
             raise ConfigError(
                 f"an observation with {len(images)} pictures; max_pictures is {self._max_pictures}"
             )
-        self._shown = tuple(
-            np.array(_smaller(image, self._max_side).convert("RGB")) for image in images
-        )
-        return Observation(text=text[: self._max_text], images=self._shown)
+        shown = tuple(np.array(_smaller(image, self._max_side).convert("RGB")) for image in images)
+        if shown:  # a message without pictures leaves the last ones on the screen
+            self._shown = shown
+        return Observation(text=_shorter(text, self._max_text), images=shown)
+
+    def _over_budget(self) -> bool:
+        return self._max_tokens is not None and self._tokens > self._max_tokens
 
     def _count(self, text: str) -> int:
         return 0 if self._count_tokens is None else self._count_tokens(text)
@@ -301,6 +321,18 @@ def _choose(choice: ToolChoice) -> Tool:
     return TOOLS.get(choice["name"]).shown_as(choice.get("as", choice["name"]))
 
 
+def _by_own_name(
+    options: Mapping[str, Mapping[str, Any]], tools: Sequence[Tool]
+) -> dict[str, Mapping[str, Any]]:
+    """The options under the names that the tools were registered by and look them up with."""
+    named: dict[str, Mapping[str, Any]] = {}
+    for key, settings in options.items():
+        passed = key not in TOOLS and any(tool.answers_to(key) for tool in tools)
+        name = key if passed else TOOLS.get(key).name
+        named[name] = {**named.get(name, {}), **settings}
+    return named
+
+
 def _smaller(image: Image.Image, side: int | None) -> Image.Image:
     if side is None or max(image.size) <= side:
         return image
@@ -308,3 +340,14 @@ def _smaller(image: Image.Image, side: int | None) -> Image.Image:
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     # Box-averaging first would be faster; bicubic with antialiasing is what processors do.
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _shorter(text: str, most: int) -> str:
+    """At most that many characters that can be encoded, with all image marks kept."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    kept, marks = text[:most], text.count(IMAGE_MARK)
+    lost = marks - kept.count(IMAGE_MARK)
+    while kept and len(kept) + lost > most:
+        kept = kept[: max(0, most - lost)]
+        lost = marks - kept.count(IMAGE_MARK)
+    return kept + IMAGE_MARK * lost

@@ -42,9 +42,10 @@ class PixelReasonerEnv(ToolEnv):
     ) -> None:
         self._data = {**DEMO_DATA} if data is None else dict(data)
         if all(_is_demo(spec) for spec in self._data.values()):
-            options = dict(settings.get("tool_options") or {})
-            options["crop_image"] = {"padding": 0.0, **options.get("crop_image", {})}
-            settings["tool_options"] = options
+            given = settings.get("tool_options") or {}
+            crop = {"padding": 0.0, **given.get("crop_image", {})}
+            # First, so that what is given under an alias overrides it.
+            settings["tool_options"] = {"crop_image": crop} | {**given, "crop_image": crop}
         super().__init__(**settings)
         if self._source:
             raise ConfigError(f"unknown settings: {', '.join(self._source)}")

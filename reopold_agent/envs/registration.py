@@ -29,7 +29,7 @@ class EnvEntry:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-ENVS: Registry[EnvEntry] = Registry("environment", "reopold_agent.envs")
+ENVS: Registry[EnvEntry] = Registry("environment", "reopold_agent.envs", EnvEntry)
 
 
 def register_env(

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
+_BRACE = re.compile(r"[{}]")
 _OPTION = re.compile(r"\(?([a-z])\)?[.:)]?$")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?$")
 _GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?$")
+
+
+_MAX_NESTING = 8
+"""``\\text{}`` in ``\\text{}``: deeper than this is noise, and each level costs a pass."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,18 @@ def grade(response: str, answers: Sequence[str]) -> Verdict:
 
 def extract_boxed(text: str) -> str | None:
     """Content of the last complete ``\\boxed{...}``, braces balanced; None if there is none."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        opened = start + len("\\boxed")
-        for position in range(opened, len(text)):
-            depth += (text[position] == "{") - (text[position] == "}")
-            if depth == 0:
-                return text[opened + 1 : position].strip()
-        start = text.rfind("\\boxed{", 0, start)
-    return None
+    # One pass: a student that repeats itself writes thousands of boxes that never close.
+    opened: list[int] = []
+    best = (-1, -1)
+    for match in _BRACE.finditer(text):
+        position = match.start()
+        if match.group() == "{":
+            opened.append(position)
+        elif opened:
+            start = opened.pop()
+            if start > best[0] and text.endswith("\\boxed", 0, start):
+                best = (start, position)
+    return None if best[0] < 0 else text[best[0] + 1 : best[1]].strip()
 
 
 def equivalent(answer: str, expected: str) -> bool:
@@ -69,12 +76,16 @@ def equivalent(answer: str, expected: str) -> bool:
 
 
 def _normal(text: str) -> str:
-    previous = None
-    while previous != text:
+    for _ in range(_MAX_NESTING):
         previous, text = text, _TEXT_COMMAND.sub(r"\1", text)
+        if previous == text:
+            break
     text = text.replace("\\%", "%").replace("\\$", "").replace("$", "")
     text = " ".join(text.split()).casefold()
-    return text.strip(" .,;:!\"'`")
+    text = text.strip(" ,;:\"'`").rstrip(" .,;:\"'`")
+    # The point of ".5" and the sign of "5!" (120) belong to the number.
+    text = text if re.match(r"\.\d", text) else text.lstrip(" .,;:!\"'`")
+    return text if re.search(r"\d!$", text) else text.rstrip(" .,;:!\"'`")
 
 
 def _value(text: str) -> tuple[Decimal, str] | None:

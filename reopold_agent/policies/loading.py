@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +21,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import logging as hf_logging
 
 from reopold_agent.errors import MissingExtraError, ModelError, VocabularyMismatchError
 from reopold_agent.policies.adapter import ModelAdapter
@@ -196,19 +198,32 @@ def load_model(
         "trust_remote_code": spec.trust_remote_code,
     }
     sees = config.model_type in _MULTIMODAL
+    hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run has its own
     model_class: Any = Qwen2_5_VLForConditionalGeneration if sees else AutoModelForCausalLM
-    model: Any = model_class.from_pretrained(
-        path,
-        dtype=getattr(torch, spec.dtype),
-        attn_implementation=spec.attention,
-        **common,
-    )
-    model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(path, **common)
     vision = None
-    if sees:
-        processor = Qwen2VLImageProcessorPil.from_pretrained(path, revision=spec.revision or "main")
-        vision = VisionProcessor(processor)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+        if sees:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(
+                path, revision=spec.revision or "main"
+            )
+            vision = VisionProcessor(processor)
+        model, report = model_class.from_pretrained(
+            path,
+            dtype=getattr(torch, spec.dtype),
+            attn_implementation=spec.attention,
+            output_loading_info=True,
+            **common,
+        )
+    # Files that are cut off, absent in the hub's cache, or of other shapes than the configuration.
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"cannot load the {role} from '{path}': {error}") from error
+    absent = sorted(report["missing_keys"])
+    if absent:  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"the {role} in '{path}' lacks {len(absent)} of its weights, the first is {absent[0]}"
+        )
+    model.to(device)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
@@ -306,7 +321,15 @@ def _with_lora(model: Any, settings: Mapping[str, Any], saved: Path | None) -> A
         raise MissingExtraError("peft", "lora", "model.student.lora") from error
     if saved is not None:
         return PeftModel.from_pretrained(model, str(saved), is_trainable=True)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+    try:
+        wrapped = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"model.student.lora does not fit this model: {error}") from error
+    head = model.get_output_embeddings()
+    if head is not None and type(head) is not torch.nn.Linear:
+        # Log-probs read the projection's weight itself, so an adapter there would never act.
+        raise ModelError("model.student.lora must not cover the output embedding (lm_head)")
+    return wrapped
 
 
 def _first_line(error: Exception) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from reopold_agent.errors import ConfigError, ToolError, ToolTimeoutError
 from reopold_agent.registry import Registry
-from reopold_agent.tools.schema import check_arguments, parameters_schema
+from reopold_agent.tools.schema import check_arguments, parameters_schema, shorten
 from reopold_agent.types import IMAGE_MARK, Task, ToolCall
 
 _log = logging.getLogger(__name__)
@@ -49,7 +49,8 @@ class EpisodeState:
         """
         if not 1 <= number <= len(self.images):
             raise ToolError(
-                f"There is no image {number}; the images are numbered 1 to {len(self.images)}."
+                f"There is no image {shorten(number, 24)}; the images are numbered 1 to "
+                f"{len(self.images)}."
             )
         return self.images[number - 1]
 
@@ -131,9 +132,8 @@ class Tool:
         shown: Mapping[str, Any] = arguments if isinstance(arguments, Mapping) else {}
         try:
             checked = check_arguments(self.function, arguments)
-            result = run_bounded(lambda: self.function(state, **checked), limit)
-            if not isinstance(result, ToolResult):
-                raise TypeError(f"returned {type(result).__name__}, not a ToolResult")
+            # The pictures are checked within the time limit too: opening one may take long.
+            result = run_bounded(lambda: _usable(self.function(state, **checked)), limit)
         except ToolError as error:
             spent = time.perf_counter() - started
             return ToolCall(self.name, shown, False, str(error), spent), failure(str(error))
@@ -143,6 +143,24 @@ class Tool:
             spent = time.perf_counter() - started
             return ToolCall(self.name, shown, False, message, spent), failure(message)
         return ToolCall(self.name, shown, True, None, time.perf_counter() - started), result
+
+
+def _usable(result: object) -> ToolResult:
+    """A tool's result with its pictures loaded, as RGB.
+
+    Raises:
+        TypeError: not a `ToolResult` of text and PIL images.
+        ValueError: a picture without pixels.
+        OSError: a picture that cannot be read.
+    """
+    if not isinstance(result, ToolResult):
+        raise TypeError(f"returned {type(result).__name__}, not a ToolResult")
+    for image in result.images:
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"returned a picture of type {type(image).__name__}, not PIL's Image")
+        if 0 in image.size:
+            raise ValueError(f"returned a picture of {image.width}x{image.height} pixels")
+    return replace(result, images=tuple(image.convert("RGB") for image in result.images))
 
 
 def failure(reason: str) -> ToolResult:
@@ -181,7 +199,7 @@ def run_bounded(function: Callable[[], T], seconds: float) -> T:
     return result
 
 
-TOOLS: Registry[Tool] = Registry("tool", "reopold_agent.tools")
+TOOLS: Registry[Tool] = Registry("tool", "reopold_agent.tools", Tool)
 
 
 def tool(

@@ -11,6 +11,9 @@ from reopold_agent.types import IMAGE_MARK
 MIN_SIDE = 28
 """A result must be larger than 28 x 28 pixels: one token of Qwen2.5-VL."""
 
+SMALLEST = 2.0
+"""No pixel box ends this close to the corner: such numbers are normalised ones that overshoot."""
+
 PADDING, PADDING_PIXELS = 0.1, 600
 """The box grows on each side by this share of the picture's side, at most so many pixels."""
 
@@ -58,9 +61,11 @@ def pixel_box(
 ) -> tuple[int, int, int, int]:
     """The box in whole pixels, padded and clipped to the picture.
 
-    Coordinates are normalised when all four lie in [0, 1], pixels otherwise. The one ambiguous
-    case, a pixel box inside the first pixel, would be too small to be of use. (Peers ask for
-    ``< 1``, so that the whole picture [0, 0, 1, 1] became its corner.) Padding is
+    Coordinates are normalised when all four lie in [0, 1], pixels otherwise. (Peers ask for
+    ``< 1``, so that the whole picture [0, 0, 1, 1] became its corner.) Two cases are ambiguous: a
+    pixel box inside the first pixel counts as normalised, since it would be too small to be of
+    use; one that leaves [0, 1] by a little, like [0.5, 0.5, 1.02, 1], is refused, since as pixels
+    it would be a padded corner that the model takes for what it asked. Padding is
     ``min(padding, 600 / side)`` of the side, as in Pixel-Reasoner.
 
     Raises:
@@ -76,6 +81,11 @@ def pixel_box(
         )
     if all(0 <= value <= 1 for value in bbox):
         x1, x2, y1, y2 = x1 * width, x2 * width, y1 * height, y2 * height
+    elif max(map(abs, bbox)) <= SMALLEST:
+        raise ToolError(
+            f"The box [{x1:g}, {y1:g}, {x2:g}, {y2:g}] is neither normalized (all four from "
+            f"0 to 1) nor in pixels of the image, whose size is {width}x{height}."
+        )
     if x1 >= width or y1 >= height or x2 <= 0 or y2 <= 0:
         raise ToolError(f"The box lies outside the image, whose size is {width}x{height}.")
     pad_x = min(padding * width, PADDING_PIXELS)

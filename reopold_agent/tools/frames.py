@@ -6,6 +6,7 @@ from typing import Annotated
 
 from reopold_agent.errors import ToolError
 from reopold_agent.tools.base import EpisodeState, ToolResult, tool
+from reopold_agent.tools.schema import shorten
 from reopold_agent.types import IMAGE_MARK
 
 MAX_SELECTED = 8
@@ -39,7 +40,8 @@ def select_frames(
     for number in target_frames:
         if not 1 <= number <= state.frames:
             raise ToolError(
-                f"There is no frame {number}; the frames are numbered 1 to {state.frames}."
+                f"There is no frame {shorten(number, 24)}; the frames are numbered 1 to "
+                f"{state.frames}."
             )
     if len(set(target_frames)) != len(target_frames):
         raise ToolError("A frame is named twice in 'target_frames'.")

@@ -14,10 +14,15 @@ from reopold_agent.errors import ToolError
 from reopold_agent.tools.schema import shorten
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_CALL = re.compile(re.escape(OPEN) + r"((?:(?!" + re.escape(OPEN) + r").)*?)" + re.escape(CLOSE), re.S)
+_CALL = re.compile(
+    re.escape(OPEN) + r"((?:(?!" + re.escape(OPEN) + r").)*?)" + re.escape(CLOSE), re.S
+)
 
 MAX_CALL_CHARACTERS = 20_000
 """A longer call is not parsed: no tool here needs one."""
+
+MAX_DEPTH = 32
+"""A call nested deeper is refused: what reads it later (messages, logs) recurses."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,27 @@ def _read(body: str) -> ParsedCall:
         raise ToolError(f"The tool call must be a JSON object, got {shorten(call)}.")
     name = call.get("name")
     if not isinstance(name, str) or not name:
-        raise ToolError("The tool call has no \"name\".")
+        raise ToolError('The tool call has no "name".')
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI's form: the arguments as a JSON string
         try:
             arguments = json.loads(arguments, parse_constant=_refuse)
         except (ValueError, RecursionError):
-            raise ToolError("The \"arguments\" must be a JSON object.") from None
+            raise ToolError('The "arguments" must be a JSON object.') from None
+    if _depth(arguments) > MAX_DEPTH:
+        raise ToolError("The tool call is nested too deeply.")
     return ParsedCall(name, arguments)
+
+
+def _depth(value: Any) -> int:
+    """How many lists and objects are inside each other, 0 for a plain value."""
+    level, depth = [value], 0
+    while True:
+        inner = [v for v in level if isinstance(v, (list, dict))]
+        if not inner:
+            return depth
+        depth += 1
+        level = [item for v in inner for item in (v.values() if isinstance(v, dict) else v)]
 
 
 def _refuse(constant: str) -> NoReturn:

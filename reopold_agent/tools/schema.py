@@ -64,6 +64,8 @@ def shorten(value: object, most: int = 80) -> str:
         text = value if isinstance(value, str) else repr(value)
     except (RecursionError, ValueError):  # too deep, or an integer of more digits than allowed
         text = f"a {type(value).__name__}"
+    # Half a surrogate pair can be written as a JSON escape, but is not text that can be encoded.
+    text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
@@ -72,7 +74,13 @@ def _arguments(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def _hint(function: Callable[..., Any], name: str) -> Any:
-    hints = get_type_hints(function, include_extras=True)
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise ConfigError(
+            f"an annotation of tool '{function.__name__}' cannot be read: {error}; import the name "
+            "at the top of the module, not under TYPE_CHECKING"
+        ) from error
     if name not in hints:
         raise ConfigError(f"the parameter '{name}' of tool '{function.__name__}' has no annotation")
     return hints[name]
@@ -94,9 +102,13 @@ def _schema(hint: Any, where: str) -> dict[str, Any]:
         (item,) = get_args(hint)
         return {"type": "array", "items": _schema(item, where)}
     if get_origin(hint) is Literal:
-        return {"type": "string", "enum": list(get_args(hint))}
+        values = get_args(hint)
+        kinds = {type(value) for value in values}
+        if len(kinds) == 1 and (kind := kinds.pop()) in (str, int):
+            return {"type": _NAMES[kind], "enum": list(values)}
     raise ConfigError(
-        f"{where}: {hint!r} is not supported; use int, float, str, bool, list[...] or Literal"
+        f"{where}: {hint!r} is not supported; use int, float, str, bool, list[...], or Literal of "
+        "strings or of integers"
     )
 
 
@@ -109,10 +121,13 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         (item,) = get_args(hint)
         return [_check(item, each, f"{where}[{i}]") for i, each in enumerate(value)]
     if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            options = ", ".join(map(repr, get_args(hint)))
-            raise ToolError(f"'{where}' must be one of {options}, got {shorten(value)}.")
-        return value
+        for option in get_args(hint):
+            # By type first: in Python True equals 1. In JSON, though, 90.0 is the number 90.
+            same = type(value) is type(option) or (type(value), type(option)) == (float, int)
+            if same and value == option:
+                return option
+        options = ", ".join(map(repr, get_args(hint)))
+        raise ToolError(f"'{where}' must be one of {options}, got {shorten(value)}.")
     wrong = ToolError(f"'{where}' must be {_ARTICLES[hint]}, got {shorten(value)}.")
     if isinstance(value, bool) != (hint is bool):
         raise wrong

@@ -1,0 +1,39 @@
+"""What the benchmarks share: the embedded task's models, environment and runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_module
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.engines.environments import make_env, num_tasks
+from reopold_agent.engines.session import Session
+from reopold_agent.policies.loading import ModelSpec, load_model
+from reopold_agent.tracking.progress import Progress
+from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.train import load_config
+
+
+def demo_config(*overrides: str) -> TrainConfig:
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        composed = compose("train", overrides=["env=pixel_reasoner", *overrides])
+    return load_config(composed)[0]
+
+
+def demo_session(config: TrainConfig, folder: Path) -> Session:
+    """The training session of the embedded task, ready for its first step."""
+    torch.set_num_threads(config.engine.threads or 1)
+    device = torch.device("cpu")
+    student, teacher = (
+        load_model(ModelSpec(**vars(getattr(config.model, role))), role, device)
+        for role in ("student", "teacher")
+    )
+    teacher.adapter.model.requires_grad_(False)
+    probe = make_env(config)
+    tasks = {split: num_tasks(probe, split) for split in ("train", "eval")}
+    probe.close()
+    run = RunFolder(folder)
+    run.path.mkdir(parents=True, exist_ok=True)
+    return Session(config, run, student, teacher, tasks, Progress(config.steps))

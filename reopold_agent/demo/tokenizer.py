@@ -1,0 +1,106 @@
+"""The demo's tokenizer: Qwen's control tokens and chat format on a vocabulary of about a thousand.
+
+A byte-level BPE, so any text can be encoded. Merges may span whole phrases, so that Qwen's long
+system message with the tools costs tens of tokens; digits are always single, so that coordinates
+and answers stay decisions of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any, Final
+
+from tokenizers import (  # type: ignore[import-untyped]  # ships no type information
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+CONTROL_TOKENS: Final = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+TOOL_TOKENS: Final = ("<tool_call>", "</tool_call>")
+"""Added but not special, as in Qwen: decoding keeps them."""
+
+LONGEST_TOKEN: Final = 128
+"""Bytes. Bounds what one token of the system message may swallow."""
+
+CHAT_TEMPLATE: Final = """\
+{%- for message in messages -%}
+{%- if loop.first and message['role'] != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' or 'image' in part or 'image_url' in part -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part['type'] == 'video' or 'video' in part -%}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' -}}
+{%- elif 'text' in part -%}
+{{- part['text'] -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+"""The format of Qwen2.5-VL's chat template; a test compares the two."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+    """Trains the tokenizer on ``texts``; the same texts give the same tokenizer.
+
+    Args:
+        texts: what prompts and answers look like; a text given more often is merged earlier.
+        vocab_size: upper limit, control tokens included.
+    """
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(TOOL_TOKENS),
+        special_tokens=list(CONTROL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        min_frequency=2,
+        max_token_length=LONGEST_TOKEN,
+        show_progress=False,
+    )
+    # The tool tokens are cut out first: an added token never takes part in a merge.
+    cut = re.compile("|".join(TOOL_TOKENS))
+    raw.train_from_iterator((piece for text in texts for piece in cut.split(text)), trainer)
+    raw.add_tokens([AddedToken(token, special=False, normalized=False) for token in TOOL_TOKENS])
+    fast_class: Any = PreTrainedTokenizerFast  # untyped to mypy when called
+    tokenizer: PreTrainedTokenizerFast = fast_class(
+        tokenizer_object=raw,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=list(CONTROL_TOKENS[1:2] + CONTROL_TOKENS[3:]),
+        clean_up_tokenization_spaces=False,
+        model_max_length=32768,
+        padding_side="right",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
