@@ -22,7 +22,7 @@ import torch
 from common import demo_config, demo_session
 
 from reopold_agent.engines.session import Session
-from reopold_agent.policies.transformers_policy import TrajectoryBatch
+from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.types import Trajectory
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from reopold_agent.policies.transformers_policy import TrajectoryBatch, TransformersPolicy
+from reopold_agent.policies.batch import TrajectoryBatch
+from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.types import Trajectory
 
 

@@ -13,11 +13,8 @@ from reopold_agent.config import OptimizerConfig
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.objectives import Objective, TokenBatch
 from reopold_agent.objectives.reopold import PPO_CLIP
-from reopold_agent.policies.transformers_policy import (
-    TrajectoryBatch,
-    TransformersPolicy,
-    split_by_tokens,
-)
+from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
+from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.types import FloatArray, Trajectory
 
 

@@ -43,6 +43,8 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder
         self._control = {token.content: i for i, token in added.items() if token.special}
+        if not self._control:
+            raise ModelError(f"the tokenizer of '{tokenizer.name_or_path}' has no control tokens")
         self._split = re.compile("(" + "|".join(map(re.escape, self._control)) + ")")
         self.image_id = self._control.get(IMAGE_TOKEN)
         names = {token.content: i for i, token in added.items()}

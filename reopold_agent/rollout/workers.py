@@ -6,6 +6,7 @@ process's exit. (Peers wait for ever: verl #2445.)
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,13 @@ class Worker:
                 if env is None:
                     env = self._make_env()
                 outcome = Outcome(function(env), None, time.perf_counter() - started)
-            except Exception as error:  # the boundary to third-party code: reported, not hidden
+            except BaseException as error:
+                # The boundary to third-party code, SystemExit included: reported, not hidden.
                 text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
                 outcome = Outcome(None, text, time.perf_counter() - started)
             self._outcomes.put(outcome)
         if env is not None:
-            env.close()
+            try:
+                env.close()
+            except Exception:
+                _log.exception("an environment failed to close")
