@@ -109,9 +109,12 @@ def test_pixel_reasoners_layout(tmp_path: Path, how: str, name: str) -> None:
     assert shown == [True, True]
 
 
+@pytest.mark.parametrize("how", ["extracted", "zip with top", "zip without top"])
 @pytest.mark.parametrize("prefix", ["", "./"])
-def test_paths_without_their_top_folder_are_found_too(tmp_path: Path, prefix: str) -> None:
-    store(tmp_path, "extracted")
+def test_paths_without_their_top_folder_are_found_too(
+    tmp_path: Path, how: str, prefix: str
+) -> None:
+    store(tmp_path, how)
     write_rows([{**IMAGE_ROW, "image": f"{prefix}1.png"}], tmp_path / "rows.json")
     assert same(load(path=str(tmp_path))[0].images[0].open(), photo(1))
 

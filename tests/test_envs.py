@@ -578,6 +578,26 @@ def test_options_of_a_tool_may_be_given_under_any_of_its_names(key: str) -> None
     assert observation["images"][0].shape == (50, 70, 3)
 
 
+def test_options_under_two_names_of_a_tool_are_taken_together() -> None:
+    task = Task("t", "?", ("1",), (ArrayImage(np.zeros((100, 200, 3), np.uint8)),))
+    both = {"crop_image": {"padding": 0.0}, "zoom_in": {"min_side": 5}}
+    env = PixelReasonerEnv(tool_options=both)
+    env.reset(options={"task": task})
+    call = '{"name": "zoom_in", "arguments": {"bbox_2d": [50, 20, 60, 30], "target_image": 1}}'
+    observation, *_ = env.step(f"<tool_call>{call}</tool_call>")
+    assert observation["images"][0].shape == (10, 10, 3)
+
+
+def test_several_pictures_are_no_video() -> None:
+    picture = ArrayImage(np.zeros((60, 60, 3), np.uint8))
+    env = PixelReasonerEnv()
+    env.reset(options={"task": Task("t", "?", ("1",), (picture, picture))})
+    call = '{"name": "select_frames", "arguments": {"target_frames": [1]}}'
+    observation, *_, info = env.step(f"<tool_call>{call}</tool_call>")
+    assert not info["tool_call"].ok
+    assert "This question has no video" in observation["text"]
+
+
 def test_options_of_a_tool_that_does_not_exist_are_refused() -> None:
     with pytest.raises(
         UnknownNameError, match=r"no tool is called 'crop'\. Did you mean 'crop_image'"

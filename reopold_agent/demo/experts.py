@@ -166,7 +166,7 @@ def reading_lesson(
 ) -> Trajectory:
     """The last exchange of an episode alone: a crop that shows a card, and the answer.
 
-    A tenth of a whole trace's tokens, so that reading, the slowest skill, is learnt cheaply.
+    A quarter of a whole trace's tokens, so that reading, the slowest skill, is learnt cheaply.
     """
     rng = np.random.default_rng((tasks.seed, 2, index))
     digit_index = int(rng.choice(digit_indices(tasks.split)))

@@ -1,0 +1,157 @@
+"""Training runs for tests: in this process, or as the command that a user types."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_module
+from safetensors.torch import load_file
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.engines.local import LocalEngine
+from reopold_agent.train import load_config
+
+SMALL = (
+    "steps=4",
+    "batch.prompts=4",
+    "batch.mini_batch=4",
+    "rollout.max_turns=2",
+    "rollout.max_turn_tokens=40",
+    "rollout.max_response_tokens=110",
+    "evaluation.tasks=3",
+    "evaluation.curve_tasks=2",
+    "evaluation.every=2",
+    "evaluation.max_turns=2",
+    "engine.device=cpu",
+    "engine.threads=1",
+)
+"""The embedded default in a few seconds. On the CPU, where results repeat bit for bit."""
+
+TIMINGS = ("time/", "tokens_per_second", "seconds", "env_seconds")
+
+
+def composed(*overrides: str) -> tuple[TrainConfig, dict[str, Any]]:
+    """What ``python -m reopold_agent.train`` composes from these words."""
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        return load_config(compose("train", list(overrides)))
+
+
+def train(folder: Path, *overrides: str) -> dict[str, Any]:
+    """A small run in this process; returns its summary."""
+    words = [*SMALL, *overrides]
+    config, raw = composed(*words)
+    return LocalEngine(config, raw, folder, words).run()
+
+
+def environment() -> dict[str, str]:
+    """A user's shell: no colours forced, ``python`` is this one, no network."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "REOPOLD_DEBUG")}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{plain.get('PATH', '')}"
+    return {**plain, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def words(folder: Path, *overrides: str) -> list[str]:
+    """The words of the training command."""
+    module = [sys.executable, "-m", "reopold_agent.train"]
+    return [*module, *SMALL, *overrides, f"hydra.run.dir={folder}"]
+
+
+def command(
+    arguments: Sequence[str] | str, cwd: Path, **settings: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command to its end; text of both streams."""
+    return subprocess.run(
+        arguments,
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        shell=isinstance(arguments, str),
+        **settings,
+    )
+
+
+def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
+    """Starts a command in a process of its own."""
+    return subprocess.Popen(
+        arguments,
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Polls; fails when the process ends first or nothing happens in two minutes."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        if process.poll() is not None:
+            out, error = process.communicate()
+            raise AssertionError(f"it ended early with {process.returncode}:\n{out}\n{error}")
+        if time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError("nothing happened in two minutes")
+        time.sleep(0.01)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON lines file; none while it does not exist."""
+    if not path.exists():
+        return []
+    whole = path.read_text("utf-8").rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def train_rows(folder: Path) -> list[dict[str, Any]]:
+    """The training steps of ``metrics.jsonl``."""
+    return [row for row in lines(folder / "metrics.jsonl") if row["kind"] == "train"]
+
+
+def without_timings(value: Any) -> Any:
+    """The same rows without what depends on the clock."""
+    if isinstance(value, dict):
+        return {k: without_timings(v) for k, v in value.items() if not k.startswith(TIMINGS)}
+    if isinstance(value, list):
+        return [without_timings(item) for item in value]
+    return value
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Everything a run computed, but for timings."""
+    return {
+        name: without_timings(lines(folder / name))
+        for name in ("metrics.jsonl", "trajectories.jsonl")
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights of a folder in Hugging Face layout."""
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"{len(different)} of {len(first)} tensors differ: {different[:3]}"
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Content of every file of a run but its log and lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("train.log", ".lock")
+    }

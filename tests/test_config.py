@@ -1,0 +1,251 @@
+"""Composing and checking a run's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra.core.config_store import ConfigStore
+from running import composed
+
+from reopold_agent.config import (
+    BatchConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+    build,
+)
+from reopold_agent.errors import ConfigError, UnknownNameError
+from reopold_agent.hydra_groups import prepare_groups
+
+CONFIGS = Path(__file__).parents[1] / "reopold_agent" / "configs"
+
+
+# Types
+
+
+def test_nested_values_become_typed() -> None:
+    made = build(
+        OptimizerConfig, {"lr": 1, "warmup_steps": 3}
+    )  # YAML writes a whole float as an integer
+    assert made.lr == 1.0
+    assert isinstance(made.lr, float)
+    assert made.warmup_steps == 3
+    model = build(ModelConfig, {"path": "x", "lora": {"r": 4}, "revision": None})
+    assert model.lora == {"r": 4}
+    assert model.revision is None
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"path": "x", "pth": 1}, ["'model.student.pth'", "Did you mean 'model.student.path'?"]),
+        ({"path": "x", "zzzzzz": 1}, ["unknown setting 'model.student.zzzzzz'"]),
+        ({}, ["'model.student.path' is missing"]),
+        ({"path": None}, ["'model.student.path' must be set"]),
+        ({"path": 3}, ["'model.student.path' must be str, got 3"]),
+        ({"path": "x", "lora": 3}, ["'model.student.lora' must be dict, got 3"]),
+        ({"path": "x", "gradient_checkpointing": 1}, ["must be bool, got 1"]),
+        ({"path": "x", "dtype": "float23"}, ["dtype", "float32", "Did you mean 'float32'?"]),
+        ({"path": "x", "attention": "flash_attention_2"}, ["sdpa, eager"]),
+    ],
+)
+def test_a_wrong_value_is_named(values: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(ModelConfig, values, "model.student.")
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [True, 2.0, "2", [2], {"a": 2}])
+def test_only_an_integer_is_an_integer(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"'samples' must be int"):
+        build(BatchConfig, {"samples": value})
+
+
+@pytest.mark.parametrize("value", [True, "1e-6", float("nan"), float("inf")])
+def test_only_a_finite_number_is_a_float(value: Any) -> None:
+    with pytest.raises(ConfigError, match="'lr' must be"):
+        build(OptimizerConfig, {"lr": value})
+
+
+# Composition
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("env=pixel_reasoner",),
+        ("model=qwen2_5_vl_3b",),
+        ("data=pixel_reasoner_rl",),
+        ("model=qwen2_5_vl_3b", "data=verl", "data.train.path=a", "data.eval.path=b"),
+    ],
+)
+def test_every_group_composes(words: tuple[str, ...]) -> None:
+    config, raw = composed(*words)
+    assert isinstance(config, TrainConfig)
+    assert {f.name for f in dataclasses.fields(config)} == raw.keys()
+
+
+def test_all_yaml_files_parse() -> None:
+    files = list(CONFIGS.rglob("*.yaml"))
+    assert len(files) >= 9
+    for file in files:
+        assert isinstance(yaml.safe_load(file.read_text("utf-8")), dict), file
+
+
+def test_the_default_is_the_embedded_task() -> None:
+    config, _ = composed()
+    assert config.env.id == "reopold/PixelReasoner-v0"
+    assert config.data.train is not None
+    assert config.data.train["source"] == "demo"
+    assert config.model.student.path == "demo:student"
+    assert (config.seed, config.resume) == (0, "auto")
+    assert config.evaluation.tasks >= 256
+    assert (config.sampling.temperature, config.sampling.top_p) == (1.0, 1.0)
+
+
+def test_the_paper_s_setting() -> None:
+    config, _ = composed("model=qwen2_5_vl_3b")
+    assert config.steps == 40
+    assert vars(config.batch) == {"prompts": 128, "samples": 8, "mini_batch": 64}
+    assert (config.optimizer.lr, config.optimizer.max_grad_norm) == (1e-6, 1.0)
+    assert (config.objective.mixture, config.objective.top_share) == (0.1, 0.2)
+    assert (config.rollout.max_turns, config.evaluation.max_turns) == (2, 5)
+    assert config.rollout.max_response_tokens == 8192
+    assert config.data.train is not None
+    assert config.data.train["path"] == "TIGER-Lab/PixelReasoner-RL-Data"
+    for limits in (config.pixels.prompt, config.pixels.observation):
+        assert limits.min_pixels % 784 == limits.max_pixels % 784 == 0
+
+
+def test_a_data_group_on_the_command_line_beats_the_model_s() -> None:
+    config, _ = composed(
+        "model=qwen2_5_vl_3b", "data=verl", "data.train.path=a", "data.eval.path=b"
+    )
+    assert config.data.train is not None
+    assert (config.data.train["source"], config.data.train["path"]) == ("verl", "a")
+    assert config.batch.prompts == 128
+
+
+def test_data_that_must_be_named_is_asked_for_by_its_keys() -> None:
+    with pytest.raises(ConfigError, match=r"data\.eval\.path, data\.train\.path"):
+        composed("data=verl")
+
+
+def test_a_key_of_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting 'stes'. Did you mean 'steps'"):
+        composed("+stes=3")
+    with pytest.raises(Exception, match="Could not override 'stes'"):
+        composed("stes=3")
+
+
+def test_a_plugin_s_sections_beat_the_model_s() -> None:
+    """`EnvEntry.config` may bring budgets that suit the environment."""
+    node = {
+        "env": {"name": "plug", "id": "plug/Plug-v0", "takes_data": False, "kwargs": {}},
+        "batch": {"prompts": 6, "mini_batch": 3},
+        "rollout": {"max_turns": 7},
+    }
+    store = ConfigStore.instance()
+    store.store(group="env", name="plug", node=node, package="_global_")
+    try:
+        config, _ = composed("env=plug")
+    finally:
+        store.repo["env"].pop("plug.yaml")
+    assert vars(config.batch) == {"prompts": 6, "samples": 1, "mini_batch": 3}
+    assert config.rollout.max_turns == 7
+    assert config.rollout.max_turn_tokens == composed()[0].rollout.max_turn_tokens
+
+
+@pytest.mark.parametrize(
+    ("word", "close"),
+    [
+        ("env=pixel_resoner", "pixel_reasoner"),
+        ("model=qwen2_5_vl", "qwen2_5_vl_3b"),
+        ("data=verll", "verl"),
+        ("objective=reopol", "reopold"),
+        ("engine=locall", "local"),
+    ],
+)
+def test_an_unknown_option_says_what_was_meant(word: str, close: str) -> None:
+    with pytest.raises(UnknownNameError, match=f"Did you mean '{close}'"):
+        prepare_groups([word])
+
+
+def test_known_options_and_other_words_pass() -> None:
+    prepare_groups(["env=pixel_reasoner", "model=demo", "seed=3", "--cfg", "job", "-m", "env=a,b"])
+
+
+# Values that cannot work are refused before anything is loaded
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "steps=0",
+        "steps=2.5",
+        "steps=many",
+        "seed=-1",
+        "resume=allways",
+        "batch.prompts=0",
+        "batch.mini_batch=5",
+        "rollout.concurrency=0",
+        "rollout.max_turn_tokens=0",
+        "rollout.max_response_tokens=-1",
+        "rollout.env_seconds=0",
+        "sampling.temperature=-0.5",
+        "sampling.top_p=0",
+        "sampling.top_p=1.1",
+        "objective.name=grpo",
+        "objective.mixture=1",
+        "objective.top_share=0",
+        "objective.switch_share=1.5",
+        "objective.switch_step=-1",
+        "optimizer.lr=0",
+        "optimizer.lr=nan",
+        "optimizer.beta1=1",
+        "optimizer.beta2=-0.1",
+        "optimizer.eps=0",
+        "optimizer.weight_decay=-1",
+        "optimizer.warmup_steps=-1",
+        "optimizer.max_grad_norm=0",
+        "evaluation.tasks=0",
+        "evaluation.every=-1",
+        "checkpoint.every=-1",
+        "checkpoint.keep=0",
+        "logging.every=-1",
+        "engine.name=verl",
+        "engine.device=gpu",
+        "engine.precision=float16",
+        "engine.old_logp=never",
+        "engine.threads=0",
+        "engine.max_tokens_per_pass=0",
+        "model.student.dtype=float8",
+        "model.teacher.attention=flash_attention_2",
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(word: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        composed(word)
+    assert word.partition("=")[0].split(".")[-1] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "switch"),
+    [(0.33, 60, 20), (0.33, 40, 13), (0.33, 1, 0), (0.5, 3, 2), (0.0, 9, 0), (1.0, 9, 9)],
+)
+def test_the_switch_is_a_share_of_the_steps(share: float, steps: int, switch: int) -> None:
+    config, _ = composed(f"objective.switch_share={share}", f"steps={steps}")
+    assert config.switch_step == switch
+
+
+def test_an_absolute_switch_wins() -> None:
+    assert composed("objective.switch_step=0")[0].switch_step == 0
+    assert composed("objective.switch_step=7", "objective.switch_share=0.9")[0].switch_step == 7
+    assert ObjectiveConfig(switch_step=None).switch_step is None
