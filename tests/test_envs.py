@@ -756,3 +756,25 @@ def test_picture_space() -> None:
     assert not space.is_np_flattenable
     with pytest.raises(ValueError, match="at least one"):
         Pictures(0, 10)
+
+
+def test_a_tool_in_the_words_of_a_checkpoint() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"bbox_2d": {"type": "array"}, "target_image": {"type": "number"}},
+        "required": ["bbox_2d", "target_image"],
+    }
+    choice = {"name": "crop_image", "as": "look", "description": "Look.", "parameters": schema}
+    env = PixelReasonerEnv(tools=[choice])
+    (shown,) = env.tools
+    assert shown.schema() == {
+        "type": "function",
+        "function": {"name": "look", "description": "Look.", "parameters": schema},
+    }
+    _, info = env.reset(seed=0)
+    assert '"description": "Look."' in info["system_prompt"]
+    call = '{"name": "look", "arguments": {"bbox_2d": [0, 0, 1, 1], "target_image": true}}'
+    *_, info = env.step(f"<tool_call>{call}</tool_call>")
+    assert not info["tool_call"].ok  # checked against the signature, not the shown schema
+    with pytest.raises(ConfigError, match="bbox_2d, target_image"):
+        PixelReasonerEnv(tools=[{"name": "crop_image", "parameters": {"properties": {}}}])

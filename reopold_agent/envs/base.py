@@ -32,8 +32,9 @@ from reopold_agent.tools.base import failure
 from reopold_agent.tools.schema import shorten
 from reopold_agent.types import IMAGE_MARK, Observation, Task, TaskSource, ToolCall
 
-ToolChoice: TypeAlias = "str | Mapping[str, str] | Tool"
-"""A tool by name, ``{"name": ..., "as": name shown to the model}``, or the tool itself."""
+ToolChoice: TypeAlias = "str | Mapping[str, Any] | Tool"
+"""A tool by name, the tool itself, or a mapping with ``name`` and what the model is to be shown
+instead: ``as`` (a name), ``description``, ``parameters`` (a JSON schema)."""
 
 
 class ToolEnv(gymnasium.Env[Observation, str]):
@@ -315,10 +316,17 @@ def _choose(choice: ToolChoice) -> Tool:
         return choice
     if isinstance(choice, str):
         return TOOLS.get(choice)
-    unknown = set(choice) - {"name", "as"}
+    unknown = set(choice) - {"name", "as", "description", "parameters"}
     if unknown or "name" not in choice:
-        raise ConfigError(f"a tool is given as a name or as {{name, as}}, got {dict(choice)}")
-    return TOOLS.get(choice["name"]).shown_as(choice.get("as", choice["name"]))
+        raise ConfigError(
+            "a tool is given as a name or as {name, as, description, parameters}, "
+            f"got {dict(choice)}"
+        )
+    return TOOLS.get(choice["name"]).shown_as(
+        choice.get("as"),
+        description=choice.get("description"),
+        parameters=choice.get("parameters"),
+    )
 
 
 def _by_own_name(

@@ -83,6 +83,8 @@ class Tool:
         description: what the model is told.
         aliases: other names that are accepted.
         timeout_s: wall-clock limit of one call, seconds.
+        shown_parameters: JSON schema of the arguments as the model is shown it, where that is
+            not the one made from the signature. Calls are checked against the signature anyway.
     """
 
     name: str
@@ -90,17 +92,45 @@ class Tool:
     description: str
     aliases: tuple[str, ...] = ()
     timeout_s: float = 20.0
+    shown_parameters: Mapping[str, Any] | None = None
 
     def answers_to(self, name: str) -> bool:
         """Whether a call by that name means this tool."""
         return name == self.name or name in self.aliases
 
-    def shown_as(self, name: str) -> Tool:
-        """The same tool under another name; the old one stays as an alias."""
-        if name == self.name:
-            return self
-        others = tuple(a for a in (self.name, *self.aliases) if a != name)
-        return replace(self, name=name, aliases=others)
+    def shown_as(
+        self,
+        name: str | None = None,
+        *,
+        description: str | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> Tool:
+        """The same tool in the words that a checkpoint was trained on.
+
+        Args:
+            name: another name; the old one stays as an alias.
+            description: another description.
+            parameters: another JSON schema of the arguments.
+
+        Raises:
+            ConfigError: the schema's arguments are not the tool's.
+        """
+        shown = self
+        if name is not None and name != self.name:
+            others = tuple(a for a in (self.name, *self.aliases) if a != name)
+            shown = replace(shown, name=name, aliases=others)
+        if description is not None:
+            shown = replace(shown, description=description)
+        if parameters is not None:
+            ours = set(parameters_schema(self.function)["properties"])
+            theirs = set(parameters.get("properties", {}))
+            if ours != theirs:
+                raise ConfigError(
+                    f"tool '{self.name}' has the arguments {', '.join(sorted(ours))}, but the "
+                    f"schema to show names {', '.join(sorted(theirs)) or 'none'}"
+                )
+            shown = replace(shown, shown_parameters=parameters)
+        return shown
 
     def schema(self) -> dict[str, Any]:
         """The JSON schema that goes into the system message (OpenAI's and Qwen's form)."""
@@ -109,7 +139,7 @@ class Tool:
             "function": {
                 "name": self.name,
                 "description": self.description,
-                "parameters": parameters_schema(self.function),
+                "parameters": self.shown_parameters or parameters_schema(self.function),
             },
         }
 
