@@ -87,7 +87,9 @@ def main() -> None:
     episodes = [EpisodeSpec("eval", i) for i in range(options.episodes)]
     seconds: dict[str, list[float]] = {"batched": [], "one by one": []}
     ids: dict[str, list[list[int]]] = {}
-    policies: dict[str, Any] = {"batched": session.student, "one by one": OneByOne(session.student)}
+    # The teacher: it plays the episodes that a trained student plays, with its tool calls.
+    policy = session.teacher
+    policies: dict[str, Any] = {"batched": policy, "one by one": OneByOne(policy)}
     for _ in range(options.repeats):
         for name, policy in policies.items():
             played = session.eval_runner.run(policy, episodes, Sampling(temperature=0), (0,))

@@ -35,7 +35,7 @@ SMALL = (
     "batch.mini_batch=1",
     "rollout.max_response_tokens=96",
     "rollout.max_turn_tokens=10",
-    "pixels.prompt.min_pixels=3136",
+    "pixels.prompt.min_pixels=9408",
     "pixels.prompt.max_pixels=12544",
     "pixels.observation.max_pixels=6272",
     "evaluation.tasks=2",
@@ -151,7 +151,7 @@ def check_run(folder: Path, student: Path, questions: dict[str, tuple[str, int]]
         shown = row["images"][:pictures]
         assert row["prompt"].count("<|vision_start|>") == pictures == len(shown)
         for image in shown:
-            assert 3136 <= image["width"] * image["height"] <= 12544
+            assert 9408 <= image["width"] * image["height"] <= 12544
             assert (folder / image["picture"]).is_file()
     assert len(seen) >= 2
     before, after = weights(student), weights(folder / "final")
@@ -234,7 +234,7 @@ def test_verl_s_parquet(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
         f"model.teacher.path={teacher}",
         f"data.train.path={data / 'train.parquet'}",
         f"data.eval.path={data / 'test.parquet'}",
-        "pixels.prompt.min_pixels=3136",
+        "pixels.prompt.min_pixels=9408",
         "pixels.prompt.max_pixels=12544",
     )
     check_run(tmp_path / "run", student, {"v0": ("How many dots?", 1), "v1": ("What changes?", 3)})
