@@ -1024,3 +1024,10 @@ def test_the_configuration_of_a_run_is_what_it_ran(tmp_path: Path) -> None:
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text("utf-8"))
     _, raw = composed(*[*SMALL, *SHORT, "seed=3"])
     assert saved == raw
+
+
+def test_a_task_drawn_twice_gets_other_samples() -> None:
+    episodes = session.step_episodes([4, 7, 4], samples=2)
+    assert [(e.index, e.sample) for e in episodes] == [
+        (4, 0), (4, 1), (7, 0), (7, 1), (4, 2), (4, 3),
+    ]  # fmt: skip

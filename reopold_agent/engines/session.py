@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -183,11 +184,8 @@ class Session:
     def _step(self, step: int, position: int) -> int:
         config = self.config
         clock = _Clock()
-        episodes = [
-            EpisodeSpec("train", self.order[position + k], sample)
-            for k in range(config.batch.prompts)
-            for sample in range(config.batch.samples)
-        ]
+        drawn = [self.order[position + k] for k in range(config.batch.prompts)]
+        episodes = step_episodes(drawn, config.batch.samples)
         with self.student.adapter.autocast():
             trajectories = self.train_runner.run(
                 self.student, episodes, self.sampling, (config.seed, 1, step)
@@ -341,6 +339,18 @@ class Session:
         self.metrics.write(row)
         self.progress.evaluation(row)
         return result
+
+
+def step_episodes(indices: Sequence[int], samples: int) -> list[EpisodeSpec]:
+    """``samples`` episodes per drawn task. A task drawn twice in one step (few tasks, or the end
+    of a pass) gets further samples of its group, not the same random draws again."""
+    used: Counter[int] = Counter()
+    episodes = []
+    for index in indices:
+        first = used[index]
+        used[index] += samples
+        episodes += [EpisodeSpec("train", index, first + k) for k in range(samples)]
+    return episodes
 
 
 def summarise(
