@@ -1,7 +1,7 @@
 """Log-prob and entropy of given tokens without ever holding tokens x vocabulary in float32.
 
 The last hidden states are multiplied by the output embedding a slice of tokens at a time; only
-``log pi`` and the entropy leave a slice. The backward pass makes the slices again, and only for
+``log pi`` and the entropy leave a slice. The backward pass makes the logits again, and only for
 tokens whose gradient is not zero: in Reopold's refinement phase that is one token in five.
 (Peers that keep the logits: vllm #5907, trl #2215.)
 """
@@ -33,7 +33,7 @@ def token_logprobs(
 
     Args:
         hidden_ND: last hidden states at the positions that predict the targets, any float dtype.
-        weight_VD: output embedding; its gradient is accumulated in float32.
+        weight_VD: output embedding, any float dtype.
         targets_N: int64 token ids.
         banned: int64 ids that have probability 0 (forbidden or padded rows), or None.
         with_entropy: also return the entropy of the same distribution (nats, no gradient).
@@ -94,35 +94,42 @@ class _TokenLogprobs(torch.autograd.Function):
             logp[part] = chosen - total.log()
             normaliser[part] = top[:, 0] + total.log()
         ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.banned, ctx.rows, ctx.compute_dtype = banned, rows, compute_dtype
+        ctx.banned, ctx.compute_dtype = banned, compute_dtype
+        ctx.slice_elements = slice_elements
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_logp = grads[0]
         hidden, weight, targets, normaliser = ctx.saved_tensors
-        grad_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )
-        matrix = weight.to(ctx.compute_dtype)
-        live = torch.nonzero(grad_logp)[:, 0]
-        for start in range(0, live.shape[0], ctx.rows):
-            rows = live[start : start + ctx.rows]
-            part = hidden[rows].to(ctx.compute_dtype)
+        live = torch.nonzero(grads[0])[:, 0]
+        states_ND = hidden[live].to(ctx.compute_dtype)
+        grad_N = grads[0][live].float()
+        targets_N, normaliser_N = targets[live], normaliser[live]
+        grad_states = torch.zeros(states_ND.shape, dtype=torch.float32, device=hidden.device)
+        needs_weight = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        # By blocks of the vocabulary, not of tokens: each row of the weight's gradient, the
+        # largest tensor here, is then written once.
+        # The second bound is on the block's own gradient, which stands beside the whole one.
+        block = max(1, ctx.slice_elements // max(1, len(live), weight.shape[1]))
+        for start in range(0, weight.shape[0] if len(live) else 0, block):
+            matrix = weight[start : start + block].to(ctx.compute_dtype)
+            stop = start + matrix.shape[0]
             # d logp / d logits = onehot(target) - softmax
-            grad_logits = _logits(part, matrix, ctx.banned)
-            grad_logits.sub_(normaliser[rows, None]).exp_().mul_(-grad_logp[rows, None])
-            grad_logits.scatter_add_(1, targets[rows, None], grad_logp[rows, None].float())
+            grad_logits = _logits(states_ND, matrix, None)
+            grad_logits.sub_(normaliser_N[:, None]).exp_().mul_(-grad_N[:, None])
+            if ctx.banned is not None:
+                inside = ctx.banned[(ctx.banned >= start) & (ctx.banned < stop)]
+                grad_logits.index_fill_(1, inside - start, 0.0)
+            rows = torch.nonzero((targets_N >= start) & (targets_N < stop))[:, 0]
+            grad_logits[rows, targets_N[rows] - start] += grad_N[rows]
             grad_logits = grad_logits.to(ctx.compute_dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad_logits @ matrix).to(hidden.dtype)
+            grad_states += grad_logits @ matrix
             if grad_weight is not None:
-                if ctx.compute_dtype == torch.float32:
-                    grad_weight.addmm_(grad_logits.T, part)
-                else:
-                    grad_weight += grad_logits.T @ part
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
+                grad_weight[start:stop] = (grad_logits.T @ states_ND).to(weight.dtype)
+        grad_hidden = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = torch.zeros_like(hidden)
+            grad_hidden[live] = grad_states.to(hidden.dtype)
         return cast("tuple[Tensor | None, ...]", (grad_hidden, grad_weight, None, None, None, None))
