@@ -1,5 +1,7 @@
 """Environments. Importing this package registers them with Gymnasium."""
 
+import gymnasium
+
 from reopold_agent.envs.registration import ENVS, EnvEntry, load_env, register_env
 
 # As a string: the class, and what it needs, is imported by the first gymnasium.make.
@@ -7,6 +9,11 @@ register_env(
     "pixel_reasoner",
     id="reopold/PixelReasoner-v0",
     entry_point="reopold_agent.envs.pixel_reasoner:PixelReasonerEnv",
+)
+
+gymnasium.register(
+    id="reopold/SingleTurn-v0",
+    entry_point="reopold_agent.envs.single_turn:SingleTurnEnv",
 )
 
 __all__ = ["ENVS", "EnvEntry", "load_env", "register_env"]

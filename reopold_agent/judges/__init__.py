@@ -1,6 +1,18 @@
 """Deciding whether an answer is right."""
 
+from reopold_agent.judges.extract import extract_boxed
+from reopold_agent.judges.math import close_workers
 from reopold_agent.judges.registry import JUDGES, Judge
-from reopold_agent.judges.rules import Verdict, extract_boxed, grade
+from reopold_agent.judges.rules import KINDS, equivalent, grade
+from reopold_agent.judges.verdict import Verdict
 
-__all__ = ["JUDGES", "Judge", "Verdict", "extract_boxed", "grade"]
+__all__ = [
+    "JUDGES",
+    "KINDS",
+    "Judge",
+    "Verdict",
+    "close_workers",
+    "equivalent",
+    "extract_boxed",
+    "grade",
+]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from reopold_agent.judges.rules import Verdict, grade
+from reopold_agent.judges.rules import grade_boxed
+from reopold_agent.judges.verdict import Verdict
 from reopold_agent.registry import Registry
 
 
@@ -25,5 +26,5 @@ class Judge:
 
 JUDGES: Registry[Judge] = Registry("judge", "reopold_agent.judges", Judge)
 
-RULES = JUDGES.register("rules", Judge("rules", grade))
+RULES = JUDGES.register("rules", Judge("rules", grade_boxed))
 """The last ``\\boxed{}`` against the answers, by rule: no model, no network."""

@@ -1,102 +1,276 @@
-"""Grading by rule: the last ``\\boxed{}`` against the acceptable answers."""
+"""Grading by rule: the response's answer against the acceptable ones.
+
+The order of the rules, for each acceptable answer: the same words; an option; yes or no; a number;
+a time; several parts, each by these rules; and last, for mathematics, math-verify. Which of them
+apply depends on the kind; for ``auto`` on what the acceptable answer looks like.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
-_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}")
-_BRACE = re.compile(r"[{}]")
-_OPTION = re.compile(r"\(?([a-z])\)?[.:)]?$")
-_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?$")
-_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?$")
+from reopold_agent.errors import ConfigError
+from reopold_agent.judges import extract, math, numbers, sets, text
+from reopold_agent.judges.extract import Found, extract_boxed
+from reopold_agent.judges.verdict import Verdict
 
+__all__ = ["KINDS", "Verdict", "equivalent", "extract_boxed", "grade", "grade_boxed"]
 
-_MAX_NESTING = 8
-"""``\\text{}`` in ``\\text{}``: deeper than this is noise, and each level costs a pass."""
+KINDS = ("auto", "option", "yes_no", "count", "number", "text", "math", "list", "ordered")
+"""Kinds of answers: ``list`` is several parts in any order, ``ordered`` in the order given."""
+
+_VALUES = frozenset({"option", "yes_no", "count", "number"})
+"""Kinds whose answers are never sentences."""
+
+_LONGEST = 4000
+"""Characters of an answer; more is repetition, and is compared with nothing."""
+
+_DEPTH = 3
+"""Lists of tuples of numbers; deeper nesting is left to math-verify."""
+
+_MATHEMATICAL = re.compile(
+    r"\\[a-zA-Z]|[\d^_=<>+*/|≤≥∞√π°]|^\W*[a-zA-Z]\W*$|[a-zA-Z]\s*\(|^\W*-"
+    r"|(?<![a-zA-Z])[a-zA-Z]\s*-\s*[a-zA-Z](?![a-zA-Z])"
+)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Whether a response is right, and what was taken for its answer (None: no box)."""
+class Rules:
+    """How answers are compared.
 
-    correct: bool
-    answer: str | None
+    Attributes:
+        kind: one of `KINDS`.
+        tolerance: relative error of numbers that still counts.
+        options: texts of a question's options by letter.
+        math: see `reopold_agent.judges.math.MathOptions`.
+    """
+
+    kind: str = "auto"
+    tolerance: float | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    math: math.MathOptions = field(default_factory=math.MathOptions)
 
 
-def grade(response: str, answers: Sequence[str]) -> Verdict:
-    """Grades a response by its last box.
+def grade(
+    response: str,
+    answer: str | Sequence[str],
+    kind: str = "auto",
+    *,
+    tolerance: float | None = None,
+    options: Sequence[str] | Mapping[str, str] | None = None,
+    precision: int | None = None,
+    strict: bool = True,
+    set_relation: bool = False,
+) -> Verdict:
+    """Grades a response.
 
     Args:
         response: the final turn.
-        answers: acceptable answers; one match is enough.
+        answer: the right answer or several acceptable ones, plain or LaTeX, boxed or not.
+        kind: one of `KINDS`; ``auto`` goes by what the answer looks like.
+        tolerance: relative error of numbers that still counts, where the benchmark gives one.
+        options: the texts of the question's options, from A; then an option's text counts as its
+            letter and the other way round.
+        precision: decimals to which numbers are rounded before they are compared.
+        strict: names of variables matter, and sets are not tuples.
+        set_relation: an inequality may answer where an interval is expected; the reverse may.
+
+    Raises:
+        ConfigError: no such kind.
     """
-    answer = extract_boxed(response)
-    if answer is None:
-        return Verdict(False, None)
-    return Verdict(any(equivalent(answer, each) for each in answers), answer)
+    if kind not in KINDS:
+        raise ConfigError(f"the kind of an answer is one of {', '.join(KINDS)}, got '{kind}'")
+    rules = Rules(
+        kind,
+        tolerance,
+        text.options_by_letter(options),
+        math.MathOptions(precision, strict, set_relation),
+    )
+    expected = [reference(each) for each in _as_list(answer)]
+    found = extract.find_answer(response)
+    if found is None:
+        found = _led(response, kind, expected)
+    if found is None or len(found.text) > _LONGEST:
+        return Verdict(False, None if found is None else found.text, "undecided", found is None)
+    for each in expected:
+        how = compare(found.text, each, rules)
+        if how is not None:
+            return Verdict(True, found.text, f"{found.where}:{how}")
+    kinds = [_kind(each, rules) for each in expected]
+    if found.prose or not found.text or (_VALUES & set(kinds) and extract.is_prose(found.text)):
+        value = extract.value_in(found.text) if _VALUES & set(kinds) else None
+        if value is None and {"count", "number"} & set(kinds):
+            value = numbers.number_word(found.text)
+        if value is None:
+            # A sentence may say the right thing in other words; a judge can tell.
+            return Verdict(False, found.text, "undecided", True)
+        for each in expected:
+            how = compare(value, each, rules)
+            if how is not None:
+                return Verdict(True, value, f"{found.where}:{how}")
+        return Verdict(False, value, f"{found.where}:{kinds[0]}")
+    return Verdict(False, found.text, f"{found.where}:{kinds[0] if kinds else 'none'}")
 
 
-def extract_boxed(text: str) -> str | None:
-    """Content of the last complete ``\\boxed{...}``, braces balanced; None if there is none."""
-    # One pass: a student that repeats itself writes thousands of boxes that never close.
-    opened: list[int] = []
-    best = (-1, -1)
-    for match in _BRACE.finditer(text):
-        position = match.start()
-        if match.group() == "{":
-            opened.append(position)
-        elif opened:
-            start = opened.pop()
-            if start > best[0] and text.endswith("\\boxed", 0, start):
-                best = (start, position)
-    return None if best[0] < 0 else text[best[0] + 1 : best[1]].strip()
+def grade_boxed(response: str, answers: Sequence[str]) -> Verdict:
+    """`grade` where only a box counts: for training, whose prompt asks for one."""
+    if extract_boxed(extract.final_part(response)) is None:
+        return Verdict(False, None, "undecided", True)
+    return grade(response, answers)
 
 
-def equivalent(answer: str, expected: str) -> bool:
-    """Whether two short answers say the same.
+def equivalent(answer: str, expected: str, kind: str = "auto") -> bool:
+    """Whether two answers say the same (no extraction from a response)."""
+    return compare(answer, reference(expected), Rules(kind)) is not None
 
-    Case, surrounding punctuation, dollar signs and ``\\text{}`` do not matter; numbers are
-    compared by value (7 = 7.0 = 7.00, 1,000 = 1000, 12% = 12 %); an option's letter may carry
-    brackets or its text ("B", "(b)", "B. a red car").
-    """
-    mine, wanted = _normal(answer), _normal(expected)
-    if mine == wanted:
-        return bool(mine)
-    first, second = _value(mine), _value(wanted)
-    if first is not None and second is not None:
-        return first == second
-    option = _OPTION.fullmatch(wanted)
-    if option is not None:
-        letter = re.match(r"\(?([a-z])(?:[.:)]|\)\s|$)", mine)
-        return letter is not None and letter.group(1) == option.group(1)
+
+def reference(answer: str) -> str:
+    """A reference answer without its box or the solution around it."""
+    answer = text.undoubled(answer)
+    if "boxed" in answer:
+        boxed = extract.boxed_answer(answer) or extract.open_box(answer)
+        if boxed:
+            return boxed
+    return answer.strip()
+
+
+def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | None:
+    """The rule by which ``answer`` is ``expected``, or None."""
+    if not answer.strip() or not expected.strip() or len(answer) > _LONGEST:
+        return None
+    kind = _kind(expected, rules)
+    if kind == "option":
+        return "option" if _same_option(answer, expected, rules) else None
+    if kind == "yes_no":
+        said = text.yes_no(answer)
+        return "yes_no" if said is not None and said == text.yes_no(expected) else None
+    if text.same_text(answer, expected):
+        return "number" if kind in ("number", "count") else "text"
+    if kind == "text":
+        return None
+    decided = _numbers(answer, expected, kind, rules)
+    if decided is not None:
+        return "number" if decided else None
+    if kind in ("number", "count") and rules.kind != "auto":
+        return None
+    return _mathematics(answer, expected, kind, rules, depth)
+
+
+def _kind(expected: str, rules: Rules) -> str:
+    if rules.kind != "auto":
+        return rules.kind
+    if text.letter_of(expected) is not None:
+        return "option"
+    if text.normal(expected) in ("yes", "no", "true", "false"):
+        return "yes_no"
+    if numbers.parse_quantity(expected) is not None:
+        return "number"
+    return "math" if _MATHEMATICAL.search(expected) else "text"
+
+
+def _same_option(answer: str, expected: str, rules: Rules) -> bool:
+    mine = text.option_letter(answer, rules.options)
+    wanted = text.option_letter(expected, rules.options)
+    if wanted is None:
+        return text.same_text(answer, expected)
+    if mine is None and not rules.options:
+        # A variable named like an option ("\\boxed{x = B}").
+        mine = text.letter_of(sets.without_name(answer))
+    return mine == wanted
+
+
+def _numbers(answer: str, expected: str, kind: str, rules: Rules) -> bool | None:
+    """Whether two numbers are equal; None if they are not both numbers."""
+    wanted = numbers.parse_quantity(sets.without_name(expected))
+    mine = numbers.parse_quantity(sets.without_name(answer))
+    if wanted is None or mine is None:
+        times = numbers.parse_time(answer), numbers.parse_time(expected)
+        if times[0] is not None and times[1] is not None and (times[0][1] or times[1][1]):
+            return times[0][0] == times[1][0]
+        return None
+    if rules.kind in ("auto", "math"):
+        if rules.math.strict and sets.names_differ(answer, expected):
+            return False
+        if _product(mine, wanted):
+            return False
+    return numbers.same_quantity(
+        mine,
+        wanted,
+        tolerance=rules.tolerance,
+        precision=rules.math.precision,
+        count=kind == "count",
+    )
+
+
+def _product(mine: numbers.Quantity, wanted: numbers.Quantity) -> bool:
+    """Whether one side is a number and the other a product of it with symbols ("10m")."""
+    if mine.glued and not wanted.unit:
+        return True
+    # A reference such as "10cm" is a length; of a single letter only the question knows.
+    return wanted.glued and not mine.unit and len(wanted.unit) == 1
+
+
+def _mathematics(answer: str, expected: str, kind: str, rules: Rules, depth: int) -> str | None:
+    ordered = {"list": False, "ordered": True}.get(kind)
+    mine, wanted = _parts(answer), _parts(expected)
+    if mine is not None and wanted is not None and depth < _DEPTH:
+        inner = Rules("auto", rules.tolerance, {}, rules.math)
+
+        def same(part: str, other: str) -> bool:
+            return _same_part(part, other, inner, depth + 1)
+
+        if sets.same_parts(mine, wanted, same, ordered=ordered):
+            return "list"
+        if all(_plain_numbers(each) for each in (mine, wanted)) or ordered is not None:
+            return None
+    first, second = _for_math_verify(expected), _for_math_verify(answer)
+    if second.count("{") != second.count("}") or not re.search(r"\w", second):
+        return None  # nothing that a parser could read; asking it would only cost time
+    return "math-verify" if math.same_expression(first, second, rules.math) else None
+
+
+def _parts(answer: str) -> sets.Parts | None:
+    return sets.read_parts(sets.without_name(answer)) or sets.read_parts(answer)
+
+
+def _same_part(part: str, other: str, rules: Rules, depth: int) -> bool:
+    if compare(part, other, rules, depth) is not None:
+        return True
+    sides = sets.sides(part), sets.sides(other)
+    if len(sides[0]) == len(sides[1]) == 2:
+        return all(compare(a, b, rules, depth) is not None for a, b in zip(*sides, strict=True))
     return False
 
 
-def _normal(text: str) -> str:
-    for _ in range(_MAX_NESTING):
-        previous, text = text, _TEXT_COMMAND.sub(r"\1", text)
-        if previous == text:
-            break
-    text = text.replace("\\%", "%").replace("\\$", "").replace("$", "")
-    text = " ".join(text.split()).casefold()
-    text = text.strip(" ,;:\"'`").rstrip(" .,;:\"'`")
-    # The point of ".5" and the sign of "5!" (120) belong to the number.
-    text = text if re.match(r"\.\d", text) else text.lstrip(" .,;:!\"'`")
-    return text if re.search(r"\d!$", text) else text.rstrip(" .,;:!\"'`")
+def _plain_numbers(parts: sets.Parts) -> bool:
+    return all(numbers.parse_quantity(item) is not None for item in parts.items)
 
 
-def _value(text: str) -> tuple[Decimal, str] | None:
-    """A number and its unit sign ("%" or nothing)."""
-    unit = "%" if text.endswith("%") else ""
-    digits = text.removesuffix("%").strip()
-    if _GROUPED.fullmatch(digits):
-        digits = digits.replace(",", "")
-    if not _NUMBER.fullmatch(digits) or len(digits) > 200:
-        return None
-    try:
-        return Decimal(digits), unit
-    except InvalidOperation:
-        return None
+def _for_math_verify(answer: str) -> str:
+    """Without delimiters and with one spelling; math-verify does the rest."""
+    plain = text.trim(text.latex_plain(answer)).replace("$", "").replace("°", "^{\\circ}")
+    # math-verify knows the imaginary unit only where it stands alone; "i(2-i)" is a function to it.
+    plain = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", plain)
+    return re.sub(r"(?<![A-Za-z\\])i\s*(?=\()", r"i \\cdot ", plain)
+
+
+def _led(response: str, kind: str, expected: Sequence[str]) -> Found | None:
+    """A yes, a no or an option's letter that a response opens with."""
+    final = extract.final_part(response)
+    yes_no = kind == "yes_no" or (
+        kind == "auto" and any(text.normal(e) in ("yes", "no") for e in expected)
+    )
+    option = kind == "option" or (
+        kind == "auto" and any(text.letter_of(each) is not None for each in expected)
+    )
+    if yes_no and (match := re.match(r"\W*(yes|no)\b(?!\s+(?:and|or)\b)", final, re.IGNORECASE)):
+        return Found(match.group(1), "led")
+    if option and (match := re.match(r"\s*(?:\*\*)?(\([A-Z]\)|[A-Z][.):])(?=\s|\*|$)", final)):
+        return Found(match.group(1), "led")
+    return None
+
+
+def _as_list(answer: str | Sequence[str]) -> list[str]:
+    return [answer] if isinstance(answer, str) else [str(each) for each in answer]

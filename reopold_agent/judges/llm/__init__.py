@@ -1,0 +1,38 @@
+"""Judges that read prose: asked where the rules find no answer. See docs/judges.md."""
+
+from reopold_agent.judges.llm.base import (
+    Backend,
+    Completion,
+    Equal,
+    Extract,
+    How,
+    Judge,
+    JudgeReply,
+    JudgeRequest,
+    Prompt,
+)
+from reopold_agent.judges.llm.failures import JudgeError, TransientError, UndecidedError
+from reopold_agent.judges.llm.judge import LlmJudge
+from reopold_agent.judges.llm.none import NoJudge
+from reopold_agent.judges.llm.registry import LLM_JUDGES, JudgeMaker, judge_of, make_judge
+
+__all__ = [
+    "LLM_JUDGES",
+    "Backend",
+    "Completion",
+    "Equal",
+    "Extract",
+    "How",
+    "Judge",
+    "JudgeError",
+    "JudgeMaker",
+    "JudgeReply",
+    "JudgeRequest",
+    "LlmJudge",
+    "NoJudge",
+    "Prompt",
+    "TransientError",
+    "UndecidedError",
+    "judge_of",
+    "make_judge",
+]

@@ -1,0 +1,158 @@
+"""A judge on this machine: any causal language model of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from reopold_agent.errors import ModelError
+from reopold_agent.judges.llm.base import Completion, How, Prompt
+from reopold_agent.judges.llm.failures import UndecidedError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """Which model and how.
+
+    Attributes:
+        model: folder or hub id of a causal language model.
+        revision: of a hub id.
+        device: "auto" is the first GPU, else the CPU.
+        dtype: "auto" is the checkpoint's own.
+        max_output_tokens: of the reply.
+        trust_remote_code: whether code of the checkpoint may run.
+    """
+
+    model: str
+    revision: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    max_output_tokens: int = 128
+    trust_remote_code: bool = False
+
+
+class LocalBackend:
+    """Implements `Backend` with transformers; the model is loaded at the first prompt.
+
+    The reply's beginning, ``{"answer": ``, is given, so that a small model cannot miss the form;
+    generation ends with the first complete object.
+    """
+
+    def __init__(self, settings: LocalSettings) -> None:
+        self._settings = settings
+        self._loaded: tuple[Any, Any, torch.device] | None = None
+        self._lock = threading.Lock()  # one model, one prompt at a time
+
+    @property
+    def name(self) -> str:
+        """See `Backend`."""
+        return "local"
+
+    @property
+    def model(self) -> str:
+        """See `Backend`."""
+        return self._settings.model
+
+    def settings(self) -> Mapping[str, Any]:
+        """See `Backend`."""
+        return {
+            "temperature": 0,
+            "revision": self._settings.revision,
+            "dtype": self._settings.dtype,
+            "max_output_tokens": self._settings.max_output_tokens,
+        }
+
+    def describe(self) -> Mapping[str, Any]:
+        """See `Backend`."""
+        import transformers
+
+        return {"transformers": transformers.__version__, "device": self._settings.device}
+
+    def _load(self) -> tuple[Any, Any, torch.device]:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        settings = self._settings
+        device = settings.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        where = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(settings.model, **where)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                settings.model, dtype=settings.dtype, **where
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"the judge's model '{settings.model}' cannot be loaded: {error}"
+            ) from error
+        return tokenizer, model.to(device).eval(), torch.device(device)
+
+    def ask(self, prompt: Prompt, timeout: float) -> Completion:
+        """See `Backend`."""
+        with self._lock:
+            if self._loaded is None:
+                self._loaded = self._load()
+            return self._generate(prompt, timeout, *self._loaded)
+
+    def _generate(
+        self, prompt: Prompt, timeout: float, tokenizer: Any, model: Any, device: torch.device
+    ) -> Completion:
+        import torch
+
+        begun = f'{{"{prompt.field}": '
+        ids = self._ids(prompt, begun, tokenizer)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        room = None if longest is None else longest - self._settings.max_output_tokens
+        if room is not None and len(ids) > room:
+            reason = f"the prompt has {len(ids)} tokens; the model takes {room}"
+            raise UndecidedError(How.TOO_LONG, reason)
+        input_ids = torch.tensor([ids], device=device)
+        with torch.inference_mode():
+            out = model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                do_sample=False,
+                max_new_tokens=self._settings.max_output_tokens,
+                max_time=timeout,
+                pad_token_id=tokenizer.eos_token_id or 0,
+                stop_strings=["}"],
+                tokenizer=tokenizer,
+            )
+        new = out[0, len(ids) :].tolist()
+        text = begun + tokenizer.decode(new, skip_special_tokens=True)
+        tokens = (len(ids), len(new))
+        try:
+            _, end = json.JSONDecoder().raw_decode(text)
+        except ValueError:
+            # Validation says what is wrong with it, unless it merely is not complete.
+            if len(new) >= self._settings.max_output_tokens:
+                raise UndecidedError(
+                    How.TRUNCATED, "the reply has no end", said=text, tokens=tokens
+                ) from None
+            return Completion(text, *tokens)
+        return Completion(text[:end], *tokens)
+
+    def _ids(self, prompt: Prompt, begun: str, tokenizer: Any) -> list[int]:
+        special = not tokenizer.chat_template  # a template writes its own
+        if tokenizer.chat_template:
+            messages = [
+                {"role": "system", "content": prompt.system},
+                {"role": "user", "content": prompt.user},
+            ]
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        else:
+            text = f"{prompt.system}\n\n{prompt.user}\n\n"
+        return list(tokenizer.encode(text + begun, add_special_tokens=special))
+
+    def close(self) -> None:
+        """See `Backend`."""
+        self._loaded = None

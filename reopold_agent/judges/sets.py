@@ -1,0 +1,230 @@
+"""Answers of several parts: lists, tuples, sets, intervals, matrices, equations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from reopold_agent.judges.text import latex_plain
+
+Same = Callable[[str, str], bool]
+"""``same(answer, expected)``."""
+
+_MOST_PARTS = 64
+_OPEN, _CLOSE = "([{", ")]}"
+_AND = re.compile(r"(?<![A-Za-z\\])(?:and|or)(?![a-z])")
+_ENVIRONMENT = re.compile(
+    r"\\begin\s*\{([a-z]*matrix|array|cases|aligned|align\*?)\}(?:\s*\{[lcr|\s]*\})?(.*)\\end\s*\{\1\}",
+    re.DOTALL,
+)
+_EQUALS = re.compile(r"(?<![<>!=:\\])=(?!=)")
+_APPROXIMATELY = re.compile(r"\\approx(?![a-z])|\\sim(?:eq)?(?![a-z])|≈|~=")
+_SYMBOL = re.compile(
+    r"\\?[A-Za-z]+(?:\s*_\s*(?:\{[^{}]*\}|\w))?(?:\s*\^\s*\{?[\\a-z*']+\}?)?'*"
+    r"(?:\s*\(\s*[\w\s,\\]+\s*\))?"
+)
+_FUNCTION = re.compile(
+    r"\\?(?:a(?:rc)?)?(?:sin|cos|tan|cot|sec|csc|log|ln|exp|lim|sqrt|det|gcd|lcm)h?(?![a-z])"
+)
+_VARIABLE = re.compile(r"(?:[A-Za-z]|[A-Z]{2,3})(?:_\{?\w+\}?)?")
+_MEMBER = re.compile(r"^\s*[A-Za-z](?:_\{?\w+\}?)?(?:\s*\([a-z]\))?\s*\\in(?![a-z])\s*")
+_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?$")
+_TAIL = re.compile(r",?\s*\b(?:where|with|for (?:all|some|any)|when|if)\b.*$", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An answer of several parts.
+
+    Attributes:
+        items: the parts as written.
+        shape: ``list`` (nothing around), ``set`` (braces), ``tuple`` (round brackets),
+            ``closed`` (square ones), ``mixed`` (a half-open interval), ``grid`` (a matrix).
+        opening, closing: the brackets.
+    """
+
+    items: tuple[str, ...]
+    shape: str
+    opening: str = ""
+    closing: str = ""
+    row_length: int = 0
+
+
+def read_parts(text: str) -> Parts | None:
+    """Splits an answer at its outermost separators; None if it has one part only."""
+    plain = latex_plain(text).strip().rstrip(".").strip()
+    grid = _read_grid(plain)
+    if grid is not None:
+        return grid
+    if _GROUPED.fullmatch(plain):
+        return None
+    plain = plain.replace("\\{", "{").replace("\\}", "}")
+    plain = plain.replace("\\lbrace", "{").replace("\\rbrace", "}")
+    items = split(plain)
+    if len(items) > 1:
+        return Parts(tuple(items), "list")
+    if len(plain) < 2 or plain[0] not in _OPEN or plain[-1] not in _CLOSE:
+        return None
+    if _matching(plain) != len(plain) - 1:
+        return None
+    inner = split(plain[1:-1])
+    around = plain[0] + plain[-1]
+    if around == "{}" and inner and inner != [""]:
+        return Parts(tuple(inner), "set", *around)
+    if len(inner) < 2:
+        # ((1,2)) is (1,2), and ({matrix}) the matrix.
+        return read_parts(plain[1:-1]) if around in ("()", "{}") else None
+    shape = {"()": "tuple", "[]": "closed"}.get(around, "mixed")
+    return Parts(tuple(inner), shape, *around)
+
+
+def same_parts(mine: Parts, wanted: Parts, same: Same, *, ordered: bool | None = None) -> bool:
+    """Whether two answers have the same parts.
+
+    The order matters within brackets and not in lists and sets, unless ``ordered`` says
+    otherwise. Where only one side has brackets, the order is the one within them.
+    """
+    if len(mine.items) != len(wanted.items) or len(wanted.items) > _MOST_PARTS:
+        return False
+    shapes = {mine.shape, wanted.shape}
+    if "mixed" in shapes and (mine.opening, mine.closing) != (wanted.opening, wanted.closing):
+        return False
+    if shapes == {"tuple", "closed"}:
+        return False  # an open interval is not a closed one
+    if "grid" in shapes:
+        if shapes == {"grid"} and mine.row_length != wanted.row_length:
+            return False
+        if shapes - {"grid", "tuple", "closed"}:
+            return False
+        return all(map(same, mine.items, wanted.items))
+    if ordered is None:
+        ordered = bool(shapes & {"tuple", "closed", "mixed"})
+        # AB=4, CD=5 answered by "4, 5": without names the order says which is which.
+        named = [any(_EQUALS.search(item) for item in each.items) for each in (mine, wanted)]
+        ordered = ordered or (named[0] != named[1] and _distinct_names(mine, wanted))
+    if ordered:
+        return all(map(same, mine.items, wanted.items))
+    return _match(list(mine.items), list(wanted.items), same)
+
+
+def split(text: str) -> list[str]:
+    """Parts at the outermost commas, semicolons, "and" and "or"; thousands are left together."""
+    text = _AND.sub(";", text)
+    if ";" in text:
+        # "1,000; 2,000": where semicolons separate, commas may only separate groups of digits.
+        pieces = _split_at(text, ";")
+        return [part for piece in pieces for part in _split_commas(piece)]
+    return _split_commas(text)
+
+
+def sides(text: str) -> list[str]:
+    """The sides of an equation or chain of equations, approximate last terms left out."""
+    plain = latex_plain(text)
+    exact = _APPROXIMATELY.split(plain)
+    first = exact[0].strip()
+    if len(exact) > 1:
+        if first and not _SYMBOL.fullmatch(first):
+            plain = first
+        else:
+            plain = f"{first}={exact[1]}" if first else exact[1]
+    return [side.strip() for side in _EQUALS.split(plain)]
+
+
+def without_name(text: str) -> str:
+    """The value of "x = 3", "f(x) = 3", "(p, q) = (3, 2)" or "x \\in [0, 1]"; else the text."""
+    plain = _TAIL.sub("", latex_plain(text)) if "=" in text else latex_plain(text)
+    member = _MEMBER.match(plain)
+    if member is not None:
+        return plain[member.end() :].strip()
+    found = sides(plain)
+    if len(found) < 2 or not found[-1]:
+        return found[0] if found and found[0] else text
+    if any(len(split(side)) > 1 for side in found[1:-1]):
+        return text  # several equations ("x = 1, y = 2") have no one value
+    return found[-1] if is_name(found[0]) else text
+
+
+def names_differ(first: str, second: str) -> bool:
+    """Whether two answers name different variables: "a = 1" and "b = 1"."""
+    names = [sides(each)[0].strip() for each in (first, second) if _EQUALS.search(each)]
+    if len(names) < 2 or not all(_VARIABLE.fullmatch(name) for name in names):
+        return False
+    return names[0].casefold() != names[1].casefold()
+
+
+def is_name(text: str) -> bool:
+    """Whether an equation's left side only names what its right side is."""
+    text = text.strip()
+    if _FUNCTION.match(text):
+        return False
+    if _SYMBOL.fullmatch(text):
+        return True
+    if ":" in text:
+        return all(_SYMBOL.fullmatch(each.strip()) for each in text.split(":"))
+    if len(text) > 2 and text[0] == "(" and text[-1] == ")":
+        return all(_SYMBOL.fullmatch(each.strip()) for each in text[1:-1].split(","))
+    return False
+
+
+def _distinct_names(mine: Parts, wanted: Parts) -> bool:
+    for parts in (mine, wanted):
+        names = [sides(item)[0].replace(" ", "") for item in parts.items if "=" in item]
+        if names:
+            bare = {re.sub(r"_\{?\d+\}?", "", name) for name in names}
+            return len(bare) == len(names) and len(names) == len(parts.items)
+    return False
+
+
+def _match(mine: list[str], wanted: list[str], same: Same) -> bool:
+    """Pairs the parts off; equality is transitive enough for the first match to be a good one."""
+    for each in wanted:
+        found = next((index for index, part in enumerate(mine) if same(part, each)), None)
+        if found is None:
+            return False
+        mine.pop(found)
+    return not mine
+
+
+def _matching(text: str) -> int:
+    depth = 0
+    for index, char in enumerate(text):
+        depth += (char in _OPEN) - (char in _CLOSE)
+        if depth == 0:
+            return index
+    return -1
+
+
+def _split_at(text: str, separator: str) -> list[str]:
+    parts, depth, start = [], 0, 0
+    for index, char in enumerate(text):
+        depth += (char in _OPEN) - (char in _CLOSE)
+        if char == separator and depth <= 0:
+            parts.append(text[start:index].strip())
+            start = index + 1
+    parts.append(text[start:].strip())
+    return [part for part in parts if part] or [""]
+
+
+def _split_commas(text: str) -> list[str]:
+    if _GROUPED.fullmatch(text.strip()):
+        return [text.strip()]
+    return _split_at(text, ",")
+
+
+def _read_grid(plain: str) -> Parts | None:
+    inner = plain
+    while len(inner) > 2 and inner[0] in "([" and _matching(inner) == len(inner) - 1:
+        inner = inner[1:-1].strip()
+    match = _ENVIRONMENT.fullmatch(inner)
+    if match is None:
+        return None
+    rows: Sequence[str] = [row.strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2])]
+    cells = [[cell.strip() for cell in row.split("&")] for row in rows if row]
+    lengths = {len(row) for row in cells}
+    if len(lengths) != 1:
+        return None
+    items = tuple(cell for row in cells for cell in row)
+    if match[1] == "cases" and lengths == {1}:
+        return Parts(items, "list")  # a system of equations, in any order
+    return Parts(items, "grid", row_length=lengths.pop())
