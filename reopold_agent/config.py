@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
@@ -356,3 +356,25 @@ def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
         close = difflib.get_close_matches(value, allowed, n=1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ConfigError(f"{where} must be one of {', '.join(allowed)}; got '{value}'.{hint}")
+
+
+def config_differences(
+    saved: Mapping[str, Any], current: Mapping[str, Any], free: Sequence[str]
+) -> list[str]:
+    """Lines ``key: saved -> current`` for settings that differ, except in the sections ``free``."""
+    old, new = _flatten(saved), _flatten(current)
+    return [
+        f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
+        for key in sorted({*old, *new})
+        if key.split(".")[0] not in free and old.get(key) != new.get(key)
+    ]
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

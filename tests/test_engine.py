@@ -31,10 +31,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Config
 
-from reopold_agent.config import OptimizerConfig
+from reopold_agent.config import OptimizerConfig, config_differences
 from reopold_agent.engines import checkpoint as checkpoint_module
 from reopold_agent.engines import local, session
-from reopold_agent.engines.checkpoint import config_differences
 from reopold_agent.engines.data_order import DataOrder
 from reopold_agent.engines.session import Session
 from reopold_agent.engines.update import Updater, UpdateStats
@@ -567,9 +566,16 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
 def test_differences_are_of_what_influences_the_result() -> None:
     old = {"a": {"b": 1, "c": {}}, "checkpoint": {"every": 2}, "resume": "auto", "logging": {}}
     new = {"a": {"b": 2, "c": {"d": 1}}, "checkpoint": {"every": 3}, "resume": "must", "e": None}
-    assert config_differences(old, new)[:2] == ["a.b: 1 -> 2", "a.c: {} -> unset"]
-    assert config_differences(old, old) == []
-    assert not [d for d in config_differences(old, new) if d.startswith(("checkpoint", "resume"))]
+    assert config_differences(old, new, local.FREE_TO_CHANGE)[:2] == [
+        "a.b: 1 -> 2",
+        "a.c: {} -> unset",
+    ]
+    assert config_differences(old, old, local.FREE_TO_CHANGE) == []
+    assert not [
+        d
+        for d in config_differences(old, new, local.FREE_TO_CHANGE)
+        if d.startswith(("checkpoint", "resume"))
+    ]
 
 
 def _no_space(*_: Any, **__: Any) -> None:

@@ -344,7 +344,7 @@ def test_its_configuration_is_composed_and_wins_over_the_models(
     # What the plugin sets is its own, what it does not is the model's.
     assert composed["rollout"]["max_turns"] == 4
     assert composed["rollout"]["max_response_tokens"] == 320
-    assert composed["rollout"]["max_turn_tokens"] == 96
+    assert composed["rollout"]["max_turn_tokens"] == 64
     assert composed["evaluation"]["max_turns"] == 4
     # The command line is above both.
     done = train(

@@ -21,9 +21,6 @@ from reopold_agent.policies.loading import LoadedModel
 
 _PREFIX = "step-"
 
-FREE_TO_CHANGE = ("resume", "checkpoint", "logging")
-"""Sections that do not influence what is computed; a resumed run may change them."""
-
 
 def save_checkpoint(
     folder: Path,
@@ -139,26 +136,6 @@ def restore(checkpoint: Path, updater: Updater) -> None:
     numpy_state = trainer["numpy_rng"]
     numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
     np.random.set_state(numpy_state)
-
-
-def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Lines ``key: saved -> current`` for settings that influence the result and differ."""
-    old, new = _flatten(saved), _flatten(current)
-    return [
-        f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
-        for key in sorted({*old, *new})
-        if key.split(".")[0] not in FREE_TO_CHANGE and old.get(key) != new.get(key)
-    ]
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -16,12 +16,8 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from reopold_agent.config import TrainConfig
-from reopold_agent.engines.checkpoint import (
-    config_differences,
-    load_trainer_state,
-    newest_checkpoint,
-)
+from reopold_agent.config import TrainConfig, config_differences
+from reopold_agent.engines.checkpoint import load_trainer_state, newest_checkpoint
 from reopold_agent.engines.environments import make_env, num_tasks
 from reopold_agent.engines.interrupts import Interrupts
 from reopold_agent.engines.session import Session
@@ -36,6 +32,9 @@ from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
+
+FREE_TO_CHANGE = ("resume", "checkpoint", "logging")
+"""Sections that do not influence what is computed; a resumed run may change them."""
 
 
 class LocalEngine:
@@ -136,7 +135,9 @@ class LocalEngine:
         saved = OmegaConf.to_container(OmegaConf.load(self.folder.path / "config.yaml"))
         if not isinstance(saved, dict):
             raise CheckpointError(f"{self.folder.path / 'config.yaml'} is not a configuration")
-        different = config_differences({str(k): v for k, v in saved.items()}, self._raw)
+        different = config_differences(
+            {str(k): v for k, v in saved.items()}, self._raw, FREE_TO_CHANGE
+        )
         if different:
             raise CheckpointError(
                 f"{self.folder.path} was started with other settings (saved -> now):\n  "

@@ -16,10 +16,10 @@ from reopold_agent.config import TrainConfig
 from reopold_agent.engines.checkpoint import load_trainer_state, restore, save_checkpoint
 from reopold_agent.engines.data_order import DataOrder
 from reopold_agent.engines.environments import make_env
-from reopold_agent.engines.evaluation import EvaluationResult, evaluate_policy
 from reopold_agent.engines.interrupts import Interrupts, resume_command
 from reopold_agent.engines.update import Updater, UpdateStats
 from reopold_agent.errors import ConfigError, NonFiniteError
+from reopold_agent.eval.heldout import EvaluationResult, evaluate_policy
 from reopold_agent.objectives import Reopold
 from reopold_agent.objectives.pieces import reward_floor
 from reopold_agent.policies.loading import LoadedModel

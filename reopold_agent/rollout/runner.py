@@ -148,7 +148,7 @@ class RolloutRunner:
         sampling: Sampling,
         seed: tuple[int, ...],
         *,
-        on_done: Callable[[int], None] | None = None,
+        on_done: Callable[[Trajectory], None] | None = None,
     ) -> list[Trajectory]:
         """Plays the episodes and returns their trajectories in the given order.
 
@@ -159,7 +159,7 @@ class RolloutRunner:
             seed: with the episode's index and sample it fixes every random draw. The
                 environment's own seed depends on split and index only, so that all samples of a
                 group face the same task.
-            on_done: called with the number of finished episodes after each one.
+            on_done: called with each trajectory as its episode ends, in that order.
         """
         self.stats = RolloutStats()
         specs = list(episodes)
@@ -192,7 +192,7 @@ class RolloutRunner:
                     if episode.stop is not StopReason.ENV_ERROR:
                         self._idle.append(episode.worker)
                     if on_done is not None:
-                        on_done(len(finished))
+                        on_done(finished[key])
         finally:
             for episode in playing.values():
                 episode.worker.abandon()

@@ -66,18 +66,20 @@ def dump_json(value: Any, *, indent: int | None = None) -> bytes:
         return json.dumps(plain, allow_nan=False, indent=indent).encode("ascii")
 
 
-def write_bytes_atomic(path: Path, data: bytes) -> None:
+def write_bytes_atomic(path: Path, data: bytes, *, flush: bool = True) -> None:
     """Replaces the file at once: a reader or a kill sees the old content or the new.
 
-    The temporary file lies beside it (a rename does not cross file systems) and is flushed to
-    disk before the rename, so that a power cut cannot leave an empty file under the name.
+    The temporary file lies beside it (a rename does not cross file systems). With ``flush`` it is
+    flushed to disk before the rename, so that not even a power cut can leave an empty file under
+    the name.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(data)
             stream.flush()
-            os.fsync(stream.fileno())
+            if flush:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

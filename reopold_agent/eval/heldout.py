@@ -9,7 +9,7 @@ from typing import Any
 from reopold_agent.policies.base import Policy
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.tracking.statistics import rollout_statistics, wilson_interval
-from reopold_agent.types import Sampling
+from reopold_agent.types import Sampling, Trajectory
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def evaluate_policy(
     sampling: Sampling,
     seed: int,
     split: str = "eval",
-    on_done: Callable[[int], None] | None = None,
+    on_done: Callable[[Trajectory], None] | None = None,
 ) -> EvaluationResult:
     """Plays the first ``tasks`` tasks of a split once each.
 

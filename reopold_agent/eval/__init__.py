@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, playing them, scoring, reports."""

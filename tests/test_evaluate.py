@@ -1,0 +1,482 @@
+"""The evaluation: formats of the benchmarks, playing, judging, scoring, resuming, reporting."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from reopold_agent.compare import comparison_table, main, paired_lines, question_means
+from reopold_agent.errors import ConfigError, DataError, UnknownNameError
+from reopold_agent.eval.benchmarks import Benchmark, load_benchmark, select
+from reopold_agent.eval.formats import FORMATS
+from reopold_agent.eval.judging import judge_rows
+from reopold_agent.eval.paper import PAPER_TABLES
+from reopold_agent.eval.plots import make_plots
+from reopold_agent.eval.report import markdown, write_page
+from reopold_agent.eval.results import benchmark_results
+from reopold_agent.eval.run import model_path
+from reopold_agent.judges.llm import How, JudgeReply
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+REPOSITORY = Path(__file__).parents[1]
+
+
+def shared(*parts: str) -> Path:
+    path = SHARED.joinpath(*parts)
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    return path
+
+
+def entry(name: str, **changes: Any) -> Benchmark:
+    values: dict[str, Any] = {"suite": "s", "format": "math_jsonl", "play": "single"}
+    return Benchmark(name=name, **{**values, **changes})
+
+
+def row(index: int, sample: int = 0, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "benchmark": "b",
+        "index": index,
+        "sample": sample,
+        "id": f"q{index}",
+        "question": "How many?",
+        "answers": ["7"],
+        "kind": "number",
+        "options": [],
+        "category": "even" if index % 2 == 0 else "odd",
+        "group": {},
+        "response": "Perhaps seven, I think.",
+        "extracted": None,
+        "correct": False,
+        "how": "undecided",
+        "undecided": True,
+        "stop": "answer",
+        "error": None,
+        "turns": [{"text": "Perhaps seven, I think.", "observation": "", "tool": None}],
+        "pictures": [],
+        "tokens": 10,
+        "seconds": 2.0,
+    }
+    return {**values, **changes}
+
+
+def right(index: int, sample: int = 0, **changes: Any) -> dict[str, Any]:
+    found = {"extracted": "7", "correct": True, "how": "boxed:number", "undecided": False}
+    return row(index, sample, **{**found, **changes})
+
+
+def wrong(index: int, sample: int = 0, said: str = "8", **changes: Any) -> dict[str, Any]:
+    found = {"extracted": said, "how": "boxed:number", "undecided": False}
+    return row(index, sample, **{**found, **changes})
+
+
+# Formats
+
+
+def test_real_rows_of_the_math_files() -> None:
+    expected = {"aime24.jsonl": 30, "amc23.jsonl": 40, "math500.jsonl": 500}
+    for name, count in expected.items():
+        loaded = load_benchmark(entry("m", path=str(shared("math", name))))
+        assert len(loaded.tasks) == count
+        assert all(loaded.tasks[i].answers[0] for i in range(count))
+        assert len(next(iter(loaded.files.values()))) == 64
+    minerva = load_benchmark(entry("m", path=str(shared("math", "minerva_math.sample.jsonl"))))
+    assert all("boxed" not in task.answers[0] for task in map(minerva.tasks.__getitem__, range(5)))
+    gsm = load_benchmark(entry("m", path=str(shared("math", "gsm8k_test.jsonl"))))
+    assert gsm.tasks[0].answers == ("18",)
+
+
+def test_real_rows_of_the_pictured_benchmarks() -> None:
+    vision = load_benchmark(
+        entry("v", format="mathvision", path=str(shared("mathvision")), split=None)
+    )
+    assert len(vision.tasks) == 32
+    letters = [t for t in map(vision.tasks.__getitem__, range(32)) if t.metadata["options"]]
+    assert letters
+    assert all(t.metadata["answer_kind"] == "option" for t in letters)
+    assert vision.tasks[0].images[0].open().mode == "RGB"
+    assert "<image1>" not in vision.tasks[0].question
+    hallusion = load_benchmark(
+        entry("h", format="hallusionbench", path=str(shared("hallusionbench")))
+    )
+    assert [hallusion.tasks[i].answers[0] for i in range(2)] == ["no", "yes"]
+    figures = {hallusion.tasks[i].metadata["figure"] for i in range(2)}
+    assert len(figures) == 1
+    geometry = load_benchmark(
+        entry("g", format="geometry3k_intergps", path=str(shared("geometry3k")))
+    )
+    source = [
+        json.loads(line)
+        for line in shared("geometry3k", "sample.jsonl").read_text().splitlines()
+        if line
+    ]
+    for number, raw in enumerate(source):
+        assert geometry.tasks[number].answers == (raw["choices"]["ABCD".index(raw["answer"])],)
+
+
+def test_luffy_rows() -> None:
+    loaded = load_benchmark(entry("l", format="verl", path=str(shared("luffy", "valid.parquet"))))
+    assert len(loaded.tasks) == 2019
+    assert loaded.tasks[0].metadata["category"]
+
+
+@pytest.mark.parametrize(
+    ("format", "values", "answer", "kind"),
+    [
+        ("math_jsonl", {"question": "q", "answer": 27.0}, "27", "math"),
+        ("math_jsonl", {"question": "q", "answer": "so #### 1,234"}, "1,234", "math"),
+        ("math_jsonl", {"problem": "q", "final_answer": ["1", "2"]}, "1, 2", "math"),
+        ("math_jsonl", {"problem": "q", "solution": r"a \boxed{\frac12}"}, r"\frac12", "math"),
+        ("mathvista", {"query": "q", "answer": "red", "choices": ["blue", "red"],
+                       "question_type": "multi_choice", "image": "p.png"}, "B", "option"),
+        ("mathvista", {"query": "q", "answer": "3", "question_type": "free_form",
+                       "image": "p.png"}, "3", "auto"),
+        ("mathverse", {"query_cot": "q", "answer": "C", "question_type": "multi-choice",
+                       "image": "p.png"}, "C", "option"),
+        ("wemath", {"question": "q", "answer": "A", "option": "A. 1; B. 2", "ID": "3",
+                    "key": "2steps_1", "image_path": "p.png"}, "A", "option"),
+        ("parquet_pictures", {"problem": "<image>q", "answer": "5", "images": ["p.png"]},
+         "5", "math"),
+    ],
+)  # fmt: skip
+def test_formats(
+    tmp_path: Path, format: str, values: Mapping[str, Any], answer: str, kind: str
+) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "p.png")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(values) + "\n")
+    loaded = load_benchmark(entry("x", format=format, path=str(tmp_path)))
+    task = loaded.tasks[0]
+    assert task.answers == (answer,)
+    assert task.metadata["answer_kind"] == kind
+    assert "<image>" not in task.question
+    if task.images:
+        assert task.images[0].open().size == (40, 30)
+
+
+@pytest.mark.parametrize("format", sorted(FORMATS))
+def test_no_format_raises_anything_but_data_errors(tmp_path: Path, format: str) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"question": 5, "answer": null}\n')
+    with pytest.raises(DataError, match="1 of 1 rows"):
+        load_benchmark(entry("x", format=format, path=str(tmp_path)))
+
+
+# Choosing
+
+
+def test_names_suites_and_what_is_missing(tmp_path: Path) -> None:
+    entries: dict[str, Any] = {
+        "one": {"suite": "a", "format": "math_jsonl", "play": "single", "path": "x.jsonl"},
+        "two": {"suite": "a", "format": "math_jsonl", "play": "single"},
+        "three": {"suite": "b", "format": "demo", "play": "agentic", "limit": 3},
+    }
+    assert [b.name for b in select(entries, ["two", "one"], None)] == ["two", "one"]
+    assert [b.name for b in select(entries, [], "a")] == ["one", "two"]
+    with pytest.raises(UnknownNameError, match="Did you mean 'three'"):
+        select(entries, ["tree"], None)
+    with pytest.raises(UnknownNameError, match="suite"):
+        select(entries, [], "c")
+    with pytest.raises(DataError, match=r"x\.jsonl does not exist.*benchmarks\.one\.path"):
+        load_benchmark(select(entries, ["one"], None)[0])
+    with pytest.raises(ConfigError, match=r"benchmarks\.two\.path"):
+        load_benchmark(select(entries, ["two"], None)[0])
+    assert len(load_benchmark(select(entries, ["three"], None)[0]).tasks) == 3
+
+
+def test_a_run_folder_stands_for_its_student(tmp_path: Path) -> None:
+    assert model_path("org/name") == "org/name"
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match="neither"):
+        model_path(str(tmp_path))
+    for step in (2, 10):
+        folder = tmp_path / "checkpoints" / f"step-{step:06d}" / "model"
+        folder.mkdir(parents=True)
+        (folder / "config.json").touch()
+    assert model_path(str(tmp_path)).endswith("step-000010/model")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").touch()
+    assert model_path(str(tmp_path)) == str(tmp_path / "final")
+
+
+# Scoring
+
+
+def test_results_by_hand() -> None:
+    rows = [
+        right(0), right(0, 1), wrong(0, 2), wrong(0, 3),
+        wrong(1), wrong(1, 1, said="9"), right(1, 2), row(1, 3),
+    ]  # fmt: skip
+    found = benchmark_results(rows, entry("b", samples=4), ks=[1, 2, 4, 8], seed=0)
+    assert (found["questions"], found["samples"], found["answers"]) == (2, 4, 8)
+    assert found["accuracy"] == pytest.approx((0.5 + 0.25) / 2)
+    # 1 - C(2,2)/C(4,2) = 5/6 and 1 - C(3,2)/C(4,2) = 1/2
+    assert found["pass_at_k"] == pytest.approx({"1": 0.375, "2": (5 / 6 + 0.5) / 2, "4": 1.0})
+    # Question 0: two sevens against two eights, the sevens were first. Question 1: 8, 9, 7 once
+    # each, the wrong 8 was first.
+    assert found["maj_at_k"] == {"1": 0.5, "2": 0.5, "4": 0.5}
+    assert found["undecided"] == 1
+    assert found["how"] == {"boxed:number": 7, "undecided": 1}
+    assert found["categories"]["odd"] == {"answers": 4, "accuracy": 0.25}
+    assert found["low"] <= found["accuracy"] <= found["high"]
+
+
+def test_the_order_of_rows_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    rows = [right(i, s) if rng.random() < 0.4 else wrong(i, s) for i in range(20) for s in range(3)]
+    benchmark = entry("b", samples=3)
+    first = benchmark_results(rows, benchmark, ks=[1, 2], seed=0)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(rows))
+        shuffled = [rows[i] for i in order]
+        assert benchmark_results(shuffled, benchmark, ks=[1, 2], seed=0) == first
+
+
+@pytest.mark.parametrize(
+    ("metric", "rows", "expected"),
+    [
+        ("anls", [wrong(0, said="sevan", answers=["seven"]), row(1)], {"ANLS": 0.4}),
+        ("rmse", [wrong(0, said="9"), right(1)], {"RMSE": 2**0.5}),
+    ],
+)
+def test_other_metrics(metric: str, rows: list[Any], expected: dict[str, float]) -> None:
+    found = benchmark_results(rows, entry("b", metric=metric), ks=[1], seed=0)
+    assert found["extra"] == pytest.approx(expected)
+
+
+# Judging
+
+
+class ScriptedJudge:
+    """Says what the test wants, and remembers what it was shown."""
+
+    name = "scripted:1"
+
+    def __init__(self, replies: Mapping[str, JudgeReply]) -> None:
+        self.replies, self.asked = replies, list[Any]()
+
+    def run(self, requests: Any, *, ordered: bool = False) -> Iterator[JudgeReply]:
+        for request in requests:
+            self.asked.append(request)
+            reply = self.replies[request.id]
+            yield JudgeReply(**{**vars(reply), "id": request.id})
+
+
+def test_the_judge_extracts_and_the_rules_decide(tmp_path: Path) -> None:
+    rows = [right(0), row(1), row(2), row(3), row(4)]
+    judge = ScriptedJudge(
+        {
+            "b/1/0": JudgeReply("7.0", How.JUDGE, said="7.0"),
+            "b/2/0": JudgeReply("8", How.JUDGE),
+            "b/3/0": JudgeReply(None, How.NO_ANSWER),
+            "b/4/0": JudgeReply(None, How.UNAVAILABLE, error="503"),
+        }
+    )
+    judged = judge_rows(rows, judge, tmp_path / "judged.jsonl")  # type: ignore[arg-type]
+    assert [r["correct"] for r in judged] == [True, True, False, False, False]
+    assert [r["undecided"] for r in judged] == [False, False, False, False, True]
+    assert judged[1]["extracted"] == "7.0"
+    assert judged[1]["how"].startswith("judge+")
+    # It never sees the ground truth, in any field.
+    assert all("answer" not in vars(request) for request in judge.asked)
+    assert not any("7" in str(value) for r in judge.asked for value in vars(r).values())
+    # What was decided is not asked again; what failed is.
+    again = ScriptedJudge({"b/4/0": JudgeReply("7", How.JUDGE)})
+    judged = judge_rows(rows, again, tmp_path / "judged.jsonl")  # type: ignore[arg-type]
+    assert [request.id for request in again.asked] == ["b/4/0"]
+    assert [r["correct"] for r in judged] == [True, True, False, False, True]
+
+
+# The command
+
+
+def evaluate(folder: Path, *overrides: str, **popen: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "reopold_agent.evaluate", f"hydra.run.dir={folder}"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("evaluation") / "run"
+    process = evaluate(folder, "benchmarks.demo.limit=24", "samples=2", "latency.ks=[1,2]",
+                       "latency.questions=2")  # fmt: skip
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return folder, out
+
+
+@pytest.mark.slow
+def test_an_evaluation_leaves_what_was_promised(finished: tuple[Path, str]) -> None:
+    folder, out = finished
+    results = json.loads((folder / "results.json").read_text())
+    figures = results["benchmarks"]["demo"]
+    assert (figures["questions"], figures["samples"], figures["answers"]) == (24, 2, 48)
+    assert set(figures["pass_at_k"]) == {"1", "2"}
+    assert figures["pixels"]["prompt"]["max_pixels"] == 12544
+    assert "crop_image" in figures["prompt"]["system"]
+    assert figures["prompt"]["first_question"].startswith("<image>")
+    assert figures["sampling"] == {"temperature": 1.0, "top_p": 1.0}
+    assert [p["k"] for p in figures["latency"]] == [1, 2]
+    assert results["judge"]["counters"]
+    rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+    assert len({(r["index"], r["sample"]) for r in rows}) == 48
+    assert all((folder / picture).is_file() for r in rows for picture in r["pictures"])
+    assert (folder / "plots" / "scaling-demo.png").stat().st_size > 10_000
+    assert "demo" in (folder / "results.md").read_text()
+    assert "0." in out
+    assert "\x1b" not in out
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_is_the_same_evaluation(
+    finished: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    settings = ("benchmarks.demo.limit=24", "samples=2", "engine.concurrency=4")
+    process = evaluate(folder, *settings)
+    responses = folder / "responses.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if responses.is_file() and len(responses.read_bytes().splitlines()) >= 9:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = responses.read_bytes().splitlines()
+    assert 9 <= len(before) < 48
+    process = evaluate(folder, *settings)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    after = responses.read_bytes().splitlines()
+    whole = before if before[-1].endswith(b"}") else before[:-1]
+    assert after[: len(whole)] == whole  # nothing is asked twice
+    assert len(after) == 48  # and nothing is lost
+    first = {r["id"] + str(r["sample"]): r["response"] for r in map(json.loads, after)}
+    other = (finished[0] / "responses.jsonl").read_text().splitlines()
+    assert first == {r["id"] + str(r["sample"]): r["response"] for r in map(json.loads, other)}
+
+
+@pytest.mark.slow
+def test_other_settings_on_the_same_folder_are_refused(finished: tuple[Path, str]) -> None:
+    process = evaluate(finished[0], "benchmarks.demo.limit=24", "samples=2", "seed=5",
+                       "latency.ks=[1,2]", "latency.questions=2")  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "seed: 0 -> 5" in err
+
+
+@pytest.mark.slow
+def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+    process = evaluate(tmp_path / "a", "benchmark=[demo,aime24]", "model=/does/not/exist")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "aime24" in err
+    assert "Qwen2.5-Math" in err
+    process = evaluate(tmp_path / "b", "benchmark=dem")
+    _, err = process.communicate(timeout=120)
+    assert "Did you mean 'demo'" in err
+
+
+# Reports
+
+
+def small_results(rows: list[Any]) -> dict[str, Any]:
+    figures = benchmark_results(rows, entry("b", samples=2), ks=[1, 2], seed=0)
+    return {
+        "model": {"path": "<b>model</b>", "dtype": "float32"},
+        "seed": 0,
+        "benchmarks": {"b": {**figures, "latency": []}},
+        "judge": {"counters": {"would_ask": 3}},
+    }
+
+
+def test_hostile_words_are_text_on_the_page(tmp_path: Path) -> None:
+    hostile = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
+    rows = [right(0, response=hostile, turns=[{"text": hostile, "observation": "", "tool": None}]),
+            wrong(0, 1)]  # fmt: skip
+    write_page(small_results(rows), rows, tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<script") == 2  # the data and the program, nothing of the model's
+    assert "<img src=x" not in page
+    assert "http://" not in page.replace("http-equiv", "")
+    data = page.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(data)["rows"][1]["response"] == hostile
+
+
+def test_the_page_in_a_browser(tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium here")
+    hostile = "</script><script>document.title='owned'</script>"
+    rows = [right(0, response=hostile, turns=[{"text": hostile, "observation": "", "tool": None}]),
+            wrong(0, 1)]  # fmt: skip
+    write_page(small_results(rows), rows, tmp_path, tmp_path / "report.html")
+    dumped = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+         f"file://{tmp_path / 'report.html'}"],
+        capture_output=True, text=True, timeout=120,
+    ).stdout  # fmt: skip
+    assert "<title>Evaluation</title>" in dumped
+    assert dumped.count("<article") == 2
+    assert '<article class="wrong">' in dumped
+    assert "&lt;/script&gt;" in dumped.split("<main")[1]
+
+
+def test_markdown_and_plots(tmp_path: Path) -> None:
+    results = small_results([right(0), wrong(0, 1), right(1), right(1, 1)])
+    text = markdown(results)
+    assert "| b | 2 x 2 | 0.750 [" in text
+    assert "asked about 3 answers" in text
+    (made,) = make_plots(results, tmp_path)
+    assert Image.open(made).size[0] > 400
+
+
+def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = []
+    for name, rows in (
+        ("one", [right(i) if i < 3 else wrong(i) for i in range(8)]),
+        ("two", [right(i) if i < 7 else wrong(i) for i in range(8)]),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (folder / "results.json").write_text(json.dumps(small_results(rows)))
+        runs.append(folder)
+    (line,) = paired_lines(runs[0], runs[1], ["b"])
+    # Four questions differ, all the same way: 2 * 0.5**4.
+    assert "+0.500" in line
+    assert "p = 0.125" in line
+    assert main([str(run) for run in runs]) == 0
+    assert "37.5 [" in capsys.readouterr().out
+    # A judge's finding counts.
+    finding = {"key": "b/7/0", "correct": True}
+    (runs[1] / "judged.jsonl").write_text(json.dumps(finding) + "\n")
+    assert question_means(runs[1], "b")["7:q7"] == 1.0
+    assert main([str(tmp_path / "none")]) == 2
+
+
+def test_the_paper_s_figures_are_marked_as_such() -> None:
+    header, rows = comparison_table([], [], "agentic")
+    assert header == ["", "pixel", "vstar", "infovqa", "tallyqa"]
+    assert rows[-1] == ["Reopold (paper's)", "57.00", "77.43", "63.12", "65.43"]
+    assert all(len(values) == len(columns) for columns, table in PAPER_TABLES.values()
+               for values in table.values())  # fmt: skip
