@@ -988,7 +988,7 @@ def test_a_hub_id_without_a_network_says_what_to_download() -> None:
 
 
 def test_real_checkpoints_that_are_not_here_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="hf download VerlTool/pixel_reasoner-3B-SFT"):
+    with pytest.raises(ModelError, match="hf download VerlTool/pixel-reaoner-qwen2-5vl-3b-sft"):
         train(tmp_path, "model=qwen2_5_vl_3b")
 
 
