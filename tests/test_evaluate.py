@@ -172,6 +172,26 @@ def test_no_format_raises_anything_but_data_errors(tmp_path: Path, format: str) 
         load_benchmark(entry("x", format=format, path=str(tmp_path)))
 
 
+def test_benchmarks_that_share_a_data_set(tmp_path: Path) -> None:
+    for folder, name, text in (
+        ("wemath", "testmini.json", '[{"question": "q", "answer": "B", "option": "A. 1; B. 2", '
+         '"ID": "3", "key": "2steps_1", "image_path": "p.png"}]'),
+        ("mathvision", "MathVision.tsv",
+         "index\tquestion\tanswer\tcategory\n7\tHow?\t5\talgebra\n"),
+    ):  # fmt: skip
+        (tmp_path / folder / "images").mkdir(parents=True)
+        Image.new("RGB", (30, 30)).save(tmp_path / folder / "images" / "p.png")
+        Image.new("RGB", (30, 30)).save(tmp_path / folder / "images" / "7.jpg")
+        (tmp_path / folder / name).write_text(text)
+    wemath = entry("w", format="wemath", path=str(tmp_path), folder="wemath", split="testmini")
+    assert load_benchmark(wemath).tasks[0].answers == ("B",)
+    vision = load_benchmark(
+        entry("v", format="mathvision", path=str(tmp_path), folder="mathvision")
+    ).tasks[0]
+    assert (vision.id, vision.answers, vision.metadata["category"]) == ("7", ("5",), "algebra")
+    assert vision.images[0].open().size == (30, 30)
+
+
 # Choosing
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from reopold_agent.errors import DataError, MissingExtraError
 
-_SUFFIXES = (".parquet", ".jsonl", ".json")
+_SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv")
 
 
 def find_row_files(path: Path, split: str | None) -> list[Path]:
@@ -64,6 +65,10 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
                 yield from batch.to_pylist()
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             raise DataError(f"cannot read {file}: {error}") from error
+        return
+    if file.suffix == ".tsv":
+        with file.open(encoding="utf-8", newline="") as handle:
+            yield from csv.DictReader(handle, delimiter="\t")
         return
     if file.suffix == ".jsonl":
         with file.open("rb") as handle:  # bytes, so that a wrong encoding is named by its line

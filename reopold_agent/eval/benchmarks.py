@@ -26,6 +26,7 @@ class Benchmark:
         name: as on the command line.
         suite: a name for several benchmarks.
         path: a local file or folder, or a hub id; None for the embedded one.
+        folder: part of ``path`` that holds this benchmark, where several share a data set.
         split: which of the folder's files; None for all.
         format: a key of `reopold_agent.eval.formats.FORMATS`, or ``demo``.
         play: ``agentic`` (tools, several turns) or ``single``.
@@ -43,6 +44,7 @@ class Benchmark:
     format: str
     play: str
     path: str | None = None
+    folder: str | None = None
     split: str | None = None
     kind: str = "auto"
     metric: str = "accuracy"
@@ -106,6 +108,8 @@ def load_benchmark(benchmark: Benchmark) -> LoadedBenchmark:
         tasks = _Remembered(DemoTasks("eval", size=size))
         return LoadedBenchmark(benchmark, tasks, {"embedded": "seed 0"})
     root = _root(benchmark)
+    if benchmark.folder is not None and root.is_dir() and (root / benchmark.folder).exists():
+        root = root / benchmark.folder
     folder = root if root.is_dir() else root.parent
     pictures = PictureFolder(folder)
     make = FORMATS[benchmark.format]
