@@ -85,10 +85,13 @@ class Server:
             self.in_flight += 1
             self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
-            self._send(handler, self.script(seen, number))
+            reply = self.script(seen, number)
+            time.sleep(0 if reply.reset else reply.delay)
         finally:
+            # Before the reply leaves: whoever has it may ask again at once.
             with self.lock:
                 self.in_flight -= 1
+        self._send(handler, reply)
 
     def _send(self, handler: BaseHTTPRequestHandler, reply: Reply) -> None:
         if reply.reset:
@@ -99,7 +102,6 @@ class Server:
             handler.close_connection = True
             handler.connection.close()
             return
-        time.sleep(reply.delay)
         body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
         handler.send_response(reply.status)
         for name, value in {"Content-Type": "application/json", **reply.headers}.items():

@@ -379,11 +379,12 @@ def test_a_reply_that_trickles_does_not_hold_the_row(start: Start) -> None:
 @pytest.mark.parametrize("limit", [1, 3, 16])
 def test_concurrency_is_held_and_used(start: Start, limit: int) -> None:
     judge, server = start(
-        lambda _, number: Reply(answer(str(number)).body, delay=0.05), concurrency=limit
+        lambda _, number: Reply(answer(str(number)).body, delay=0.2), concurrency=limit
     )
     replies = list(judge.run(Extract("q", f"r{i}") for i in range(limit * 4)))
     assert len(replies) == limit * 4
-    assert server.most_in_flight == limit
+    # Never more; a busy machine may bring somewhat fewer to the server at once.
+    assert limit // 2 < server.most_in_flight <= limit
 
 
 # --- what a response may try

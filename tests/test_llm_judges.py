@@ -713,11 +713,11 @@ def test_openai_compatible_refusals_and_the_key(
 
 
 def test_concurrency_of_openai_compatible(quick: dict[str, Any]) -> None:
-    slow = replace(chat_text(says("1")), delay=0.05)
+    slow = replace(chat_text(says("1")), delay=0.2)
     with serving(lambda *_: slow) as server:
         judge = make_judge({**quick, "base_url": server.url, "concurrency": 7})
         list(judge.run(many(30)))
-    assert server.most_in_flight == 7
+    assert 3 < server.most_in_flight <= 7
 
 
 # --- a model on this machine
