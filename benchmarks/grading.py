@@ -11,6 +11,7 @@ median ratio. Workers are started before the clock runs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Sequence
@@ -26,10 +27,12 @@ from reopold_agent.judges.text import latex_plain
 SHARED = Path(__file__).resolve().parents[2] / "shared/data/luffy/valid.parquet"
 
 
-def seconds(pool: MathPool, answers: Sequence[str]) -> float:
-    with ThreadPoolExecutor(pool.size) as threads:
+def seconds(workers: int, answers: Sequence[str]) -> float:
+    # New workers each time: old ones have cached what they happened to be asked before.
+    pool = MathPool(workers)
+    with contextlib.closing(pool), ThreadPoolExecutor(workers) as threads:
         # Each thread asks once at the same time, so that all workers have been started.
-        list(threads.map(lambda _: pool.equal("x", "x+1"), range(4 * pool.size)))
+        list(threads.map(lambda _: pool.equal("x", "x+1"), range(4 * workers)))
         started = time.perf_counter()
         list(threads.map(lambda answer: pool.equal(answer, answer), answers))
         return time.perf_counter() - started
@@ -53,18 +56,15 @@ def main() -> None:
     close_workers()
 
     answers = [latex_plain(gold) for gold in golds if len(gold) < LONGEST]
-    pools = MathPool(1), MathPool(chosen.workers)
     ratios = []
     for _ in range(chosen.repeats):
-        one, several = (seconds(pool, answers) for pool in pools)
+        one, several = (seconds(workers, answers) for workers in (1, chosen.workers))
         ratios.append(one / several)
         print(
             f"math-verify for each: 1 worker {len(answers) / one:,.0f} pairs/s, "
             f"{chosen.workers} workers {len(answers) / several:,.0f} pairs/s, "
             f"ratio {one / several:.2f}"
         )
-    for pool in pools:
-        pool.close()
     print(f"median ratio {statistics.median(ratios):.2f}")
 
 

@@ -124,6 +124,9 @@ def test_kinds_change_what_counts() -> None:
     assert not grade("\\boxed{1,2}", "2,1", "ordered").correct
     assert grade("\\boxed{(1,2)}", "(2,1)", "list").correct
     assert not grade("\\boxed{0.5}", "1/2", "text").correct
+    assert grade("\\boxed{C}", "\\text{(C)}", "math").correct
+    assert grade("\\boxed{2\\sqrt3}", "3.4641", "number").correct
+    assert not grade("\\boxed{2+1}", "3", "count").correct
     assert grade("\\boxed{0.33}", "1/3", precision=2).correct
     assert not grade("\\boxed{-2 \\le x \\le 7}", "x \\in [-2,7]").correct
     assert grade("\\boxed{-2 \\le x \\le 7}", "x \\in [-2,7]", set_relation=True).correct

@@ -153,13 +153,13 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
     decided = _numbers(answer, expected, kind, rules)
     if decided is not None:
         return "number" if decided else None
-    if kind in ("number", "count") and rules.kind != "auto":
+    if kind == "count":
         return None
     return _mathematics(answer, expected, kind, rules, depth)
 
 
 def _kind(expected: str, rules: Rules) -> str:
-    if rules.kind != "auto":
+    if rules.kind not in ("auto", "math"):
         return rules.kind
     if text.letter_of(expected) is not None:
         return "option"
@@ -167,7 +167,7 @@ def _kind(expected: str, rules: Rules) -> str:
         return "yes_no"
     if numbers.parse_quantity(expected) is not None:
         return "number"
-    return "math" if _MATHEMATICAL.search(expected) else "text"
+    return "math" if rules.kind == "math" or _MATHEMATICAL.search(expected) else "text"
 
 
 def _same_option(answer: str, expected: str, rules: Rules) -> bool:

@@ -14,9 +14,9 @@ _TEXT_COMMAND = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal)|mbox|hbox|operatorname|bf|rm"
     r"|emph|underline|bold(?:symbol)?)\s*\*?\s*\{([^{}]*)\}"
 )
-_DELIMITER = re.compile(r"(?<!\\)\$|\\[()\[\]](?![\[\]]?\d*[a-z]*pt)")
+_MARKS = re.compile(r"\\\\|\\\$|\$|\\[()\[\]]")
 _SPACE = re.compile(
-    r"\\[,;:!> ]|~|\\q?quad\b|\\(?:displaystyle|textstyle|limits)\b|\\hspace\{[^{}]*\}"
+    r"\\\\|\\[,;:!> ]|~|\\q?quad\b|\\(?:displaystyle|textstyle|limits)\b|\\hspace\{[^{}]*\}"
 )
 _SIZE = re.compile(
     r"\\(?:left|right|[bB]ig{1,2}[lrm]?)\b\s*\.?(?=\s*(?:[()\[\]|.]|\\[{}|]|\\[lr]))"
@@ -64,10 +64,14 @@ def latex_plain(text: str) -> str:
         previous, text = text, _TEXT_COMMAND.sub(r"\1", text)
         if previous == text:
             break
-    text = text.replace("\\$", "\x00")
-    # Row ends are set aside: "\\\\ x" is not a backslash and a LaTeX space.
-    text = _SPACE.sub(" ", _DELIMITER.sub(" ", text.replace("\\\\", "\x01")))
-    return " ".join(text.replace("\x00", "$").replace("\x01", "\\\\").split())
+    text = _SPACE.sub(_kept, _MARKS.sub(_kept, text))
+    return " ".join(text.split())
+
+
+def _kept(match: re.Match[str]) -> str:
+    # Row ends come first in the patterns: "\\\\ x" is no backslash with a LaTeX space.
+    found = match.group()
+    return found if found == "\\\\" else "$" if found == "\\$" else " "
 
 
 def undoubled(text: str) -> str:
