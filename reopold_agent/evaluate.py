@@ -5,26 +5,21 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
+from reopold_agent.command import errors_for_people, plain_values
 from reopold_agent.config import build
-from reopold_agent.errors import ConfigError, ReopoldError
 
 
 def run(composed: DictConfig) -> dict[str, Any]:
     """Runs the evaluation that Hydra composed; returns the results."""
-    try:
-        raw: Any = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+    raw = plain_values(composed)
     if isinstance(raw.get("benchmark"), str):
         raw["benchmark"] = [raw["benchmark"]]
     # Imported here so that --help and configuration errors do not wait for PyTorch.
@@ -46,16 +41,8 @@ def run(composed: DictConfig) -> dict[str, Any]:
 
 @hydra.main(version_base="1.3", config_path="pkg://reopold_agent.configs", config_name="evaluate")
 def _hydra_main(composed: DictConfig) -> None:
-    try:
+    with errors_for_people("\nStopped. The same command with the same hydra.run.dir continues."):
         run(composed)
-    except ReopoldError as error:
-        if os.environ.get("REOPOLD_DEBUG") == "1":
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command with the same hydra.run.dir continues.", file=sys.stderr)
-        sys.exit(130)
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def pixel_reasoner_task(row: Mapping[str, Any], number: int, pictures: PictureFo
     return Task(
         id=_first(row.get("qid"), number),
         question=_without_markers(question),
-        answers=_answers(row.get("answer")),
+        answers=acceptable_answers(row.get("answer")),
         images=tuple(pictures.find(name) for name in names),
         is_video=bool(row.get("is_video", False)),
     )
@@ -97,7 +97,7 @@ def verl_task(row: Mapping[str, Any], number: int, root: Path) -> Task:
     return Task(
         id=_first(extra.get("qid"), extra.get("index"), number),
         question=_without_markers(words[-1]),
-        answers=_answers(graded.get("ground_truth")),
+        answers=acceptable_answers(graded.get("ground_truth")),
         images=tuple(_verl_picture(each, root) for each in pictures),
         is_video=bool(extra.get("is_video", False)),
         metadata={"data_source": row.get("data_source", "")},
@@ -156,7 +156,12 @@ def _first(*values: Any) -> str:
     return str(next(value for value in values if value is not None))
 
 
-def _answers(value: Any) -> tuple[str, ...]:
+def acceptable_answers(value: Any) -> tuple[str, ...]:
+    """A row's answer, one or a list, as strings.
+
+    Raises:
+        DataError: there is none.
+    """
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     answers = tuple(str(v).strip() for v in values if v is not None and str(v).strip())
     if not answers:

@@ -21,12 +21,14 @@ from reopold_agent.engines.checkpoint import load_trainer_state, newest_checkpoi
 from reopold_agent.engines.environments import make_env, num_tasks
 from reopold_agent.engines.interrupts import Interrupts
 from reopold_agent.engines.session import Session
-from reopold_agent.errors import CheckpointError, ConfigError
+from reopold_agent.errors import CheckpointError
 from reopold_agent.policies.loading import (
     ModelSpec,
     check_available,
     check_vocabularies,
+    device_name,
     load_model,
+    pick_device,
 )
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
@@ -97,21 +99,17 @@ class LocalEngine:
         teacher.adapter.model.requires_grad_(False)
         check_vocabularies(student, teacher)
 
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         if checkpoint is None:
             self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
-        self.folder.write_versions(device=name)  # a resumed run keeps those of before beside them
+        self.folder.write_versions(
+            device=device_name(device)
+        )  # a resumed run keeps those of before beside them
         with Interrupts() as interrupts, Progress(config.steps) as progress:
             session = Session(config, self.folder, student, teacher, tasks, progress)
             return session.train(checkpoint, interrupts, self._command)
 
     def _device(self) -> tuple[torch.device, torch.dtype | None]:
-        wanted = self.config.engine.device
-        if wanted == "auto":
-            wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError("engine.device asks for a GPU, but PyTorch sees none; use device=cpu")
-        device = torch.device(wanted)
+        device = pick_device(self.config.engine.device)
         precision = self.config.engine.precision
         if precision == "auto":
             precision = "bfloat16" if device.type == "cuda" else "float32"

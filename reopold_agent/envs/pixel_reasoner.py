@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from reopold_agent.data import load_tasks
-from reopold_agent.envs.base import ToolEnv
-from reopold_agent.errors import ConfigError
-from reopold_agent.types import TaskSource
+from reopold_agent.envs.data_env import DataEnv, SplitData
 
 DEMO_DATA: Mapping[str, Mapping[str, Any]] = {
     "train": {"source": "demo", "split": "train"},
@@ -16,12 +13,11 @@ DEMO_DATA: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-class PixelReasonerEnv(ToolEnv):
+class PixelReasonerEnv(DataEnv):
     """``reopold/PixelReasoner-v0``.
 
     Args:
-        data: for each split, tasks or a specification for `reopold_agent.data.load_tasks`.
-            Without it, the embedded digits: a task that runs anywhere.
+        data: see `DataEnv`. Without it, the embedded digits: a task that runs anywhere.
         **settings: see `ToolEnv`. With the embedded digits, the crop's padding defaults to 0:
             padded, a cell would take in its neighbours.
     """
@@ -37,26 +33,17 @@ class PixelReasonerEnv(ToolEnv):
     def __init__(
         self,
         *,
-        data: Mapping[str, Mapping[str, Any] | TaskSource | None] | None = None,
+        data: Mapping[str, SplitData] | None = None,
         **settings: Any,
     ) -> None:
-        self._data = {**DEMO_DATA} if data is None else dict(data)
-        if all(_is_demo(spec) for spec in self._data.values()):
+        data = DEMO_DATA if data is None else data
+        if all(_is_demo(spec) for spec in data.values()):
             given = settings.get("tool_options") or {}
             crop = {"padding": 0.0, **given.get("crop_image", {})}
             # First, so that what is given under an alias overrides it.
             settings["tool_options"] = {"crop_image": crop} | {**given, "crop_image": crop}
-        super().__init__(**settings)
-        if self._source:
-            raise ConfigError(f"unknown settings: {', '.join(self._source)}")
-
-    def load_tasks(self, split: str, **source: Any) -> TaskSource:
-        """The tasks of a split, as its specification says."""
-        spec = self._data.get(split)
-        if spec is None:
-            raise ConfigError(f"no data for the split '{split}'; set data.{split}")
-        return load_tasks(spec) if isinstance(spec, Mapping) else spec
+        super().__init__(data=data, **settings)
 
 
-def _is_demo(spec: Mapping[str, Any] | TaskSource | None) -> bool:
+def _is_demo(spec: SplitData) -> bool:
     return isinstance(spec, Mapping) and spec.get("source") == "demo"

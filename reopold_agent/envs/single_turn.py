@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from reopold_agent.data import load_tasks
-from reopold_agent.envs.base import ToolEnv
-from reopold_agent.errors import ConfigError
-from reopold_agent.types import TaskSource
+from reopold_agent.envs.data_env import DataEnv, SplitData
 
 
-class SingleTurnEnv(ToolEnv):
+class SingleTurnEnv(DataEnv):
     """``reopold/SingleTurn-v0``: no tools; the first turn is the answer.
 
     Args:
-        data: for each split, tasks or a specification for `reopold_agent.data.load_tasks`.
+        data: see `DataEnv`.
         **settings: see `ToolEnv`.
     """
 
@@ -23,17 +20,6 @@ class SingleTurnEnv(ToolEnv):
         "Please reason step by step, and put your final answer within \\boxed{}."
     )
 
-    def __init__(
-        self, *, data: Mapping[str, Mapping[str, Any] | TaskSource | None], **settings: Any
-    ) -> None:
-        self._data = dict(data)
-        super().__init__(**{**settings, "tools": settings.get("tools") or [], "max_turns": 1})
-        if self._source:
-            raise ConfigError(f"unknown settings: {', '.join(self._source)}")
-
-    def load_tasks(self, split: str, **source: Any) -> TaskSource:
-        """The tasks of a split, as given."""
-        spec = self._data.get(split)
-        if spec is None:
-            raise ConfigError(f"no data for the split '{split}'; set data.{split}")
-        return load_tasks(spec) if isinstance(spec, Mapping) else spec
+    def __init__(self, *, data: Mapping[str, SplitData], **settings: Any) -> None:
+        once = {"tools": settings.get("tools") or [], "max_turns": 1}
+        super().__init__(data=data, **{**settings, **once})

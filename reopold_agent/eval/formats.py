@@ -11,7 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from reopold_agent.data.formats import PictureFolder, pixel_reasoner_task, verl_task
+from reopold_agent.data.formats import (
+    PictureFolder,
+    acceptable_answers,
+    pixel_reasoner_task,
+    verl_task,
+)
 from reopold_agent.data.images import BytesImage
 from reopold_agent.errors import DataError
 from reopold_agent.types import ImageSource, Task
@@ -78,7 +83,7 @@ def parquet_pictures(
     return Task(
         str(row.get("id", number)),
         _text(row, "problem", "question").replace("<image>", "").strip(),
-        _answers(row.get("answer")),
+        acceptable_answers(row.get("answer")),
         tuple(_picture(image, pictures) for image in listed),
         metadata={"answer_kind": "math", "category": ""},
     )
@@ -96,7 +101,7 @@ def mathvision(row: Mapping[str, Any], number: int, root: Path, pictures: Pictur
     return Task(
         name,
         question,
-        _answers(answer),
+        acceptable_answers(answer),
         (_picture(picture, pictures),),
         metadata={
             "answer_kind": "option" if options else "math",
@@ -112,7 +117,7 @@ def mathverse(row: Mapping[str, Any], number: int, root: Path, pictures: Picture
     return Task(
         str(row.get("sample_index", number)),
         _text(row, "query_cot", "question"),
-        _answers(row.get("answer")),
+        acceptable_answers(row.get("answer")),
         (_picture(row.get("image"), pictures),),
         metadata={
             "answer_kind": "option" if choice else "math",
@@ -135,7 +140,7 @@ def mathvista(row: Mapping[str, Any], number: int, root: Path, pictures: Picture
     return Task(
         str(row.get("pid", number)),
         _text(row, "query", "question"),
-        _answers(answer),
+        acceptable_answers(answer),
         (_picture(row.get("decoded_image") or row.get("image"), pictures),),
         metadata=metadata,
     )
@@ -146,7 +151,7 @@ def wemath(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFol
     return Task(
         f"{row.get('ID', number)}@{row.get('key', '')}",
         f"{_text(row, 'question')}\n\nOptions: {row.get('option', '')}",
-        _answers(row.get("answer")),
+        acceptable_answers(row.get("answer")),
         (_picture(row.get("image_path"), pictures),),
         metadata={
             "answer_kind": "option",
@@ -215,14 +220,6 @@ def _text(row: Mapping[str, Any], *names: str) -> str:
     raise DataError(f"no {' or '.join(names)}")
 
 
-def _answers(value: Any) -> tuple[str, ...]:
-    values = value if isinstance(value, (list, tuple)) else [value]
-    answers = tuple(str(v).strip() for v in values if v is not None and str(v).strip())
-    if not answers:
-        raise DataError("no answer")
-    return answers
-
-
 def _math_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
     from reopold_agent.judges import extract_boxed
 
@@ -239,7 +236,7 @@ def _math_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
     if isinstance(value, list):
         # OlympiadBench lists the parts of one answer.
         return (", ".join(str(part) for part in value),)
-    return _answers(value)
+    return acceptable_answers(value)
 
 
 def _picture(value: Any, pictures: PictureFolder) -> ImageSource:

@@ -21,7 +21,14 @@ from reopold_agent.eval.latency import LatencyPoint, measure_latency
 from reopold_agent.eval.play import Row, play_benchmark
 from reopold_agent.eval.results import benchmark_results
 from reopold_agent.judges.llm import Judge, make_judge
-from reopold_agent.policies.loading import LoadedModel, ModelSpec, check_available, load_model
+from reopold_agent.policies.loading import (
+    LoadedModel,
+    ModelSpec,
+    check_available,
+    device_name,
+    load_model,
+    pick_device,
+)
 from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
@@ -121,14 +128,13 @@ class Evaluation:
     def _run(
         self, loaded: Sequence[LoadedBenchmark], spec: ModelSpec, judge: Judge
     ) -> dict[str, Any]:
-        device = self._device()
+        device = pick_device(self.config.engine.device)
         if self.config.engine.threads is not None:
             torch.set_num_threads(self.config.engine.threads)
         elif spec.path.startswith("demo:"):
             torch.set_num_threads(1)  # a model this small is fastest on one thread
         model = load_model(spec, "model", device)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.folder.write_versions(device=name)
+        self.folder.write_versions(device=device_name(device))
         results: dict[str, Any] = {
             "model": {
                 "path": self.config.checkpoint,
@@ -254,21 +260,15 @@ class Evaluation:
     def _model_spec(self) -> ModelSpec:
         dtype = self.config.dtype
         if dtype == "auto":
-            dtype = "bfloat16" if self._device().type == "cuda" else "float32"
+            dtype = (
+                "bfloat16" if pick_device(self.config.engine.device).type == "cuda" else "float32"
+            )
         return ModelSpec(
             path=model_path(self.config.checkpoint),
             revision=self.config.revision,
             dtype=dtype,
             attention=self.config.attention,
         )
-
-    def _device(self) -> torch.device:
-        wanted = self.config.engine.device
-        if wanted == "auto":
-            wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted.startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError("engine.device asks for a GPU, but PyTorch sees none; use device=cpu")
-        return torch.device(wanted)
 
     def _check_resume(self) -> None:
         if not self.folder.config.is_file() or not (self.folder.path / "responses.jsonl").exists():

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as hf_logging
 
-from reopold_agent.errors import MissingExtraError, ModelError, VocabularyMismatchError
+from reopold_agent.errors import ConfigError, MissingExtraError, ModelError, VocabularyMismatchError
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
@@ -105,6 +105,24 @@ class LoadedModel:
         self.tokenizer.save_pretrained(folder)
         if self.vision is not None:
             self.vision.processor.save_pretrained(folder)
+
+
+def pick_device(wanted: str) -> torch.device:
+    """The device of a setting: ``auto`` is a GPU where there is one.
+
+    Raises:
+        ConfigError: a GPU is asked for and PyTorch sees none.
+    """
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError("engine.device asks for a GPU, but PyTorch sees none; use device=cpu")
+    return torch.device(wanted)
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or ``cpu``; for records."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def resolve_path(path: str) -> str:
