@@ -19,7 +19,7 @@ from reopold_agent.engines.environments import make_env
 from reopold_agent.engines.interrupts import Interrupts, resume_command
 from reopold_agent.engines.update import Updater, UpdateStats
 from reopold_agent.errors import ConfigError, NonFiniteError
-from reopold_agent.eval.heldout import EvaluationResult, evaluate_policy
+from reopold_agent.eval.heldout import evaluate_policy
 from reopold_agent.objectives import Reopold
 from reopold_agent.objectives.pieces import reward_floor
 from reopold_agent.policies.loading import LoadedModel
@@ -317,7 +317,7 @@ class Session:
 
     def _evaluate(
         self, who: str, policy: TransformersPolicy, step: int, sampling: Sampling, *, curve: bool
-    ) -> EvaluationResult:
+    ) -> None:
         settings = self.config.evaluation
         wanted = settings.curve_tasks if curve else settings.tasks
         with policy.adapter.autocast():
@@ -338,7 +338,6 @@ class Session:
         }
         self.metrics.write(row)
         self.progress.evaluation(row)
-        return result
 
 
 def step_episodes(indices: Sequence[int], samples: int) -> list[EpisodeSpec]:

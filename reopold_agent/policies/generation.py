@@ -80,7 +80,6 @@ class TransformersGenerator:
         self._sequences: dict[int, _Sequence] = {}
         self._by_slot: list[_Sequence] = []
         self._decoding = 0
-        self._last_ids: list[int] = []
 
     @property
     def in_flight(self) -> int:
@@ -210,7 +209,6 @@ class TransformersGenerator:
         self._pass([_Prefill(source.sequence, first[:length], 0, source.positions[:, :length], [])])
         for row in rows[1:]:
             self._cache.copy(source.sequence.slot, row.sequence.slot, length)
-            row.sequence.cached = first[:length]
         for row in rows:
             row.start = length
 
