@@ -337,14 +337,29 @@ def test_retry_after() -> None:
 
 
 def test_a_run_that_is_given_up_does_not_fail_another_that_waits_for_it() -> None:
-    backend = FakeBackend(lambda _, n: TransientError("x", "x") if n == 0 else says("1"))
+    both_read = threading.Event()
+
+    def source() -> Iterator[Extract]:
+        yield Extract("q", "other")
+        both_read.set()
+        yield Extract("q", "r")
+
+    def script(_: Prompt, number: int) -> Any:
+        if number == 0:
+            # Not before the run has read its second request: it reads no further once a reply is
+            # there to be taken.
+            assert both_read.wait(20)
+            return says("0")
+        return TransientError("x", "x") if number == 1 else says("1")
+
+    backend = FakeBackend(script)
     judge = LlmJudge(backend, Limits(concurrency=1, backoff=30.0))
-    first = judge.run([Extract("q", "other"), Extract("q", "r")])
-    backend.script = lambda *_: says("0")
+    first = judge.run(source())
     next(first)
-    backend.script = lambda _, n: TransientError("x", "x") if n == 1 else says("1")
-    while len(backend.prompts) < 2:
-        time.sleep(0.01)  # now the first run holds "r", and pauses before another attempt
+    deadline = time.monotonic() + 20
+    while len(backend.prompts) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(backend.prompts) == 2  # the first run holds "r", and pauses before another attempt
     second = judge.run([Extract("q", "r")])
     replies: list[str | None] = []
     waiting = threading.Thread(target=lambda: replies.extend(r.extracted for r in second))
