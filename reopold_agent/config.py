@@ -29,11 +29,14 @@ class EnvConfig:
 class DataConfig:
     """Where tasks come from, one specification per split; see `reopold_agent.data.load_tasks`.
 
-    ``env_kwargs`` are settings of the environment that belong to this data.
+    ``env_kwargs`` are settings of the environment that belong to this data; ``demonstrations``
+    are an expert's recorded conversations, for ``objective=sft objective.source=recorded`` (see
+    `reopold_agent.data.demonstrations`).
     """
 
     train: dict[str, Any] | None = None
     eval: dict[str, Any] | None = None
+    demonstrations: dict[str, Any] | None = None
     env_kwargs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -102,28 +105,6 @@ class SamplingConfig:
         _not_negative(self, "sampling", "temperature")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"sampling.top_p must lie in (0, 1], got {self.top_p}")
-
-
-@dataclass(frozen=True)
-class ObjectiveConfig:
-    """The loss. ``switch_step`` overrides ``switch_share`` (share of all steps that explore)."""
-
-    name: str = "reopold"
-    mixture: float = 0.1
-    top_share: float = 0.2
-    switch_share: float = 0.33
-    switch_step: int | None = None
-
-    def __post_init__(self) -> None:
-        _one_of("objective.name", self.name, ("reopold",))
-        if not 0 < self.mixture < 1:
-            raise ConfigError(f"objective.mixture must lie in (0, 1), got {self.mixture}")
-        if not 0 < self.top_share <= 1:
-            raise ConfigError(f"objective.top_share must lie in (0, 1], got {self.top_share}")
-        if not 0 <= self.switch_share <= 1:
-            raise ConfigError(f"objective.switch_share must lie in [0, 1], got {self.switch_share}")
-        if self.switch_step is not None:
-            _not_negative(self, "objective", "switch_step")
 
 
 @dataclass(frozen=True)
@@ -244,22 +225,61 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig(ModelConfig):
+    """A checkpoint that teaches; with ``follow`` its weights then follow the student's.
+
+    Attributes:
+        follow: after every ``follow_every`` steps the teacher becomes ``follow * teacher +
+            (1 - follow) * student``: an average of the student's past (self-distillation), with
+            0 its state of that moment. None: the teacher stays as it is.
+    """
+
+    follow: float | None = None
+    follow_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "model.teacher", "follow_every")
+        if self.follow is None:
+            return
+        if not 0 <= self.follow < 1:
+            raise ConfigError(f"model.teacher.follow must lie in [0, 1), got {self.follow}")
+        if self.dtype != "float32":
+            raise ConfigError(
+                "model.teacher.follow needs model.teacher.dtype=float32: in half precision the "
+                "small changes of an average would be lost"
+            )
+
+
+@dataclass(frozen=True)
 class ModelsConfig:
-    """Student and teacher."""
+    """Student and teacher. Objectives that need no teacher (grpo, sft on recorded conversations)
+    do without one: ``model.teacher=null evaluation.teacher=false``."""
 
     student: ModelConfig
-    teacher: ModelConfig
+    teacher: TeacherConfig | None = None
+
+    def __post_init__(self) -> None:
+        following = self.teacher is not None and self.teacher.follow is not None
+        if following and self.student.lora is not None:
+            raise ConfigError(
+                "model.teacher.follow averages all weights; it cannot follow a LoRA adapter"
+            )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything about a training run."""
+    """Everything about a training run.
+
+    ``objective`` holds ``name`` and the settings of that objective, which
+    `reopold_agent.objectives.make_objective` checks: a plugin's may have any.
+    """
 
     env: EnvConfig
     data: DataConfig
     pixels: PixelsConfig
     model: ModelsConfig
-    objective: ObjectiveConfig
+    objective: dict[str, Any]
     engine: EngineConfig
     batch: BatchConfig
     rollout: RolloutConfig
@@ -278,13 +298,8 @@ class TrainConfig:
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         _one_of("resume", self.resume, ("auto", "never", "must"))
-
-    @property
-    def switch_step(self) -> int:
-        """The first step of the refinement phase (the paper's T_switch)."""
-        if self.objective.switch_step is not None:
-            return self.objective.switch_step
-        return math.floor(self.objective.switch_share * self.steps + 0.5)
+        if not isinstance(self.objective.get("name"), str):
+            raise ConfigError("objective.name must be set; objective=reopold selects one")
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -315,16 +330,17 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if is_dataclass(hint) and isinstance(hint, type):
+    options = getattr(hint, "__args__", ())
+    origin = next((o for o in options if o is not type(None)), hint) if _is_optional(hint) else hint
+    if value is None:
+        if _is_optional(hint):
+            return None
+        if not is_dataclass(origin):
+            raise ConfigError(f"'{where}' must be set")
+    if is_dataclass(origin) and isinstance(origin, type):
         if not isinstance(value, Mapping):
             raise ConfigError(f"'{where}' must be a group of settings, got {value!r}")
-        return build(hint, value, f"{where}.")
-    options = getattr(hint, "__args__", ())
-    if value is None:
-        if type(None) in options:
-            return None
-        raise ConfigError(f"'{where}' must be set")
-    origin = next((o for o in options if o is not type(None)), hint) if _is_optional(hint) else hint
+        return build(origin, value, f"{where}.")
     wanted = getattr(origin, "__origin__", origin)
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
-from importlib import resources
+from importlib import metadata, resources
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
 
 from reopold_agent.envs import ENVS
 from reopold_agent.errors import ConfigError, UnknownNameError
@@ -39,11 +41,37 @@ def prepare_groups(arguments: Sequence[str]) -> None:
             continue
         store.store(group="env", name=name, node=node, package="_global_")
     known = {group: _options(group) for group in ("data", "model", "objective", "engine")}
+    known["objective"] += _store_objectives(known["objective"])
     known["env"] = ENVS.names()
     for argument in arguments:
         group, equals, value = argument.partition("=")
         if equals and group in known and value and "," not in value and value not in known[group]:
             raise UnknownNameError(_words(group), value, known[group])
+
+
+def _store_objectives(builtin: Sequence[str]) -> list[str]:
+    """Stores plugins' objectives with their default settings; returns their names."""
+    if not metadata.entry_points(group="reopold_agent.objectives"):
+        return []  # the registry imports PyTorch, which --help need not wait for
+    from reopold_agent.objectives import OBJECTIVES, Needs
+
+    names = [name for name in OBJECTIVES.names() if name not in builtin]
+    for name in names:
+        kind = OBJECTIVES.get(name)
+        settings = {
+            each.name: MISSING if each.default is dataclasses.MISSING else each.default
+            for each in dataclasses.fields(kind)
+        }
+        try:
+            grouped = bool(kind().needs & Needs.OUTCOME)
+        except TypeError:  # settings without a default; its episodes are then single ones
+            grouped = False
+        node = {
+            "default_batch": "group" if grouped else "single",
+            "objective": {"name": name, **settings},
+        }
+        ConfigStore.instance().store(group="objective", name=name, node=node, package="_global_")
+    return names
 
 
 def _words(group: str) -> str:

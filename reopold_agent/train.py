@@ -27,7 +27,8 @@ def load_config(composed: DictConfig) -> tuple[TrainConfig, dict[str, Any]]:
         ConfigError: names the setting and what is wrong with it.
     """
     values = plain_values(composed)
-    values.pop("default_steps", None)
+    for name in ("default_steps", "default_batch", "batches"):  # defaults of groups for others
+        values.pop(name, None)
     return build(TrainConfig, values), values
 
 

@@ -159,6 +159,7 @@ class Trajectory:
         reward: the environment's outcome, for logs and reward-based objectives. Distillation
             never reads it.
         teacher_logp: (L,) float32 once scored, else None.
+        advantage: outcome compared with the group's, for objectives that need it, else None.
     """
 
     task_id: str
@@ -177,6 +178,7 @@ class Trajectory:
     info: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     teacher_logp: FloatArray | None = None
+    advantage: float | None = None
 
     @property
     def tool_calls(self) -> list[ToolCall]:

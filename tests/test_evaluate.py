@@ -26,8 +26,8 @@ from reopold_agent.eval.paper import PAPER_TABLES
 from reopold_agent.eval.plots import make_plots
 from reopold_agent.eval.report import markdown, write_page
 from reopold_agent.eval.results import benchmark_results
-from reopold_agent.eval.run import model_path
 from reopold_agent.judges.llm import How, JudgeReply
+from reopold_agent.policies.loading import model_path
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 REPOSITORY = Path(__file__).parents[1]

@@ -136,7 +136,7 @@ def record(
     for number, text in enumerate(turns):
         if done:
             raise ValueError(f"the episode of {task.id} ended after {number} of {len(turns)} turns")
-        own = _turn_ids(renderer, text)
+        own = renderer.turn_ids(text)
         ids += own
         mask += [True] * len(own)
         observation, gain, terminated, truncated, info = env.step(text)
@@ -177,7 +177,7 @@ def reading_lesson(
     text = f"Here is the cropped image (Image Size: {CELL}x{CELL}):\n"
     image = vision.encode(cell, OBSERVATION_LIMITS)
     ids, images = renderer.prompt([Message("user", (text, image))])
-    own = _turn_ids(renderer, answer_turn(digit(digit_index)))
+    own = renderer.turn_ids(answer_turn(digit(digit_index)))
     mask = [False] * len(ids) + [True] * len(own)
     return _trajectory(f"lesson-{index}", len(ids), ids + own, mask, images)
 
@@ -204,10 +204,3 @@ def _trajectory(
         reward=1.0,
         success=True,
     )
-
-
-def _turn_ids(renderer: ChatRenderer, text: str) -> list[int]:
-    encoded = renderer.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    ids = [int(i) for i in encoded["input_ids"]]
-    # A tool call ends generation by itself; any other turn by the end-of-turn token.
-    return ids if ids[-1] in renderer.stop_ids else [*ids, renderer.turn_end_id]

@@ -32,6 +32,7 @@ def save_checkpoint(
     updater: Updater,
     keep: int,
     seconds: float = 0.0,
+    teacher: LoadedModel | None = None,
 ) -> Path:
     """Writes ``folder/step-NNNNNN`` and removes all but the newest ``keep`` checkpoints.
 
@@ -47,6 +48,7 @@ def save_checkpoint(
         updater: optimizer and scheduler to save.
         keep: how many checkpoints stay.
         seconds: time spent on the run so far, over all its processes.
+        teacher: model to save under ``teacher/``, where it changes in the run.
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -58,6 +60,8 @@ def save_checkpoint(
             shutil.rmtree(stale)
         temporary.mkdir(parents=True)
         student.save(temporary / "model")
+        if teacher is not None:
+            teacher.save(temporary / "teacher")
         torch.save(
             {
                 "optimizer": updater.optimizer.state_dict(),

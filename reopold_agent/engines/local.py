@@ -21,7 +21,8 @@ from reopold_agent.engines.checkpoint import load_trainer_state, newest_checkpoi
 from reopold_agent.engines.environments import make_env, num_tasks
 from reopold_agent.engines.interrupts import Interrupts
 from reopold_agent.engines.session import Session
-from reopold_agent.errors import CheckpointError
+from reopold_agent.errors import CheckpointError, ConfigError
+from reopold_agent.objectives import Needs, Objective, RunFacts, make_objective
 from reopold_agent.policies.loading import (
     ModelSpec,
     check_available,
@@ -74,9 +75,9 @@ class LocalEngine:
         checkpoint = self._resumable()
         if checkpoint is not None and self._finished(checkpoint):
             return self._show_again()
-        specs = {
-            role: ModelSpec(**vars(getattr(config.model, role))) for role in ("student", "teacher")
-        }
+        objective = self._objective()
+        following = config.model.teacher is not None and config.model.teacher.follow is not None
+        specs = self._specs(bool(objective.needs & Needs.TEACHER))
         for role, spec in specs.items():
             check_available(spec, role)
         device, autocast = self._device()
@@ -95,9 +96,17 @@ class LocalEngine:
             autocast=autocast,
             saved=checkpoint / "model" if checkpoint else None,
         )
-        teacher = load_model(specs["teacher"], "teacher", device, autocast=autocast)
-        teacher.adapter.model.requires_grad_(False)
-        check_vocabularies(student, teacher)
+        teacher = None
+        if "teacher" in specs:
+            teacher = load_model(
+                specs["teacher"],
+                "teacher",
+                device,
+                autocast=autocast,
+                saved=checkpoint / "teacher" if checkpoint and following else None,
+            )
+            teacher.adapter.model.requires_grad_(False)
+            check_vocabularies(student, teacher)
 
         if checkpoint is None:
             self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
@@ -105,8 +114,34 @@ class LocalEngine:
             device=device_name(device)
         )  # a resumed run keeps those of before beside them
         with Interrupts() as interrupts, Progress(config.steps) as progress:
-            session = Session(config, self.folder, student, teacher, tasks, progress)
+            session = Session(config, objective, self.folder, student, teacher, tasks, progress)
             return session.train(checkpoint, interrupts, self._command)
+
+    def _objective(self) -> Objective:
+        config = self.config
+        settings = {key: value for key, value in config.objective.items() if key != "name"}
+        objective = make_objective(config.objective["name"], settings)
+        if objective.needs & Needs.OUTCOME and config.batch.samples < 2:
+            raise ConfigError(
+                f"objective={config.objective['name']} compares the episodes of one task, so "
+                "batch.samples must be at least 2 (8, say, with fewer batch.prompts and "
+                "batch.mini_batch)"
+            )
+        facts = RunFacts(config.steps, config.rollout.max_response_tokens)
+        return objective.for_run(facts)
+
+    def _specs(self, needs_teacher: bool) -> dict[str, ModelSpec]:
+        """The checkpoints that this run loads, by role."""
+        models = self.config.model
+        specs = {"student": ModelSpec(**vars(models.student))}
+        if not (needs_teacher or self.config.evaluation.teacher):
+            return specs
+        if models.teacher is None:
+            why = "this objective" if needs_teacher else "evaluation.teacher=true"
+            raise ConfigError(f"{why} needs model.teacher, which is null")
+        values = vars(models.teacher)
+        plain = {key: values[key] for key in values if not key.startswith("follow")}
+        return {**specs, "teacher": ModelSpec(**plain)}
 
     def _device(self) -> tuple[torch.device, torch.dtype | None]:
         device = pick_device(self.config.engine.device)

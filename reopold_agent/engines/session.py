@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,19 @@ import torch
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.checkpoint import load_trainer_state, restore, save_checkpoint
-from reopold_agent.engines.data_order import DataOrder
+from reopold_agent.engines.collect import Collected, Collector
 from reopold_agent.engines.environments import make_env
+from reopold_agent.engines.following import FollowingTeacher
 from reopold_agent.engines.interrupts import Interrupts, resume_command
 from reopold_agent.engines.update import Updater, UpdateStats
 from reopold_agent.errors import ConfigError, NonFiniteError
 from reopold_agent.eval.heldout import evaluate_policy
-from reopold_agent.objectives import Reopold
-from reopold_agent.objectives.pieces import reward_floor
+from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.loading import LoadedModel
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner, RolloutStats
+from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner, RolloutStats
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
@@ -34,7 +33,7 @@ from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.statistics import distillation_statistics, rollout_statistics
 from reopold_agent.tracking.summary import print_summary, write_json_atomic
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
-from reopold_agent.types import FloatArray, Sampling, StopReason, Trajectory
+from reopold_agent.types import FloatArray, Sampling, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -45,9 +44,10 @@ class Session:
     def __init__(
         self,
         config: TrainConfig,
+        objective: Objective,
         folder: RunFolder,
         student: LoadedModel,
-        teacher: LoadedModel,
+        teacher: LoadedModel | None,
         tasks: Mapping[str, int],
         progress: Progress,
     ) -> None:
@@ -55,28 +55,30 @@ class Session:
         self.student_model = student
         self.tasks = tasks
         chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
-        self.student, self.teacher = (
-            model.policy(
+
+        def policy(model: LoadedModel) -> TransformersPolicy:
+            return model.policy(
                 forbidden_ids=chat.forbidden_ids,
                 stop_ids=chat.stop_ids,
                 max_tokens_per_pass=config.engine.max_tokens_per_pass,
             )
-            for model in (student, teacher)
-        )
-        self.objective = Reopold(
-            switch_step=config.switch_step,
-            mixture=config.objective.mixture,
-            top_share=config.objective.top_share,
-        )
+
+        self.student = policy(student)
+        self.teacher = None if teacher is None else policy(teacher)
+        self.following = _following(config, teacher, student)
+        self.objective = objective
         self.updater = Updater(
             self.student,
-            self.objective,
+            objective,
             config.optimizer,
             max_tokens=config.engine.max_tokens_per_micro_batch,
+            teacher=self.teacher,
         )
         self.sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
-        self.order = DataOrder(tasks["train"], config.seed)
         self.train_runner = self._runner(chat, config.rollout.max_turns)
+        self.collector = Collector(
+            config, objective, self.train_runner, self.student, self.teacher, tasks["train"]
+        )
         self.eval_runner = self._runner(chat, config.evaluation.max_turns)
         self.metrics = MetricsWriter(folder.path / "metrics.jsonl")
         self.trajectories = JsonLines(folder.path / "trajectories.jsonl")
@@ -125,11 +127,13 @@ class Session:
         elif config.evaluation.tasks:
             self._evaluate_ends(0, who="student")
             if config.evaluation.teacher:
-                self._evaluate_ends(0, who="teacher")
+                self._evaluate_ends(0, who="teacher")  # as it is at the start
 
         while step < config.steps:
             position = self._step(step, position)
             step += 1
+            if self.following is not None:
+                self.following.after_step(step)
             every = config.evaluation.every
             if every and step % every == 0 and step < config.steps:
                 self._evaluate("student", self.student, step, self.sampling, curve=True)
@@ -144,6 +148,7 @@ class Session:
                     updater=self.updater,
                     keep=config.checkpoint.keep,
                     seconds=earlier + time.perf_counter() - started,
+                    teacher=None if self.following is None else self.following.teacher,
                 )
                 if interrupts.received and step < config.steps:
                     self.progress.stop()
@@ -182,49 +187,53 @@ class Session:
     # One step
 
     def _step(self, step: int, position: int) -> int:
-        config = self.config
         clock = _Clock()
-        drawn = [self.order[position + k] for k in range(config.batch.prompts)]
-        episodes = step_episodes(drawn, config.batch.samples)
-        with self.student.adapter.autocast():
-            trajectories = self.train_runner.run(
-                self.student, episodes, self.sampling, (config.seed, 1, step)
-            )
+        rolled = self.collector.collect(step, position)
         clock.lap("rollout")
-        stats = self.train_runner.stats
-        usable = [
-            t
-            for t in trajectories
-            if t.stop_reason is not StopReason.ENV_ERROR and t.response_tokens
-        ]
-        if not usable:
-            raise ConfigError(
-                f"step {step}: every episode of the batch ended in an environment error; the first "
-                f"was: {trajectories[0].info.get('error', 'unknown')}"
-            )
-        with self.teacher.adapter.autocast():
-            scores = self.teacher.score(usable)
-        for trajectory, score in zip(usable, scores, strict=True):
-            trajectory.teacher_logp = _checked(score.logp, trajectory, "teacher", step)
+        self._score(rolled.usable, step)
         clock.lap("teacher")
-        logp_old, entropy = self._behaviour(usable, step)
+        logp_old, entropy = self._behaviour(rolled.chosen, step)
         clock.lap("old_logp")
-        update = self.updater.step(self._mini_batches(usable, step), step, logp_old, entropy)
+        update = None
+        if rolled.chosen:
+            batches = self._mini_batches(rolled.chosen, step)
+            update = self.updater.step(batches, step, logp_old, entropy)
         clock.lap("update")
-        row = self._row(step, usable, trajectories, update, logp_old, entropy)
-        self._write_trajectories(step, trajectories)
+        row = self._row(step, rolled, update, logp_old, entropy)
+        self._write_trajectories(step, rolled.trajectories)
         clock.lap("other")
-        row.update(_times(clock, stats))
-        row["tokens_per_second"] = stats.sampled_tokens / max(1e-9, row["time/step"])
+        row.update(_times(clock, rolled.stats))
+        row["tokens_per_second"] = rolled.stats.sampled_tokens / max(1e-9, row["time/step"])
         self.metrics.write(row)
         self.progress.step(row)
-        return position + config.batch.prompts
+        return rolled.position
+
+    def _score(self, trajectories: Sequence[Trajectory], step: int) -> None:
+        """The teacher's log-probs, where the objective needs a teacher."""
+        if not self.objective.needs & Needs.TEACHER:
+            return
+        if self.objective.needs & Needs.DEMONSTRATIONS:
+            for trajectory in trajectories:  # its own samples
+                trajectory.teacher_logp = trajectory.logp
+            return
+        teacher = self._teacher()
+        with teacher.adapter.autocast():
+            scores = teacher.score(trajectories)
+        for trajectory, score in zip(trajectories, scores, strict=True):
+            trajectory.teacher_logp = _checked(score.logp, trajectory, "teacher", step)
+
+    def _teacher(self) -> TransformersPolicy:
+        if self.teacher is None:
+            raise ConfigError("this run needs a teacher, but model.teacher is null")
+        return self.teacher
 
     def _behaviour(
         self, trajectories: Sequence[Trajectory], step: int
     ) -> tuple[dict[int, FloatArray], dict[int, FloatArray]]:
-        """Log-probs and entropies under the policy that sampled, by trajectory."""
+        """The student's log-probs and entropies before the update, by trajectory."""
         mode = self.config.engine.old_logp
+        if self.objective.needs & Needs.DEMONSTRATIONS:
+            mode = "recompute"  # the student did not sample them
         if mode == "auto":
             # In float32 the two agree to 1e-5; in bfloat16 the batched decoder and the full pass
             # differ enough to show up in the ratio.
@@ -262,32 +271,33 @@ class Session:
     def _row(
         self,
         step: int,
-        usable: Sequence[Trajectory],
-        trajectories: Sequence[Trajectory],
-        update: UpdateStats,
+        rolled: Collected,
+        update: UpdateStats | None,
         logp_old: dict[int, FloatArray],
         entropy: dict[int, FloatArray],
     ) -> dict[str, Any]:
-        floor = reward_floor(self.config.objective.mixture)
+        made = update if update is not None else UpdateStats.none()
+        chosen = rolled.chosen
         return {
             "kind": "train",
             "step": step,
             "phase": self.objective.phase(step),
-            "loss": update.loss,
-            "grad_norm": update.grad_norm,
-            "lr": update.lr,
+            "loss": made.loss,
+            "grad_norm": made.grad_norm,
+            "lr": made.lr,
             **distillation_statistics(
-                usable,
-                floor=floor,
-                threshold=update.threshold,
-                logp=[logp_old[id(t)] for t in usable],
-                entropy=[entropy[id(t)] for t in usable],
+                chosen,
+                floor=self.objective.floor,
+                threshold=made.threshold,
+                logp=[logp_old[id(t)] for t in chosen],
+                entropy=[entropy[id(t)] for t in chosen],
             ),
-            "mask/kept_share": update.kept_share,
-            "ratio/mean": update.ratio_mean,
-            "ratio/max": update.ratio_max,
-            "ratio/ppo_clip_share": update.ppo_clip_share,
-            **rollout_statistics(trajectories),
+            "mask/kept_share": made.kept_share,
+            "ratio/mean": made.ratio_mean,
+            "ratio/max": made.ratio_max,
+            "ratio/ppo_clip_share": made.ppo_clip_share,
+            **rollout_statistics(rolled.trajectories),
+            "rollout/trained_share": len(chosen) / len(rolled.trajectories),
         }
 
     def _write_trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> None:
@@ -303,7 +313,7 @@ class Session:
     # Evaluation
 
     def _evaluate_ends(self, step: int, who: str) -> None:
-        policy = self.student if who == "student" else self.teacher
+        policy = self.student if who == "student" else self._teacher()
         # A run that was killed between its last step and its end has some of them already.
         done = [
             row["sampling"]
@@ -340,16 +350,13 @@ class Session:
         self.progress.evaluation(row)
 
 
-def step_episodes(indices: Sequence[int], samples: int) -> list[EpisodeSpec]:
-    """``samples`` episodes per drawn task. A task drawn twice in one step (few tasks, or the end
-    of a pass) gets further samples of its group, not the same random draws again."""
-    used: Counter[int] = Counter()
-    episodes = []
-    for index in indices:
-        first = used[index]
-        used[index] += samples
-        episodes += [EpisodeSpec("train", index, first + k) for k in range(samples)]
-    return episodes
+def _following(
+    config: TrainConfig, teacher: LoadedModel | None, student: LoadedModel
+) -> FollowingTeacher | None:
+    settings = config.model.teacher
+    if teacher is None or settings is None or settings.follow is None:
+        return None
+    return FollowingTeacher(teacher, student, decay=settings.follow, every=settings.follow_every)
 
 
 def summarise(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.errors import NonFiniteError
-from reopold_agent.objectives import Objective, TokenBatch
+from reopold_agent.objectives import Needs, Objective, TokenBatch
 from reopold_agent.objectives.reopold import PPO_CLIP
 from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
@@ -33,7 +33,13 @@ class UpdateStats:
     ratio_mean: float
     ratio_max: float
     ppo_clip_share: float
-    threshold: float
+    threshold: float | None
+
+    @classmethod
+    def none(cls) -> UpdateStats:
+        """Of a step without an update: nothing in its batch was informative."""
+        nan = float("nan")
+        return cls(nan, 0.0, nan, 0.0, nan, nan, nan, None)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -48,6 +54,7 @@ class Updater:
         policy: the student.
         objective: the loss.
         config: AdamW's settings.
+        teacher: for objectives on whole distributions.
         max_tokens: rows x tokens of one micro-batch; any value gives the same gradient.
     """
 
@@ -58,8 +65,9 @@ class Updater:
         config: OptimizerConfig,
         *,
         max_tokens: int,
+        teacher: TransformersPolicy | None = None,
     ) -> None:
-        self.policy, self.objective = policy, objective
+        self.policy, self.objective, self.teacher = policy, objective, teacher
         self._config, self._max_tokens = config, max_tokens
         self._parameters = trainable_parameters(policy.adapter.model)
         self.optimizer = torch.optim.AdamW(
@@ -104,18 +112,18 @@ class Updater:
         losses, norms, rate = [], [], 0.0
         for batch in mini_batches:
             self.optimizer.zero_grad(set_to_none=True)
-            numerator, denominator = 0.0, 0
+            numerator = denominator = 0.0
             for group in split_by_tokens([len(t.ids) for t in batch], self._max_tokens):
                 part = [batch[i] for i in group]
                 tokens = self._token_batch(part, logp_old, entropy)
                 terms = self.objective.terms(tokens, step, threshold)
                 terms.numerator.backward()  # type: ignore[no-untyped-call]
                 numerator += float(terms.numerator.detach())
-                denominator += int(terms.denominator)
+                denominator += float(terms.denominator)
                 totals.add(terms.ratio, terms.clipped_reward, terms.mask)
-            # The loss is a mean over the tokens kept in the whole mini-batch, whose number is
-            # known only now: gradients of the sums are divided once, so the split cannot matter.
-            scale = 1.0 / max(1, denominator)
+            # The loss is a mean over what is kept in the whole mini-batch, whose number is known
+            # only now: gradients of the sums are divided once, so the split cannot matter.
+            scale = 1.0 / max(1.0, denominator)
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
@@ -149,23 +157,41 @@ class Updater:
         entropy: dict[int, FloatArray],
     ) -> TokenBatch:
         """The loss tokens of a micro-batch as one row: (1, N)."""
-        adapter = self.policy.adapter
-        logp_N, _ = self.policy.logprobs(TrajectoryBatch.build(adapter, trajectories))
+        adapter, objective = self.policy.adapter, self.objective
+        divergence_N = None
+        if objective.needs & Needs.DISTRIBUTIONS:
+            if self.teacher is None:
+                raise ValueError("an objective on whole distributions needs the teacher")
+            divergence_N, logp_N = self.policy.divergence(
+                trajectories, self.teacher, objective.divergence
+            )
+        else:
+            logp_N, _ = self.policy.logprobs(TrajectoryBatch.build(adapter, trajectories))
 
         def flat(values: Sequence[FloatArray]) -> Tensor:
             chosen = [v[t.loss_mask] for v, t in zip(values, trajectories, strict=True)]
             return torch.from_numpy(np.concatenate(chosen)).to(adapter.device)[None]
 
-        teacher = [t.teacher_logp for t in trajectories]
-        scored = [values for values in teacher if values is not None]
-        if len(scored) != len(trajectories):
+        def spread(values: Sequence[float]) -> Tensor:
+            pairs = zip(trajectories, values, strict=True)
+            return flat([np.full(len(t.ids), value, np.float32) for t, value in pairs])
+
+        teacher = [t.teacher_logp for t in trajectories if t.teacher_logp is not None]
+        advantage = [t.advantage for t in trajectories if t.advantage is not None]
+        if objective.needs & Needs.TEACHER and len(teacher) != len(trajectories):
             raise ValueError("a trajectory has no teacher scores")
+        if objective.needs & Needs.OUTCOME and len(advantage) != len(trajectories):
+            raise ValueError("a trajectory has no advantage")
+        complete = len(trajectories)
         return TokenBatch(
             logp=logp_N[None],
             logp_old=flat([logp_old[id(t)] for t in trajectories]),
-            logp_teacher=flat(scored),
+            logp_teacher=flat(teacher) if len(teacher) == complete else None,
             entropy=flat([entropy[id(t)] for t in trajectories]),
             loss_mask=torch.ones_like(logp_N[None], dtype=torch.bool),
+            advantage=spread(advantage) if len(advantage) == complete else None,
+            response_length=spread([t.response_tokens for t in trajectories]),
+            divergence=None if divergence_N is None else divergence_N[None],
         )
 
 

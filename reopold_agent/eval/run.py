@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 import reopold_agent.envs  # noqa: F401  # registers the environments
 from reopold_agent.config import PixelsConfig, build, config_differences
-from reopold_agent.errors import CheckpointError, ConfigError
+from reopold_agent.errors import CheckpointError
 from reopold_agent.eval.benchmarks import Benchmark, LoadedBenchmark, load_benchmark, select
 from reopold_agent.eval.judging import judge_rows
 from reopold_agent.eval.latency import LatencyPoint, measure_latency
@@ -27,6 +27,7 @@ from reopold_agent.policies.loading import (
     check_available,
     device_name,
     load_model,
+    model_path,
     pick_device,
 )
 from reopold_agent.policies.vision import PixelLimits
@@ -292,20 +293,3 @@ def make_benchmark_env(loaded: LoadedBenchmark, play: PlayConfig) -> gymnasium.E
         max_turns=play.max_turns,
         **{**play.env_kwargs, **dict(loaded.benchmark.env_kwargs or {})},
     )
-
-
-def model_path(model: str) -> str:
-    """The checkpoint that ``model=`` means: a training run's folder stands for its student.
-
-    Raises:
-        ConfigError: the run has neither a final model nor a checkpoint.
-    """
-    folder = Path(model).expanduser()
-    if not (folder / "metrics.jsonl").is_file():
-        return model
-    if (folder / "final" / "config.json").is_file():
-        return str(folder / "final")
-    found = sorted((folder / "checkpoints").glob("step-*/model/config.json"))
-    if not found:
-        raise ConfigError(f"the run {folder} has neither a final model nor a full checkpoint yet")
-    return str(found[-1].parent)

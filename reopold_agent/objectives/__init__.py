@@ -1,6 +1,49 @@
 """Objectives: pure functions on tensors, no I/O and no models."""
 
-from reopold_agent.objectives.base import LossTerms, Objective, TokenBatch
-from reopold_agent.objectives.reopold import Reopold, reopold_loss
+from reopold_agent.objectives.base import (
+    DivergenceSettings,
+    LossTerms,
+    Needs,
+    Objective,
+    Outcomes,
+    RunFacts,
+    TokenBatch,
+    whole_loss,
+)
+from reopold_agent.objectives.distillation import (
+    ClippedReverseKL,
+    EntropyMaskedReverseKL,
+    Reopold,
+    ReverseKL,
+    ReverseKLStopGradient,
+    SkewReverseKL,
+)
+from reopold_agent.objectives.gkd import GKD
+from reopold_agent.objectives.grpo import GRPO
+from reopold_agent.objectives.registry import OBJECTIVES, make_objective, register_objective
+from reopold_agent.objectives.reopold import reopold_loss
+from reopold_agent.objectives.sft import SFT
 
-__all__ = ["LossTerms", "Objective", "Reopold", "TokenBatch", "reopold_loss"]
+__all__ = [
+    "GKD",
+    "GRPO",
+    "OBJECTIVES",
+    "SFT",
+    "ClippedReverseKL",
+    "DivergenceSettings",
+    "EntropyMaskedReverseKL",
+    "LossTerms",
+    "Needs",
+    "Objective",
+    "Outcomes",
+    "Reopold",
+    "ReverseKL",
+    "ReverseKLStopGradient",
+    "RunFacts",
+    "SkewReverseKL",
+    "TokenBatch",
+    "make_objective",
+    "register_objective",
+    "reopold_loss",
+    "whole_loss",
+]

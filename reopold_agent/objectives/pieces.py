@@ -13,6 +13,18 @@ import torch
 from torch import Tensor
 
 
+def check_mixture(mixture: float) -> None:
+    """Raises ValueError unless the paper's lambda lies strictly between 0 and 1."""
+    if not 0.0 < mixture < 1.0:
+        raise ValueError(f"mixture (the paper's lambda) must lie strictly in (0, 1), got {mixture}")
+
+
+def check_top_share(top_share: float) -> None:
+    """Raises ValueError unless the paper's rho lies in (0, 1]."""
+    if not 0.0 < top_share <= 1.0:
+        raise ValueError(f"top_share (the paper's rho) must lie in (0, 1], got {top_share}")
+
+
 def reward_floor(mixture: float) -> float:
     """The least reward that the mixture bound allows: ``log(mixture) / (1 - mixture)``, eq. 7.
 
@@ -25,8 +37,7 @@ def reward_floor(mixture: float) -> float:
     Raises:
         ValueError: ``mixture`` is outside (0, 1).
     """
-    if not 0.0 < mixture < 1.0:
-        raise ValueError(f"mixture (the paper's lambda) must lie strictly in (0, 1), got {mixture}")
+    check_mixture(mixture)
     return math.log(mixture) / (1.0 - mixture)
 
 
@@ -38,6 +49,22 @@ def at_least_float32(values: Tensor) -> Tensor:
 def distillation_reward(logp: Tensor, logp_teacher: Tensor) -> Tensor:
     """``R = stop_gradient(log pi_T - log pi)`` per token, nats (paper, remark 3.1)."""
     return at_least_float32(logp_teacher.detach()) - at_least_float32(logp.detach())
+
+
+def differentiable_reward(logp: Tensor, logp_teacher: Tensor) -> Tensor:
+    """``R = log pi_T - log pi`` with its gradient in ``logp``: plain reverse KL, eq. 3."""
+    return at_least_float32(logp_teacher.detach()) - at_least_float32(logp)
+
+
+def skewed_reward(logp: Tensor, logp_teacher: Tensor, mixture: float) -> Tensor:
+    """``log((m pi + (1 - m) pi_T) / pi)``, with its gradient in ``logp``.
+
+    The mixture ``m`` is skew RKL's lambda (DistiLLM, Ko et al. 2024; paper, eq. 20). Towards 0
+    it is the plain reward; towards 1 it vanishes. Never below ``log(m)``.
+    """
+    own, his = at_least_float32(logp), at_least_float32(logp_teacher.detach())
+    mixed = torch.logaddexp(own + math.log(mixture), his + math.log1p(-mixture))
+    return mixed - own
 
 
 def exploration_mask(reward: Tensor, loss_mask: Tensor, floor: float) -> Tensor:
@@ -61,8 +88,7 @@ def entropy_threshold(entropy: Tensor, loss_mask: Tensor, top_share: float) -> f
     Raises:
         ValueError: ``top_share`` is outside (0, 1].
     """
-    if not 0.0 < top_share <= 1.0:
-        raise ValueError(f"top_share (the paper's rho) must lie in (0, 1], got {top_share}")
+    check_top_share(top_share)
     values = entropy.detach().float()[loss_mask.bool()]
     if values.numel() == 0:
         return math.inf

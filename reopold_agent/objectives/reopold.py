@@ -1,4 +1,4 @@
-"""The Reopold objective: relaxed on-policy distillation (paper, section 4, eq. 4 to 10).
+"""The Reopold loss as one function, and what a step logs about its tokens.
 
 The loss is a policy gradient whose reward is the teacher's opinion of each token that the
 student sampled. Nothing here reads an answer, a label or an environment's reward.
@@ -6,77 +6,13 @@ student sampled. Nothing here reads an answer, a label or an environment's rewar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from reopold_agent.objectives.base import LossTerms, TokenBatch
-from reopold_agent.objectives.pieces import (
-    distillation_reward,
-    entropy_threshold,
-    exploration_mask,
-    importance_ratio,
-    refinement_mask,
-    reward_floor,
-)
+from reopold_agent.objectives.distillation import Reopold
 
 PPO_CLIP = 0.2
 """The clip that PPO would apply; Reopold only reports how often it would have (figure 11)."""
-
-
-@dataclass(frozen=True)
-class Reopold:
-    """Reopold as an objective of the engines.
-
-    Attributes:
-        mixture: the paper's lambda; sets the reward floor.
-        top_share: the paper's rho; the share of tokens kept in the refinement phase.
-        switch_step: steps below it explore, steps from it on refine (the paper's T_switch).
-    """
-
-    switch_step: int
-    mixture: float = 0.1
-    top_share: float = 0.2
-
-    def __post_init__(self) -> None:
-        reward_floor(self.mixture)
-        if not 0.0 < self.top_share <= 1.0:
-            raise ValueError(f"top_share must lie in (0, 1], got {self.top_share}")
-        if self.switch_step < 0:
-            raise ValueError(f"switch_step must be >= 0, got {self.switch_step}")
-
-    def phase(self, step: int) -> str:
-        """``"exploration"`` or ``"refinement"``; steps count from 0."""
-        return "exploration" if step < self.switch_step else "refinement"
-
-    def threshold(self, entropy: Tensor, loss_mask: Tensor) -> float:
-        """Tau over everything given: call it once with the whole batch of a step."""
-        return entropy_threshold(entropy, loss_mask, self.top_share)
-
-    def terms(self, batch: TokenBatch, step: int, threshold: float) -> LossTerms:
-        """Numerator and denominator of the loss over this micro-batch.
-
-        ``loss = -sum(M * ratio * Rhat) / max(1, sum(M))``, both sums over the mini-batch: add the
-        terms of its micro-batches, then divide. Splitting a batch therefore changes nothing.
-        """
-        floor = reward_floor(self.mixture)
-        reward_BT = distillation_reward(batch.logp, batch.logp_teacher)
-        clipped_BT = reward_BT.clamp(min=floor)  # one-sided: positive rewards are untouched
-        if step < self.switch_step:
-            mask_BT = exploration_mask(reward_BT, batch.loss_mask, floor)
-        else:
-            mask_BT = refinement_mask(batch.entropy, batch.loss_mask, threshold)
-        # Selected, not multiplied by the mask: a masked position may hold an infinity or NaN, and
-        # 0 * inf is NaN, in the gradient too.
-        ratio_K = importance_ratio(batch.logp[mask_BT], batch.logp_old[mask_BT])
-        return LossTerms(
-            numerator=-(ratio_K * clipped_BT[mask_BT]).sum(),
-            denominator=mask_BT.sum(),
-            reward=reward_BT,
-            clipped_reward=clipped_BT,
-            mask=mask_BT,
-            ratio=importance_ratio(batch.logp.detach(), batch.logp_old),
-        )
 
 
 def reopold_loss(
@@ -119,7 +55,7 @@ def reopold_loss(
     threshold = objective.threshold(entropy, batch.loss_mask)
     terms = objective.terms(batch, step, threshold)
     loss = terms.numerator / terms.denominator.clamp(min=1)
-    metrics = summarise_terms(terms, batch, floor=reward_floor(mixture))
+    metrics = summarise_terms(terms, batch, floor=objective.floor)
     metrics["loss"] = float(loss.detach())
     metrics["entropy_threshold"] = threshold
     metrics["refinement"] = float(step >= switch_step)

@@ -125,14 +125,32 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
+def model_path(model: str) -> str:
+    """The checkpoint that ``model=`` means: a training run's folder stands for its student.
+
+    Raises:
+        ConfigError: the run has neither a final model nor a checkpoint.
+    """
+    folder = Path(model).expanduser()
+    if not (folder / "metrics.jsonl").is_file():
+        return model
+    if (folder / "final" / "config.json").is_file():
+        return str(folder / "final")
+    found = sorted((folder / "checkpoints").glob("step-*/model/config.json"))
+    if not found:
+        raise ConfigError(f"the run {folder} has neither a final model nor a full checkpoint yet")
+    return str(found[-1].parent)
+
+
 def resolve_path(path: str) -> str:
-    """Turns ``demo:NAME`` into the folder that the package ships; other paths stay.
+    """Turns ``demo:NAME`` into the folder that the package ships, and the folder of a training
+    run into its student; other paths stay.
 
     Raises:
         ModelError: no such demo model.
     """
     if not path.startswith(DEMO_PREFIX):
-        return path
+        return model_path(path)
     root = resources.files("reopold_agent") / "demo" / "weights"
     folder = Path(str(root)) / path.removeprefix(DEMO_PREFIX)
     if not folder.is_dir():

@@ -23,29 +23,30 @@ BANNED = -1.0e30
 def token_logprobs(
     hidden_ND: Tensor,
     weight_VD: Tensor,
-    targets_N: Tensor,
+    targets: Tensor,
     banned: Tensor | None = None,
     *,
     with_entropy: bool = False,
     slice_elements: int = SLICE_ELEMENTS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of ``targets_N`` under ``softmax(hidden @ weight.T)`` and, if asked, entropies.
+    """Log-probs of ``targets`` under ``softmax(hidden @ weight.T)`` and, if asked, entropies.
 
     Args:
         hidden_ND: last hidden states at the positions that predict the targets, any float dtype.
         weight_VD: output embedding, any float dtype.
-        targets_N: int64 token ids.
+        targets: int64 token ids, (N,), or several for each position, (N, K).
         banned: int64 ids that have probability 0 (forbidden or padded rows), or None.
         with_entropy: also return the entropy of the same distribution (nats, no gradient).
         slice_elements: upper limit on tokens x vocabulary held at once.
 
     Returns:
-        ``(logp_N, entropy_N or None)``, float32. ``logp_N`` is differentiable in ``hidden_ND``
-        and ``weight_VD``.
+        ``(logp, entropy_N or None)``, float32; ``logp`` has the shape of ``targets`` and is
+        differentiable in ``hidden_ND`` and ``weight_VD``.
     """
     apply: Any = _TokenLogprobs.apply
-    logp, entropy = apply(hidden_ND, weight_VD, targets_N, banned, with_entropy, slice_elements)
-    return logp, entropy if with_entropy else None
+    targets_NK = targets.reshape(len(targets), -1)
+    logp, entropy = apply(hidden_ND, weight_VD, targets_NK, banned, with_entropy, slice_elements)
+    return logp.reshape(targets.shape), entropy if with_entropy else None
 
 
 def _logits(hidden: Tensor, weight: Tensor, banned: Tensor | None) -> Tensor:
@@ -73,9 +74,9 @@ class _TokenLogprobs(torch.autograd.Function):
             compute_dtype = weight.dtype
         count = hidden.shape[0]
         rows = max(1, slice_elements // weight.shape[0])
-        logp = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        normaliser = torch.empty_like(logp)
-        entropy = torch.zeros_like(logp)
+        logp = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
+        normaliser = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        entropy = torch.zeros_like(normaliser)
         matrix = weight.to(compute_dtype)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
@@ -84,14 +85,14 @@ class _TokenLogprobs(torch.autograd.Function):
             # and the entropy is that minus sum(x e^x) / sum(e^x).
             top = logits.amax(dim=-1, keepdim=True)
             logits.sub_(top)
-            chosen = logits.gather(1, targets[part, None])[:, 0]
+            chosen = logits.gather(1, targets[part])
             if with_entropy:
                 weights = logits.exp()
                 total = weights.sum(dim=-1)
                 entropy[part] = total.log() - weights.mul_(logits).sum(dim=-1) / total
             else:
                 total = logits.exp_().sum(dim=-1)
-            logp[part] = chosen - total.log()
+            logp[part] = chosen - total.log()[:, None]
             normaliser[part] = top[:, 0] + total.log()
         ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.banned, ctx.compute_dtype = banned, compute_dtype
@@ -102,10 +103,11 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
-        live = torch.nonzero(grads[0])[:, 0]
+        live = torch.nonzero(grads[0].any(dim=1))[:, 0]
         states_ND = hidden[live].to(ctx.compute_dtype)
-        grad_N = grads[0][live].float()
-        targets_N, normaliser_N = targets[live], normaliser[live]
+        grad_NK = grads[0][live].float()
+        grad_N = grad_NK.sum(dim=1)
+        targets_NK, normaliser_N = targets[live], normaliser[live]
         grad_states = torch.zeros(states_ND.shape, dtype=torch.float32, device=hidden.device)
         needs_weight = ctx.needs_input_grad[1]
         grad_weight = torch.zeros_like(weight) if needs_weight else None
@@ -122,8 +124,9 @@ class _TokenLogprobs(torch.autograd.Function):
             if ctx.banned is not None:
                 inside = ctx.banned[(ctx.banned >= start) & (ctx.banned < stop)]
                 grad_logits.index_fill_(1, inside - start, 0.0)
-            rows = torch.nonzero((targets_N >= start) & (targets_N < stop))[:, 0]
-            grad_logits[rows, targets_N[rows] - start] += grad_N[rows]
+            rows, which = torch.nonzero((targets_NK >= start) & (targets_NK < stop), as_tuple=True)
+            places = (rows, targets_NK[rows, which] - start)
+            grad_logits.index_put_(places, grad_NK[rows, which], accumulate=True)
             grad_logits = grad_logits.to(ctx.compute_dtype)
             grad_states += grad_logits @ matrix
             if grad_weight is not None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from reopold_agent.objectives import DivergenceSettings
+from reopold_agent.objectives.divergence import divergence_of_states, top_tokens, topk_divergence
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
 from reopold_agent.policies.generation import TransformersGenerator
@@ -79,14 +81,62 @@ class TransformersPolicy:
 
         Differentiable unless called under ``no_grad``.
         """
+        hidden_ND, targets_N = self._states(batch)
+        with self.adapter.autocast():
+            return token_logprobs(
+                hidden_ND,
+                self.adapter.head.weight,
+                targets_N,
+                self.banned,
+                with_entropy=with_entropy,
+            )
+
+    def divergence(
+        self,
+        trajectories: Sequence[Trajectory],
+        teacher: TransformersPolicy,
+        settings: DivergenceSettings,
+    ) -> tuple[Tensor, Tensor]:
+        """Divergence from the teacher's distribution at each loss token, flat as `logprobs`.
+
+        Args:
+            trajectories: one forward pass of each model over all of them.
+            teacher: a policy over the same allowed ids; no gradient reaches it.
+            settings: which divergence; see `reopold_agent.objectives.gkd.GKD`.
+
+        Returns:
+            ``(divergence_N, logp_N)``: the first is differentiable, the second is the student's
+            log-prob of the token itself.
+        """
+        own_ND, targets_N = self._states(TrajectoryBatch.build(self.adapter, trajectories))
+        with torch.no_grad():
+            his_NE, _ = teacher._states(TrajectoryBatch.build(teacher.adapter, trajectories))
+        own_VD, his_VE = self.adapter.head.weight, teacher.adapter.head.weight
+        with self.adapter.autocast():
+            if settings.top_k is None:
+                rows = min(len(own_VD), len(his_VE))  # padded rows beyond the tokenizer are banned
+                return divergence_of_states(
+                    own_ND,
+                    own_VD if rows == len(own_VD) else own_VD[:rows],
+                    his_NE,
+                    his_VE[:rows],
+                    targets_N,
+                    settings.beta,
+                    self.banned[self.banned < rows],
+                )
+            ids_NK, his_NK = top_tokens(his_NE, his_VE, settings.top_k, teacher.banned)
+            both_NK, _ = token_logprobs(
+                own_ND, own_VD, torch.cat([ids_NK, targets_N[:, None]], dim=1), self.banned
+            )
+            own_NK, logp_N = both_NK[:, :-1], both_NK[:, -1].detach()
+            divergence_N = topk_divergence(own_NK, his_NK, settings.beta, rest=settings.rest)
+            return divergence_N, logp_N
+
+    def _states(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor]:
+        """The states that predict the batch's loss tokens, (N, width), and those tokens."""
         hidden_BTD = self.adapter.hidden_states(
             batch.ids_BT, batch.positions_3BT, batch.images, batch.attention_BT
         )
         # The state before a token predicts it.
         hidden_ND = hidden_BTD[batch.row_N, batch.column_N - 1]
-        targets_N = batch.ids_BT[batch.row_N, batch.column_N]
-        weight_VD = self.adapter.head.weight
-        with self.adapter.autocast():
-            return token_logprobs(
-                hidden_ND, weight_VD, targets_N, self.banned, with_entropy=with_entropy
-            )
+        return hidden_ND, batch.ids_BT[batch.row_N, batch.column_N]

@@ -97,6 +97,14 @@ class ChatRenderer:
             )
         )
 
+    def turn_ids(self, text: str) -> list[int]:
+        """Ids of an assistant's turn that somebody else wrote, with the end of turn.
+
+        A tool call ends generation by itself; any other turn by the end-of-turn token.
+        """
+        ids = self._plain(text)
+        return ids if ids and ids[-1] in self.stop_ids else [*ids, self.turn_end_id]
+
     def raw(self, ids: Sequence[int]) -> str:
         """Everything, control tokens included, for records and viewers."""
         return str(

@@ -135,8 +135,8 @@ class RolloutRunner:
         limits: RolloutLimits,
     ) -> None:
         self._make_env = make_env
-        self._chat, self._vision = chat, vision
-        self._prompt_pixels, self._observation_pixels = prompt_pixels, observation_pixels
+        self.chat, self.vision = chat, vision
+        self.prompt_pixels, self.observation_pixels = prompt_pixels, observation_pixels
         self.limits = limits
         self._idle: list[Worker] = []
         self.stats = RolloutStats()
@@ -275,11 +275,11 @@ class RolloutRunner:
         return False
 
     def _add_prompt(self, episode: _Episode, observation: Observation, system: str) -> None:
-        images = self._encode(observation, self._prompt_pixels)
+        images = self._encode(observation, self.prompt_pixels)
         messages = [observation_message(observation, images)]
         if system:
             messages.insert(0, Message("system", (system,)))
-        ids, images = self._chat.prompt(messages)
+        ids, images = self.chat.prompt(messages)
         episode.append(ids)
         episode.images += images
         episode.prompt_length = len(ids)
@@ -288,9 +288,9 @@ class RolloutRunner:
         if len(episode.turns) >= self.limits.max_turns:
             episode.stop = StopReason.MAX_TURNS
             return False
-        images = self._encode(observation, self._observation_pixels)
+        images = self._encode(observation, self.observation_pixels)
         message = observation_message(observation, images)
-        ids, images = self._chat.continuation(message, episode.ids[-1])
+        ids, images = self.chat.continuation(message, episode.ids[-1])
         used = len(episode.ids) - episode.prompt_length
         # An observation is added whole or not at all, never cut inside an image; and it must
         # leave room for at least one token of the student.
@@ -304,9 +304,9 @@ class RolloutRunner:
     def _encode(self, observation: Observation, limits: PixelLimits) -> list[EncodedImage]:
         if not observation["images"]:
             return []
-        if self._vision is None:
+        if self.vision is None:
             raise ValueError("the environment shows pictures, but the model reads text only")
-        return [self._vision.encode(image, limits) for image in observation["images"]]
+        return [self.vision.encode(image, limits) for image in observation["images"]]
 
     def _submit(
         self, episodes: Sequence[_Episode], generator: Generator, seed: tuple[int, ...]
@@ -345,7 +345,7 @@ class RolloutRunner:
         episode.logp += completion.logp
         episode.entropy += completion.entropy
         self.stats.sampled_tokens += len(completion.ids)
-        text = self._chat.text(completion.ids)
+        text = self.chat.text(completion.ids)
         episode.turns.append(Turn(start, len(episode.ids), text, completion.finish))
         episode.worker.call(lambda env: env.step(text))
 

@@ -1,0 +1,163 @@
+"""The trajectories of a step: the student's own, or an expert's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.data.demonstrations import load_demonstrations
+from reopold_agent.engines.data_order import DataOrder
+from reopold_agent.errors import ConfigError
+from reopold_agent.objectives import SFT, Needs, Objective, Outcomes
+from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.rollout.demonstrations import demonstrated
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner, RolloutStats
+from reopold_agent.types import Sampling, StopReason, Trajectory
+
+
+@dataclass
+class Collected:
+    """The episodes of a step: all, those without an error, and those the update is made on.
+
+    ``position`` is the number of task draws used so far.
+    """
+
+    position: int
+    trajectories: list[Trajectory] = field(default_factory=list)
+    usable: list[Trajectory] = field(default_factory=list)
+    chosen: list[Trajectory] = field(default_factory=list)
+    stats: RolloutStats = field(default_factory=RolloutStats)
+
+    def add(self, fresh: Sequence[Trajectory], stats: RolloutStats) -> None:
+        """Adds episodes and where their time went."""
+        self.trajectories += fresh
+        self.usable += [
+            t for t in fresh if t.stop_reason is not StopReason.ENV_ERROR and t.response_tokens
+        ]
+        for name, value in vars(stats).items():
+            setattr(self.stats, name, getattr(self.stats, name) + value)
+
+
+class Collector:
+    """Rolls out, or reads, what a step trains on, as the objective needs it.
+
+    Args:
+        config: the run's.
+        objective: says who acts and which groups are informative.
+        runner: plays episodes.
+        student, teacher: who may act.
+        tasks: number of training tasks.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        runner: RolloutRunner,
+        student: TransformersPolicy,
+        teacher: TransformersPolicy | None,
+        tasks: int,
+    ) -> None:
+        self.config, self.objective, self.runner = config, objective, runner
+        self.student, self.teacher = student, teacher
+        self.sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
+        self._recorded: list[Trajectory] | None = None
+        if objective.needs & Needs.DEMONSTRATIONS and not objective.needs & Needs.TEACHER:
+            self._recorded = self._read()
+            tasks = len(self._recorded)
+        self.order = DataOrder(tasks, config.seed)
+
+    def collect(self, step: int, position: int) -> Collected:
+        """The step's trajectories; draws go on at ``position``.
+
+        Further prompts are rolled out while the objective finds too few groups informative.
+
+        Raises:
+            ConfigError: every episode ended in an environment error.
+        """
+        config, objective = self.config, self.objective
+        collected = Collected(position)
+        if self._recorded is not None:
+            count = config.batch.prompts * config.batch.samples
+            drawn = [self._recorded[self.order[position + k]] for k in range(count)]
+            collected.position += count
+            collected.add(drawn, RolloutStats())
+            collected.chosen = collected.usable
+            return collected
+        policy = self._actor()
+        for number in range(objective.roll_outs):
+            drawn_tasks = [self.order[collected.position + k] for k in range(config.batch.prompts)]
+            collected.position += config.batch.prompts
+            episodes = step_episodes(drawn_tasks, config.batch.samples)
+            seed = (config.seed, 1, step) if number == 0 else (config.seed, 1, step, number)
+            with policy.adapter.autocast():
+                fresh = self.runner.run(policy, episodes, self.sampling, seed)
+            collected.add(fresh, self.runner.stats)
+            if not collected.usable:
+                raise ConfigError(
+                    f"step {step}: every episode of the batch ended in an environment error; the "
+                    f"first was: {fresh[0].info.get('error', 'unknown')}"
+                )
+            collected.chosen = self._choose(collected.usable)
+            if len({t.index for t in collected.chosen}) >= config.batch.prompts:
+                break
+        return collected
+
+    def _actor(self) -> TransformersPolicy:
+        if not self.objective.needs & Needs.DEMONSTRATIONS:
+            return self.student
+        if self.teacher is None:
+            raise ConfigError("demonstrations by the teacher need model.teacher")
+        return self.teacher
+
+    def _choose(self, usable: list[Trajectory]) -> list[Trajectory]:
+        """Those that the update is made on; with outcomes, their advantages are set."""
+        objective = self.objective
+        if isinstance(objective, SFT) and objective.only_successes:
+            return [t for t in usable if t.success]
+        if not objective.needs & Needs.OUTCOME:
+            return usable
+        outcomes = Outcomes(
+            reward=torch.tensor([t.reward for t in usable]),
+            group=torch.tensor([t.index for t in usable]),
+            tool_calls=torch.tensor([len(t.tool_calls) for t in usable]),
+            tool_successes=torch.tensor([sum(c.ok for c in t.tool_calls) for t in usable]),
+            tokens=torch.tensor([t.response_tokens for t in usable]),
+        )
+        advantages = objective.advantages(outcomes).tolist()
+        keep = objective.informative(outcomes).tolist()
+        groups: dict[int, list[Trajectory]] = {}
+        for trajectory, advantage, kept in zip(usable, advantages, keep, strict=True):
+            trajectory.advantage = advantage
+            if kept:
+                groups.setdefault(trajectory.index, []).append(trajectory)
+        whole = list(groups.values())[: self.config.batch.prompts]
+        return [trajectory for group in whole for trajectory in group]
+
+    def _read(self) -> list[Trajectory]:
+        spec = self.config.data.demonstrations
+        if spec is None:
+            raise ConfigError(
+                "objective.source=recorded needs data.demonstrations, for example "
+                "'+data.demonstrations={path: expert.jsonl}'"
+            )
+        return [
+            demonstrated(each, number, self.runner)
+            for number, each in enumerate(load_demonstrations(spec))
+        ]
+
+
+def step_episodes(indices: Sequence[int], samples: int) -> list[EpisodeSpec]:
+    """``samples`` episodes per drawn task. A task drawn twice in one step (few tasks, or the end
+    of a pass) gets further samples of its group, not the same random draws again."""
+    used: Counter[int] = Counter()
+    episodes = []
+    for index in indices:
+        first = used[index]
+        used[index] += samples
+        episodes += [EpisodeSpec("train", index, first + k) for k in range(samples)]
+    return episodes

@@ -1,0 +1,210 @@
+"""GRPO: learning from the environment's reward, compared within the group of a task's episodes.
+
+Shao et al. 2024 (DeepSeekMath), with the switches of Dr.GRPO (Liu et al. 2025c) and DAPO (Yu et
+al. 2025), and Pixel-Reasoner's curiosity reward (Su et al. 2025). There is no KL term against a
+reference policy, as in both successors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from reopold_agent.objectives.base import (
+    LossTerms,
+    Needs,
+    Objective,
+    Outcomes,
+    RunFacts,
+    TokenBatch,
+    required,
+)
+from reopold_agent.objectives.pieces import at_least_float32, importance_ratio
+
+
+def group_sums(values: Tensor, group: Tensor) -> Tensor:
+    """The sum of each value's group, at each of its members; both (episodes,)."""
+    _, place = torch.unique(group, return_inverse=True)
+    totals = values.new_zeros(int(place.max()) + 1 if len(place) else 0)
+    return totals.index_add(0, place, values)[place]
+
+
+def group_advantages(reward: Tensor, group: Tensor, *, normalise: bool = True) -> Tensor:
+    """``(r - mean) / (std + 1e-6)`` over the episodes of each task.
+
+    Args:
+        reward: (episodes,) float.
+        group: (episodes,) int64.
+        normalise: divide by the standard deviation (n - 1 in its denominator, as verl and TRL
+            take it); false is Dr.GRPO, whose authors find that it favours very easy and very hard
+            questions.
+
+    Returns:
+        (episodes,) float; 0 for a group of one, which has nothing to be compared with.
+    """
+    reward = at_least_float32(reward)
+    count = group_sums(torch.ones_like(reward), group)
+    centred = reward - group_sums(reward, group) / count
+    if not normalise:
+        return centred
+    variance = group_sums(centred**2, group) / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-6)
+
+
+def curiosity_reward(
+    outcomes: Outcomes, *, target: float, calls: int, bonus: float, penalty: float
+) -> Tensor:
+    """What Pixel-Reasoner adds to the outcome so that tools are tried, and not too often.
+
+    ``bonus * max(target - p, 0) * 1[this one called a tool] + penalty * min(calls - n, 0)``, with
+    ``p`` the share of the group that called a tool with success and ``n`` this one's calls.
+
+    Returns:
+        (episodes,) float.
+    """
+    worked = (outcomes.tool_successes > 0).float()
+    share = group_sums(worked, outcomes.group) / group_sums(torch.ones_like(worked), outcomes.group)
+    used = (outcomes.tool_calls > 0).float()
+    too_many = (calls - outcomes.tool_calls.float()).clamp(max=0)
+    return bonus * (target - share).clamp(min=0) * used + penalty * too_many
+
+
+def overlong_penalty(tokens: Tensor, longest: int, buffer: int) -> Tensor:
+    """DAPO's soft punishment of long responses (its eq. 13), (episodes,) float in [-1, 0].
+
+    0 up to ``longest - buffer`` tokens, from there linearly to -1 at ``longest``.
+    """
+    over = tokens.float() - (longest - buffer)
+    return -(over / buffer).clamp(min=0, max=1)
+
+
+@dataclass(frozen=True)
+class GRPO(Objective):
+    """``grpo``: clipped policy gradient with group-normalised outcomes.
+
+    ``loss = -sum_i w_i sum_t min(ratio A_i, clip(ratio) A_i) / sum``; see ``aggregate``.
+
+    Attributes:
+        clip_low, clip_high: the ratio is cut at ``1 - clip_low`` and ``1 + clip_high``. DAPO
+            "clip-higher": 0.2 and 0.28.
+        normalise: divide advantages by the group's standard deviation; false in Dr.GRPO.
+        aggregate: ``sequence`` is the mean over responses of the mean over their tokens
+            (GRPO); ``token`` the mean over all tokens (DAPO); ``budget`` the sum over tokens
+            divided by the response budget, and by the number of responses (Dr.GRPO).
+        drop_equal_groups: leave out groups whose rewards are all equal, and roll out further
+            prompts in their place (DAPO's dynamic sampling), in at most ``rounds`` roll-outs.
+        overlong_buffer: tokens before the budget's end over which a response loses up to 1 of its
+            reward (DAPO); 0 for none.
+        curiosity: weight of Pixel-Reasoner's curiosity (its alpha, 0.5); 0 for none.
+        curiosity_target: share of tool-using episodes in a group below which it is paid (H).
+        call_penalty: reward taken per tool call beyond ``free_calls`` (its beta, 0.05).
+        token_budget: of ``budget`` and ``overlong_buffer``; None takes the run's response budget.
+    """
+
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    normalise: bool = True
+    aggregate: str = "sequence"
+    drop_equal_groups: bool = False
+    rounds: int = 1
+    overlong_buffer: int = 0
+    curiosity: float = 0.0
+    curiosity_target: float = 0.3
+    call_penalty: float = 0.0
+    free_calls: int = 1
+    token_budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip_low < 1 or self.clip_high <= 0:
+            raise ValueError(
+                f"clip_low must lie in (0, 1) and clip_high above 0, got {self.clip_low} and "
+                f"{self.clip_high}"
+            )
+        if self.aggregate not in ("sequence", "token", "budget"):
+            raise ValueError(f"aggregate is one of sequence, token, budget; got '{self.aggregate}'")
+        for name in ("overlong_buffer", "curiosity", "call_penalty", "free_calls"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if not 0 <= self.curiosity_target <= 1:
+            raise ValueError(f"curiosity_target must lie in [0, 1], got {self.curiosity_target}")
+        if self.rounds < 1 or (self.token_budget is not None and self.token_budget < 1):
+            raise ValueError("rounds and token_budget must be at least 1")
+
+    @property
+    def needs(self) -> Needs:
+        """Outcomes only; no teacher."""
+        return Needs.OUTCOME
+
+    @property
+    def roll_outs(self) -> int:
+        """``rounds``, where groups are dropped."""
+        return self.rounds if self.drop_equal_groups else 1
+
+    def for_run(self, facts: RunFacts) -> Self:
+        """Fills in ``token_budget``."""
+        if self.token_budget is not None:
+            return self
+        return replace(self, token_budget=facts.max_response_tokens)
+
+    def shaped_reward(self, outcomes: Outcomes) -> Tensor:
+        """The environment's reward with curiosity, call penalty and length penalty added."""
+        reward = at_least_float32(outcomes.reward)
+        if self.curiosity or self.call_penalty:
+            reward = reward + curiosity_reward(
+                outcomes,
+                target=self.curiosity_target,
+                calls=self.free_calls,
+                bonus=self.curiosity,
+                penalty=self.call_penalty,
+            )
+        if self.overlong_buffer:
+            budget = self._budget()
+            reward = reward + overlong_penalty(outcomes.tokens, budget, self.overlong_buffer)
+        return reward
+
+    def advantages(self, outcomes: Outcomes) -> Tensor:
+        """(episodes,) float."""
+        reward = self.shaped_reward(outcomes)
+        return group_advantages(reward, outcomes.group, normalise=self.normalise)
+
+    def informative(self, outcomes: Outcomes) -> Tensor:
+        """With ``drop_equal_groups``, episodes of groups whose outcomes differ (DAPO compares the
+        outcome itself, before any shaping)."""
+        if not self.drop_equal_groups:
+            return super().informative(outcomes)
+        centred = group_advantages(outcomes.reward, outcomes.group, normalise=False)
+        return group_sums(centred.abs(), outcomes.group) > 1e-6
+
+    def terms(self, batch: TokenBatch, step: int, threshold: float | None) -> LossTerms:
+        """Numerator and denominator of the loss over this micro-batch."""
+        mask_BT = batch.loss_mask
+        advantage_BT = at_least_float32(required(batch.advantage, "advantage")).detach()
+        ratio_K = importance_ratio(batch.logp[mask_BT], batch.logp_old[mask_BT])
+        advantage_K = advantage_BT[mask_BT]
+        cut_K = ratio_K.clamp(1 - self.clip_low, 1 + self.clip_high)
+        gain_K = torch.minimum(ratio_K * advantage_K, cut_K * advantage_K)
+        if self.aggregate == "token":
+            numerator, denominator = gain_K.sum(), mask_BT.sum()
+        else:
+            # Each response's tokens count 1 / length, so their sum counts responses.
+            length_BT = required(batch.response_length, "response_length")
+            share_K = 1 / at_least_float32(length_BT[mask_BT])
+            denominator = share_K.sum()
+            weight_K = share_K if self.aggregate == "sequence" else 1 / self._budget()
+            numerator = (gain_K * weight_K).sum()
+        return LossTerms(
+            numerator=-numerator,
+            denominator=denominator,
+            reward=advantage_BT,
+            clipped_reward=advantage_BT,
+            mask=mask_BT,
+            ratio=importance_ratio(batch.logp.detach(), batch.logp_old),
+        )
+
+    def _budget(self) -> int:
+        if self.token_budget is None:
+            raise ValueError("this objective needs a token_budget, or for_run with the run's")
+        return self.token_budget
