@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from reopold_agent.compare import comparison_table, main, paired_lines, question_means
+from reopold_agent.data.row_formats import FORMATS
 from reopold_agent.errors import ConfigError, DataError, UnknownNameError
 from reopold_agent.eval.benchmarks import Benchmark, load_benchmark, select
-from reopold_agent.eval.formats import FORMATS
 from reopold_agent.eval.judging import judge_rows
 from reopold_agent.eval.paper import PAPER_TABLES
 from reopold_agent.eval.plots import make_plots

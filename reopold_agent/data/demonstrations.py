@@ -120,6 +120,8 @@ def _parts(content: Any, waiting: list[Any], pictures: PictureFolder) -> Parts:
         part = {"text": part} if isinstance(part, str) else part
         if not isinstance(part, Mapping):
             raise DataError("a part of a turn must be an object with 'text' or 'image'")
+        if part.get("image") is not None and part.get("text"):
+            raise DataError("a part of a turn has both 'text' and 'image'; which comes first?")
         if part.get("image") is not None or part.get("type") == "image":
             value = part.get("image")
             if value is None:  # the pictures stand in the row's own list

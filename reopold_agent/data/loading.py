@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from reopold_agent.data.formats import PictureFolder, pixel_reasoner_task, verl_task
-from reopold_agent.data.rows import download, find_row_files, read_rows
+from reopold_agent.data.row_formats import (
+    RowMaker,
+    geometry3k_intergps,
+    math_jsonl,
+    parquet_pictures,
+)
+from reopold_agent.data.rows import download, find_row_files, read_folders, read_rows
 from reopold_agent.errors import ConfigError, DataError, UnknownNameError
 from reopold_agent.types import Task, TaskSource
+
+Row: TypeAlias = "Mapping[str, Any]"
 
 _log = logging.getLogger(__name__)
 
@@ -26,10 +34,21 @@ def load_tasks(spec: Mapping[str, Any]) -> TaskSource:
 
             * ``demo``: ``split`` (train, eval), ``size``, ``seed``, ``video_share`` ... of
               `reopold_agent.demo.tasks.DemoTasks`;
+            * ``arithmetic``: ``split``, ``size``, ``seed``, ``operations`` of
+              `reopold_agent.demo.arithmetic.tasks.ArithmeticTasks`;
+            * ``figures``: ``split``, ``size``, ``seed``, ``kind`` of
+              `reopold_agent.demo.figures.tasks.FigureTasks`;
             * ``pixel_reasoner``: ``path`` (local folder, row file, or hub id), ``split``;
-            * ``verl``: ``path`` (parquet file or folder), ``split``;
+            * ``verl``: ``path`` (parquet file or folder, or hub id), ``split``; LUFFY's
+              Openr1-Math-46k-8192 too, whose expert's solutions (``target``) are not read;
+            * ``math_jsonl``: Qwen2.5-Math's files (problem or question; answer, final_answer, or
+              the box of a solution);
+            * ``geometry3k``: hiyouga's and xyliu6's parquet files with pictures, whose choices
+              have become free-form answers (NoisyRollout);
+            * ``geometry3k_intergps``: the original, as a folder per problem; the chosen option
+              becomes the answer likewise;
 
-            for the last two also ``revision`` (hub), ``limit`` (first rows only) and
+            for the last five also ``revision`` (hub), ``limit`` (first rows only) and
             ``on_bad_row``: ``fail`` (default) or ``skip``.
 
     Raises:
@@ -64,36 +83,69 @@ def _demo(**settings: Any) -> TaskSource:
         raise ConfigError(f"data source 'demo': {error}") from error
 
 
-def _pixel_reasoner(
-    path: str,
-    split: str | None = None,
-    revision: str | None = None,
-    limit: int | None = None,
-    on_bad_row: str = "fail",
-) -> TaskSource:
-    root = _local(path, revision)
-    pictures = PictureFolder(root if root.is_dir() else root.parent)
-    return _read(
-        root, split, limit, on_bad_row, lambda row, n: pixel_reasoner_task(row, n, pictures)
-    )
+def _arithmetic(**settings: Any) -> TaskSource:
+    from reopold_agent.demo.arithmetic.tasks import OPERATIONS, ArithmeticTasks
+
+    operations = tuple(settings.pop("operations", OPERATIONS))
+    try:
+        return ArithmeticTasks(operations=operations, **settings)
+    except ValueError as error:
+        raise ConfigError(f"data source 'arithmetic': {error}") from error
 
 
-def _verl(
-    path: str,
-    split: str | None = None,
-    revision: str | None = None,
-    limit: int | None = None,
-    on_bad_row: str = "fail",
-) -> TaskSource:
-    root = _local(path, revision)
-    folder = root if root.is_dir() else root.parent
-    return _read(root, split, limit, on_bad_row, lambda row, n: verl_task(row, n, folder))
+def _figures(**settings: Any) -> TaskSource:
+    from reopold_agent.demo.figures.tasks import FigureTasks
+
+    try:
+        return FigureTasks(**settings)
+    except ValueError as error:
+        raise ConfigError(f"data source 'figures': {error}") from error
+
+
+def _rows(make: RowMaker, without: Collection[str] = ()) -> Callable[..., TaskSource]:
+    """The source whose rows ``make`` turns into tasks."""
+
+    def load(
+        path: str,
+        split: str | None = None,
+        revision: str | None = None,
+        limit: int | None = None,
+        on_bad_row: str = "fail",
+    ) -> TaskSource:
+        root = _local(path, revision)
+        folder = root if root.is_dir() else root.parent
+        if split is not None and any(root.glob(f"{split}/*/data.json")):
+            folder = root / split
+        pictures = PictureFolder(folder)
+        return _read(
+            _numbered(root, folder, split, without),
+            root,
+            limit,
+            on_bad_row,
+            lambda row, number: make(row, number, folder, pictures),
+        )
+
+    return load
+
+
+def _pixel_reasoner(row: Row, number: int, root: Path, pictures: PictureFolder) -> Task:
+    return pixel_reasoner_task(row, number, pictures)
+
+
+def _verl(row: Row, number: int, root: Path, pictures: PictureFolder) -> Task:
+    return verl_task(row, number, root)
 
 
 _SOURCES: dict[str, Callable[..., TaskSource]] = {
     "demo": _demo,
-    "pixel_reasoner": _pixel_reasoner,
-    "verl": _verl,
+    "arithmetic": _arithmetic,
+    "figures": _figures,
+    "pixel_reasoner": _rows(_pixel_reasoner),
+    # LUFFY's columns with an expert's solutions: a gigabyte that nobody asks for here.
+    "verl": _rows(_verl, without=("target", "target_lst", "target_ds_qwen_7b_probs")),
+    "math_jsonl": _rows(math_jsonl),
+    "geometry3k": _rows(parquet_pictures),
+    "geometry3k_intergps": _rows(geometry3k_intergps),
 }
 
 
@@ -107,29 +159,40 @@ def _local(path: str, revision: str | None) -> Path:
     raise DataError(f"the data path {local} does not exist")
 
 
+def _numbered(
+    root: Path, folder: Path, split: str | None, without: Collection[str]
+) -> Iterator[tuple[str, Row]]:
+    """Rows with the words that name them in a message."""
+    if folder.is_dir() and any(folder.glob("*/data.json")):
+        yield from read_folders(folder)
+        return
+    for file in find_row_files(root, split):
+        for number, row in enumerate(read_rows(file, without)):
+            yield f"{file.name}, row {number}", row
+
+
 def _read(
+    rows: Iterator[tuple[str, Row]],
     root: Path,
-    split: str | None,
     limit: int | None,
     on_bad_row: str,
-    make: Callable[[Mapping[str, Any], int], Task],
+    make: Callable[[Row, int], Task],
 ) -> Sequence[Task]:
     if on_bad_row not in ("fail", "skip"):
         raise ConfigError(f"on_bad_row is 'fail' or 'skip', got '{on_bad_row}'")
     tasks: list[Task] = []
     bad: list[str] = []
     seen: dict[str, int] = {}
-    for file in find_row_files(root, split):
-        for number, row in enumerate(read_rows(file)):
-            if limit is not None and len(tasks) >= limit:
-                break
-            try:
-                task = make(row, number)
-            except DataError as error:
-                bad.append(f"{file.name}, row {number}: {error}")
-                continue
-            seen[task.id] = seen.get(task.id, 0) + 1
-            tasks.append(task)
+    for number, (name, row) in enumerate(rows):
+        if limit is not None and len(tasks) >= limit:
+            break
+        try:
+            task = make(row, number)
+        except DataError as error:
+            bad.append(f"{name}: {error}")
+            continue
+        seen[task.id] = seen.get(task.id, 0) + 1
+        tasks.append(task)
     repeated = [name for name, count in seen.items() if count > 1]
     if repeated:
         _log.warning("%d ids occur more than once in %s, e.g. %s", len(repeated), root, repeated[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,12 @@ def find_row_files(path: Path, split: str | None) -> list[Path]:
     return files
 
 
-def read_rows(file: Path) -> Iterator[dict[str, Any]]:
+def read_rows(file: Path, without: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The rows of one file, in order.
+
+    Args:
+        file: parquet, json, jsonl or tsv.
+        without: columns of a parquet file that are not read at all.
 
     Raises:
         DataError: names file and line.
@@ -61,7 +65,8 @@ def read_rows(file: Path) -> Iterator[dict[str, Any]]:
 
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            for batch in table.iter_batches(batch_size=256):
+            columns = [name for name in table.schema_arrow.names if name not in without]
+            for batch in table.iter_batches(batch_size=256, columns=columns):
                 yield from batch.to_pylist()
         except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
             raise DataError(f"cannot read {file}: {error}") from error
@@ -116,3 +121,14 @@ def download(repository: str, revision: str | None) -> Path:
             f"  hf download {repository} --repo-type dataset --local-dir data/mine\n"
             "and set data.train.path=data/mine (data.eval.path for the held-out rows)"
         ) from error
+
+
+def read_folders(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of folders that hold one ``data.json`` each (InterGPS), by name; in order of number.
+
+    Raises:
+        DataError: names the file.
+    """
+    for file in sorted(root.glob("*/data.json"), key=lambda file: (len(file.parent.name), file)):
+        row = _row(file.read_bytes(), str(file))
+        yield str(file.relative_to(root)), {"id": file.parent.name, **row}

@@ -17,6 +17,7 @@ from tokenizers import (  # type: ignore[import-untyped]  # ships no type inform
     Tokenizer,
     decoders,
     models,
+    normalizers,
     pre_tokenizers,
     trainers,
 )
@@ -65,17 +66,31 @@ CHAT_TEMPLATE: Final = """\
 """The format of Qwen2.5-VL's chat template; a test compares the two."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 1024) -> PreTrainedTokenizerFast:
+QWEN_WORDS: Final = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen's tokenizers cut text before merging. `AutoTokenizer` cuts like this for every
+checkpoint of model type ``qwen2``, whatever its tokenizer.json says (transformers 5)."""
+
+
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 1024, *, qwen_words: bool = False
+) -> PreTrainedTokenizerFast:
     """Trains the tokenizer on ``texts``; the same texts give the same tokenizer.
 
     Args:
         texts: what prompts and answers look like; a text given more often is merged earlier.
         vocab_size: upper limit, control tokens included.
+        qwen_words: merges stay within Qwen's words and texts are normalised as Qwen's are (NFC);
+            otherwise merges may span anything but digits.
     """
     raw = Tokenizer(models.BPE())
+    if qwen_words:
+        raw.normalizer = normalizers.NFC()
     raw.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r"\d"), "isolated"),
+            pre_tokenizers.Split(Regex(QWEN_WORDS if qwen_words else r"\d"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

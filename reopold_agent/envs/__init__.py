@@ -11,6 +11,18 @@ register_env(
     entry_point="reopold_agent.envs.pixel_reasoner:PixelReasonerEnv",
 )
 
+register_env(
+    "math",
+    id="reopold/Math-v0",
+    entry_point="reopold_agent.envs.single_turn:SingleTurnEnv",
+)
+
+register_env(
+    "geometry",
+    id="reopold/Geometry-v0",
+    entry_point="reopold_agent.envs.single_turn:SingleTurnEnv",
+)
+
 gymnasium.register(
     id="reopold/SingleTurn-v0",
     entry_point="reopold_agent.envs.single_turn:SingleTurnEnv",

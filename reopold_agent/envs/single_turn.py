@@ -13,6 +13,9 @@ class SingleTurnEnv(DataEnv):
 
     Args:
         data: see `DataEnv`.
+        system_message: empty by default: then a prompt has no system message of its own, and the
+            checkpoint's chat template does what its makers meant (Qwen2.5's writes a default,
+            DeepSeek-R1-Distill wants none).
         **settings: see `ToolEnv`.
     """
 
@@ -20,6 +23,12 @@ class SingleTurnEnv(DataEnv):
         "Please reason step by step, and put your final answer within \\boxed{}."
     )
 
-    def __init__(self, *, data: Mapping[str, SplitData], **settings: Any) -> None:
-        once = {"tools": settings.get("tools") or [], "max_turns": 1}
+    def __init__(
+        self, *, data: Mapping[str, SplitData], system_message: str = "", **settings: Any
+    ) -> None:
+        once = {
+            "tools": settings.get("tools") or [],
+            "max_turns": 1,
+            "system_message": system_message,
+        }
         super().__init__(data=data, **{**settings, **once})

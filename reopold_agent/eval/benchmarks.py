@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from reopold_agent.data.formats import PictureFolder
+from reopold_agent.data.row_formats import FORMATS
 from reopold_agent.data.rows import download, find_row_files, read_rows
 from reopold_agent.errors import ConfigError, DataError, UnknownNameError
-from reopold_agent.eval.formats import FORMATS
 from reopold_agent.types import Task, TaskSource
 
 METRICS = ("accuracy", "anls", "rmse", "wemath", "hallusionbench")
@@ -28,7 +28,7 @@ class Benchmark:
         path: a local file or folder, or a hub id; None for the embedded one.
         folder: part of ``path`` that holds this benchmark, where several share a data set.
         split: which of the folder's files; None for all.
-        format: a key of `reopold_agent.eval.formats.FORMATS`, or ``demo``.
+        format: a key of `reopold_agent.data.row_formats.FORMATS`, or ``demo``.
         play: ``agentic`` (tools, several turns) or ``single``.
         kind: how answers are graded where the row does not say; see `reopold_agent.judges`.
         metric: what is reported beside accuracy.

@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from reopold_agent.eval.benchmarks import Benchmark
 from reopold_agent.policies.base import Policy
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
-from reopold_agent.types import Sampling, TaskSource
+from reopold_agent.types import Sampling
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,6 @@ class LatencyPoint:
 def measure_latency(
     runner: RolloutRunner,
     policy: Policy,
-    benchmark: Benchmark,
-    tasks: TaskSource,
     *,
     ks: Sequence[int],
     questions: int,
@@ -44,12 +41,11 @@ def measure_latency(
     seed: int,
 ) -> list[LatencyPoint]:
     """Measures each k on the first ``questions`` questions; the first question warms up."""
-    count = min(questions, len(tasks))
     runner.run(policy, [EpisodeSpec("eval", 0)], sampling, (seed, 6))
     points = []
     for k in ks:
         seconds, tokens, solved = [], 0, 0
-        for index in range(count):
+        for index in range(questions):
             episodes = [EpisodeSpec("eval", index, sample) for sample in range(k)]
             started = time.perf_counter()
             played = runner.run(policy, episodes, sampling, (seed, 6, k))
@@ -61,8 +57,8 @@ def measure_latency(
                 k=k,
                 seconds=statistics.fmean(seconds),
                 tokens_per_second=tokens / sum(seconds),
-                solved=solved / count,
-                questions=count,
+                solved=solved / questions,
+                questions=questions,
             )
         )
     return points

@@ -198,10 +198,8 @@ class Evaluation:
                 points = measure_latency(
                     runner,
                     policy,
-                    benchmark,
-                    loaded.tasks,
                     ks=self.config.latency.ks,
-                    questions=self.config.latency.questions,
+                    questions=min(self.config.latency.questions, len(loaded.tasks)),
                     sampling=sampling,
                     seed=self.config.seed,
                 )

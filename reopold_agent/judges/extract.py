@@ -5,12 +5,22 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from reopold_agent.boxed import boxes, extract_boxed
 from reopold_agent.judges.text import latex_plain, undoubled
 
-_BRACE = re.compile(r"[{}]")
-_BOX = re.compile(r"\\f?boxed\s*$")
+__all__ = [
+    "Found",
+    "boxed_answer",
+    "boxes",
+    "extract_boxed",
+    "final_part",
+    "find_answer",
+    "is_prose",
+    "open_box",
+    "value_in",
+]
 
-_THOUGHT_END = "</think>"
+_THOUGHT_START, _THOUGHT_END = "<think>", "</think>"
 _CHAT_MARK = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id)\|>")
 _TAG, _TAG_END = "<answer>", "</answer>"
 
@@ -92,29 +102,6 @@ class Found:
     prose: bool = False
 
 
-def boxes(text: str) -> list[tuple[int, int, str]]:
-    """All complete ``\\boxed{...}`` as (start of the command, end, content), by opening brace."""
-    # One pass: a student that repeats itself writes thousands of boxes that never close.
-    opened: list[int] = []
-    found: list[tuple[int, int, str]] = []
-    for match in _BRACE.finditer(text):
-        position = match.start()
-        if match.group() == "{":
-            opened.append(position)
-        elif opened:
-            start = opened.pop()
-            command = _BOX.search(text, max(0, start - 12), start)
-            if command is not None:
-                found.append((command.start(), position + 1, text[start + 1 : position].strip()))
-    return sorted(found)
-
-
-def extract_boxed(text: str) -> str | None:
-    """Content of the last complete ``\\boxed{...}``, braces balanced; None if there is none."""
-    found = boxes(text)
-    return found[-1][2] if found else None
-
-
 def boxed_answer(text: str) -> str | None:
     """The last box, with those right before it when only commas, "and" or "or" stand between."""
     found = boxes(text)
@@ -169,6 +156,8 @@ def find_answer(response: str) -> Found | None:
         return Found(boxed, "boxed")
     if re.search(r"\\f?boxed\b", text):
         return None  # an answer was begun and cut off; what came before it was not the answer
+    if _THOUGHT_START in text and _THOUGHT_END not in response:
+        return None  # cut off while thinking: what is said there is a guess unless it is boxed
     text = text[-_LONGEST_CLOSING:]
     # A displayed formula has line ends of its own; they end no sentence.
     text = _MATH_SPAN.sub(lambda match: _NEWLINES.sub(" ", match.group()), text)

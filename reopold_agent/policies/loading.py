@@ -39,7 +39,8 @@ class ModelSpec:
     """Which checkpoint to load and how.
 
     Attributes:
-        path: ``demo:student``, ``demo:teacher``, a local folder, or a hub id ``org/name``.
+        path: ``demo:student``, ``demo:teacher`` (any folder of the package's demo weights), a local
+            folder, or a hub id ``org/name``.
         revision: branch, tag or commit on the hub.
         dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
         attention: ``sdpa`` or ``eager``.
@@ -154,7 +155,8 @@ def resolve_path(path: str) -> str:
     root = resources.files("reopold_agent") / "demo" / "weights"
     folder = Path(str(root)) / path.removeprefix(DEMO_PREFIX)
     if not folder.is_dir():
-        shipped = ", ".join(f"demo:{p.name}" for p in sorted(Path(str(root)).glob("*")))
+        folders = sorted(p.name for p in Path(str(root)).iterdir() if p.is_dir())
+        shipped = ", ".join(f"demo:{name}" for name in folders)
         raise ModelError(f"there is no demo model '{path}'; the package ships {shipped or 'none'}")
     return str(folder)
 

@@ -25,13 +25,19 @@ FORBIDDEN_TOKENS = (IMAGE_TOKEN, "<|video_pad|>", "<|vision_start|>", "<|vision_
 """Never sampled: an image token without a picture would break the match with the features."""
 
 _ANSWER = "\N{INVISIBLE SEPARATOR}student\N{INVISIBLE SEPARATOR}"
+_THOUGHT = f"\N{INVISIBLE SEPARATOR}thought\N{INVISIBLE SEPARATOR}\n</think>\n\n{_ANSWER}"
+"""A turn of a reasoning model, whose ``<think>`` some templates write into the prompt."""
 
 
 class ChatRenderer:
     """Renders prompts and observations for one tokenizer.
 
+    Templates that rewrite earlier turns (Qwen3's and DeepSeek-R1-Distill's drop the thoughts) do
+    for episodes of one turn; `continuation` refuses them.
+
     Raises:
-        ModelError: the tokenizer has no chat template, or one that rewrites earlier turns.
+        ModelError: the tokenizer has no chat template, or one that ends turns with no control
+            token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_at_tool_call: bool = True):
@@ -45,12 +51,21 @@ class ChatRenderer:
         self._control = {token.content: i for i, token in added.items() if token.special}
         if not self._control:
             raise ModelError(f"the tokenizer of '{tokenizer.name_or_path}' has no control tokens")
+        # DeepSeek's turn marks are added tokens but not special ones; a question must not forge
+        # them either.
+        opening = self._apply([Message("user", ("?",))], True)
+        self._unspecial = frozenset(
+            token.content
+            for token in added.values()
+            if not token.special and token.content in opening
+        )
+        self._control |= {t.content: i for i, t in added.items() if t.content in self._unspecial}
         self._split = re.compile("(" + "|".join(map(re.escape, self._control)) + ")")
         self.image_id = self._control.get(IMAGE_TOKEN)
         names = {token.content: i for i, token in added.items()}
         self.forbidden_ids = tuple(names[name] for name in FORBIDDEN_TOKENS if name in names)
-        end = self._continuation_text(Message("user", ("",)))
-        first = self._split.match(end)
+        turns = [Message("user", ("?",)), Message("assistant", (_ANSWER,))]
+        first = self._split.match(self._apply(turns, False).rpartition(_ANSWER)[2])
         if first is None:
             raise ModelError(
                 "the chat template does not end an assistant turn with a control token"
@@ -83,6 +98,9 @@ class ChatRenderer:
             observation: the user turn that answers the student.
             last_id: the last id the student sampled; if it is the end of turn, which the
                 template would write, that id is not repeated.
+
+        Raises:
+            ModelError: the template rewrites earlier turns.
         """
         guarded, guards = self._guard([observation])
         images = _images([observation])
@@ -119,10 +137,8 @@ class ChatRenderer:
         for piece in self._split.split(text):
             control = self._control.get(piece)
             if control is None:
-                for guard, original in guards.items():
-                    piece = piece.replace(guard, original)
-                if piece:
-                    ids += self._plain(piece)
+                for words in self._unguarded(piece, guards):
+                    ids += self._plain(words)
             elif control == self.image_id:
                 image = next(remaining, None)
                 if image is None:
@@ -135,6 +151,22 @@ class ChatRenderer:
                 "the chat template left out an image; this model's template takes text only"
             )
         return ids
+
+    def _unguarded(self, piece: str, guards: dict[str, str]) -> list[str]:
+        """The piece with its original words, in parts that hold no control token.
+
+        The tokenizer can be told to read special tokens as text, but not other added tokens:
+        those are cut in two.
+        """
+        parts = [""]
+        for text in re.split("([" + "".join(guards) + "])", piece) if guards else [piece]:
+            original = guards.get(text, text)
+            if text in guards and original in self._unspecial:
+                parts[-1] += original[0]
+                parts.append(original[1:])
+            else:
+                parts[-1] += original
+        return [part for part in parts if part]
 
     def _plain(self, text: str) -> list[int]:
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
@@ -160,14 +192,15 @@ class ChatRenderer:
 
     def _continuation_text(self, observation: Message) -> str:
         """What the template writes between an assistant's words and its next turn."""
-        start = [Message("user", ("?",)), Message("assistant", (_ANSWER,))]
-        before, mark, after = self._apply([*start, observation], True).partition(_ANSWER)
-        if not mark or not self._apply(start, False).startswith(before + _ANSWER):
+        opening = Message("user", ("?",))
+        start = self._apply([opening], True) + _THOUGHT
+        whole = self._apply([opening, Message("assistant", (_THOUGHT,)), observation], True)
+        if not whole.startswith(start):
             raise ModelError(
                 "this chat template changes earlier turns when one is added, so a multi-turn "
                 "episode cannot be kept token by token; use a template that only appends"
             )
-        return after
+        return whole.removeprefix(start)
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         rows: Any = [{"role": m.role, "content": _template_content(m)} for m in messages]

@@ -1,4 +1,4 @@
-"""Rows of the benchmarks' own files as tasks.
+"""Rows of the field's own files as tasks, for training and for benchmarks.
 
 A task's metadata says how its answer is graded (``answer_kind``), which ``category`` it belongs
 to, its ``options`` if it has some, and what a metric over several rows needs.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reopold_agent.boxed import extract_boxed
 from reopold_agent.data.formats import (
     PictureFolder,
     acceptable_answers,
@@ -221,8 +222,6 @@ def _text(row: Mapping[str, Any], *names: str) -> str:
 
 
 def _math_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
-    from reopold_agent.judges import extract_boxed
-
     value = row.get("final_answer") if row.get("answer") is None else row["answer"]
     if value is None:
         boxed = extract_boxed(str(row.get("solution", "")))

@@ -1,0 +1,1 @@
+"""The embedded mathematics: written arithmetic, and small text models that know it."""
