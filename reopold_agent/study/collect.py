@@ -1,0 +1,270 @@
+"""What a study's finished runs measured, read from their folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from reopold_agent.errors import DataError
+from reopold_agent.eval.metrics import pass_at_k
+from reopold_agent.study.grid import Run, Setting
+from reopold_agent.study.run import finished
+from reopold_agent.tracking.history import History, number
+from reopold_agent.tracking.metrics import read_metrics
+
+SERIES = (
+    "rollout/success",
+    "rollout/episodes",
+    "rollout/tool_rate",
+    "rollout/response_tokens",
+    "reward/mean",
+    "reward/below_floor",
+    "entropy/mean",
+    "mask/kept_share",
+    "ratio/ppo_clip_share",
+    "grad_norm",
+    "time/step",
+)
+"""Of a training step, what ``numbers.json`` keeps."""
+
+PARTS = ("generate", "environment", "teacher", "old_logp", "update", "sync", "other")
+"""Parts of a step's time."""
+
+
+class Record:
+    """One finished run.
+
+    Attributes:
+        run: which.
+        history: its rows.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.history = History(read_metrics(run.folder))
+        self._rows = self.history.evaluations
+
+    @cached_property
+    def steps(self) -> int:
+        """Of the run."""
+        return len(self.history.train)
+
+    @cached_property
+    def episodes(self) -> list[float]:
+        """Episodes rolled out until after step 0, 1, 2 ...: ``episodes[s]`` before step s."""
+        return [0.0, *accumulate(self.history.column("rollout/episodes").tolist())]
+
+    @cached_property
+    def curve(self) -> list[tuple[float, float]]:
+        """Held-out success, sampled, by updates done: from before training to the end."""
+        rows = self.history.evaluation_rows("student", "sampled")
+        return [(float(row["step"]), float(row["success"])) for row in rows]
+
+    @property
+    def episode_curve(self) -> list[tuple[float, float]]:
+        """The same by episodes that were rolled out."""
+        return [(self.episodes[int(step)], success) for step, success in self.curve]
+
+    def end(self, sampling: str = "sampled") -> float:
+        """Held-out success after the last step."""
+        rows = self.history.evaluation_rows("student", sampling)
+        return float(rows[-1]["success"])
+
+    def time_shares(self) -> dict[str, float]:
+        """Share of all steps' seconds by part."""
+        seconds = {part: float(self.history.column(f"time/{part}").sum()) for part in PARTS}
+        whole = sum(seconds.values()) or 1.0
+        return {part: value / whole for part, value in seconds.items()}
+
+    def mean(self, key: str) -> float | None:
+        """Of a step's number over all steps."""
+        return History.mean(self.history.train, key)
+
+    @cached_property
+    def probes(self) -> list[Probed]:
+        """States that were played several times per task, by step."""
+        return read_probe(self.run.probe)
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything that figures and tables use, as plain values."""
+        return {
+            "setting": self.run.setting.label,
+            "seed": self.run.seed,
+            "words": list(self.run.words),
+            "curve": [
+                {
+                    key: row.get(key)
+                    for key in ("step", "sampling", "success", "low", "high", "n", "tool_rate")
+                }
+                for row in self._rows
+                if row.get("who") == "student"
+            ],
+            "steps": {
+                key: [_short(number(row.get(key))) for row in self.history.train]
+                for key in SERIES
+                if self.history.has(key)
+            },
+            "windows": [
+                {
+                    "steps": label,
+                    "histogram": _histogram(rows),
+                    "abs_by_entropy_decile": [
+                        _short(v) for v in History.mean_list(rows, "reward/abs_by_entropy_decile")
+                    ],
+                }
+                for label, rows in self.history.windows("reward/histogram")
+            ],
+            "time_shares": {k: _short(v) for k, v in self.time_shares().items()},
+            "probes": [probe.numbers() for probe in self.probes],
+        }
+
+
+@dataclass(frozen=True)
+class Probed:
+    """Several samples per task of one state of a model.
+
+    Attributes:
+        step: updates done.
+        correct: by task, 0 or 1 per sample.
+        majority: by k, by task: share of groups of k samples whose most frequent answer is right.
+        tokens: mean per answer.
+    """
+
+    step: int
+    correct: Sequence[Sequence[int]]
+    majority: Mapping[int, Sequence[float]]
+    tokens: float
+
+    @property
+    def samples(self) -> int:
+        """Per task."""
+        return len(self.correct[0])
+
+    @property
+    def avg(self) -> float:
+        """Share of right answers (avg@k)."""
+        return fmean(fmean(task) for task in self.correct)
+
+    def pass_at(self, k: int) -> float:
+        """Chance that one of k answers is right, unbiased, mean over the tasks."""
+        return fmean(pass_at_k(len(task), sum(task), k) for task in self.correct)
+
+    def maj_at(self, k: int) -> float:
+        """Chance that the most frequent of k answers is right, mean over the tasks."""
+        return fmean(self.majority[k])
+
+    @property
+    def ks(self) -> list[int]:
+        """Numbers of samples that are powers of two."""
+        return sorted(self.majority)
+
+    def numbers(self) -> dict[str, Any]:
+        """As plain values: right answers by task, and the figures made of them."""
+        return {
+            "step": self.step,
+            "tasks": len(self.correct),
+            "samples": self.samples,
+            "right_by_task": [sum(task) for task in self.correct],
+            "avg": _short(self.avg),
+            "pass_at_k": {str(k): _short(self.pass_at(k)) for k in self.ks},
+            "maj_at_k": {str(k): _short(self.maj_at(k)) for k in self.ks},
+            "tokens": _short(self.tokens),
+        }
+
+
+def read_probe(path: Path) -> list[Probed]:
+    """States in a file of `reopold_agent.study.probe`; none if there is no file."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text("utf-8"))
+    return [
+        Probed(
+            int(point["step"]),
+            point["correct"],
+            {int(k): values for k, values in point["majority"].items()},
+            float(point["tokens"]),
+        )
+        for point in found["points"]
+    ]
+
+
+def read_latency(path: Path) -> dict[int, float]:
+    """Mean seconds per question by number of parallel answers; empty if there is no file."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text("utf-8"))
+    return {int(point["k"]): float(point["seconds"]) for point in found["latency"]}
+
+
+class Results:
+    """The finished runs of a study.
+
+    Attributes:
+        out: the study's folder.
+        records: by setting, in the study's order, by seed; settings without a finished run are
+            left out.
+        missing: runs that have not finished.
+    """
+
+    def __init__(self, runs: Sequence[Run], out: Path) -> None:
+        if not runs:
+            raise DataError("a study without runs has no results")
+        self.out, self.study = out, runs[0].study
+        self.missing = [run.name for run in runs if not finished(run)]
+        self.records: dict[str, dict[int, Record]] = {}
+        for run in sorted(runs, key=lambda run: self.study.settings.index(run.setting)):
+            if finished(run):
+                self.records.setdefault(run.setting.label, {})[run.seed] = Record(run)
+
+    def setting(self, label: str) -> Setting:
+        """The setting of that name."""
+        return next(s for s in self.study.settings if s.label == label)
+
+    def title(self, label: str) -> str:
+        """How tables and figures call a setting."""
+        return self.setting(label).title
+
+    def ends(self, label: str, sampling: str = "sampled") -> dict[int, float]:
+        """Final success by seed; empty without runs."""
+        return {seed: r.end(sampling) for seed, r in self.records.get(label, {}).items()}
+
+    def curves(self, label: str, *, episodes: bool = False) -> dict[int, list[tuple[float, float]]]:
+        """Success curves by seed, over steps or over episodes."""
+        return {
+            seed: record.episode_curve if episodes else record.curve
+            for seed, record in self.records.get(label, {}).items()
+        }
+
+    def model(self, who: str) -> Probed | None:
+        """The ``student`` before training, or the ``teacher``, if they were probed."""
+        found = read_probe(self.out / "models" / f"{who}.json")
+        return found[0] if found else None
+
+    def latency(self, name: str) -> dict[int, float]:
+        """Measured latency of a setting's model, or of the ``teacher``."""
+        return read_latency(self.out / "models" / f"latency-{name}.json")
+
+
+def _histogram(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Counts of the bins that are not empty, with the left edge of the first."""
+    edges, counts = History.histogram(rows, "reward/histogram")
+    full = counts.nonzero()[0]
+    if not full.size:
+        return {"first_edge": 0.0, "width": 0.25, "counts": []}
+    first, last = int(full[0]), int(full[-1])
+    return {
+        "first_edge": float(edges[first]),
+        "width": float(edges[1] - edges[0]),
+        "counts": [int(count) for count in counts[first : last + 1]],
+    }
+
+
+def _short(value: float | None) -> float | None:
+    """Five digits are more than any of these numbers is worth."""
+    return None if value is None else float(f"{value:.5g}")

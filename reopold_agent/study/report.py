@@ -1,0 +1,191 @@
+"""Writes a study's report: ``README.md``, ``numbers.json`` and figures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from reopold_agent.errors import DataError
+from reopold_agent.study.collect import Results
+from reopold_agent.study.figures import save
+from reopold_agent.study.grid import Run
+from reopold_agent.study.reports import REPORTS, Page
+from reopold_agent.study.tables import Table
+from reopold_agent.tracking.files import dump_json, write_bytes_atomic, write_text_atomic
+from reopold_agent.tracking.run_folder import versions
+
+HOW = """
+- One seed is one training run from the same embedded student; the seed draws the tasks' order and
+  every sample. All seeds and settings play the same held-out tasks. Intervals therefore speak
+  about other training runs on these tasks, not about other tasks.
+- `x [a, b]` is a mean over seeds with its 95 % interval: bootstrap over seeds, its percentiles
+  widened for their small number (Hesterberg 2015, section 5.3). With five seeds it nearly spans
+  them all, so that a difference counts as decided only if all seeds agree.
+- Differences are paired: second less first within a seed.
+- "yes" and "no" mean that the whole interval lies on that side, with at least five seeds;
+  everything else is "not decided". Claims are not corrected for their number.
+- A curve *reaches* a target where, after averaging each inner point with its two neighbours, it
+  first is at or above it; straight lines between points. "Mean curve" is that of all seeds.
+- Success is of the last evaluation, after the last step; no step is chosen by its success.
+"""
+
+
+def write_report(runs: Sequence[Run], out: Path, command: Sequence[str]) -> Results:
+    """Makes tables, figures and numbers of what has finished.
+
+    Raises:
+        DataError: nothing has.
+    """
+    results = Results(runs, out)
+    if not results.records:
+        raise DataError(f"no run in {out} has finished, so there is nothing to report")
+    page = REPORTS[results.study.report](results)
+    for old in out.glob("*.png"):
+        old.unlink()
+    for name, _, figure in page.figures:
+        save(figure, out / name)
+    write_bytes_atomic(out / "numbers.json", dump_json(numbers(results, page, command)) + b"\n")
+    write_text_atomic(out / "README.md", readme(results, page, command))
+    return results
+
+
+def numbers(results: Results, page: Page, command: Sequence[str]) -> dict[str, Any]:
+    """Everything that the report was made of."""
+    return {
+        "study": results.study.name,
+        "command": shlex.join(command),
+        "made_with": _made_with(results),
+        "missing": results.missing,
+        "claims": [vars(claim) for claim in page.claims],
+        "tables": [vars(table) for table in page.tables],
+        "models": {
+            who: model.numbers()
+            for who in ("student", "teacher")
+            if (model := results.model(who)) is not None
+        },
+        "latency_seconds": {
+            name: seconds
+            for name in (*results.records, "teacher")
+            if (seconds := results.latency(name))
+        },
+        "runs": [
+            record.numbers() for records in results.records.values() for record in records.values()
+        ],
+    }
+
+
+def readme(results: Results, page: Page, command: Sequence[str]) -> str:
+    """The report as Markdown."""
+    study = results.study
+    lines = [f"# {study.title}", "", f"Mirrors {study.mirrors} of the paper on embedded tasks."]
+    lines += ["", "```", shlex.join(command), "```", ""]
+    lines += [f"{line}  " for line in _setup(results)]
+    if results.missing:
+        lines += ["", f"**Incomplete**: without {', '.join(results.missing)}."]
+    if page.claims:
+        lines += ["", "## Does it hold here?", ""]
+        header = ["the paper's claim", "here", "holds"]
+        rows = [[c.claim, c.here, f"**{c.verdict}**"] for c in page.claims]
+        lines += _markdown(Table("", header, rows))
+    lines += [text for note in page.notes for text in ("", note)]
+    for table in page.tables:
+        lines += ["", f"## {table.title}", "", *_markdown(table)]
+        lines += ["", table.note] if table.note else []
+    if page.figures:
+        lines += ["", "## Figures"]
+    for name, caption, _ in page.figures:
+        lines += ["", f"![{caption}]({name})", "", f"*{caption}.*"]
+    lines += ["", "## How to read the numbers", HOW.strip()]
+    lines += ["", "## Settings", "", "Words of `python -m reopold_agent.train`, common to all:"]
+    lines += ["", "```", " ".join(_common(results)), "```", ""]
+    own = [[results.title(label), f"`{label}`", _own(results, label)] for label in results.records]
+    lines += _markdown(Table("", ["setting", "label", "its own words"], own))
+    lines += ["", "`numbers.json` has every curve, every claim's numbers and each run's words."]
+    return "\n".join(lines) + "\n"
+
+
+def copy_to(out: Path, docs: Path) -> Path:
+    """Copies a report, and nothing of the runs, to ``docs/NAME``; renews ``docs/README.md``."""
+    target = docs / out.name
+    target.mkdir(parents=True, exist_ok=True)
+    for old in target.glob("*.png"):
+        old.unlink()
+    for path in [out / "README.md", out / "numbers.json", *sorted(out.glob("*.png"))]:
+        shutil.copyfile(path, target / path.name)
+    write_text_atomic(docs / "README.md", index(docs))
+    return target
+
+
+def index(docs: Path) -> str:
+    """One page over all studies in a folder: their claims and what came out."""
+    lines = ["# Studies", "", "The paper's claims on embedded tasks; see each study's page."]
+    for path in sorted(docs.glob("*/numbers.json")):
+        found = json.loads(path.read_text("utf-8"))
+        lines += ["", f"## [{path.parent.name}]({path.parent.name}/README.md)", ""]
+        lines += [f"`{found['command']}`", ""]
+        rows = [[c["claim"], f"**{c['verdict']}**"] for c in found["claims"]]
+        lines += _markdown(Table("", ["the paper's claim", "holds here"], rows))
+    return "\n".join(lines) + "\n"
+
+
+def _setup(results: Results) -> list[str]:
+    runs = sum(len(records) for records in results.records.values())
+    seeds = sorted({seed for records in results.records.values() for seed in records})
+    first = next(iter(next(iter(results.records.values())).values()))
+    evaluations = first.history.evaluation_rows("student", "sampled")
+    made = _made_with(results)
+    commits = ", ".join(made["commits"]) or "unknown"
+    return [
+        f"{runs} runs: {len(results.records)} settings, seeds {', '.join(map(str, seeds))}.",
+        f"Held-out tasks per evaluation: {evaluations[-1]['n']}, sampled at temperature 1.",
+        f"Made on {made['platform']} with {made['cpu_count']} cores, one thread per run; "
+        f"Python {made['python']}, PyTorch {made['torch']}; commit {commits}.",
+    ]
+
+
+def _made_with(results: Results) -> dict[str, Any]:
+    """Where the runs were made, from their own records."""
+    commits: dict[str, None] = {}
+    for records in results.records.values():
+        for record in records.values():
+            path = record.run.folder / "versions.json"
+            saved = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+            for each in (saved, *saved.get("earlier", ())):
+                git = each.get("git")
+                if git:
+                    changed = " with uncommitted changes" if git["dirty"] else ""
+                    commits[f"{git['commit'][:12]}{changed}"] = None
+    here = versions()
+    return {
+        "commits": list(commits),
+        "platform": here["platform"],
+        "cpu_count": here["cpu_count"],
+        "python": here["python"],
+        "torch": here["packages"]["torch"],
+    }
+
+
+def _common(results: Results) -> list[str]:
+    """Words that all runs share, in order, without the seed."""
+    words = [
+        record.run.words for records in results.records.values() for record in records.values()
+    ]
+    shared = set.intersection(*(set(each) for each in words))
+    return [word for word in words[0] if word in shared and not word.startswith("seed=")]
+
+
+def _own(results: Results, label: str) -> str:
+    record = next(iter(results.records[label].values()))
+    common = set(_common(results))
+    own = [w for w in record.run.words if w not in common and not w.startswith("seed=")]
+    return f"`{' '.join(own)}`" if own else "-"
+
+
+def _markdown(table: Table) -> list[str]:
+    lines = [f"| {' | '.join(table.header)} |", f"|{'---|' * len(table.header)}"]
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table.rows]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]

@@ -1,0 +1,206 @@
+"""The studies, in one place. Numbers that were tuned are constants at the top."""
+
+from __future__ import annotations
+
+from reopold_agent.errors import UnknownNameError
+from reopold_agent.study.grid import Probe, Setting, Study
+
+STEPS = 80
+"""Of a run under stress."""
+
+HELD_OUT = 96
+"""Held-out tasks of every point of a curve and of its end: the same ones, so that a curve and the
+final success that it is to reach are measured on the same tasks."""
+
+COMMON = (
+    f"evaluation.tasks={HELD_OUT}",
+    f"evaluation.curve_tasks={HELD_OUT}",
+    "evaluation.every=10",
+    "evaluation.teacher=false",  # once per study, by the probe, and not once per run
+    "checkpoint.every=50",
+    "checkpoint.keep=1",
+    "logging.trajectories=0",
+    "engine.device=cpu",
+    "engine.threads=1",
+)
+"""Small evaluations and hardly any files."""
+
+STRESS = (
+    "env=math",
+    "model.student.path=demo:arithmetic_far",
+    "batch.prompts=8",
+    "batch.mini_batch=2",  # four updates per rollout, as in the paper's mathematics
+    "optimizer.lr=1e-4",
+    *COMMON,
+)
+"""Where the paper's method should matter: a student far from its teacher (the mean reward of its
+tokens is -11 nats), small batches, several updates per rollout."""
+
+PIXEL = ("env=pixel_reasoner", *COMMON)
+"""The embedded tool-use task with its defaults."""
+
+MODELS = Probe(tasks=HELD_OUT, samples=4)
+"""Where no setting is probed: for the student before training and the teacher alone."""
+
+GROUPS = ("batch.prompts=4", "batch.samples=8", "batch.mini_batch=1")
+"""GRPO's batch under stress: a step is 32 episodes, of which an update sees one group of eight."""
+
+GRPO_LONGER = 1.5
+"""Of GRPO under stress: with steps of four times the episodes, it then sees six times as many as
+the distillations; the paper's claim is that Reopold needs at most a sixth of its samples."""
+
+_TITLES = {
+    "rkl": "RKL",
+    "rkl_sg": "RKL + stop-gradient (1)",
+    "rkl_sg_clip": "+ reward clip (1+2)",
+    "rkl_sg_clip_entropy": "+ entropy mask (1+2+3)",
+    "reopold": "Reopold",
+    "gkd": "GKD, full vocabulary",
+    "gkd-top-5": "GKD, top 5",
+    "sft": "SFT",
+    "grpo": "GRPO",
+    "skew_rkl": "Skew RKL",
+}
+
+
+def _setting(label: str, *words: str, longer: float = 1.0, probe: bool = False) -> Setting:
+    """A setting named after its objective, unless a word says which."""
+    chosen = words if any(w.startswith("objective=") for w in words) else ()
+    own = (() if chosen else (f"objective={label}",)) + words
+    return Setting(label, _TITLES.get(label, label), own, longer=longer, probe=probe)
+
+
+def _line(objective: str, key: str, values: tuple[float, ...]) -> tuple[Setting, ...]:
+    """One objective with several values of one of its settings."""
+    short = key.split(".")[-1]
+    return tuple(
+        Setting(
+            label=f"{objective}-{value:g}",
+            title=f"{_TITLES[objective]}, {short} {value:g}",
+            words=(f"objective={objective}", f"{key}={value:g}"),
+            family=objective,
+            value=value,
+        )
+        for value in values
+    )
+
+
+_LAMBDAS = (0.01, 0.1, 0.5, 0.9)
+_RHOS = (0.1, 0.2, 0.5, 1.0)
+_SWITCHES = (0.0, 0.15, 0.33, 0.66, 1.0)
+
+STUDIES: dict[str, Study] = {
+    study.name: study
+    for study in (
+        Study(
+            name="ablation",
+            title="Ablation: what each part of Reopold does",
+            mirrors="table 5.2 (parts 1 to 4), figures 3, 4, 5, 6, 11 and 14, table 8 (GKD)",
+            base=STRESS,
+            settings=(
+                _setting("rkl", probe=True),
+                _setting("rkl_sg"),
+                _setting("rkl_sg_clip"),
+                _setting("rkl_sg_clip_entropy", probe=True),
+                _setting("reopold", probe=True),
+                _setting("gkd"),
+                _setting("gkd-top-5", "objective=gkd", "objective.top_k=5"),
+                _setting("sft"),
+            ),
+            steps=STEPS,
+            report="ablation",
+            probe=Probe(tasks=64, samples=8, points=4),
+        ),
+        Study(
+            name="lambda",
+            title="Sensitivity to lambda: reward floor against skew RKL",
+            mirrors="figure 12",
+            base=STRESS,
+            settings=(
+                *_line("reopold", "objective.mixture", _LAMBDAS),
+                *_line("skew_rkl", "objective.mixture", _LAMBDAS),
+            ),
+            steps=STEPS,
+            report="sensitivity",
+            probe=MODELS,
+        ),
+        Study(
+            name="rho",
+            title="Sensitivity to rho: how many tokens the entropy mask keeps",
+            mirrors="the table of section 5.2 on the token threshold",
+            base=STRESS,
+            settings=(
+                *_line("rkl_sg_clip_entropy", "objective.top_share", _RHOS),
+                *_line("reopold", "objective.top_share", _RHOS),
+            ),
+            steps=STEPS,
+            report="sensitivity",
+            probe=MODELS,
+        ),
+        Study(
+            name="switch",
+            title="Sensitivity to the switch from exploration to refinement",
+            mirrors="section 4.3 (the paper did not tune it: appendix C)",
+            base=STRESS,
+            settings=_line("reopold", "objective.switch_share", _SWITCHES),
+            steps=STEPS,
+            report="sensitivity",
+            probe=MODELS,
+        ),
+        Study(
+            name="efficiency",
+            title="Sample efficiency against RKL and GRPO",
+            mirrors="figure 1(a)",
+            base=STRESS,
+            settings=(
+                _setting("reopold"),
+                _setting("rkl"),
+                _setting("rkl_sg"),
+                _setting("grpo", *GROUPS, "evaluation.every=15", longer=GRPO_LONGER),
+            ),
+            steps=STEPS,
+            report="efficiency",
+            probe=MODELS,
+        ),
+        Study(
+            name="scaling",
+            title="Test-time scaling: pass@k and maj@k against latency",
+            mirrors="figures 1(b) and 13",
+            base=STRESS,
+            settings=(_setting("rkl", probe=True), _setting("reopold", probe=True)),
+            steps=STEPS,
+            report="scaling",
+            probe=Probe(tasks=64, samples=16, latency=(1, 2, 4, 8, 16)),
+        ),
+        Study(
+            name="agentic",
+            title="Agentic comparison: SFT, GRPO, RKL and Reopold with tools",
+            mirrors="table 5.3",
+            base=PIXEL,
+            settings=(
+                _setting("sft"),
+                _setting(
+                    "grpo", "objective.curiosity=0.5", "objective.call_penalty=0.05", longer=3.0
+                ),
+                _setting("rkl"),
+                _setting("rkl_sg"),  # not in the paper's table; what most implementations do
+                _setting("reopold"),
+            ),
+            steps=STEPS,
+            report="agentic",
+            probe=MODELS,
+            seconds=75.0,
+        ),
+    )
+}
+
+
+def find_study(name: str) -> Study:
+    """The study of that name.
+
+    Raises:
+        UnknownNameError: lists what exists and the closest match.
+    """
+    if name not in STUDIES:
+        raise UnknownNameError("study", name, STUDIES)
+    return STUDIES[name]
