@@ -326,7 +326,9 @@ def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        # Messages of objectives begin with their setting, whose key is longer here.
+        told = str(error).split(" ", 1)[0] in known
+        raise ConfigError(f"{where if told else ''}{error}") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Makes every registered environment an option of Hydra's ``env`` group."""
+"""Makes every registered environment and objective an option of Hydra's groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from importlib import metadata, resources
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from reopold_agent.envs import ENVS
 from reopold_agent.errors import ConfigError, UnknownNameError
@@ -20,7 +21,7 @@ _SECTIONS = ("data", "pixels", "rollout", "batch", "sampling", "optimizer", "eva
 
 
 def prepare_groups(arguments: Sequence[str]) -> None:
-    """Stores plugins' environments with Hydra and checks the names of groups in a command line.
+    """Stores plugins' options with Hydra and checks the names of groups in a command line.
 
     Raises:
         UnknownNameError: an ``env=``, ``model=``, ``data=``, ``objective=`` or ``engine=`` names
@@ -53,25 +54,52 @@ def _store_objectives(builtin: Sequence[str]) -> list[str]:
     """Stores plugins' objectives with their default settings; returns their names."""
     if not metadata.entry_points(group="reopold_agent.objectives"):
         return []  # the registry imports PyTorch, which --help need not wait for
-    from reopold_agent.objectives import OBJECTIVES, Needs
+    from reopold_agent.objectives import OBJECTIVES, Needs, Objective
 
-    names = [name for name in OBJECTIVES.names() if name not in builtin]
-    for name in names:
+    names = []
+    for name in OBJECTIVES.names():
+        if name in builtin:
+            continue
         kind = OBJECTIVES.get(name)
-        settings = {
-            each.name: MISSING if each.default is dataclasses.MISSING else each.default
-            for each in dataclasses.fields(kind)
-        }
+        if not (dataclasses.is_dataclass(kind) and issubclass(kind, Objective)):
+            _log.warning(
+                "the objective plugin '%s' is left out: %s.%s is not a dataclass derived from "
+                "reopold_agent.objectives.Objective",
+                name,
+                kind.__module__,
+                kind.__qualname__,
+            )
+            continue
+        settings = {each.name: _default(each) for each in dataclasses.fields(kind)}
         try:
             grouped = bool(kind().needs & Needs.OUTCOME)
-        except TypeError:  # settings without a default; its episodes are then single ones
+        except (TypeError, ValueError):  # settings without a default: single episodes then
             grouped = False
         node = {
             "default_batch": "group" if grouped else "single",
             "objective": {"name": name, **settings},
         }
+        try:
+            OmegaConf.create(node)
+        except OmegaConfBaseException as error:
+            _log.warning(
+                "the objective plugin '%s' is left out: a default of its settings is no plain "
+                "value: %s",
+                name,
+                str(error).splitlines()[0],
+            )
+            continue
         ConfigStore.instance().store(group="objective", name=name, node=node, package="_global_")
+        names.append(name)
     return names
+
+
+def _default(setting: dataclasses.Field[Any]) -> Any:
+    if setting.default is not dataclasses.MISSING:
+        return setting.default
+    if setting.default_factory is not dataclasses.MISSING:
+        return setting.default_factory()
+    return MISSING
 
 
 def _words(group: str) -> str:

@@ -14,13 +14,13 @@ from running import composed
 from reopold_agent.config import (
     BatchConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
     build,
 )
 from reopold_agent.errors import ConfigError, UnknownNameError
 from reopold_agent.hydra_groups import prepare_groups
+from reopold_agent.objectives import Objective, Reopold, RunFacts, make_objective
 
 CONFIGS = Path(__file__).parents[1] / "reopold_agent" / "configs"
 
@@ -115,7 +115,7 @@ def test_the_paper_s_setting() -> None:
     assert config.steps == 40
     assert vars(config.batch) == {"prompts": 128, "samples": 8, "mini_batch": 64}
     assert (config.optimizer.lr, config.optimizer.max_grad_norm) == (1e-6, 1.0)
-    assert (config.objective.mixture, config.objective.top_share) == (0.1, 0.2)
+    assert objective("model=qwen2_5_vl_3b") == Reopold(0.1, 0.2, 0.33, switch_step=13)
     assert (config.rollout.max_turns, config.evaluation.max_turns) == (2, 5)
     assert config.rollout.max_response_tokens == 8192
     assert config.data.train is not None
@@ -202,11 +202,6 @@ def test_known_options_and_other_words_pass() -> None:
         "sampling.temperature=-0.5",
         "sampling.top_p=0",
         "sampling.top_p=1.1",
-        "objective.name=grpo",
-        "objective.mixture=1",
-        "objective.top_share=0",
-        "objective.switch_share=1.5",
-        "objective.switch_step=-1",
         "optimizer.lr=0",
         "optimizer.lr=nan",
         "optimizer.beta1=1",
@@ -241,11 +236,87 @@ def test_a_setting_that_cannot_work_is_named(word: str) -> None:
     [(0.33, 60, 20), (0.33, 40, 13), (0.33, 1, 0), (0.5, 3, 2), (0.0, 9, 0), (1.0, 9, 9)],
 )
 def test_the_switch_is_a_share_of_the_steps(share: float, steps: int, switch: int) -> None:
-    config, _ = composed(f"objective.switch_share={share}", f"steps={steps}")
-    assert config.switch_step == switch
+    made = objective(f"objective.switch_share={share}", f"steps={steps}")
+    assert isinstance(made, Reopold)
+    assert made.switch_step == switch
 
 
 def test_an_absolute_switch_wins() -> None:
-    assert composed("objective.switch_step=0")[0].switch_step == 0
-    assert composed("objective.switch_step=7", "objective.switch_share=0.9")[0].switch_step == 7
-    assert ObjectiveConfig(switch_step=None).switch_step is None
+    for words, switch in (
+        (("objective.switch_step=0",), 0),
+        (("objective.switch_step=7", "objective.switch_share=0.9"), 7),
+    ):
+        made = objective(*words)
+        assert isinstance(made, Reopold)
+        assert made.switch_step == switch
+    assert Reopold(switch_step=None).switch_step is None
+
+
+# Objectives: their settings are their own fields
+
+OBJECTIVES = sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml"))
+
+
+def objective(*words: str) -> Objective:
+    """The objective that a run of these words has."""
+    config, _ = composed(*words)
+    settings = {key: value for key, value in config.objective.items() if key != "name"}
+    made = make_objective(config.objective["name"], settings)
+    return made.for_run(RunFacts(config.steps, config.rollout.max_response_tokens))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_s_file_is_its_class(name: str) -> None:
+    """The file lists every setting, with the class's own defaults."""
+    config, _ = composed(f"objective={name}")
+    settings = {key: value for key, value in config.objective.items() if key != "name"}
+    made = make_objective(name, settings)
+    assert config.objective["name"] == name
+    assert set(settings) == {f.name for f in dataclasses.fields(made)}  # type: ignore[arg-type]
+    assert made == type(made)()
+
+
+def test_an_objective_s_groups_fit_what_it_compares() -> None:
+    single, group = composed()[0].batch, composed("objective=grpo")[0].batch
+    assert vars(single) == {"prompts": 32, "samples": 1, "mini_batch": 32}
+    assert vars(group) == {"prompts": 4, "samples": 8, "mini_batch": 4}
+    given = composed("objective=grpo", "batch.prompts=2", "batch.mini_batch=1")[0].batch
+    assert vars(given) == {"prompts": 2, "samples": 8, "mini_batch": 1}
+    real = composed("model=qwen2_5_vl_3b", "objective=grpo")[0].batch
+    assert vars(real) == {"prompts": 128, "samples": 8, "mini_batch": 64}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "objective.mixture=1",
+        "objective.top_share=0",
+        "objective.switch_share=1.5",
+        "objective.switch_step=-1",
+        "objective.mixture=much",
+        "objective=skew_rkl objective.mixture=0",
+        "objective=gkd objective.beta=1.5",
+        "objective=gkd objective.top_k=0",
+        "objective=grpo objective.clip_low=1",
+        "objective=grpo objective.aggregate=tokens",
+        "objective=grpo objective.curiosity=-1",
+        "objective=grpo objective.curiosity_target=2",
+        "objective=grpo objective.rounds=0",
+        "objective=sft objective.source=expert",
+    ],
+)
+def test_an_objective_s_setting_that_cannot_work_is_named(words: str) -> None:
+    with pytest.raises(ConfigError, match="objective") as caught:
+        objective(*words.split())
+    assert words.split()[-1].partition("=")[0] in str(caught.value)
+
+
+def test_settings_of_another_objective_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"unknown setting 'objective\.mixture'"):
+        objective("objective.name=grpo")
+    with pytest.raises(ConfigError, match=r"'objective\.mixtur'. Did you mean '.*\.mixture'"):
+        objective("+objective.mixtur=0.2")
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'reopold'\? Known: gkd, grpo, r"):
+        objective("objective.name=reopol")
+    with pytest.raises(ConfigError, match=r"objective\.name must be set"):
+        composed("objective.name=null")

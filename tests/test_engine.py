@@ -33,7 +33,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 
 from reopold_agent.config import OptimizerConfig, config_differences
 from reopold_agent.engines import checkpoint as checkpoint_module
-from reopold_agent.engines import local, session
+from reopold_agent.engines import collect, local, session
 from reopold_agent.engines.data_order import DataOrder
 from reopold_agent.engines.session import Session
 from reopold_agent.engines.update import Updater, UpdateStats
@@ -1033,7 +1033,7 @@ def test_the_configuration_of_a_run_is_what_it_ran(tmp_path: Path) -> None:
 
 
 def test_a_task_drawn_twice_gets_other_samples() -> None:
-    episodes = session.step_episodes([4, 7, 4], samples=2)
+    episodes = collect.step_episodes([4, 7, 4], samples=2)
     assert [(e.index, e.sample) for e in episodes] == [
         (4, 0), (4, 1), (7, 0), (7, 1), (4, 2), (4, 3),
     ]  # fmt: skip

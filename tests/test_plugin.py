@@ -1,4 +1,4 @@
-"""The example plugin, installed for real in a folder of its own and used from other processes."""
+"""The example plugins, installed for real in folders of their own and used from other processes."""
 
 from __future__ import annotations
 
@@ -16,24 +16,36 @@ from typing import Any
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-EXAMPLE = REPOSITORY / "examples" / "reopold_rotated"
+EXAMPLES = REPOSITORY / "examples"
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that pip installed the example into."""
-    work = tmp_path_factory.mktemp("plugin")
+def install(example: str, work: Path) -> Path:
+    """The folder that pip installed an example into."""
     # A copy, because a build leaves its folders beside pyproject.toml.
     source = shutil.copytree(
-        EXAMPLE, work / "source", ignore=shutil.ignore_patterns("build", "*.egg-info")
+        EXAMPLES / example,
+        work / "source",
+        ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"),
     )
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
     command += ["--no-build-isolation", "--target", str(work / "site"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return work / "site"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example environment and its tools."""
+    return install("reopold_rotated", tmp_path_factory.mktemp("plugin"))
+
+
+@pytest.fixture(scope="module")
+def objective(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example objective."""
+    return install("reopold_objective", tmp_path_factory.mktemp("objective"))
 
 
 def start(*arguments: str, path: list[Path], cwd: Path, timeout: float = 120) -> Any:
@@ -70,6 +82,8 @@ def write_plugin(folder: Path, name: str, entry_points: str, **modules: str) -> 
 
 # Discovery
 
+ENVIRONMENTS = ["geometry", "math", "pixel_reasoner", "rotated_digits"]
+
 LISTS = """
     import json, gymnasium, reopold_agent.envs
     from reopold_agent.envs import ENVS
@@ -80,7 +94,7 @@ LISTS = """
 
 def test_installing_it_is_all_it_takes(installed: Path, tmp_path: Path) -> None:
     envs, tools = answer_of(LISTS, installed, cwd=tmp_path)
-    assert envs == ["pixel_reasoner", "rotated_digits"]
+    assert envs == ENVIRONMENTS
     assert tools == ["brighten_image", "crop_image", "rotate_image", "select_frames"]
     envs, tools = answer_of(LISTS, cwd=tmp_path)
     assert "rotated_digits" not in envs
@@ -133,7 +147,7 @@ def test_a_broken_plugin_is_named_and_stops_no_other(installed: Path, tmp_path: 
         print(json.dumps([ENVS.names(), TOOLS.names(), heard]))
     """
     envs, tools, heard = answer_of(code, broken, installed, cwd=tmp_path)
-    assert envs == ["pixel_reasoner", "rotated_digits"]
+    assert envs == ENVIRONMENTS
     assert tools == ["brighten_image", "crop_image", "rotate_image", "select_frames"]
     assert {level for level, _ in heard} == {"WARNING"}
     words = {name: text for _, text in heard for name in BROKEN if f"'{name}'" in text}
@@ -360,7 +374,7 @@ def test_a_misspelt_environment_is_refused_with_the_closest_name(
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "error: no environment is called 'rotated_digit'. Did you mean 'rotated_digits'? "
-        "Known: pixel_reasoner, rotated_digits."
+        f"Known: {', '.join(ENVIRONMENTS)}."
     ]
 
 
@@ -408,3 +422,138 @@ def test_two_steps_of_training(installed: Path, tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["env"] == "rotated_digits"
     assert summary["after"]["n"] == 4
+
+
+# An objective
+
+
+OBJECTIVES = ["gkd", "grpo", "reopold", "rkl", "rkl_sg", "rkl_sg_clip", "rkl_sg_clip_entropy",
+              "sft", "skew_rkl"]  # fmt: skip
+
+
+def test_an_installed_objective_is_an_option_with_its_fields_as_settings(
+    objective: Path, tmp_path: Path
+) -> None:
+    import yaml
+
+    done = train("objective=clamped_rkl", "--cfg", "job", path=[objective], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    composed = yaml.safe_load(done.stdout)
+    assert composed["objective"] == {"name": "clamped_rkl", "limit": 2.5, "first_steps": 0}
+    assert composed["default_batch"] == "single"
+    for words, told in (
+        ("objective.limit=0", "objective.limit must be positive, got 0.0"),
+        ("+objective.limits=1", "'objective.limits'. Did you mean 'objective.limit'?"),
+    ):
+        done = train("objective=clamped_rkl", words, path=[objective], cwd=tmp_path)
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_objective_is_refused_with_the_closest_name(
+    objective: Path, tmp_path: Path
+) -> None:
+    done = train("objective=clamped_rk", path=[objective], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: no objective is called 'clamped_rk'. Did you mean 'clamped_rkl'? "
+        f"Known: {', '.join(sorted([*OBJECTIVES, 'clamped_rkl']))}."
+    ]
+
+
+BAD_OBJECTIVES = {
+    "gone": "no_such_module",
+    "raises": "cannot work here",
+    "a_function": "it points to a function",
+    "undecorated": "is not a dataclass derived from",
+    "foreign": "is not a dataclass derived from",
+    "odd_default": "a default of its settings is no plain value",
+    "grpo": "two objectives are called 'grpo'",
+}
+
+
+def test_a_broken_objective_is_named_and_stops_no_other(objective: Path, tmp_path: Path) -> None:
+    broken = write_plugin(
+        tmp_path / "site",
+        "broken",
+        """
+        [reopold_agent.objectives]
+        gone = no_such_module
+        raises = broken_objective_raises
+        a_function = broken_objective:function
+        undecorated = broken_objective:Undecorated
+        foreign = broken_objective:Foreign
+        odd_default = broken_objective:OddDefault
+        grpo = broken_objective:Good
+        must_be_set = broken_objective:MustBeSet
+        """,
+        broken_objective_raises="raise RuntimeError('cannot work here')",
+        broken_objective="""
+            from dataclasses import dataclass, field
+            from reopold_agent.objectives import Needs, Objective
+
+            def function(): ...
+
+            class Undecorated(Objective): ...
+
+            @dataclass(frozen=True)
+            class Foreign: ...
+
+            @dataclass(frozen=True)
+            class OddDefault(Objective):
+                thing: object = field(default_factory=object)
+
+            @dataclass(frozen=True)
+            class Good(Objective): ...
+
+            @dataclass(frozen=True)
+            class MustBeSet(Objective):
+                strength: float
+                names: list = field(default_factory=lambda: ["a"])
+        """,
+    )
+    done = train("objective=clamped_rkl", "--cfg", "job", path=[broken, objective], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    heard = done.stderr.splitlines()
+    for name, reason in BAD_OBJECTIVES.items():
+        (line,) = [each for each in heard if f"the objective plugin '{name}'" in each]
+        assert reason in line
+    assert len(heard) == len(BAD_OBJECTIVES)
+    done = train("objective=odd_default", path=[broken], cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no objective is called 'odd_default'" in done.stderr
+    # A setting without a default must be given.
+    done = train("objective=must_be_set", path=[broken], cwd=tmp_path)
+    assert done.returncode == 2
+    assert "error: these settings must be given: objective.strength" in done.stderr
+
+
+@pytest.mark.slow
+def test_training_with_an_installed_objective(objective: Path, tmp_path: Path) -> None:
+    small = ("steps=2", "batch.prompts=4", "batch.mini_batch=4", "evaluation.tasks=1",
+             "evaluation.every=0", "evaluation.teacher=false", "engine.device=cpu")  # fmt: skip
+    for name, words, phases in (
+        ("plain", (), ["training", "training"]),
+        ("other", ("objective.limit=0.01", "objective.first_steps=1"), ["praise", "training"]),
+    ):
+        done = train(
+            "objective=clamped_rkl",
+            *small,
+            *words,
+            f"hydra.run.dir={tmp_path / name}",
+            path=[objective],
+            cwd=tmp_path,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "objective=clamped_rkl seed=1" in done.stdout  # the next commands keep it
+        text = (tmp_path / name / "metrics.jsonl").read_text()
+        steps = [row for line in text.splitlines() if (row := json.loads(line))["kind"] == "train"]
+        assert [row["phase"] for row in steps] == phases
+        assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in steps)
+        if name == "other":
+            # Praise is at most 0.01 nats a token, and the loss is its mean.
+            assert -0.0101 < steps[0]["loss"] < 0
+            assert 0 < steps[0]["mask/kept_share"] < 1
+            assert steps[1]["mask/kept_share"] == 1

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.data.demonstrations import load_demonstrations
+from reopold_agent.data.demonstrations import Demonstration, load_demonstrations
 from reopold_agent.engines.data_order import DataOrder
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import SFT, Needs, Objective, Outcomes
@@ -65,11 +65,16 @@ class Collector:
         self.config, self.objective, self.runner = config, objective, runner
         self.student, self.teacher = student, teacher
         self.sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
-        self._recorded: list[Trajectory] | None = None
+        self._recorded: list[Demonstration] | None = None
         if objective.needs & Needs.DEMONSTRATIONS and not objective.needs & Needs.TEACHER:
             self._recorded = self._read()
             tasks = len(self._recorded)
         self.order = DataOrder(tasks, config.seed)
+
+    @property
+    def played(self) -> bool:
+        """Whether trajectories come from the environment, which says how they ended."""
+        return self._recorded is None
 
     def collect(self, step: int, position: int) -> Collected:
         """The step's trajectories; draws go on at ``position``.
@@ -83,7 +88,8 @@ class Collector:
         collected = Collected(position)
         if self._recorded is not None:
             count = config.batch.prompts * config.batch.samples
-            drawn = [self._recorded[self.order[position + k]] for k in range(count)]
+            numbers = [self.order[position + k] for k in range(count)]
+            drawn = [demonstrated(self._recorded[i], i, self.runner) for i in numbers]
             collected.position += count
             collected.add(drawn, RolloutStats())
             collected.chosen = collected.usable
@@ -138,17 +144,19 @@ class Collector:
         whole = list(groups.values())[: self.config.batch.prompts]
         return [trajectory for group in whole for trajectory in group]
 
-    def _read(self) -> list[Trajectory]:
+    def _read(self) -> list[Demonstration]:
         spec = self.config.data.demonstrations
         if spec is None:
             raise ConfigError(
                 "objective.source=recorded needs data.demonstrations, for example "
                 "'+data.demonstrations={path: expert.jsonl}'"
             )
-        return [
+        recorded = load_demonstrations(spec)
+        for number, each in enumerate(recorded):
+            # What is wrong with one is said before the first step. The result is not kept: the
+            # pictures of some thousand conversations would fill the memory.
             demonstrated(each, number, self.runner)
-            for number, each in enumerate(load_demonstrations(spec))
-        ]
+        return recorded
 
 
 def step_episodes(indices: Sequence[int], samples: int) -> list[EpisodeSpec]:

@@ -137,8 +137,13 @@ class LocalEngine:
         if not (needs_teacher or self.config.evaluation.teacher):
             return specs
         if models.teacher is None:
-            why = "this objective" if needs_teacher else "evaluation.teacher=true"
-            raise ConfigError(f"{why} needs model.teacher, which is null")
+            name = self.config.objective["name"]
+            if needs_teacher:
+                raise ConfigError(f"objective={name} needs model.teacher, which is null")
+            raise ConfigError(
+                f"model.teacher is null, which suits objective={name}; set "
+                "evaluation.teacher=false too, or there is none to evaluate"
+            )
         values = vars(models.teacher)
         plain = {key: values[key] for key in values if not key.startswith("follow")}
         return {**specs, "teacher": ModelSpec(**plain)}

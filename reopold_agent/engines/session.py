@@ -172,11 +172,13 @@ class Session:
         steps = [row["time/step"] for row in rows if row["kind"] == "train"]
         summary["train_seconds"] = round(sum(steps), 1)
         summary["seconds"] = round(time.perf_counter() - started, 1)
+        again = f"python -m reopold_agent.train env={self.config.env.name}"
+        if self.config.objective["name"] != "reopold":
+            again += f" objective={self.config.objective['name']}"
         summary["next"] = [
             f"look at {self.folder.path / 'plots'} and {self.folder.path / 'trajectories.jsonl'}",
-            f"python -m reopold_agent.train env={self.config.env.name} seed={self.config.seed + 1}",
-            f"python -m reopold_agent.train env={self.config.env.name} "
-            f"model.student.path={final} hydra.run.dir={self.folder.path}-more",
+            f"{again} seed={self.config.seed + 1}",
+            f"{again} model.student.path={final} hydra.run.dir={self.folder.path}-more",
         ]
         write_json_atomic(self.folder.path / "summary.json", summary)
         self.progress.stop()
@@ -296,9 +298,17 @@ class Session:
             "ratio/mean": made.ratio_mean,
             "ratio/max": made.ratio_max,
             "ratio/ppo_clip_share": made.ppo_clip_share,
-            **rollout_statistics(rolled.trajectories),
+            **self._rollout(rolled.trajectories),
             "rollout/trained_share": len(chosen) / len(rolled.trajectories),
         }
+
+    def _rollout(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        statistics = rollout_statistics(trajectories)
+        if self.collector.played:
+            return statistics
+        # Nobody played recorded conversations: how they would have ended is not known.
+        known = ("response_tokens", "turns", "episodes")
+        return {key: statistics[key] for key in (f"rollout/{name}" for name in known)}
 
     def _write_trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> None:
         logging_config = self.config.logging

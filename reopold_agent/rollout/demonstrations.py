@@ -50,7 +50,7 @@ def demonstrated(demonstration: Demonstration, index: int, runner: RolloutRunner
     if len(ids) - prompt_length > longest:
         raise DataError(
             f"the conversation {demonstration.id} has {len(ids) - prompt_length} tokens after its "
-            f"prompt; rollout.max_response_tokens is {longest}"
+            f"prompt, but rollout.max_response_tokens is {longest}: raise it or leave the row out"
         )
     return Trajectory(
         task_id=demonstration.id,

@@ -38,7 +38,7 @@ PHASES = (
 )
 """Parts of a step: key after ``time/``, label, colour; from the bottom of the stack."""
 
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -53,6 +53,7 @@ _STYLE: Any = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
+"""For `matplotlib.rc_context`."""
 
 
 def make_plots(run_dir: str | Path) -> list[Path]:
@@ -79,7 +80,7 @@ def make_plots(run_dir: str | Path) -> list[Path]:
     folder = run / "plots"
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         for name, draw in drawings:
             figure = draw(history)
             if figure is not None:
