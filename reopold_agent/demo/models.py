@@ -17,8 +17,10 @@ PATCH, MERGE = 14, 2
 WIDTH = 64
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
-    """The configuration for a tokenizer.
+def model_config(
+    tokenizer: PreTrainedTokenizerFast, *, layers: int = 2, depth: int = 1
+) -> Qwen2_5_VLConfig:
+    """The configuration for a tokenizer, with so many layers for text and for pictures.
 
     Two values differ from Qwen's for a reason: multimodal RoPE gives a picture's width the lowest
     frequencies, and with Qwen's base of a million neighbouring columns of a 4 x 4 grid look the
@@ -32,7 +34,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         "vocab_size": len(tokenizer),
         "hidden_size": WIDTH,
         "intermediate_size": 128,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
@@ -50,7 +52,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         },
     }
     vision: dict[str, Any] = {
-        "depth": 1,
+        "depth": depth,
         "hidden_size": WIDTH,
         "intermediate_size": 128,
         "num_heads": 2,
@@ -59,7 +61,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
         "window_size": 112,
-        "fullatt_block_indexes": [0],
+        "fullatt_block_indexes": list(range(depth)),
         "initializer_range": 0.1,
     }
     return Qwen2_5_VLConfig(
@@ -73,14 +75,16 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLConfig:
     )
 
 
-def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
+def new_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, layers: int = 2, depth: int = 1
+) -> Any:
     """An untrained `Qwen2_5_VLForConditionalGeneration`; leaves the global random state alone."""
     # Classes of transformers are untyped to mypy when called; one Any says so for all of them.
     model_class: Any = Qwen2_5_VLForConditionalGeneration
     generation_class: Any = GenerationConfig
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = model_class(model_config(tokenizer))
+        model = model_class(model_config(tokenizer, layers=layers, depth=depth))
     model.generation_config = generation_class(
         do_sample=True,
         temperature=1.0,
@@ -91,11 +95,24 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
     return model
 
 
-def image_processor() -> Qwen2VLImageProcessorPil:
-    """Qwen2-VL's own picture processor (PIL, no torchvision) with limits that fit the demo."""
+def image_processor(
+    max_pixels: int = 112 * 112, *, mean: float | None = None, spread: float | None = None
+) -> Qwen2VLImageProcessorPil:
+    """Qwen2-VL's own picture processor (PIL, no torchvision) with limits that fit the demo.
+
+    Args:
+        max_pixels: upper limit of a picture's height x width.
+        mean, spread: of pixels from 0 to 1, all channels alike; None for CLIP's.
+    """
+    statistics: dict[str, Any] = {}
+    if mean is not None:
+        statistics["image_mean"] = [mean] * 3
+    if spread is not None:
+        statistics["image_std"] = [spread] * 3
     return Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         merge_size=MERGE,
         temporal_patch_size=2,
-        size={"shortest_edge": 56 * 56, "longest_edge": 112 * 112},
+        size={"shortest_edge": 56 * 56, "longest_edge": max_pixels},
+        **statistics,
     )

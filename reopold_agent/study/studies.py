@@ -180,13 +180,13 @@ STUDIES: dict[str, Study] = {
             settings=(
                 _setting("sft"),
                 _setting(
-                    "grpo", "objective.curiosity=0.5", "objective.call_penalty=0.05", longer=3.0
+                    "grpo", "objective.curiosity=0.5", "objective.call_penalty=0.05", longer=2.0
                 ),
                 _setting("rkl"),
                 _setting("rkl_sg"),  # not in the paper's table; what most implementations do
                 _setting("reopold"),
             ),
-            steps=STEPS,
+            steps=60,
             report="agentic",
             probe=MODELS,
             seconds=75.0,

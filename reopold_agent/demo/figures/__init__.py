@@ -1,0 +1,1 @@
+"""The geometry environment's embedded default: drawn figures, a tiny student and teacher."""
