@@ -344,6 +344,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("arithmetic", 0.8), ("figures", 0.8)])
+def test_embedded_tasks_of_one_turn_are_benchmarks_too(
+    name: str, least: float, tmp_path: Path
+) -> None:
+    words = (f"benchmark={name}", f"model=demo:{name}_teacher", f"benchmarks.{name}.limit=48")
+    process = evaluate(tmp_path / "out", *words)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["benchmarks"][name]["questions"] == 48
+    assert results["benchmarks"][name]["accuracy"] >= least
+    rows = (tmp_path / "out" / "responses.jsonl").read_text().splitlines()
+    assert len({json.loads(row)["category"] for row in rows}) == 3
+
+
+@pytest.mark.slow
 def test_an_evaluation_leaves_what_was_promised(finished: tuple[Path, str]) -> None:
     folder, out = finished
     results = json.loads((folder / "results.json").read_text())

@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from reopold_agent.data import load_tasks
 from reopold_agent.data.formats import PictureFolder
 from reopold_agent.data.row_formats import FORMATS
 from reopold_agent.data.rows import download, find_row_files, read_rows
@@ -16,6 +17,10 @@ from reopold_agent.errors import ConfigError, DataError, UnknownNameError
 from reopold_agent.types import Task, TaskSource
 
 METRICS = ("accuracy", "anls", "rmse", "wemath", "hallusionbench")
+
+
+EMBEDDED = ("demo", "arithmetic", "figures")
+"""Formats without files: the package's own held-out tasks."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Benchmark:
         path: a local file or folder, or a hub id; None for the embedded one.
         folder: part of ``path`` that holds this benchmark, where several share a data set.
         split: which of the folder's files; None for all.
-        format: a key of `reopold_agent.data.row_formats.FORMATS`, or ``demo``.
+        format: a key of `reopold_agent.data.row_formats.FORMATS`, or one of `EMBEDDED`.
         play: ``agentic`` (tools, several turns) or ``single``.
         kind: how answers are graded where the row does not say; see `reopold_agent.judges`.
         metric: what is reported beside accuracy.
@@ -55,8 +60,8 @@ class Benchmark:
     env_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.format != "demo" and self.format not in FORMATS:
-            raise UnknownNameError("benchmark format", self.format, FORMATS)
+        if self.format not in (*EMBEDDED, *FORMATS):
+            raise UnknownNameError("benchmark format", self.format, [*EMBEDDED, *FORMATS])
         if self.metric not in METRICS:
             raise UnknownNameError("metric", self.metric, METRICS)
         if self.play not in ("agentic", "single"):
@@ -101,11 +106,10 @@ def load_benchmark(benchmark: Benchmark) -> LoadedBenchmark:
     Raises:
         DataError: files are missing (says which, and where to get them) or no row is usable.
     """
-    if benchmark.format == "demo":
-        from reopold_agent.demo.tasks import DemoTasks
-
+    if benchmark.format in EMBEDDED:
         size = benchmark.limit or 256
-        tasks = _Remembered(DemoTasks("eval", size=size))
+        spec = {"source": benchmark.format, "split": "eval", "size": size}
+        tasks = _Remembered(load_tasks(spec))
         return LoadedBenchmark(benchmark, tasks, {"embedded": "seed 0"})
     root = _root(benchmark)
     if benchmark.folder is not None and root.is_dir() and (root / benchmark.folder).exists():

@@ -125,7 +125,7 @@ class ArithmeticTasks:
             id=f"arithmetic-{self.split}-{self.seed}-{index}",
             question=problem.question,
             answers=(str(problem.answer),),
-            metadata={"problem": problem, "category": problem.operation},
+            metadata={"category": problem.operation},
         )
 
 

@@ -80,7 +80,7 @@ class Recipe:
         reading_steps, reading_batch: exercises: labels among lines.
         teacher_steps, teacher_batch: whole figures, and beside them exercises and equations.
         student_steps, student_batch: careless texts on top of the teacher.
-        pool: number of different exercises; half as many different figures.
+        pool: number of different figures, and of different exercises of each sort beside them.
         held_out: number of held-out tasks for the final figures.
     """
 

@@ -91,7 +91,7 @@ def worked(given: tuple[int, ...], steps: list[str]) -> str:
 
 
 def equations(rng: np.random.Generator, count: int = 6) -> list[str]:
-    """Some of all the equations that occur: the whole table, not only training problems'."""
+    """Some equations from the whole tables, whatever the figures happen to need."""
     drawn = []
     for _ in range(count):
         kind = int(rng.integers(8))

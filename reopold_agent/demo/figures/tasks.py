@@ -1,4 +1,4 @@
-"""Made-up geometry: drawn figures with exact answers, in four families.
+"""Made-up geometry: drawn figures with exact answers, in three families.
 
 A `Problem` is a kind and its values; a figure is one drawing of it, with its own place, turn, size
 and colours. Training and held-out tasks pose the same kinds of problems on other figures: what is
@@ -273,7 +273,7 @@ class FigureTasks:
             images=(ArrayImage(pixels),),
             metadata={
                 "kind": problem.kind,
-                "family": rule.family,
+                "category": rule.family,
                 "given": problem.given,
                 **drawn,
             },
