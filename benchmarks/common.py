@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from hydra import compose, initialize_config_module
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.environments import make_env, num_tasks
 from reopold_agent.engines.session import Session
+from reopold_agent.objectives import RunFacts, make_objective
 from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
@@ -26,14 +28,23 @@ def demo_session(config: TrainConfig, folder: Path) -> Session:
     """The training session of the embedded task, ready for its first step."""
     torch.set_num_threads(config.engine.threads or 1)
     device = torch.device("cpu")
+    known = {field.name for field in fields(ModelSpec)}
     student, teacher = (
-        load_model(ModelSpec(**vars(getattr(config.model, role))), role, device)
+        load_model(
+            ModelSpec(**{k: v for k, v in vars(getattr(config.model, role)).items() if k in known}),
+            role,
+            device,
+        )
         for role in ("student", "teacher")
     )
     teacher.adapter.model.requires_grad_(False)
+    settings = dict(config.objective)
+    objective = make_objective(settings.pop("name"), settings).for_run(
+        RunFacts(config.steps, config.rollout.max_response_tokens)
+    )
     probe = make_env(config)
     tasks = {split: num_tasks(probe, split) for split in ("train", "eval")}
     probe.close()
     run = RunFolder(folder)
     run.path.mkdir(parents=True, exist_ok=True)
-    return Session(config, run, student, teacher, tasks, Progress(config.steps))
+    return Session(config, objective, run, student, teacher, tasks, Progress(config.steps))

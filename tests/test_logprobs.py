@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from reopold_agent.objectives.chunks import BANNED
 from reopold_agent.policies import logprobs
-from reopold_agent.policies.logprobs import BANNED, token_logprobs
+from reopold_agent.policies.logprobs import token_logprobs
 
 TOKENS, VOCABULARY, WIDTH = 23, 37, 16
 BANNED_IDS = torch.tensor([0, 7, 8, 36])
@@ -81,14 +82,14 @@ def test_a_slice_smaller_than_the_vocabulary_still_works() -> None:
 
 def test_slices_never_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    original = logprobs._logits
+    original = logprobs.make_logits
 
     def watched(hidden: Tensor, weight: Tensor, banned: Tensor | None) -> Tensor:
         logits = original(hidden, weight, banned)
         sizes.append(logits.numel())
         return logits
 
-    monkeypatch.setattr(logprobs, "_logits", watched)
+    monkeypatch.setattr(logprobs, "make_logits", watched)
     hidden, weight, targets = inputs()
     logp, _ = token_logprobs(hidden, weight, targets, slice_elements=5 * VOCABULARY + 3)
     logp.sum().backward()
@@ -108,11 +109,11 @@ def test_backward_works_only_on_rows_with_a_gradient(monkeypatch: pytest.MonkeyP
             hidden, weight, targets, BANNED_IDS, slice_elements=rows * VOCABULARY
         )
         calls = []
-        original = logprobs._logits
+        original = logprobs.make_logits
         with monkeypatch.context() as patch:
             patch.setattr(
                 logprobs,
-                "_logits",
+                "make_logits",
                 lambda h, w, b, o=original, c=calls: c.append(len(h) * len(w)) or o(h, w, b),
             )
             found = gradients(logp, upstream, hidden, weight)

@@ -17,11 +17,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-SLICE_ELEMENTS = 2**25
-"""Logits of one model held at once: 128 MiB as float32."""
+from reopold_agent.objectives.chunks import (
+    SLICE_ELEMENTS,
+    at_rows,
+    banned_inside,
+    compute_dtype,
+    make_logits,
+    some_rows,
+    vocabulary_block,
+)
 
-BANNED = -1.0e30
-"""Logit of a token that has probability 0. Finite, so that 0 x BANNED is 0 and not NaN."""
+PIECES = 8
+"""Arrays that would be one more of a slice's size are made this many times smaller, in a place
+that is allocated once: taken afresh for each part, they split the C library's heap."""
 
 
 def check_beta(beta: float) -> None:
@@ -130,40 +138,33 @@ def top_tokens(
     *,
     slice_elements: int = SLICE_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
-    """The ``count`` likeliest tokens of each position: ids (N, K) int64, log-probs float32."""
-    dtype = _compute_dtype(hidden_ND, weight_VD)
+    """The ``count`` likeliest tokens of each position: ids (N, K) int64, log-probs float32.
+
+    K is ``count``, or the number of ids that are not banned if those are fewer.
+    """
+    dtype = compute_dtype(hidden_ND, weight_VD)
     matrix = weight_VD.to(dtype)
+    count = min(count, weight_VD.shape[0] - (0 if banned is None else len(banned)))
     ids, logps = [], []
     for part in torch.split(hidden_ND, max(1, slice_elements // weight_VD.shape[0])):
-        logits = _logits(part.to(dtype), matrix, banned)
+        logits = make_logits(part.to(dtype), matrix, banned)
         values, places = logits.topk(count, dim=-1)
         logps.append(values - logits.logsumexp(dim=-1, keepdim=True))
         ids.append(places)
     return torch.cat(ids), torch.cat(logps)
 
 
-def _logits(hidden: Tensor, weight: Tensor, banned: Tensor | None) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    if banned is not None:
-        logits.index_fill_(1, banned, BANNED)
-    return logits
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
-def _normalise(logits: Tensor) -> Tensor:
+def _normalise(logits: Tensor, scratch: Tensor) -> Tensor:
     """Turns logits into log-probs in place; returns what was taken off, (N,)."""
     top = logits.amax(dim=-1, keepdim=True)
     logits.sub_(top)
-    # The exponentials would be one more array of this size, so they are made an eighth at a time.
-    total = torch.cat([part.exp().sum(dim=-1) for part in logits.chunk(8)])
-    logits.sub_(total.log()[:, None])
-    return top[:, 0] + total.log()
+    total = torch.empty_like(top)
+    rows = len(scratch)
+    for piece, out in zip(torch.split(logits, rows), torch.split(total, rows), strict=True):
+        torch.sum(torch.exp(piece, out=scratch[: len(piece)]), dim=-1, keepdim=True, out=out)
+    total.log_()
+    logits.sub_(total)
+    return (top + total)[:, 0]
 
 
 def _odds(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
@@ -191,19 +192,22 @@ class _Divergence(torch.autograd.Function):
         banned: Tensor | None,
         slice_elements: int,
     ) -> tuple[Tensor, Tensor]:
-        dtype = _compute_dtype(student, student_weight)
+        dtype = compute_dtype(student, student_weight)
         count = student.shape[0]
         rows = max(1, slice_elements // student_weight.shape[0])
         divergence = torch.empty(count, dtype=torch.float32, device=student.device)
         logp, own_norm, his_norm, centre = (torch.empty_like(divergence) for _ in range(4))
         own_matrix, his_matrix = student_weight.to(dtype), teacher_weight.to(dtype)
+        shape = (2, max(1, min(rows, count) // PIECES), student_weight.shape[0])
+        scratch = torch.empty(shape, dtype=torch.float32, device=student.device)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            own = _logits(student[part].to(dtype), own_matrix, banned)
-            his = _logits(teacher[part].to(dtype), his_matrix, banned)
-            own_norm[part], his_norm[part] = _normalise(own), _normalise(his)
+            own = make_logits(student[part].to(dtype), own_matrix, banned)
+            his = make_logits(teacher[part].to(dtype), his_matrix, banned)
+            own_norm[part], his_norm[part] = (_normalise(x, scratch[0]) for x in (own, his))
             logp[part] = own.gather(1, targets[part, None])[:, 0]
-            divergence[part], centre[part] = _values(own, his, beta)
+            _values(own, his, beta, scratch, divergence[part], centre[part])
+            del own, his  # or the next two would stand beside them
         ctx.save_for_backward(
             student, student_weight, teacher, teacher_weight, own_norm, his_norm, centre
         )
@@ -217,57 +221,73 @@ class _Divergence(torch.autograd.Function):
         student, weight, teacher, teacher_weight, own_norm, his_norm, centre = ctx.saved_tensors
         dtype, beta = ctx.compute_dtype, ctx.beta
         live = torch.nonzero(grads[0])[:, 0]
-        own_states, his_states = student[live].to(dtype), teacher[live].to(dtype)
+        own_states = some_rows(student, live).to(dtype)
+        his_states = some_rows(teacher, live).to(dtype)
+        own_norm, his_norm, centre = own_norm[live], his_norm[live], centre[live]
         grad_N = grads[0][live].float()
         grad_states = torch.zeros(own_states.shape, dtype=torch.float32, device=student.device)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         # By blocks of the vocabulary: each row of the weight's gradient is written once.
-        block = max(1, ctx.slice_elements // max(1, len(live), weight.shape[1]))
+        block = vocabulary_block(ctx.slice_elements, len(live), weight.shape[1])
         for start in range(0, weight.shape[0] if len(live) else 0, block):
             matrix = weight[start : start + block].to(dtype)
             stop = start + matrix.shape[0]
-            own = _logits(own_states, matrix, None).sub_(own_norm[live][:, None])
+            own = make_logits(own_states, matrix, None).sub_(own_norm[:, None])
             his_matrix = teacher_weight[start:stop].to(dtype)
-            his = _logits(his_states, his_matrix, None).sub_(his_norm[live][:, None])
-            slope = _slopes(own, his, beta, centre[live]).mul_(grad_N[:, None])
+            his = make_logits(his_states, his_matrix, None).sub_(his_norm[:, None])
+            slope = _slopes(own, his, beta, centre).mul_(grad_N[:, None])
             if ctx.banned is not None:
-                inside = ctx.banned[(ctx.banned >= start) & (ctx.banned < stop)]
-                slope.index_fill_(1, inside - start, 0.0)
+                slope.index_fill_(1, banned_inside(ctx.banned, start, stop), 0.0)
+            del own, his  # what follows fits in the place of the second
             slope = slope.to(dtype)
             grad_states += slope @ matrix
             if grad_weight is not None:
                 grad_weight[start:stop] = (slope.T @ own_states).to(weight.dtype)
+            del slope
         grad_hidden = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = torch.zeros_like(student)
-            grad_hidden[live] = grad_states.to(student.dtype)
+            grad_hidden = at_rows(grad_states, live, len(student), student.dtype)
         nothing = (None,) * 6
         return cast("tuple[Tensor | None, ...]", (grad_hidden, grad_weight, *nothing))
 
 
-def _values(own: Tensor, his: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Divergence, and the mean under the student that the slopes need; overwrites both."""
+def _values(
+    own: Tensor, his: Tensor, beta: float, scratch: Tensor, divergence: Tensor, centre: Tensor
+) -> None:
+    """Fills in the divergence, and the mean under the student that the slopes need; overwrites
+    all others.
+
+    The sums are not made by ``linalg.vecdot``: autocast would turn it into bfloat16.
+    """
     if beta == 0.0:
         own.sub_(his).neg_()  # log p_T - log p_S
-        divergence = torch.linalg.vecdot(his.exp_(), own)
-        return divergence, torch.zeros_like(divergence)
+        torch.sum(his.exp_().mul_(own), dim=-1, out=divergence)
+        centre.zero_()
+        return
     if beta == 1.0:
         his.sub_(own).neg_()  # log p_S - log p_T
-        divergence = torch.linalg.vecdot(own.exp_(), his)
-        return divergence, divergence
-    less = math.log1p(-beta)
-    his_p = his.exp()
-    odds = _odds(his, own, beta)
-    # KL(p_T || M) = sum p_T (u - softplus(u)) - log(beta); KL(p_S || M) = -less - sum p_S softplus
-    forward = torch.linalg.vecdot(his_p, odds) - math.log(beta)
-    soft = _softplus(odds)
-    forward = forward - torch.linalg.vecdot(his_p, soft)
-    backward = -less - torch.linalg.vecdot(own.exp_(), soft)
-    return beta * forward + (1 - beta) * backward, (1 - beta) * backward
+        torch.sum(own.exp_().mul_(his), dim=-1, out=divergence)
+        centre.copy_(divergence)
+        return
+    rows, less = scratch.shape[1], math.log1p(-beta)
+    for start in range(0, len(own), rows):
+        part = slice(start, min(start + rows, len(own)))
+        one, two = scratch[:, : part.stop - start]
+        his_p = torch.exp(his[part], out=one)
+        odds = _odds(his[part], own[part], beta)
+        # KL(p_T || M) = sum p_T (u - softplus(u)) - log(beta)
+        forward = torch.mul(his_p, odds, out=two).sum(dim=-1) - math.log(beta)
+        soft = _softplus(odds)
+        forward -= his_p.mul_(soft).sum(dim=-1)
+        # KL(p_S || M) = - log(1 - beta) - sum p_S softplus(u)
+        backward = -less - own[part].exp_().mul_(soft).sum(dim=-1)
+        centre[part] = (1 - beta) * backward
+        divergence[part] = beta * forward + centre[part]
 
 
 def _slopes(own: Tensor, his: Tensor, beta: float, centre: Tensor) -> Tensor:
-    """d divergence / d student's logits for a block of the vocabulary; overwrites both.
+    """d divergence / d student's logits for a block of the vocabulary, in ``own``'s place;
+    overwrites both.
 
     With ``h`` the derivative by the student's probability (up to a constant) it is
     ``p_S (h - sum p_S h)``; ``centre`` is that sum over the whole vocabulary.

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reopold_agent.objectives.chunks import BANNED
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.kv_cache import SlotCache, Window
-from reopold_agent.policies.logprobs import BANNED
 from reopold_agent.types import Completion, EncodedImage, Request, Sampling
 
 _SHARED_PREFIX = 16

@@ -13,11 +13,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-SLICE_ELEMENTS = 2**25
-"""Logits held at once: 128 MiB as float32. Larger slices were not faster on CPU or GPU."""
-
-BANNED = -1.0e30
-"""Logit of a token that cannot be sampled. Finite, so that 0 x BANNED is 0 and not NaN."""
+from reopold_agent.objectives.chunks import (
+    SLICE_ELEMENTS,
+    at_rows,
+    banned_inside,
+    compute_dtype,
+    make_logits,
+    some_rows,
+    vocabulary_block,
+)
 
 
 def token_logprobs(
@@ -44,16 +48,9 @@ def token_logprobs(
         differentiable in ``hidden_ND`` and ``weight_VD``.
     """
     apply: Any = _TokenLogprobs.apply
-    targets_NK = targets.reshape(len(targets), -1)
+    targets_NK = targets if targets.dim() == 2 else targets[:, None]
     logp, entropy = apply(hidden_ND, weight_VD, targets_NK, banned, with_entropy, slice_elements)
     return logp.reshape(targets.shape), entropy if with_entropy else None
-
-
-def _logits(hidden: Tensor, weight: Tensor, banned: Tensor | None) -> Tensor:
-    logits = (hidden @ weight.T).float()
-    if banned is not None:
-        logits.index_fill_(1, banned, BANNED)
-    return logits
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -67,20 +64,16 @@ class _TokenLogprobs(torch.autograd.Function):
         with_entropy: bool,
         slice_elements: int,
     ) -> tuple[Tensor, Tensor]:
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            compute_dtype = torch.get_autocast_dtype(device)
-        else:
-            compute_dtype = weight.dtype
+        dtype = compute_dtype(hidden, weight)
         count = hidden.shape[0]
         rows = max(1, slice_elements // weight.shape[0])
         logp = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropy = torch.zeros_like(normaliser)
-        matrix = weight.to(compute_dtype)
+        matrix = weight.to(dtype)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            logits = _logits(hidden[part].to(compute_dtype), matrix, banned)
+            logits = make_logits(hidden[part].to(dtype), matrix, banned)
             # One exponential for everything: with x = logits - max, the normaliser is log sum e^x
             # and the entropy is that minus sum(x e^x) / sum(e^x).
             top = logits.amax(dim=-1, keepdim=True)
@@ -90,12 +83,14 @@ class _TokenLogprobs(torch.autograd.Function):
                 weights = logits.exp()
                 total = weights.sum(dim=-1)
                 entropy[part] = total.log() - weights.mul_(logits).sum(dim=-1) / total
+                del weights
             else:
                 total = logits.exp_().sum(dim=-1)
             logp[part] = chosen - total.log()[:, None]
             normaliser[part] = top[:, 0] + total.log()
+            del logits  # or the next slice would stand beside it
         ctx.save_for_backward(hidden, weight, targets, normaliser)
-        ctx.banned, ctx.compute_dtype = banned, compute_dtype
+        ctx.banned, ctx.compute_dtype = banned, dtype
         ctx.slice_elements = slice_elements
         ctx.mark_non_differentiable(entropy)
         return logp, entropy
@@ -104,7 +99,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
         live = torch.nonzero(grads[0].any(dim=1))[:, 0]
-        states_ND = hidden[live].to(ctx.compute_dtype)
+        states_ND = some_rows(hidden, live).to(ctx.compute_dtype)
         grad_NK = grads[0][live].float()
         grad_N = grad_NK.sum(dim=1)
         targets_NK, normaliser_N = targets[live], normaliser[live]
@@ -113,17 +108,15 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if needs_weight else None
         # By blocks of the vocabulary, not of tokens: each row of the weight's gradient, the
         # largest tensor here, is then written once.
-        # The second bound is on the block's own gradient, which stands beside the whole one.
-        block = max(1, ctx.slice_elements // max(1, len(live), weight.shape[1]))
+        block = vocabulary_block(ctx.slice_elements, len(live), weight.shape[1])
         for start in range(0, weight.shape[0] if len(live) else 0, block):
             matrix = weight[start : start + block].to(ctx.compute_dtype)
             stop = start + matrix.shape[0]
             # d logp / d logits = onehot(target) - softmax
-            grad_logits = _logits(states_ND, matrix, None)
+            grad_logits = make_logits(states_ND, matrix, None)
             grad_logits.sub_(normaliser_N[:, None]).exp_().mul_(-grad_N[:, None])
             if ctx.banned is not None:
-                inside = ctx.banned[(ctx.banned >= start) & (ctx.banned < stop)]
-                grad_logits.index_fill_(1, inside - start, 0.0)
+                grad_logits.index_fill_(1, banned_inside(ctx.banned, start, stop), 0.0)
             rows, which = torch.nonzero((targets_NK >= start) & (targets_NK < stop), as_tuple=True)
             places = (rows, targets_NK[rows, which] - start)
             grad_logits.index_put_(places, grad_NK[rows, which], accumulate=True)
@@ -131,8 +124,8 @@ class _TokenLogprobs(torch.autograd.Function):
             grad_states += grad_logits @ matrix
             if grad_weight is not None:
                 grad_weight[start:stop] = (grad_logits.T @ states_ND).to(weight.dtype)
+            del grad_logits
         grad_hidden = None
         if ctx.needs_input_grad[0]:
-            grad_hidden = torch.zeros_like(hidden)
-            grad_hidden[live] = grad_states.to(hidden.dtype)
+            grad_hidden = at_rows(grad_states, live, len(hidden), hidden.dtype)
         return cast("tuple[Tensor | None, ...]", (grad_hidden, grad_weight, None, None, None, None))
