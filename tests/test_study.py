@@ -33,7 +33,7 @@ from reopold_agent.study.analyse import (
 from reopold_agent.study.claims import better, greater_mean, reaches, verdict_of
 from reopold_agent.study.collect import Probed, Results
 from reopold_agent.study.grid import Probe, Run, Setting, Study, expand, merge_words
-from reopold_agent.study.report import write_report
+from reopold_agent.study.report import MARK, index, write_report
 from reopold_agent.study.run import Work, check_words, only_one, run_all
 from reopold_agent.study.studies import STUDIES, find_study
 from reopold_agent.study.tables import reach_table
@@ -471,6 +471,17 @@ def end_success(folder: Path, sampling: str) -> float:
         == ("eval", 2, sampling, False)
     ]
     return float(row["success"])
+
+
+def test_words_above_the_mark_of_the_index_stay(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "numbers.json").write_text('{"command": "c", "claims": []}')
+    first = index(tmp_path)
+    assert first.startswith("# Studies")
+    (tmp_path / "README.md").write_text("# Mine\n\nWhat I think.\n\n" + first[first.index(MARK) :])
+    again = index(tmp_path)
+    assert again.startswith("# Mine\n\nWhat I think.\n\n" + MARK)
+    assert again.partition(MARK)[2] == first.partition(MARK)[2]
 
 
 @pytest.mark.slow

@@ -18,6 +18,9 @@ from reopold_agent.study.tables import Table
 from reopold_agent.tracking.files import dump_json, write_bytes_atomic, write_text_atomic
 from reopold_agent.tracking.run_folder import versions
 
+MARK = "<!-- made by reopold_agent.study from here on -->"
+"""In the page over all studies: what stands above is a person's."""
+
 HOW = """
 - One seed is one training run from the same embedded student; the seed draws the tasks' order and
   every sample. All seeds and settings play the same held-out tasks. Intervals therefore speak
@@ -57,7 +60,7 @@ def numbers(results: Results, page: Page, command: Sequence[str]) -> dict[str, A
     """Everything that the report was made of."""
     return {
         "study": results.study.name,
-        "command": shlex.join(command),
+        "command": _command(command),
         "made_with": _made_with(results),
         "missing": results.missing,
         "claims": [vars(claim) for claim in page.claims],
@@ -82,7 +85,7 @@ def readme(results: Results, page: Page, command: Sequence[str]) -> str:
     """The report as Markdown."""
     study = results.study
     lines = [f"# {study.title}", "", f"Mirrors {study.mirrors} of the paper on embedded tasks."]
-    lines += ["", "```", shlex.join(command), "```", ""]
+    lines += ["", "```", _command(command), "```", ""]
     lines += [f"{line}  " for line in _setup(results)]
     if results.missing:
         lines += ["", f"**Incomplete**: without {', '.join(results.missing)}."]
@@ -108,6 +111,11 @@ def readme(results: Results, page: Page, command: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _command(words: Sequence[str]) -> str:
+    """The command that makes runs and report; where copies go is no part of it."""
+    return shlex.join(w for w in words if not w.startswith(("report=", "docs=")))
+
+
 def copy_to(out: Path, docs: Path) -> Path:
     """Copies a report, and nothing of the runs, to ``docs/NAME``; renews ``docs/README.md``."""
     target = docs / out.name
@@ -121,8 +129,16 @@ def copy_to(out: Path, docs: Path) -> Path:
 
 
 def index(docs: Path) -> str:
-    """One page over all studies in a folder: their claims and what came out."""
-    lines = ["# Studies", "", "The paper's claims on embedded tasks; see each study's page."]
+    """One page over all studies in a folder: their claims and what came out.
+
+    What a person wrote above `MARK` stays.
+    """
+    page = docs / "README.md"
+    written = page.read_text("utf-8").partition(MARK)[0] if page.is_file() else ""
+    head = (
+        written or "# Studies\n\nThe paper's claims on embedded tasks; see each study's page.\n\n"
+    )
+    lines = [head + MARK]
     for path in sorted(docs.glob("*/numbers.json")):
         found = json.loads(path.read_text("utf-8"))
         lines += ["", f"## [{path.parent.name}]({path.parent.name}/README.md)", ""]
