@@ -139,13 +139,19 @@ def test_help_names_every_study_and_setting(capsys: pytest.CaptureFixture[str]) 
 
 @pytest.mark.parametrize("name", list(STUDIES))
 def test_every_setting_of_every_study_is_a_configuration(name: str, tmp_path: Path) -> None:
+    by_steps = set()
     for run in expand(STUDIES[name], tmp_path, seeds=[0]):
         config, _ = composed(*run.words)
         settings = {k: v for k, v in config.objective.items() if k != "name"}
         make_objective(config.objective["name"], settings)
         assert config.evaluation.tasks == config.evaluation.curve_tasks
-        episodes = config.batch.prompts * config.batch.samples
-        assert episodes == 32, run.name  # the same number of episodes per step everywhere
+        updates = config.batch.prompts // config.batch.mini_batch
+        shape = (config.batch.prompts * config.batch.samples, updates, config.optimizer.lr)
+        if run.setting.label == "grpo":  # whole groups; compared by episodes, not by steps
+            assert shape[1] == (4 if "env=math" in run.words else 1)
+        else:
+            by_steps.add(shape)
+    assert len(by_steps) == 1  # what is compared by steps has the same batch, updates and rate
 
 
 # Numbers

@@ -77,6 +77,7 @@ def success_figure(
     axes.set_xlabel("episodes rolled out" if episodes else "steps done")
     if log:
         axes.set_xscale("symlog", linthresh=100)
+        axes.set_xlim(left=-5)  # room for the marks at 0, and no tick at -100
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
     _legend_right(axes)
     return figure
