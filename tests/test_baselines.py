@@ -814,3 +814,11 @@ def test_mixtures_outside_their_interval_are_refused(mixture: float) -> None:
     for kind in (ClippedReverseKL, EntropyMaskedReverseKL, Reopold, SkewReverseKL):
         with pytest.raises(ValueError, match="mixture"):
             kind(mixture=mixture)
+
+
+def test_a_length_penalty_longer_than_the_budget_is_refused() -> None:
+    facts = RunFacts(steps=10, max_response_tokens=64)
+    assert GRPO(overlong_buffer=64).for_run(facts).token_budget == 64
+    with pytest.raises(ConfigError, match="overlong_buffer=65 is more than the whole budget of 64"):
+        GRPO(overlong_buffer=65).for_run(facts)
+    assert GRPO(overlong_buffer=65, token_budget=80).for_run(facts).token_budget == 80

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from reopold_agent.errors import ConfigError
 from reopold_agent.objectives.base import (
     LossTerms,
     Needs,
@@ -146,10 +147,18 @@ class GRPO(Objective):
         return self.rounds if self.drop_equal_groups else 1
 
     def for_run(self, facts: RunFacts) -> Self:
-        """Fills in ``token_budget``."""
-        if self.token_budget is not None:
-            return self
-        return replace(self, token_budget=facts.max_response_tokens)
+        """Fills in ``token_budget``.
+
+        Raises:
+            ConfigError: ``overlong_buffer`` is more than the whole budget.
+        """
+        budget = self.token_budget or facts.max_response_tokens
+        if self.overlong_buffer > budget:
+            raise ConfigError(
+                f"objective.overlong_buffer={self.overlong_buffer} is more than the whole budget "
+                f"of {budget} tokens (objective.token_budget, rollout.max_response_tokens)"
+            )
+        return replace(self, token_budget=budget)
 
     def shaped_reward(self, outcomes: Outcomes) -> Tensor:
         """The environment's reward with curiosity, call penalty and length penalty added."""
