@@ -185,7 +185,9 @@ def test_outcomes_reach_the_loss_and_the_teacher_does_not(
     for name in ("alone", "shown"):
         assert_same_weights(tmp_path / "teacher/final", tmp_path / name / "final")
         assert train_rows(tmp_path / name)[1]["loss"] == train_rows(tmp_path / "teacher")[1]["loss"]
-    assert all(row["teacher_logp"] is None for row in lines(tmp_path / "alone/trajectories.jsonl"))
+    written = lines(tmp_path / "alone/trajectories.jsonl")
+    assert all((row["teacher_logp"], row["who"]) == (None, "student") for row in written)
+    assert any(row["advantage"] for row in written)
     _, batches = updates[0]
     with monkeypatch.context() as patch:
         rewarded(patch, lambda task, words: 1 - coin(task, words))
@@ -350,6 +352,7 @@ def test_the_teacher_plays_and_the_student_learns_its_tokens(
 
         patch.setattr(Updater, "step", step)
         train(tmp_path, *SFT, "steps=1")
+    assert {row["who"] for row in lines(tmp_path / "trajectories.jsonl")} == {"teacher"}
     assert len(scored) == 4
     with pytest.raises(ConfigError, match=r"objective=sft needs model\.teacher"):
         train(tmp_path / "none", *SFT, *ALONE)

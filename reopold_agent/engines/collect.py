@@ -76,6 +76,13 @@ class Collector:
         """Whether trajectories come from the environment, which says how they ended."""
         return self._recorded is None
 
+    @property
+    def actor(self) -> str:
+        """Whose tokens the trajectories hold: ``student``, ``teacher`` or ``recorded``."""
+        if self._recorded is not None:
+            return "recorded"
+        return "teacher" if self.objective.needs & Needs.DEMONSTRATIONS else "student"
+
     def collect(self, step: int, position: int) -> Collected:
         """The step's trajectories; draws go on at ``position``.
 

@@ -317,7 +317,13 @@ class Session:
         for trajectory in trajectories[: logging_config.trajectories]:
             pictures = save_pictures(trajectory, self.folder.path)
             self.trajectories.write(
-                trajectory_record(trajectory, step=step, pictures=pictures, decode=self._chat.raw)
+                trajectory_record(
+                    trajectory,
+                    step=step,
+                    who=self.collector.actor,
+                    pictures=pictures,
+                    decode=self._chat.raw,
+                )
             )
 
     # Evaluation

@@ -31,14 +31,14 @@ def trajectory_record(
         trajectory: the episode.
         step: training step from 0 (kind "train") or number of updates done (kind "eval").
         kind: which of both; `JsonLines.truncate_after` reads it.
-        who: "student" or "teacher".
+        who: "student", "teacher", or "recorded" for an expert's conversations.
         pictures: paths from `save_pictures`, one per image, or none.
         decode: ids to text with control tokens kept, for readers without the tokenizer; it gives
             ``prompt`` and ``tokens``.
 
     Returns:
         ``kind``, ``step``, ``who``, ``task_id``, ``index``, ``sample``, ``success``, ``reward``,
-        ``stop_reason``, ``seconds``, ``prompt`` (null without ``decode``; a run of one id, such
+        ``advantage`` (null where the objective has none), ``stop_reason``, ``seconds``, ``prompt`` (null without ``decode``; a run of one id, such
         as an image's placeholders, stands as "token*count"), ``prompt_length``,
         ``response_tokens``,
         ``turns`` (``start``, ``end``, ``text``, ``finish``, ``tool_call``, ``observation``,
@@ -65,6 +65,7 @@ def trajectory_record(
         "sample": trajectory.sample,
         "success": bool(trajectory.success),
         "reward": float(trajectory.reward),
+        "advantage": trajectory.advantage,
         "stop_reason": trajectory.stop_reason.value,
         "seconds": trajectory.seconds,
         "prompt": decode and _prompt(ids[: trajectory.prompt_length], decode),
