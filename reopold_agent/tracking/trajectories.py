@@ -38,8 +38,9 @@ def trajectory_record(
 
     Returns:
         ``kind``, ``step``, ``who``, ``task_id``, ``index``, ``sample``, ``success``, ``reward``,
-        ``advantage`` (null where the objective has none), ``stop_reason``, ``seconds``, ``prompt`` (null without ``decode``; a run of one id, such
-        as an image's placeholders, stands as "token*count"), ``prompt_length``,
+        ``advantage`` (null where the objective has none), ``stop_reason``, ``seconds``,
+        ``prompt`` (null without ``decode``; a run of one id, such as an image's placeholders,
+        stands as "token*count"), ``prompt_length``,
         ``response_tokens``,
         ``turns`` (``start``, ``end``, ``text``, ``finish``, ``tool_call``, ``observation``,
         ``env_seconds``), ``images`` (``grid``, ``tokens``, ``width``, ``height``, ``picture``),
