@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
 from reopold_agent.demo import tasks as demo_tasks
-from reopold_agent.demo.build import LIMITS, TINY, WEIGHTS, Workshop, build
+from reopold_agent.demo.build import LIMITS, TINY, Workshop, build
 from reopold_agent.demo.experts import (
     OBSERVATION_LIMITS,
     PROMPT_LIMITS,
@@ -25,6 +25,7 @@ from reopold_agent.demo.experts import (
 from reopold_agent.demo.setting import make_env, prompt_texts
 from reopold_agent.demo.tasks import CARD, CELL, SIDE, TRAIN_COLUMNS, DemoTasks, card, digit_indices
 from reopold_agent.demo.tokenizer import CONTROL_TOKENS, TOOL_TOKENS
+from reopold_agent.demo.workshop import WEIGHTS
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.types import Sampling, Task
 

@@ -18,7 +18,6 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from reopold_agent import configs
-from reopold_agent.demo.build import WEIGHTS
 from reopold_agent.demo.figures.build import (
     LIMITS,
     PIXELS,
@@ -40,6 +39,7 @@ from reopold_agent.demo.figures.scripts import (
 )
 from reopold_agent.demo.figures.shapes import UNKNOWN, Measure
 from reopold_agent.demo.figures.tasks import KINDS, FigureTasks, Problem, draw, problems
+from reopold_agent.demo.workshop import WEIGHTS
 from reopold_agent.envs.single_turn import SingleTurnEnv
 from reopold_agent.errors import ConfigError
 from reopold_agent.policies.loading import resolve_path

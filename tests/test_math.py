@@ -24,7 +24,6 @@ from reopold_agent.data.rows import read_rows
 from reopold_agent.demo.arithmetic.build import (
     PREFIX,
     TINY,
-    WEIGHTS,
     Workshop,
     build,
     fingerprint,
@@ -32,6 +31,7 @@ from reopold_agent.demo.arithmetic.build import (
 )
 from reopold_agent.demo.arithmetic.scripts import Careless, Talkative, expert
 from reopold_agent.demo.arithmetic.tasks import ArithmeticTasks, Operation, Problem
+from reopold_agent.demo.workshop import WEIGHTS
 from reopold_agent.envs.single_turn import SingleTurnEnv
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.judges import grade

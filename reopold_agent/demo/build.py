@@ -7,16 +7,14 @@ read and crop, but mostly answers without looking. The gap is one of behaviour, 
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -35,14 +33,10 @@ from reopold_agent.demo.setting import make_env, prompt_texts
 from reopold_agent.demo.tasks import DemoTasks
 from reopold_agent.demo.tokenizer import train_tokenizer
 from reopold_agent.demo.training import Schedule, train_supervised
-from reopold_agent.policies.adapter import ModelAdapter
-from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.policies.vision import VisionProcessor
-from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
-from reopold_agent.types import Sampling, Trajectory
+from reopold_agent.demo.workshop import BaseWorkshop, command, mean, progress
+from reopold_agent.rollout.runner import RolloutLimits
+from reopold_agent.types import Observation, Trajectory
 
-WEIGHTS = Path(__file__).parent / "weights"
 LIMITS = RolloutLimits(
     max_response_tokens=256, max_turn_tokens=64, max_turns=3, env_seconds=60.0, concurrency=64
 )
@@ -86,25 +80,20 @@ TINY = Recipe(
 """A handful of steps, to see that the recipe runs."""
 
 
-class Workshop:
-    """The tokenizer, renderer and picture processor that student and teacher share."""
+def _env() -> gymnasium.Env[Observation, str]:
+    return make_env(DemoTasks("train"), DemoTasks("eval"))
+
+
+class Workshop(BaseWorkshop):
+    """What student and teacher share."""
+
+    limits = LIMITS
+    prompt_pixels = PROMPT_LIMITS
+    observation_pixels = OBSERVATION_LIMITS
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-        self.chat = ChatRenderer(tokenizer)
-        self.processor = image_processor()
         # Pictures are seen once or twice here, so a large cache would only hold memory.
-        self.vision = VisionProcessor(self.processor, cache_bytes=64 * 2**20)
-        self.env = make_env(DemoTasks("train"), DemoTasks("eval"))
-
-    def policy(self, model: Any) -> TransformersPolicy:
-        """A policy that generates with ``model``."""
-        return TransformersPolicy(
-            ModelAdapter(model, self.vision, self.chat.image_id),
-            allowed_ids=len(self.tokenizer),
-            forbidden_ids=self.chat.forbidden_ids,
-            stop_ids=self.chat.stop_ids,
-        )
+        super().__init__(tokenizer, _env, image_processor(), cache_bytes=64 * 2**20)
 
     def traces(
         self, tasks: DemoTasks, indices: Sequence[int], script: Script, seed: int
@@ -121,35 +110,17 @@ class Workshop:
         """Short exchanges that train reading."""
         return [reading_lesson(tasks, index, self.chat, self.vision) for index in indices]
 
-    def held_out(self, model: Any, count: int, temperature: float) -> dict[str, Any]:
-        """Success and tool rate on held-out tasks, sampled as training samples."""
-        runner = RolloutRunner(
-            lambda: make_env(DemoTasks("train"), DemoTasks("eval")),
-            self.chat,
-            self.vision,
-            prompt_pixels=PROMPT_LIMITS,
-            observation_pixels=OBSERVATION_LIMITS,
-            limits=LIMITS,
-        )
-        specs = [EpisodeSpec("eval", index) for index in range(count)]
-        try:
-            episodes = runner.run(self.policy(model), specs, Sampling(temperature), (7,))
-        finally:
-            runner.close()
+    def figures(self, episodes: Sequence[Trajectory]) -> dict[str, Any]:
+        """Success and tool rate, and success by kind."""
         tasks = DemoTasks("eval")
         figures: dict[str, Any] = {
-            "n": count,
-            "success": _mean([e.success for e in episodes]),
-            "tool_rate": _mean([bool(e.tool_calls) for e in episodes]),
+            "success": mean([e.success for e in episodes]),
+            "tool_rate": mean([bool(e.tool_calls) for e in episodes]),
         }
         for kind in ("image", "video", "small_video"):
             chosen = [e.success for e in episodes if tasks[e.index].metadata["kind"] == kind]
-            figures[f"success_{kind}"] = _mean(chosen)
+            figures[f"success_{kind}"] = mean(chosen)
         return figures
-
-
-def _mean(values: Sequence[bool]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
 
 
 def build(
@@ -199,9 +170,9 @@ def build(
         lambda step: traces(step, faded(step), expert, recipe.teacher_batch),
         progress(say, "teacher", recipe.teacher_steps),
     )
-    _save(out / "teacher", shop, model)
+    shop.save(out / "teacher", model)
     others = replace(base, seed=2000 + recipe.seed)
-    figures = {"teacher": _figures(say, "teacher", shop, model, recipe.held_out)}
+    figures = {"teacher": shop.both_held_out(say, "teacher", model, recipe.held_out)}
 
     train_supervised(
         policy,
@@ -209,60 +180,16 @@ def build(
         lambda step: traces(step, others, Careless(), recipe.student_batch),
         progress(say, "student", recipe.student_steps),
     )
-    _save(out / "student", shop, model)
-    figures["student"] = _figures(say, "student", shop, model, recipe.held_out)
+    shop.save(out / "student", model)
+    figures["student"] = shop.both_held_out(say, "student", model, recipe.held_out)
     note = {"recipe": asdict(recipe), "prompts": texts.fingerprint(), "held_out": figures}
     (out / "recipe.json").write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
     return figures
 
 
-def progress(say: Callable[[str], None], name: str, steps: int) -> Callable[[int, float], None]:
-    """A report for `train_supervised`: says a line every 50 steps, stops at a loss of NaN."""
-    started = time.perf_counter()
-
-    def report(step: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"{name}: the loss of step {step} is {loss}")
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            seconds = time.perf_counter() - started
-            say(f"{name} {step + 1}/{steps}  loss {loss:.4f}  {seconds:.0f} s")
-
-    return report
-
-
-def _save(folder: Path, shop: Workshop, model: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    shop.tokenizer.save_pretrained(folder)
-    shop.processor.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner may read
-
-
-def _figures(
-    say: Callable[[str], None], name: str, shop: Workshop, model: Any, count: int
-) -> dict[str, Any]:
-    figures = {
-        label: shop.held_out(model, count, temperature)
-        for label, temperature in (("sampled", 1.0), ("greedy", 0.0))
-    }
-    for label, row in figures.items():
-        say(f"{name}, held out, {label}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
-    return figures
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder (default: the package's)")
-    default = Recipe()
-    for name, value in asdict(default).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
-    options = vars(parser.parse_args(argv))
-    out = options.pop("out")
-    build(out, Recipe(**options), lambda line: print(line, flush=True))
-    print(f"saved under {out}")
-    return 0
+    return command(build, Recipe(), __doc__, argv)
 
 
 if __name__ == "__main__":

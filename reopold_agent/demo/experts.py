@@ -27,8 +27,8 @@ from reopold_agent.demo.tasks import (
 )
 from reopold_agent.policies.vision import PixelLimits, VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
+from reopold_agent.rollout.demonstrations import unsampled
 from reopold_agent.types import (
-    EncodedImage,
     Message,
     Observation,
     StopReason,
@@ -153,7 +153,7 @@ def record(
             recorded[-1].observation = observation["text"]
     if not done:
         raise ValueError(f"the episode of {task.id} did not end after its {len(turns)} turns")
-    trajectory = _trajectory(task.id, prompt_length, ids, mask, shown)
+    trajectory = unsampled(task.id, prompt_length, ids, mask, shown)
     trajectory.turns = recorded
     trajectory.stop_reason = StopReason.ANSWER if terminated else StopReason.MAX_TURNS
     trajectory.reward = reward
@@ -179,28 +179,4 @@ def reading_lesson(
     ids, images = renderer.prompt([Message("user", (text, image))])
     own = renderer.turn_ids(answer_turn(digit(digit_index)))
     mask = [False] * len(ids) + [True] * len(own)
-    return _trajectory(f"lesson-{index}", len(ids), ids + own, mask, images)
-
-
-def _trajectory(
-    task_id: str,
-    prompt_length: int,
-    ids: Sequence[int],
-    mask: Sequence[bool],
-    images: Sequence[EncodedImage],
-) -> Trajectory:
-    return Trajectory(
-        task_id=task_id,
-        index=0,
-        sample=0,
-        prompt_length=prompt_length,
-        ids=np.asarray(ids, dtype=np.int64),
-        loss_mask=np.asarray(mask, dtype=np.bool_),
-        logp=np.zeros(len(ids), dtype=np.float32),
-        entropy=np.zeros(len(ids), dtype=np.float32),
-        images=list(images),
-        turns=[],
-        stop_reason=StopReason.ANSWER,
-        reward=1.0,
-        success=True,
-    )
+    return unsampled(f"lesson-{index}", len(ids), ids + own, mask, images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from reopold_agent.data.demonstrations import Demonstration, Parts
@@ -52,17 +54,33 @@ def demonstrated(demonstration: Demonstration, index: int, runner: RolloutRunner
             f"the conversation {demonstration.id} has {len(ids) - prompt_length} tokens after its "
             f"prompt, but rollout.max_response_tokens is {longest}: raise it or leave the row out"
         )
+    trajectory = unsampled(demonstration.id, prompt_length, ids, mask, shown, index=index)
+    trajectory.turns = recorded
+    return trajectory
+
+
+def unsampled(
+    task_id: str,
+    prompt_length: int,
+    ids: Sequence[int],
+    loss_mask: Sequence[bool],
+    images: Sequence[EncodedImage] = (),
+    *,
+    index: int = 0,
+) -> Trajectory:
+    """A trajectory of tokens that nobody sampled: ``logp`` and ``entropy`` are zeros, and so is the
+    outcome, which is unknown."""
     return Trajectory(
-        task_id=demonstration.id,
+        task_id=task_id,
         index=index,
         sample=0,
         prompt_length=prompt_length,
         ids=np.asarray(ids, dtype=np.int64),
-        loss_mask=np.asarray(mask, dtype=np.bool_),
+        loss_mask=np.asarray(loss_mask, dtype=np.bool_),
         logp=np.zeros(len(ids), dtype=np.float32),
         entropy=np.zeros(len(ids), dtype=np.float32),
-        images=shown,
-        turns=recorded,
+        images=list(images),
+        turns=[],
         stop_reason=StopReason.ANSWER,
         reward=0.0,
         success=False,

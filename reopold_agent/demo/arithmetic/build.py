@@ -7,7 +7,6 @@ finds all but impossible. The gap is one of behaviour: both know the method.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
@@ -25,16 +24,14 @@ from transformers import PreTrainedTokenizerFast
 from reopold_agent.demo.arithmetic.models import new_model
 from reopold_agent.demo.arithmetic.scripts import Careless, Script, Talkative, expert
 from reopold_agent.demo.arithmetic.tasks import OPERATIONS, ArithmeticTasks, Operation
-from reopold_agent.demo.build import WEIGHTS, progress
 from reopold_agent.demo.tokenizer import train_tokenizer
 from reopold_agent.demo.training import Schedule, train_supervised
+from reopold_agent.demo.workshop import BaseWorkshop, command, mean, progress
 from reopold_agent.envs.single_turn import SingleTurnEnv
-from reopold_agent.policies.adapter import ModelAdapter
-from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.policies.vision import PixelLimits
-from reopold_agent.rollout.chat import ChatRenderer, observation_message
-from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
-from reopold_agent.types import Message, Observation, Sampling, StopReason, Trajectory
+from reopold_agent.rollout.chat import observation_message
+from reopold_agent.rollout.demonstrations import unsampled
+from reopold_agent.rollout.runner import RolloutLimits
+from reopold_agent.types import Message, Observation, Trajectory
 
 PREFIX: Final = "arithmetic_"
 LIMITS: Final = RolloutLimits(
@@ -81,22 +78,13 @@ def make_env() -> gymnasium.Env[Observation, str]:
     return SingleTurnEnv(data={"train": ArithmeticTasks("train"), "eval": ArithmeticTasks("eval")})
 
 
-class Workshop:
-    """The tokenizer, renderer and environment that the three models share."""
+class Workshop(BaseWorkshop):
+    """What the three models share."""
+
+    limits = LIMITS
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-        self.chat = ChatRenderer(tokenizer)
-        self.env = make_env()
-
-    def policy(self, model: Any) -> TransformersPolicy:
-        """A policy that generates with ``model``."""
-        return TransformersPolicy(
-            ModelAdapter(model, None, None),
-            allowed_ids=len(self.tokenizer),
-            forbidden_ids=self.chat.forbidden_ids,
-            stop_ids=self.chat.stop_ids,
-        )
+        super().__init__(tokenizer, make_env)
 
     def trace(self, tasks: ArithmeticTasks, index: int, script: Script) -> Trajectory:
         """The episode in which the student says what the script says.
@@ -111,53 +99,20 @@ class Workshop:
         ids, _ = self.chat.prompt(messages)
         text = script(tasks.problem(index), np.random.default_rng((tasks.seed, 1, index)))
         own = self.chat.turn_ids(text)
-        length = len(ids) + len(own)
-        return Trajectory(
-            task_id=task.id,
-            index=index,
-            sample=0,
-            prompt_length=len(ids),
-            ids=np.asarray(ids + own, dtype=np.int64),
-            loss_mask=np.arange(length) >= len(ids),
-            logp=np.zeros(length, dtype=np.float32),
-            entropy=np.zeros(length, dtype=np.float32),
-            images=[],
-            turns=[],
-            stop_reason=StopReason.ANSWER,
-            reward=0.0,
-            success=False,
-        )
+        mask = [False] * len(ids) + [True] * len(own)
+        return unsampled(task.id, len(ids), ids + own, mask, index=index)
 
-    def held_out(self, model: Any, count: int, temperature: float) -> dict[str, Any]:
-        """Success and length on held-out tasks, sampled as training samples."""
-        unused = PixelLimits(56 * 56, 56 * 56)
-        runner = RolloutRunner(
-            make_env,
-            self.chat,
-            None,
-            prompt_pixels=unused,
-            observation_pixels=unused,
-            limits=LIMITS,
-        )
-        specs = [EpisodeSpec("eval", index) for index in range(count)]
-        try:
-            episodes = runner.run(self.policy(model), specs, Sampling(temperature), (7,))
-        finally:
-            runner.close()
+    def figures(self, episodes: Sequence[Trajectory]) -> dict[str, Any]:
+        """Success, length, and success by operation."""
         tasks = ArithmeticTasks("eval")
         figures: dict[str, Any] = {
-            "n": count,
-            "success": _mean([e.success for e in episodes]),
-            "tokens": _mean([e.response_tokens for e in episodes]),
+            "success": mean([e.success for e in episodes]),
+            "tokens": mean([e.response_tokens for e in episodes]),
         }
         for operation in OPERATIONS:
             chosen = [e.success for e in episodes if tasks.problem(e.index).operation == operation]
-            figures[f"success_{operation}"] = _mean(chosen)
+            figures[f"success_{operation}"] = mean(chosen)
         return figures
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
 
 
 def corpus(env: gymnasium.Env[Observation, str]) -> list[str]:
@@ -206,13 +161,8 @@ def build(
 
         policy = shop.policy(model)
         train_supervised(policy, schedule, batch, progress(say, name, schedule.steps))
-        _save(out / f"{PREFIX}{name}", shop, model)
-        figures[name] = {
-            label: shop.held_out(model, recipe.held_out, temperature)
-            for label, temperature in (("sampled", 1.0), ("greedy", 0.0))
-        }
-        for label, row in figures[name].items():
-            say(f"{name}, held out, {label}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
+        shop.save(out / f"{PREFIX}{name}", model)
+        figures[name] = shop.both_held_out(say, name, model, recipe.held_out)
 
     def tasks(number: int, *more: Operation) -> ArithmeticTasks:
         kinds = (*OPERATIONS, *more)
@@ -245,25 +195,9 @@ def build(
     return figures
 
 
-def _save(folder: Path, shop: Workshop, model: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    shop.tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner may read
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder (default: the package's)")
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
-    options = vars(parser.parse_args(argv))
-    out = options.pop("out")
-    build(out, Recipe(**options), lambda line: print(line, flush=True))
-    print(f"saved under {out}")
-    return 0
+    return command(build, Recipe(), __doc__, argv)
 
 
 if __name__ == "__main__":

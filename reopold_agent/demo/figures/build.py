@@ -7,7 +7,6 @@ habits: it can read and knows the rules, but mostly guesses.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from reopold_agent.demo.build import WEIGHTS, progress
 from reopold_agent.demo.figures.scripts import (
     CALCULATE,
     READ,
@@ -37,19 +35,16 @@ from reopold_agent.demo.figures.tasks import KINDS, FigureTasks, Problem
 from reopold_agent.demo.models import image_processor, new_model
 from reopold_agent.demo.tokenizer import train_tokenizer
 from reopold_agent.demo.training import Schedule, train_supervised
+from reopold_agent.demo.workshop import BaseWorkshop, command, mean, progress
 from reopold_agent.envs.single_turn import SingleTurnEnv
-from reopold_agent.policies.adapter import ModelAdapter
-from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
-from reopold_agent.rollout.chat import ChatRenderer, observation_message
-from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
+from reopold_agent.policies.vision import PixelLimits
+from reopold_agent.rollout.chat import observation_message
+from reopold_agent.rollout.demonstrations import unsampled
+from reopold_agent.rollout.runner import RolloutLimits
 from reopold_agent.types import (
     IMAGE_MARK,
-    EncodedImage,
     Message,
     Observation,
-    Sampling,
-    StopReason,
     Trajectory,
 )
 
@@ -113,25 +108,17 @@ def make_env() -> gymnasium.Env[Observation, str]:
     return SingleTurnEnv(data={"train": FigureTasks("train"), "eval": FigureTasks("eval")})
 
 
-class Workshop:
-    """The tokenizer, renderer, picture processor and environment that the models share."""
+class Workshop(BaseWorkshop):
+    """What the models share."""
+
+    limits = LIMITS
+    prompt_pixels = PIXELS
+    observation_pixels = PIXELS
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.tokenizer = tokenizer
-        self.chat = ChatRenderer(tokenizer)
-        self.processor = image_processor(PIXELS.max_pixels, mean=PAPER_MEAN, spread=PAPER_SPREAD)
+        processor = image_processor(PIXELS.max_pixels, mean=PAPER_MEAN, spread=PAPER_SPREAD)
         # Most of a step would go into drawing and cutting patches if pools did not keep them.
-        self.vision = VisionProcessor(self.processor, cache_bytes=CACHE_BYTES)
-        self.env = make_env()
-
-    def policy(self, model: Any) -> TransformersPolicy:
-        """A policy that generates with ``model``."""
-        return TransformersPolicy(
-            ModelAdapter(model, self.vision, self.chat.image_id),
-            allowed_ids=len(self.tokenizer),
-            forbidden_ids=self.chat.forbidden_ids,
-            stop_ids=self.chat.stop_ids,
-        )
+        super().__init__(tokenizer, make_env, processor, CACHE_BYTES)
 
     def trace(self, tasks: FigureTasks, index: int, script: Script) -> Trajectory:
         """The episode in which the student says what the script says.
@@ -173,58 +160,20 @@ class Workshop:
     def _trajectory(self, name: str, messages: Sequence[Message], text: str) -> Trajectory:
         ids, images = self.chat.prompt(messages)
         own = self.chat.turn_ids(text)
-        return _trajectory(name, ids, own, images)
+        mask = [False] * len(ids) + [True] * len(own)
+        return unsampled(name, len(ids), ids + own, mask, images)
 
-    def held_out(self, model: Any, count: int, temperature: float) -> dict[str, Any]:
-        """Success, length and success by kind on held-out tasks, sampled as training samples."""
-        runner = RolloutRunner(
-            make_env,
-            self.chat,
-            self.vision,
-            prompt_pixels=PIXELS,
-            observation_pixels=PIXELS,
-            limits=LIMITS,
-        )
-        specs = [EpisodeSpec("eval", index) for index in range(count)]
-        try:
-            episodes = runner.run(self.policy(model), specs, Sampling(temperature), (7,))
-        finally:
-            runner.close()
+    def figures(self, episodes: Sequence[Trajectory]) -> dict[str, Any]:
+        """Success, length, and success by kind."""
         tasks = FigureTasks("eval")
         kinds = {e.index: tasks[e.index].metadata["kind"] for e in episodes}
         figures: dict[str, Any] = {
-            "n": count,
-            "success": _mean([e.success for e in episodes]),
-            "tokens": _mean([e.response_tokens for e in episodes]),
+            "success": mean([e.success for e in episodes]),
+            "tokens": mean([e.response_tokens for e in episodes]),
         }
         for kind in KINDS:
-            figures[kind] = _mean([e.success for e in episodes if kinds[e.index] == kind])
+            figures[kind] = mean([e.success for e in episodes if kinds[e.index] == kind])
         return figures
-
-
-def _trajectory(
-    name: str, ids: list[int], own: list[int], images: list[EncodedImage]
-) -> Trajectory:
-    length = len(ids) + len(own)
-    return Trajectory(
-        task_id=name,
-        index=0,
-        sample=0,
-        prompt_length=len(ids),
-        ids=np.asarray(ids + own, dtype=np.int64),
-        loss_mask=np.arange(length) >= len(ids),
-        logp=np.zeros(length, dtype=np.float32),
-        entropy=np.zeros(length, dtype=np.float32),
-        images=images,
-        turns=[],
-        stop_reason=StopReason.ANSWER,
-        reward=0.0,
-        success=False,
-    )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
 
 
 def prompts(env: gymnasium.Env[Observation, str]) -> list[str]:
@@ -267,13 +216,8 @@ def build(
     figures: dict[str, dict[str, Any]] = {}
 
     def finish(name: str) -> None:
-        _save(out / f"{PREFIX}{name}", shop, model)
-        figures[name] = {
-            label: shop.held_out(model, recipe.held_out, temperature)
-            for label, temperature in (("sampled", 1.0), ("greedy", 0.0))
-        }
-        for label, row in figures[name].items():
-            say(f"{name}, held out, {label}: " + ", ".join(f"{k} {v}" for k, v in row.items()))
+        shop.save(out / f"{PREFIX}{name}", model)
+        figures[name] = shop.both_held_out(say, name, model, recipe.held_out)
 
     pool: dict[tuple[str, int, int], Trajectory] = {}
 
@@ -335,26 +279,9 @@ def build(
     return figures
 
 
-def _save(folder: Path, shop: Workshop, model: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    shop.tokenizer.save_pretrained(folder)
-    shop.processor.save_pretrained(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner may read
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder (default: the package's)")
-    for name, value in asdict(Recipe()).items():
-        parser.add_argument("--" + name.replace("_", "-"), type=int, default=value)
-    options = vars(parser.parse_args(argv))
-    out = options.pop("out")
-    build(out, Recipe(**options), lambda line: print(line, flush=True))
-    print(f"saved under {out}")
-    return 0
+    return command(build, Recipe(), __doc__, argv)
 
 
 if __name__ == "__main__":
