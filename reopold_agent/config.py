@@ -173,17 +173,52 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """The local engine.
+class ServerConfig:
+    """vLLM servers of one model (``engine=verl``).
 
     Attributes:
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        tensor_parallel: GPUs of one server; there are as many servers as the GPUs allow.
+        memory_share: of each GPU's memory.
+        max_sequences: requests that one server works on at once.
+        eager: do without CUDA graphs (slower, starts sooner).
+    """
+
+    tensor_parallel: int = 1
+    memory_share: float = 0.5
+    max_sequences: int = 256
+    eager: bool = False
+
+    def __post_init__(self) -> None:
+        _positive(self, "engine server", "tensor_parallel", "max_sequences")
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(
+                f"a server's memory_share must lie in (0, 1], got {self.memory_share}"
+            )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Who trains: ``local`` (one process) or ``verl`` (Ray, FSDP, vLLM servers).
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (the last for ``local`` only).
         precision: ``auto`` (bfloat16 on a GPU, else float32), ``float32`` or ``bfloat16``.
         threads: CPU threads of PyTorch; null leaves its default.
         max_tokens_per_pass: rows x tokens of one forward pass without gradient.
         max_tokens_per_micro_batch: the same with gradient. Neither changes any result.
         old_logp: ``rollout`` uses the log-probs that came with the samples, ``recompute`` runs
             the model once more before the update, ``auto`` recomputes unless in float32.
+
+    The others are for ``verl``:
+        nodes, gpus_per_node: machines, and GPUs of each for student and teacher together.
+        teacher_gpus_per_node: of those, the teacher's.
+        student_server, teacher_server: their vLLM servers.
+        rollout_workers: processes that play episodes, each ``rollout.concurrency`` at once.
+        max_prompt_tokens: longest prompt; null takes 8,192 or what the models' context leaves.
+        ray_address: of a running cluster; null takes ``RAY_ADDRESS``, else starts one here.
+        attention: ``sdpa``, or ``flash_attention_2``, which packs sequences without padding.
+        offload: keep weights, gradients and optimizer on the CPU between uses.
+        overrides: verl's own settings by dotted key, applied last.
     """
 
     name: str = "local"
@@ -193,9 +228,20 @@ class EngineConfig:
     max_tokens_per_pass: int = 16384
     max_tokens_per_micro_batch: int = 8192
     old_logp: str = "auto"
+    nodes: int = 1
+    gpus_per_node: int = 1
+    teacher_gpus_per_node: int = 0
+    student_server: ServerConfig = field(default_factory=ServerConfig)
+    teacher_server: ServerConfig = field(default_factory=ServerConfig)
+    rollout_workers: int = 1
+    max_prompt_tokens: int | None = None
+    ray_address: str | None = None
+    attention: str = "sdpa"
+    offload: bool = False
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _one_of("engine.name", self.name, ("local",))
+        _one_of("engine.name", self.name, ("local", "verl"))
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ConfigError(
                 f"engine.device must be auto, cpu, cuda or cuda:N, got '{self.device}'"
@@ -205,6 +251,11 @@ class EngineConfig:
             _positive(self, "engine", "threads")
         _one_of("engine.precision", self.precision, ("auto", "float32", "bfloat16"))
         _one_of("engine.old_logp", self.old_logp, ("auto", "rollout", "recompute"))
+        _one_of("engine.attention", self.attention, ("sdpa", "flash_attention_2"))
+        _positive(self, "engine", "nodes", "gpus_per_node", "rollout_workers")
+        _not_negative(self, "engine", "teacher_gpus_per_node")
+        if self.max_prompt_tokens is not None:
+            _positive(self, "engine", "max_prompt_tokens")
 
 
 @dataclass(frozen=True)
@@ -268,6 +319,20 @@ class ModelsConfig:
 
 
 @dataclass(frozen=True)
+class PolicyConfig:
+    """Who generates and who scores, by role: ``name`` and the settings of that kind of policy
+    (``transformers``, ``vllm``, ``server`` or a plugin's; `reopold_agent.policies.registry`)."""
+
+    student: dict[str, Any] = field(default_factory=lambda: {"name": "transformers"})
+    teacher: dict[str, Any] = field(default_factory=lambda: {"name": "transformers"})
+
+    def __post_init__(self) -> None:
+        for role in ("student", "teacher"):
+            if not isinstance(getattr(self, role).get("name"), str):
+                raise ConfigError(f"policy.{role}.name must be set; policy=transformers does so")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything about a training run.
 
@@ -291,6 +356,7 @@ class TrainConfig:
     seed: int
     steps: int
     resume: str = "auto"
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -54,6 +54,10 @@ class VocabularyMismatchError(ModelError):
     """Student and teacher do not map the same ids to the same tokens."""
 
 
+class ModelServerError(ReopoldError, RuntimeError):
+    """A model's server did not answer, or not usefully, after all retries."""
+
+
 class CheckpointError(ReopoldError, RuntimeError):
     """A run folder cannot be resumed as asked."""
 

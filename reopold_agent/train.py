@@ -35,11 +35,15 @@ def load_config(composed: DictConfig) -> tuple[TrainConfig, dict[str, Any]]:
 def run(composed: DictConfig) -> dict[str, Any]:
     """Runs the training that Hydra composed; returns the summary."""
     config, raw = load_config(composed)
-    # Imported here so that --help and configuration errors do not wait for PyTorch.
-    from reopold_agent.engines.local import LocalEngine
-
     folder = Path(HydraConfig.get().runtime.output_dir)
     command = list(HydraConfig.get().overrides.task)
+    # Imported here so that --help and configuration errors do not wait for PyTorch.
+    if config.engine.name == "verl":
+        from reopold_agent.engines.verl.engine import VerlEngine
+
+        return VerlEngine(config, raw, folder, command).run()
+    from reopold_agent.engines.local import LocalEngine
+
     return LocalEngine(config, raw, folder, command).run()
 
 

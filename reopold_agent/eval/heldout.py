@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,27 @@ class EvaluationResult:
     response_tokens: float
     stops: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> EvaluationResult:
+        """The result of these episodes, one per task."""
+        n = len(trajectories)
+        successes = sum(t.success for t in trajectories)
+        low, high = wilson_interval(successes, n)
+        statistics = rollout_statistics(trajectories)
+        return cls(
+            success=successes / n,
+            low=low,
+            high=high,
+            n=n,
+            tool_rate=statistics["rollout/tool_rate"],
+            response_tokens=statistics["rollout/response_tokens"],
+            stops={
+                name.removeprefix("rollout/"): share
+                for name, share in statistics.items()
+                if name.startswith("rollout/stop/")
+            },
+        )
+
     def row(self) -> dict[str, Any]:
         """As plain values."""
         return {**{k: v for k, v in vars(self).items() if k != "stops"}, **self.stops}
@@ -50,19 +71,4 @@ def evaluate_policy(
     """
     episodes = [EpisodeSpec(split, index) for index in range(tasks)]
     trajectories = runner.run(policy, episodes, sampling, (seed, 2), on_done=on_done)
-    successes = sum(t.success for t in trajectories)
-    low, high = wilson_interval(successes, tasks)
-    statistics = rollout_statistics(trajectories)
-    return EvaluationResult(
-        success=successes / tasks,
-        low=low,
-        high=high,
-        n=tasks,
-        tool_rate=statistics["rollout/tool_rate"],
-        response_tokens=statistics["rollout/response_tokens"],
-        stops={
-            name.removeprefix("rollout/"): share
-            for name, share in statistics.items()
-            if name.startswith("rollout/stop/")
-        },
-    )
+    return EvaluationResult.of(trajectories)

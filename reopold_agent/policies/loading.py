@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 
 DEMO_PREFIX = "demo:"
 _MULTIMODAL = ("qwen2_5_vl",)
+_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
+"""Files that are cut off, absent in the hub's cache, or of other shapes than the configuration."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,25 @@ class ModelSpec:
 
 
 @dataclass
-class LoadedModel:
-    """A checkpoint ready to use."""
+class Processing:
+    """What belongs to a checkpoint besides its weights: tokenizer and picture processor."""
 
     spec: ModelSpec
-    adapter: ModelAdapter
     tokenizer: PreTrainedTokenizerBase
     vision: VisionProcessor | None
     config: Any = field(repr=False)
+
+    @property
+    def image_token_id(self) -> int | None:
+        """Id of the placeholder of a merged patch; None for text-only models."""
+        return None if self.vision is None else int(self.config.image_token_id)
+
+
+@dataclass
+class LoadedModel(Processing):
+    """A checkpoint ready to use."""
+
+    adapter: ModelAdapter
 
     def policy(
         self,
@@ -227,34 +240,21 @@ def load_model(
         ModelError: something is missing or does not fit; see `check_available`.
         MissingExtraError: LoRA was asked for and peft is not installed.
     """
-    config = check_available(spec, role)
-    path = resolve_path(spec.path)
-    if saved is not None and spec.lora is None:
-        path = str(saved)
-    common: dict[str, Any] = {
-        "revision": spec.revision,
-        "trust_remote_code": spec.trust_remote_code,
-    }
-    sees = config.model_type in _MULTIMODAL
+    processing = load_processing(spec, role, saved=saved)
+    sees = processing.vision is not None
+    path = _weights_path(spec, saved)
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run has its own
     model_class: Any = Qwen2_5_VLForConditionalGeneration if sees else AutoModelForCausalLM
-    vision = None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
-        if sees:
-            processor = Qwen2VLImageProcessorPil.from_pretrained(
-                path, revision=spec.revision or "main"
-            )
-            vision = VisionProcessor(processor)
         model, report = model_class.from_pretrained(
             path,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
             dtype=getattr(torch, spec.dtype),
             attn_implementation=spec.attention,
             output_loading_info=True,
-            **common,
         )
-    # Files that are cut off, absent in the hub's cache, or of other shapes than the configuration.
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise ModelError(f"cannot load the {role} from '{path}': {error}") from error
     absent = sorted(report["missing_keys"])
     if absent:  # transformers would go on with random numbers in their place
@@ -266,17 +266,49 @@ def load_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
         model = _with_lora(model, spec.lora, saved)
-    image_id = int(config.image_token_id) if sees else None
-    adapter = ModelAdapter(model, vision, image_id, autocast=autocast)
-    if len(tokenizer) > adapter.vocabulary_rows:
+    adapter = ModelAdapter(
+        model, processing.vision, processing.image_token_id, autocast=autocast
+    )
+    if len(processing.tokenizer) > adapter.vocabulary_rows:
         raise ModelError(
-            f"the tokenizer of '{spec.path}' knows {len(tokenizer)} ids, but the model has only "
-            f"{adapter.vocabulary_rows} rows"
+            f"the tokenizer of '{spec.path}' knows {len(processing.tokenizer)} ids, but the model "
+            f"has only {adapter.vocabulary_rows} rows"
         )
-    return LoadedModel(spec, adapter, tokenizer, vision, config)
+    return LoadedModel(**vars(processing), adapter=adapter)
 
 
-def check_vocabularies(student: LoadedModel, teacher: LoadedModel) -> None:
+def load_processing(spec: ModelSpec, role: str, *, saved: Path | None = None) -> Processing:
+    """Loads a checkpoint's tokenizer and picture processor, not its weights.
+
+    Args:
+        spec, role, saved: as in `load_model`.
+
+    Raises:
+        ModelError: something is missing; see `check_available`.
+    """
+    config = check_available(spec, role)
+    path = _weights_path(spec, saved)
+    vision = None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+        if config.model_type in _MULTIMODAL:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(
+                path, revision=spec.revision or "main"
+            )
+            vision = VisionProcessor(processor)
+    except _UNREADABLE as error:
+        raise ModelError(f"cannot load the {role} from '{path}': {error}") from error
+    return Processing(spec, tokenizer, vision, config)
+
+
+def _weights_path(spec: ModelSpec, saved: Path | None) -> str:
+    """Where a checkpoint's files are; a LoRA adapter's base stays where it was."""
+    return str(saved) if saved is not None and spec.lora is None else resolve_path(spec.path)
+
+
+def check_vocabularies(student: Processing, teacher: Processing) -> None:
     """Makes sure that an id means the same to both, before any teacher score is believed.
 
     The models may be padded to different widths (Qwen2.5-VL: 151,936 and 152,064 rows); the
@@ -297,7 +329,7 @@ def check_vocabularies(student: LoadedModel, teacher: LoadedModel) -> None:
             f"{len(differing)} token ids, so the teacher would score other words than the student "
             f"said. The first:\n{shown}\nUse a teacher with the student's tokenizer."
         )
-    ours, his = student.adapter.image_token_id, teacher.adapter.image_token_id
+    ours, his = student.image_token_id, teacher.image_token_id
     if ours is not None and his is not None and ours != his:
         raise VocabularyMismatchError(
             f"the image placeholder is id {ours} for the student and {his} for the teacher"

@@ -87,12 +87,26 @@ class VisionProcessor:
             array = np.asarray(resized)
         elif isinstance(image, np.ndarray):
             array = array.copy()  # the environment may draw on its own array later
+        encoded = self.adopt(array)
+        self._encoded.put(key, encoded, array.nbytes)
+        return encoded
+
+    def adopt(self, pixels: PixelArray) -> EncodedImage:
+        """An `EncodedImage` of pixels that `encode` has resized already, here or elsewhere.
+
+        Raises:
+            ConfigError: a side is no multiple of patch x merge.
+        """
+        height, width = pixels.shape[:2]
+        if height % self.factor or width % self.factor:
+            raise ConfigError(
+                f"a picture of {height} x {width} pixels was not resized: its sides must be "
+                f"multiples of {self.factor}"
+            )
         patch = int(self.processor.patch_size)
         grid = (1, height // patch, width // patch)
         tokens = grid[1] * grid[2] // int(self.processor.merge_size) ** 2
-        encoded = EncodedImage(pixels=array, grid=grid, tokens=tokens)
-        self._encoded.put(key, encoded, array.nbytes)
-        return encoded
+        return EncodedImage(pixels=pixels, grid=grid, tokens=tokens)
 
     def patches(self, images: Sequence[EncodedImage]) -> tuple[Tensor, Tensor]:
         """The model's inputs for some pictures, in order.

@@ -1,0 +1,88 @@
+"""What engines share of a run: may it start or go on here, and what its objective is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from reopold_agent.config import TrainConfig, config_differences
+from reopold_agent.errors import CheckpointError, ConfigError
+from reopold_agent.objectives import Needs, Objective, RunFacts, make_objective
+from reopold_agent.tracking.plots import make_plots
+from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.summary import print_summary
+
+FREE_TO_CHANGE = ("resume", "checkpoint", "logging")
+"""Sections that do not influence what is computed; a resumed run may change them."""
+
+
+class RunState:
+    """The state of a run folder before anything is loaded.
+
+    Args:
+        config: the checked configuration.
+        raw: the same as plain values.
+        folder: the run folder.
+    """
+
+    def __init__(self, config: TrainConfig, raw: Mapping[str, Any], folder: RunFolder) -> None:
+        self._config, self._raw, self._folder = config, dict(raw), folder
+
+    def check(self, newest: Path | None) -> None:
+        """Makes sure that the run may start, or go on from the checkpoint ``newest``.
+
+        Raises:
+            CheckpointError: ``resume`` forbids it, or the folder belongs to other settings.
+        """
+        resume, folder = self._config.resume, self._folder
+        if resume == "never" and (newest is not None or folder.config.exists()):
+            raise CheckpointError(
+                f"{folder.path} already holds a run. Choose another hydra.run.dir, or "
+                "resume=auto to continue it."
+            )
+        if newest is None:
+            if resume == "must":
+                raise CheckpointError(f"resume=must, but {folder.path} holds no checkpoint")
+            return
+        if not folder.config.is_file():
+            raise CheckpointError(f"{folder.path} has checkpoints, but no config.yaml")
+        saved = OmegaConf.to_container(OmegaConf.load(folder.config))
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"{folder.config} is not a configuration")
+        different = config_differences(
+            {str(key): value for key, value in saved.items()}, self._raw, FREE_TO_CHANGE
+        )
+        if different:
+            raise CheckpointError(
+                f"{folder.path} was started with other settings (saved -> now):\n  "
+                + "\n  ".join(different)
+                + "\nGive the same settings to continue it, or another hydra.run.dir to start anew."
+            )
+
+    def show_again(self) -> dict[str, Any]:
+        """The summary of a run that is complete; nothing is computed or written again."""
+        summary: dict[str, Any] = json.loads(self._folder.summary.read_text(encoding="utf-8"))
+        make_plots(self._folder.path)  # the only files that come after the summary
+        print_summary(summary)
+        return summary
+
+
+def run_objective(config: TrainConfig) -> Objective:
+    """The run's objective with what depends on the run filled in.
+
+    Raises:
+        ConfigError: a setting is wrong, or there are no groups to compare.
+    """
+    settings = {key: value for key, value in config.objective.items() if key != "name"}
+    objective = make_objective(config.objective["name"], settings)
+    if objective.needs & Needs.OUTCOME and config.batch.samples < 2:
+        raise ConfigError(
+            f"objective={config.objective['name']} compares the episodes of one task, so "
+            "batch.samples must be at least 2 (8, say, with fewer batch.prompts and "
+            "batch.mini_batch)"
+        )
+    return objective.for_run(RunFacts(config.steps, config.rollout.max_response_tokens))

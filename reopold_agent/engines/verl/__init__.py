@@ -1,0 +1,18 @@
+"""The distributed engine: verl's Ray trainer (FSDP) with vLLM servers.
+
+`engine` starts a run; everything else in this package runs inside Ray's processes and imports
+verl, which the extra ``verl`` installs.
+
+=============  ======================================================================
+`compose`      our configuration as verl's, every key that matters set explicitly
+`engine`       checks, Ray, and the summary at the end
+`runner`       the process that drives the run (verl's task runner)
+`trainer`      verl's synchronous trainer with our batches, threshold, metrics and evaluation
+`rollouts`     processes that play episodes with `RolloutRunner` and ask the vLLM servers
+`client`       verl's servers as a `Policy`: ids and pictures in, ids and log-probs out
+`records`      trajectories as rows of verl's TransferQueue, and back
+`training`     verl's FSDP engine with allowed ids, positions and pictures as everywhere else
+`loss`         objectives as verl's loss function
+`plugin`       what verl imports in each process: the vLLM server and the CPU platform
+=============  ======================================================================
+"""

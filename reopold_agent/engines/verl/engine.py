@@ -1,0 +1,281 @@
+"""Starts a run on verl: checks, Ray, the process that drives it, and the summary at the end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.engines.environments import make_env, num_tasks
+from reopold_agent.engines.run_state import RunState, run_objective
+from reopold_agent.engines.session import summarise
+from reopold_agent.engines.verl.compose import (
+    check_supported,
+    needs_teacher,
+    student_gpus,
+    verl_config,
+)
+from reopold_agent.engines.verl.follow import Follower
+from reopold_agent.errors import CheckpointError, ConfigError, MissingExtraError, ReopoldError
+from reopold_agent.objectives import Objective
+from reopold_agent.policies.loading import (
+    ModelSpec,
+    check_available,
+    check_vocabularies,
+    load_processing,
+)
+from reopold_agent.tracking.files import write_json_atomic
+from reopold_agent.tracking.metrics import read_metrics
+from reopold_agent.tracking.plots import make_plots
+from reopold_agent.tracking.progress import Progress
+from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.summary import print_summary
+
+_log = logging.getLogger(__name__)
+
+PLUGIN = "reopold_agent.engines.verl.plugin"
+OBJECT_STORE_BYTES = 2 * 2**30
+"""Of a cluster that this engine starts for ``engine.device=cpu``; elsewhere Ray decides."""
+
+PRETENDED_CPUS = 64
+"""What Ray is told on a laptop: its processes wait more than they compute, and Ray would refuse
+to start as many of them as verl has."""
+
+
+class VerlEngine:
+    """Trains a student on verl; the run folder is that of the local engine.
+
+    Args:
+        config: the checked configuration.
+        raw: the same as plain values.
+        folder: the run folder; on a path that all nodes share when there are several.
+        command: words of a command line that would start this run again.
+    """
+
+    def __init__(
+        self, config: TrainConfig, raw: Mapping[str, Any], folder: Path, command: Sequence[str]
+    ) -> None:
+        self.config, self._raw, self._command = config, dict(raw), list(command)
+        self.folder = RunFolder(folder)
+        self._state = RunState(config, self._raw, self.folder)
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end and returns the summary that ``summary.json`` holds.
+
+        Raises:
+            ReopoldError: anything the user can mend; the message says how.
+        """
+        with self.folder.lock():
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
+        config = self.config
+        _require_verl()
+        checkpoint = newest_checkpoint(self.folder.checkpoints)
+        self._state.check(checkpoint)
+        done = 0 if checkpoint is None else _step(checkpoint)
+        if done >= config.steps and self.folder.summary.is_file():
+            return self._state.show_again()
+        objective = run_objective(config)
+        check_supported(config, objective)
+        device = self._device()
+        os.environ.update(_environment(device))  # before anything of verl is imported here
+        with_teacher = needs_teacher(config, objective)
+        contexts = self._check_models(with_teacher)
+        probe = make_env(config)
+        tasks = {split: num_tasks(probe, split) for split in ("train", "eval")}
+        probe.close()
+        composed = verl_config(
+            config, self.folder.path, with_teacher=with_teacher, device=device, contexts=contexts
+        )
+        if checkpoint is None:
+            self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
+        self.folder.write_versions(device=device)
+        started = time.perf_counter()
+        with Progress(config.steps) as progress:
+            progress.start(config.steps, done)
+            progress.note("starting Ray, the trainer and the vLLM servers; this takes minutes")
+            with Follower(self.folder.metrics, progress):
+                self._train(composed, objective, tasks, device, with_teacher)
+        return self._finish(time.perf_counter() - started)
+
+    def _device(self) -> str:
+        wanted = self.config.engine.device
+        if wanted not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"engine.device={wanted}: engine=verl takes auto, cuda or cpu")
+        if wanted == "auto":
+            # The driver of a cluster may itself have no GPU.
+            remote = self.config.engine.ray_address or os.environ.get("RAY_ADDRESS")
+            wanted = "cuda" if remote or torch.cuda.is_available() else "cpu"
+        return wanted
+
+    def _check_models(self, with_teacher: bool) -> dict[str, int]:
+        """The models' contexts by role, once their files and vocabularies are known to fit."""
+        models = self.config.model
+        specs = {"student": ModelSpec(**vars(models.student))}
+        if with_teacher:
+            if models.teacher is None:
+                raise ConfigError(
+                    f"objective={self.config.objective['name']} or evaluation.teacher needs "
+                    "model.teacher, which is null"
+                )
+            values = vars(models.teacher)
+            plain = {key: values[key] for key in values if not key.startswith("follow")}
+            specs["teacher"] = ModelSpec(**plain)
+        contexts = {}
+        for role, spec in specs.items():
+            found = check_available(spec, role)
+            contexts[role] = int(found.get_text_config().max_position_embeddings)
+        if with_teacher:
+            check_vocabularies(
+                *[load_processing(specs[role], role) for role in ("student", "teacher")]
+            )
+        return contexts
+
+    def _train(
+        self,
+        composed: Any,
+        objective: Objective,
+        tasks: Mapping[str, int],
+        device: str,
+        with_teacher: bool,
+    ) -> None:
+        """Runs `runner.TaskRunner` on this machine and waits for it."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+        from verl.trainer.ppo.utils import need_critic, need_reference_policy
+        from verl.utils.config import validate_config
+
+        validate_config(composed, need_reference_policy(composed), need_critic(composed))
+        with self._cluster(composed, device, with_teacher):
+            from reopold_agent.engines.verl.runner import TaskRunner
+
+            here = NodeAffinitySchedulingStrategy(
+                node_id=ray.get_runtime_context().get_node_id(), soft=False
+            )
+            actor = ray.remote(TaskRunner).options(num_cpus=1, scheduling_strategy=here)
+            runner = actor.remote(self.config, objective, str(self.folder.path), dict(tasks))
+            try:
+                ray.get(runner.run.remote(composed))
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, ReopoldError):
+                    raise error.cause from error
+                raise
+
+    @contextmanager
+    def _cluster(self, composed: Any, device: str, with_teacher: bool) -> Iterator[None]:
+        """A connection to the cluster that is there, or a cluster of this machine."""
+        import ray
+        from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+
+        engine = self.config.engine
+        environment = get_ppo_ray_runtime_env(composed)
+        environment["env_vars"] = {
+            **environment.get("env_vars", {}),
+            **_environment(device),
+            "TRANSFER_QUEUE_ENABLE": "1",
+        }
+        address = engine.ray_address or os.environ.get("RAY_ADDRESS")
+        arguments: dict[str, Any] = {"runtime_env": environment, "log_to_driver": False}
+        if address is not None:
+            arguments["address"] = address
+        elif device == "cpu":
+            gpus = student_gpus(engine, with_teacher)
+            gpus += engine.teacher_gpus_per_node if with_teacher else 0
+            arguments.update(
+                num_cpus=PRETENDED_CPUS,
+                num_gpus=gpus,
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+            )
+        try:
+            ray.init(**arguments)
+        except ConnectionError as error:
+            raise ConfigError(f"no Ray cluster answers at {address}: {error}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    def _finish(self, seconds: float) -> dict[str, Any]:
+        """Exports the student as ``final/`` and writes summary and plots."""
+        checkpoint = newest_checkpoint(self.folder.checkpoints)
+        if checkpoint is None:
+            raise CheckpointError(f"verl left no checkpoint in {self.folder.checkpoints}")
+        exported = checkpoint / "actor" / "huggingface"
+        if not (exported / "config.json").is_file():
+            raise CheckpointError(f"verl exported no model to {exported}")
+        temporary = self.folder.path / f".final-{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(exported, temporary)
+        # verl's processor files are those of torchvision; ours are the student's own.
+        processing = load_processing(ModelSpec(**vars(self.config.model.student)), "student")
+        processing.tokenizer.save_pretrained(temporary)
+        if processing.vision is not None:
+            processing.vision.processor.save_pretrained(temporary)
+        shutil.rmtree(self.folder.final, ignore_errors=True)
+        temporary.rename(self.folder.final)
+        rows = read_metrics(self.folder.metrics)
+        summary = summarise(rows, self.config, self.folder.path)
+        summary["train_seconds"] = round(
+            sum(row["time/step"] for row in rows if row["kind"] == "train"), 1
+        )
+        summary["seconds"] = round(seconds, 1)
+        write_json_atomic(self.folder.summary, summary)
+        make_plots(self.folder.path)
+        print_summary(summary)
+        return summary
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """verl's newest whole checkpoint: the one its tracker file names."""
+    tracker = folder / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file():
+        return None
+    found = folder / f"global_step_{tracker.read_text(encoding='utf-8').strip()}"
+    return found if found.is_dir() else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("global_step_"))
+
+
+def _environment(device: str) -> dict[str, str]:
+    """Variables that every process of the run needs."""
+    common = {"VERL_USE_EXTERNAL_MODULES": PLUGIN}
+    if device != "cpu":
+        return common
+    return {
+        **common,
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+
+
+def _require_verl() -> None:
+    for package in ("verl", "ray", "vllm"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "verl,vllm", "engine=verl")
+    try:
+        trl = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if int(trl.split(".")[0]) >= 1:
+        raise ConfigError(
+            f"verl imports a class of trl that trl {trl} no longer has, if trl is installed; run "
+            "pip uninstall trl (verl needs none)"
+        )

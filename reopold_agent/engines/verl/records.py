@@ -1,0 +1,130 @@
+"""Trajectories as rows of verl's TransferQueue, and back.
+
+verl's alignment: ``prompts`` and ``responses`` apart; a value of the response at index ``i``
+belongs to the response's token ``i``; ``teacher_logprobs`` runs over the whole sequence and is
+shifted, entry ``i`` belongs to token ``i + 1``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reopold_agent.types import EncodedImage, FloatArray, StopReason, ToolCall, Trajectory, Turn
+
+EPISODE = "reopold_episode"
+"""Field with everything about an episode that is no tensor, as JSON."""
+
+PIXELS = "pixels"
+"""Key of a row's pictures in verl's field ``multi_modal_inputs``: they travel once, as uint8; the
+model's float patches, eight times as large, are made where they are used."""
+
+
+def to_row(trajectory: Trajectory) -> dict[str, Any]:
+    """The fields of a trajectory's row.
+
+    ``position_ids`` count from 0; the engine computes multimodal ones from the pictures. (verl's
+    nested 3-axis position ids break when all rows of a batch have the same length.)
+    """
+    ids = torch.from_numpy(trajectory.ids)
+    start = trajectory.prompt_length
+    mask = torch.from_numpy(trajectory.loss_mask[start:].astype(np.int64))
+    reward = torch.zeros(len(mask), dtype=torch.float32)
+    reward[-1] = trajectory.reward
+    teacher = trajectory.teacher_logp
+    if teacher is None:
+        teacher = np.zeros_like(trajectory.logp)
+    return {
+        "prompts": ids[:start].clone(),
+        "responses": ids[start:].clone(),
+        "input_ids": ids.clone(),
+        "position_ids": torch.arange(len(ids)),
+        "response_mask": mask,
+        "loss_mask": mask.clone(),
+        "rollout_log_probs": torch.from_numpy(trajectory.logp[start:].copy()),
+        "teacher_logprobs": torch.from_numpy(np.roll(teacher, -1)),
+        "rm_scores": reward,
+        "num_turns": len(trajectory.turns),
+        "multi_modal_inputs": {PIXELS: [image.pixels for image in trajectory.images]},
+        EPISODE: _written(trajectory),
+    }
+
+
+def from_row(row: Mapping[str, Any], encode: Any = None) -> tuple[Trajectory, FloatArray]:
+    """A trajectory, and its log-probs by the trainer before the update, (L,).
+
+    The trajectory's ``logp`` are the server's that sampled, its ``entropy`` the trainer's.
+
+    Args:
+        row: fields as `to_row` wrote them, and verl's ``old_log_probs`` and ``entropy`` if they
+            were computed already (else zeros).
+        encode: makes an `EncodedImage` of the pixels of a picture; None leaves the pictures out.
+    """
+    prompt, response = _array(row["prompts"]), _array(row["responses"])
+    start = len(prompt)
+
+    def whole(name: str) -> FloatArray:
+        values = np.zeros(start + len(response), dtype=np.float32)
+        if name in row:
+            values[start:] = _array(row[name])
+        return values
+
+    episode = json.loads(row[EPISODE])
+    turns = [_turn(turn) for turn in episode.pop("turns")]
+    images: list[EncodedImage] = []
+    if encode is not None:
+        images = [encode(pixels) for pixels in row["multi_modal_inputs"].get(PIXELS, ())]
+    mask = np.concatenate(
+        [np.zeros(start, np.bool_), _array(row["response_mask"]).astype(np.bool_)]
+    )
+    trajectory = Trajectory(
+        prompt_length=start,
+        ids=np.concatenate([prompt, response]).astype(np.int64),
+        loss_mask=mask,
+        logp=whole("rollout_log_probs"),
+        entropy=whole("entropy") * mask,
+        images=images,
+        turns=turns,
+        stop_reason=StopReason(episode.pop("stop_reason")),
+        teacher_logp=np.roll(_array(row["teacher_logprobs"]), 1).astype(np.float32),
+        **episode,
+    )
+    return trajectory, whole("old_log_probs") * mask
+
+
+def _written(trajectory: Trajectory) -> str:
+    """As JSON: verl's tables take objects apart, and dataclasses come back as dictionaries."""
+    names = ("task_id", "index", "sample", "stop_reason", "reward", "success", "info", "seconds")
+    episode = {name: getattr(trajectory, name) for name in names}
+    episode["turns"] = [asdict(turn) for turn in trajectory.turns]
+    return json.dumps(episode, default=str)  # what an environment puts into info may be anything
+
+
+def _turn(values: dict[str, Any]) -> Turn:
+    call = values.pop("tool_call")
+    return Turn(**values, tool_call=None if call is None else ToolCall(**call))
+
+
+def plain_rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of a ``TensorDict`` as verl's queue returns it, nested tensors and objects alike."""
+    return [
+        {name: _item(table, name, index) for name in list(table.keys())} for index in range(len(table))
+    ]
+
+
+def _item(table: Any, name: str, index: int) -> Any:
+    value = table.get(name)
+    if isinstance(value, Tensor):
+        return value[index]
+    item = value[index] if isinstance(value, Sequence) or hasattr(value, "__getitem__") else value
+    return getattr(item, "data", item)
+
+
+def _array(values: Any) -> Any:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)

@@ -1,0 +1,384 @@
+"""verl's synchronous trainer with this project's batches, objective, evaluation and files.
+
+verl keeps the order of a step: rollouts into TransferQueue, log-probs and entropies by the
+trainer's model, the objective's whole-batch numbers (here), updates, weights to the servers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue
+from torchdata.stateful_dataloader import StatefulDataLoader
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.workers.utils.padding import response_to_nested
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.engines.totals import TokenTotals
+from reopold_agent.engines.verl.loss import STEP, THRESHOLD, ObjectiveLoss
+from reopold_agent.engines.verl.records import EPISODE, from_row, plain_rows
+from reopold_agent.engines.verl.rollouts import RolloutManager
+from reopold_agent.engines.verl.tasks import StepTasks
+from reopold_agent.engines.verl.training import TOTALS, StudentWorker, banned_ids
+from reopold_agent.errors import ConfigError, NonFiniteError
+from reopold_agent.eval.heldout import EvaluationResult
+from reopold_agent.objectives import Needs, Objective, Outcomes
+from reopold_agent.policies.loading import ModelSpec, load_processing
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
+from reopold_agent.tracking.statistics import distillation_statistics, rollout_statistics
+from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
+from reopold_agent.types import FloatArray, Sampling, Trajectory
+
+GREEDY = Sampling(temperature=0.0)
+POLL_SECONDS = 0.1
+"""Between looks whether a step's episodes are in; verl's 2 s would be most of a small step."""
+
+
+class Trainer(PPOTrainerSync):
+    """Trains one run; its files are those of the local engine.
+
+    Args:
+        verl_config: verl's whole configuration.
+        config: ours.
+        objective: for this run (`Objective.for_run`).
+        folder: the run folder.
+        tasks: number of tasks by split.
+    """
+
+    def __init__(
+        self,
+        verl_config: Any,
+        config: TrainConfig,
+        objective: Objective,
+        folder: Path,
+        tasks: Mapping[str, int],
+    ) -> None:
+        self.run_config, self.objective, self.folder = config, objective, folder
+        self.task_counts = dict(tasks)
+        self.metrics = MetricsWriter(folder / "metrics.jsonl")
+        self.trajectories = JsonLines(folder / "trajectories.jsonl")
+        processing = load_processing(ModelSpec(**vars(config.model.student)), "student")
+        self._vision = processing.vision
+        self._banned = banned_ids(processing.tokenizer, processing.config)
+        self._chat = ChatRenderer(
+            processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call
+        )
+        self._allowed = len(processing.tokenizer)
+        self._step_row: dict[str, Any] = {}
+        super().__init__(config=verl_config)
+        self.replay_buffer.poll_interval = POLL_SECONDS
+
+    # verl's hooks, in the order in which they are called
+
+    def _init_dataloader(self) -> None:
+        """The run's draws, in order; verl's loader state says where a resumed run goes on."""
+        config = self.run_config
+        self.train_dataset = StepTasks(
+            self.task_counts["train"],
+            config.batch.prompts,
+            config.batch.samples,
+            config.steps,
+            config.seed,
+        )
+        self.val_dataset: list[Any] = []
+        self.train_dataloader = StatefulDataLoader(
+            dataset=self.train_dataset,
+            batch_size=config.batch.prompts,
+            num_workers=0,
+            drop_last=True,
+            collate_fn=collate_fn,
+        )
+        self.train_dataloader_it = None
+        self.val_dataloader = None
+        self.steps_per_epoch = self.total_training_steps = config.steps
+        # verl's optimizer wants the horizon of its schedule.
+        self.config.actor_rollout_ref.actor.optim.total_training_steps = config.steps
+
+    def _init_resource_pool_mgr(self) -> None:
+        """verl's pools, with our worker on the student's GPUs."""
+        super()._init_resource_pool_mgr()
+        self.role_worker_mapping[Role.ActorRollout] = ray.remote(StudentWorker)
+
+    def on_init_end(self) -> None:
+        """Hands over the loss, bans ids at all servers, and sends the weights there."""
+        self.actor_rollout_wg.set_loss_fn(ObjectiveLoss(self.objective))
+        replicas = list(self.llm_server_manager.get_replicas())
+        if self.teacher_model_manager is not None:
+            for manager in self.teacher_model_manager.teacher_model_managers.values():
+                replicas += manager.rollout_replicas
+        ray.get(
+            [
+                server.collective_rpc.remote(
+                    "monkey_patch_model",
+                    kwargs={"vocab_size": self._allowed, "banned_token_ids": self._banned},
+                )
+                for replica in replicas
+                for server in replica.servers
+            ]
+        )
+        super().on_init_end()
+
+    def fit(self, agent_loop_manager: RolloutManager) -> None:
+        """Trains from where the checkpoint left off to the last step."""
+        self.rollouts = agent_loop_manager
+        done = self.global_steps
+        kept = done if done else -1
+        self.metrics.truncate_after(kept)
+        self.trajectories.truncate_after(kept)
+        if not done:
+            self._evaluate_ends(0, "student")
+            if self.run_config.evaluation.teacher:
+                self._evaluate_ends(0, "teacher")
+        super().fit(agent_loop_manager)
+        self._evaluate_ends(self.run_config.steps, "student")
+
+    def prepare_step(self) -> dict[str, Any]:
+        """Starts the step's rollouts."""
+        self._started = time.perf_counter()
+        self._position = (self.global_steps - 1) * self.run_config.batch.prompts
+        prepared: dict[str, Any] = super().prepare_step()
+        return prepared
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> Any:
+        batch = super()._next_train_batch(num_prompts)
+        positions = [int(p) for p in batch["position"]]
+        expected = list(range(self._position, self._position + len(positions)))
+        if positions != expected:
+            raise ConfigError(
+                f"step {self.global_steps - 1}: verl's loader gave the draws {positions[:3]} ..., "
+                f"but {expected[:3]} ... come next; its checkpoint does not fit this run"
+            )
+        return batch
+
+    def on_sample_end(self) -> None:
+        """Stops the run if episodes failed for a reason that will not go away."""
+        if self.rollouts.failure is not None:
+            raise self.rollouts.failure
+        super().on_sample_end()
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """The objective's numbers over the whole batch, before it is split in any way."""
+        live = [not tag.get("is_padding", False) for tag in batch.tags]
+        fields = ["prompts", "responses", "response_mask", "rollout_log_probs", "old_log_probs"]
+        fields += ["entropy", "teacher_logprobs", "multi_modal_inputs", EPISODE]
+        table = transfer_queue.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
+        )
+        encode = self._vision.adopt if self._vision is not None else None
+        rows = [
+            from_row(row, encode) for row, use in zip(plain_rows(table), live, strict=True) if use
+        ]
+        if not rows:
+            raise ConfigError(
+                f"step {self.global_steps - 1}: no episode of the batch could be used; the log of "
+                "the rollout workers says why"
+            )
+        self._rows = rows
+        self._check(rows)
+        entropy_N = torch.from_numpy(np.concatenate([t.entropy[t.loss_mask] for t, _ in rows]))
+        self._threshold = self.objective.threshold(entropy_N, torch.ones_like(entropy_N))
+        advantages = iter(self._advantages([t for t, _ in rows]))
+        mask = table["response_mask"]
+        padded = mask.to_padded_tensor(0)
+        values_BT = torch.zeros(padded.shape, dtype=torch.float32)
+        for row, use in enumerate(live):
+            values_BT[row] = next(advantages) if use else 0.0
+        nested = response_to_nested(values_BT * padded, mask)
+        return transfer_queue.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=_table({"advantages": nested}, len(batch)),
+        )
+
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """The step's updates, by verl's workers."""
+        settings = self.config.actor_rollout_ref.actor
+        mini_batch = settings.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        batch.extra_info.update(
+            {STEP: self.global_steps - 1, THRESHOLD: self._threshold},
+            calculate_entropy=False,
+            distillation_use_topk=False,
+            distillation_only=False,
+            global_batch_size=mini_batch,
+            mini_batch_size=mini_batch,
+            epochs=1,
+            seed=self.run_config.seed,
+            dataloader_kwargs={"shuffle": False},
+            temperature=1.0,
+        )
+        output = self.actor_rollout_wg.update_actor(batch)["metrics"]
+        totals = TokenTotals()
+        losses = []
+        for counts in output[TOTALS]:
+            one = TokenTotals(**counts)
+            losses.append(one.loss)
+            totals.merge(one)
+        norms = [float(norm) for norm in _listed(output["grad_norm"])]
+        self._update: dict[str, Any] = {
+            "loss": float(np.mean(losses)),
+            "grad_norm": float(np.mean(norms)),
+            "lr": float(_listed(output["lr"])[-1]),
+            "totals": totals,
+        }
+        if not np.isfinite([*losses, *norms]).all():
+            raise NonFiniteError(
+                f"step {self.global_steps - 1}: the loss is {losses} and the gradient norm {norms} "
+                "(by mini-batch); verl did not make the updates that are not finite. The last "
+                "checkpoint is whole."
+            )
+        return batch
+
+    def _compute_metrics(
+        self, batch: Any, metrics: dict[str, Any], timing_raw: Any, global_steps: int, epoch: int
+    ) -> None:
+        """Writes the step's row and trajectories."""
+        step = global_steps - 1
+        trajectories = [t for t, _ in self._rows]
+        wanted = self.run_config.batch.prompts * self.run_config.batch.samples
+        update = self._update
+        shares = update["totals"].shares()
+        row = {
+            "kind": "train",
+            "step": step,
+            "phase": self.objective.phase(step),
+            **{name: update[name] for name in ("loss", "grad_norm", "lr")},
+            **distillation_statistics(
+                trajectories,
+                floor=self.objective.floor,
+                threshold=self._threshold,
+                logp=[logp for _, logp in self._rows],
+            ),
+            "mask/kept_share": shares["kept_share"],
+            "ratio/mean": shares["ratio_mean"],
+            "ratio/max": shares["ratio_max"],
+            "ratio/ppo_clip_share": shares["ppo_clip_share"],
+            **rollout_statistics(trajectories),
+            "rollout/dropped": float(wanted - len(trajectories)),
+            "rollout/trained_share": len(trajectories) / wanted,
+            **_difference(self._rows),
+            **_times(timing_raw, time.perf_counter() - self._started),
+        }
+        sampled = sum(t.response_tokens for t in trajectories)
+        row["tokens_per_second"] = sampled / max(1e-9, row["time/step"])
+        self.metrics.write(row)
+        self._write_trajectories(step, trajectories)
+        every = self.run_config.evaluation.every
+        if every and global_steps % every == 0 and global_steps < self.run_config.steps:
+            self._evaluate("student", global_steps, self._sampling(), curve=True)
+
+    # Our own
+
+    def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float]:
+        if Needs.OUTCOME not in self.objective.needs:
+            return [0.0] * len(trajectories)
+        outcomes = Outcomes(
+            reward=torch.tensor([t.reward for t in trajectories]),
+            group=torch.tensor([t.index for t in trajectories]),
+            tool_calls=torch.tensor([len(t.tool_calls) for t in trajectories]),
+            tool_successes=torch.tensor([sum(c.ok for c in t.tool_calls) for t in trajectories]),
+            tokens=torch.tensor([t.response_tokens for t in trajectories]),
+        )
+        advantages: list[float] = self.objective.advantages(outcomes).tolist()
+        return advantages
+
+    def _check(self, rows: Sequence[tuple[Trajectory, FloatArray]]) -> None:
+        for trajectory, logp in rows:
+            if not (np.isfinite(logp).all() and np.isfinite(trajectory.entropy).all()):
+                raise NonFiniteError(
+                    f"step {self.global_steps - 1}: the student's log-probs of task "
+                    f"{trajectory.task_id} are not finite; nothing was updated"
+                )
+
+    def _write_trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> None:
+        settings = self.run_config.logging
+        if not settings.every or step % settings.every:
+            return
+        for trajectory in trajectories[: settings.trajectories]:
+            pictures = save_pictures(trajectory, self.folder)
+            record = trajectory_record(
+                trajectory, step=step, who="student", pictures=pictures, decode=self._chat.raw
+            )
+            self.trajectories.write(record)
+
+    def _sampling(self) -> Sampling:
+        return Sampling(self.run_config.sampling.temperature, self.run_config.sampling.top_p)
+
+    def _evaluate_ends(self, step: int, who: str) -> None:
+        """Sampled and greedy; what a run that was killed has done already is not done again."""
+        if not self.run_config.evaluation.tasks:
+            return
+        done = [
+            row["sampling"]
+            for row in read_metrics(self.folder / "metrics.jsonl")
+            if row["kind"] == "eval"
+            and (row["who"], row["step"], row["curve"]) == (who, step, False)
+        ]
+        for sampling in (self._sampling(), GREEDY):
+            if _kind(sampling) not in done:
+                self._evaluate(who, step, sampling, curve=False)
+
+    def _evaluate(self, who: str, step: int, sampling: Sampling, *, curve: bool) -> None:
+        settings = self.run_config.evaluation
+        wanted = settings.curve_tasks if curve else settings.tasks
+        played = self.rollouts.evaluate(
+            min(wanted, self.task_counts["eval"]),
+            sampling,
+            (self.run_config.seed, 2),
+            max_turns=settings.max_turns,
+            by_teacher=who == "teacher",
+        )
+        row = {
+            "kind": "eval",
+            "step": step,
+            "who": who,
+            "sampling": _kind(sampling),
+            "curve": curve,
+            **EvaluationResult.of(played).row(),
+        }
+        self.metrics.write(row)
+
+
+def _kind(sampling: Sampling) -> str:
+    return "greedy" if sampling.temperature == 0 else "sampled"
+
+
+def _difference(rows: Sequence[tuple[Trajectory, FloatArray]]) -> dict[str, float]:
+    """How far the servers' log-probs of their own samples are from the trainer's, nats."""
+    gaps = np.concatenate([np.abs(t.logp - logp)[t.loss_mask] for t, logp in rows])
+    return {
+        "rollout/logp_difference_mean": float(gaps.mean()),
+        "rollout/logp_difference_max": float(gaps.max()),
+    }
+
+
+def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
+    """verl's timings by our names. The teacher scores while other episodes are being generated:
+    its time is part of ``time/generate``."""
+    parts = {
+        "generate": raw.get("gen", 0.0),
+        "old_logp": raw.get("old_log_prob", 0.0),
+        "update": raw.get("update_actor", 0.0),
+        "sync": raw.get("update_weights", 0.0),
+        "checkpoint": raw.get("save_checkpoint", 0.0),
+    }
+    parts["other"] = max(0.0, total - sum(parts.values()))
+    return {**{f"time/{name}": value for name, value in parts.items()}, "time/step": total}
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _table(fields: dict[str, Any], rows: int) -> Any:
+    from tensordict import TensorDict
+
+    return TensorDict(fields, batch_size=rows)

@@ -1,0 +1,175 @@
+"""The distributed engine's parts that need neither verl nor Ray."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from reopold_agent.engines.collect import step_episodes
+from reopold_agent.engines.data_order import DataOrder
+from reopold_agent.engines.totals import TokenTotals
+from reopold_agent.engines.verl.client import aligned_scores
+from reopold_agent.engines.verl.follow import Follower
+from reopold_agent.engines.verl.records import EPISODE, from_row, to_row
+from reopold_agent.engines.verl.tasks import StepTasks
+from reopold_agent.errors import ModelError
+from reopold_agent.objectives import Reopold, TokenBatch
+from reopold_agent.types import EncodedImage, StopReason, ToolCall, Trajectory, Turn
+
+
+def trajectory(prompt: int = 3, response: int = 5, seed: int = 0) -> Trajectory:
+    rng = np.random.default_rng(seed)
+    length = prompt + response
+    mask = np.zeros(length, dtype=np.bool_)
+    mask[prompt:] = rng.random(response) < 0.7
+    mask[prompt] = True
+    call = ToolCall("crop_image", {"bbox_2d": [0, 0, 1, 1]}, ok=False, error="too small")
+    return Trajectory(
+        task_id="t7",
+        index=7,
+        sample=2,
+        prompt_length=prompt,
+        ids=rng.integers(0, 100, length),
+        loss_mask=mask,
+        logp=np.where(mask, -rng.random(length), 0).astype(np.float32),
+        entropy=np.zeros(length, np.float32),
+        images=[EncodedImage(np.full((28, 56, 3), 9, np.uint8), (1, 2, 4), 2)],
+        turns=[Turn(prompt, length, "words", "stop", call)],
+        stop_reason=StopReason.ANSWER,
+        reward=0.5,
+        success=True,
+        info={"answer": "B"},
+        seconds=1.5,
+        teacher_logp=np.where(mask, -2 * rng.random(length), 0).astype(np.float32),
+    )
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_a_row_gives_the_same_trajectory_back(prompt: int, response: int, seed: int) -> None:
+    before = trajectory(prompt, response, seed)
+    row = to_row(before)
+    own = np.arange(response, dtype=np.float32)
+    row["old_log_probs"], row["entropy"] = torch.from_numpy(own), torch.from_numpy(own + 1)
+    adopted = []
+    after, logp = from_row(row, lambda pixels: adopted.append(pixels) or before.images[0])
+    assert (adopted[0] == before.images[0].pixels).all()
+    for name, value in vars(before).items():
+        got = getattr(after, name)
+        if isinstance(value, np.ndarray) and name != "entropy":
+            np.testing.assert_array_equal(got, value, err_msg=name)
+            assert got.dtype == value.dtype, name
+        elif name not in ("images", "entropy"):
+            assert got == value, name
+    live = before.loss_mask[prompt:]
+    np.testing.assert_array_equal(logp[prompt:], own * live)
+    np.testing.assert_array_equal(after.entropy[prompt:], (own + 1) * live)
+    assert not logp[:prompt].any()
+
+
+def test_a_row_is_in_verls_alignment() -> None:
+    before = trajectory()
+    row = to_row(before)
+    assert before.teacher_logp is not None
+    # Entry i belongs to token i + 1.
+    np.testing.assert_array_equal(row["teacher_logprobs"][:-1].numpy(), before.teacher_logp[1:])
+    assert row["position_ids"].dim() == 1  # nested 3-axis positions break on equal lengths
+    assert row["rm_scores"].tolist() == [0, 0, 0, 0, 0.5]
+    assert json.loads(row[EPISODE])["turns"][0]["tool_call"]["error"] == "too small"
+    assert row["multi_modal_inputs"]["pixels"][0].dtype == np.uint8
+
+
+def test_teacher_scores_are_checked_and_shifted() -> None:
+    t = trajectory()
+    ids = np.append(t.ids[1:], 0)
+    values = np.linspace(-1, -2, len(ids)).astype(np.float32)
+    scores = aligned_scores(t, ids, values)
+    position = int(np.nonzero(t.loss_mask)[0][0])
+    assert scores[position] == values[position - 1]
+    assert not scores[~t.loss_mask].any()
+    with pytest.raises(ModelError, match="scored 9 tokens of task t7, which has 8"):
+        aligned_scores(t, np.append(ids, 0), np.append(values, 0))
+    wrong = ids.copy()
+    wrong[2] += 1
+    with pytest.raises(ModelError, match="at position 3"):
+        aligned_scores(t, wrong, values)
+    infinite = values.copy()
+    infinite[position - 1] = -np.inf
+    with pytest.raises(ModelError, match="not finite"):
+        aligned_scores(t, ids, infinite)
+
+
+@pytest.mark.parametrize(("tasks", "prompts"), [(10, 4), (3, 5), (7, 7)])
+def test_draws_are_those_of_the_local_engine(tasks: int, prompts: int) -> None:
+    samples, steps = 3, 6
+    rows = StepTasks(tasks, prompts, samples, steps, seed=11)
+    order = DataOrder(tasks, 11)
+    assert len(rows) == prompts * steps
+    for step in range(steps):
+        drawn = [order[step * prompts + k] for k in range(prompts)]
+        expected = [(e.index, e.sample) for e in step_episodes(drawn, samples)]
+        got = []
+        for place in range(prompts):
+            row = rows[step * prompts + place]
+            assert (row["step"], row["position"]) == (step, step * prompts + place)
+            got += [(row["index"], row["first_sample"] + k) for k in range(samples)]
+        assert got == expected
+        assert len(set(got)) == len(got)  # no episode twice
+
+
+def test_totals_do_not_depend_on_the_split() -> None:
+    rng = np.random.default_rng(0)
+
+    def tensor(scale: float) -> torch.Tensor:
+        return torch.from_numpy(-scale * rng.random((6, 5))).float()
+
+    batch = TokenBatch(tensor(1), tensor(1), tensor(6), -tensor(1), tensor(1) < -0.3)
+    objective = Reopold(switch_step=1)
+
+    def totals(rows: slice) -> TokenTotals:
+        part = TokenBatch(*[value[rows] for value in vars(batch).values() if value is not None])
+        result = TokenTotals()
+        result.add(objective.terms(part, 0, None), part.loss_mask)
+        return result
+
+    whole = totals(slice(0, 6))
+    merged = TokenTotals()
+    for start in (0, 2, 3):
+        merged.merge(totals(slice(start, {0: 2, 2: 3, 3: 6}[start])))
+    assert merged.denominator == whole.denominator > 0
+    assert merged.tokens == whole.tokens == int(batch.loss_mask.sum())
+    assert merged.loss == pytest.approx(whole.loss)
+    assert merged.shares() == pytest.approx(whole.shares())
+
+
+class Shown:
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+
+    def step(self, row: Any) -> None:
+        self.rows.append(row)
+
+    evaluation = step
+
+
+def test_rows_of_another_process_are_shown_once_and_whole(tmp_path: Path) -> None:
+    path, shown = tmp_path / "metrics.jsonl", Shown()
+    path.write_text(json.dumps({"kind": "train", "step": 0}) + "\n")
+    follower = Follower(path, shown, seconds=0.01)  # type: ignore[arg-type]
+    with follower, path.open("a") as stream:
+        stream.write(json.dumps({"kind": "eval", "step": 1}) + "\n" + '{"kind": "train",')
+        stream.flush()
+        deadline = time.monotonic() + 10
+        while not shown.rows and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [row["step"] for row in shown.rows] == [1]
+        stream.write(' "step": 2}\n')
+    assert [row["step"] for row in shown.rows] == [1, 2]
