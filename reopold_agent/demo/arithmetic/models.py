@@ -30,8 +30,8 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
         hidden_size=WIDTH,
         intermediate_size=256,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=3,  # of 32: vLLM's CPU kernels know no head of 24
+        num_key_value_heads=3,
         max_position_embeddings=1024,
         initializer_range=0.1,
         rms_norm_eps=1e-6,
