@@ -215,7 +215,7 @@ def test_known_options_and_other_words_pass() -> None:
         "checkpoint.every=-1",
         "checkpoint.keep=0",
         "logging.every=-1",
-        "engine.name=verl",
+        "engine.name=other",
         "engine.device=gpu",
         "engine.precision=float16",
         "engine.old_logp=never",

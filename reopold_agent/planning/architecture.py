@@ -1,0 +1,235 @@
+"""Shapes of a checkpoint: from its ``config.json``, else from a table of published sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from reopold_agent.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TextShape:
+    """A decoder of the Qwen2 family: grouped-query attention with biases on q, k and v, SwiGLU,
+    RMS norms, an output embedding that may be tied to the input's."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+    tied: bool
+
+    @property
+    def layer_weights(self) -> int:
+        """Entries of one layer's matrices."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return 2 * self.hidden * queries + 2 * self.hidden * keys + 3 * self.hidden * self.mlp
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, a tied embedding once."""
+        biases = (self.heads + 2 * self.kv_heads) * self.head_dim
+        layer = self.layer_weights + biases + 2 * self.hidden
+        embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * layer + self.hidden + embeddings
+
+    def kv_bytes(self, value_bytes: int = 2) -> int:
+        """Bytes of the key-value cache per token."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * value_bytes
+
+
+@dataclass(frozen=True)
+class VisionShape:
+    """Qwen2.5-VL's vision tower.
+
+    Attributes:
+        window: side of an attention window in pixels; ``full_blocks`` blocks see the whole picture.
+        out: width that the merger hands to the decoder; one token per merge x merge patches.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    mlp: int
+    out: int
+    full_blocks: int
+    patch: int = 14
+    merge: int = 2
+    temporal: int = 2
+    channels: int = 3
+    window: int = 112
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers in a patch: both frames of a pair, all channels."""
+        return self.channels * self.temporal * self.patch**2
+
+    @property
+    def block_weights(self) -> int:
+        """Entries of one block's matrices."""
+        return 4 * self.width**2 + 3 * self.width * self.mlp
+
+    @property
+    def merger_weights(self) -> int:
+        """Entries of the merger's matrices; it runs once per token."""
+        wide = self.merge**2 * self.width
+        return wide * wide + wide * self.out
+
+    @property
+    def window_patches(self) -> int:
+        """Patches of one attention window."""
+        return (self.window // self.patch) ** 2
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        biases = 4 * self.width + 2 * self.mlp + self.width
+        block = self.block_weights + biases + 2 * self.width
+        wide = self.merge**2 * self.width
+        merger = self.merger_weights + wide + self.out + self.width
+        return self.depth * block + self.patch_values * self.width + merger
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A checkpoint's shapes and where they are from. ``image_token`` is the placeholder's id."""
+
+    name: str
+    text: TextShape
+    vision: VisionShape | None
+    source: str
+    image_token: int | None = None
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, the vision tower's included."""
+        return self.text.parameters + (self.vision.parameters if self.vision else 0)
+
+
+_VISION = {"depth": 32, "width": 1280, "heads": 16, "full_blocks": 4}
+_TEXT_7B = TextShape(3584, 28, 28, 4, 128, 18944, 152064, False)
+_TEXT_32B = TextShape(5120, 64, 40, 8, 128, 27648, 152064, False)
+_SIZES: Mapping[str, tuple[TextShape, VisionShape | None]] = {
+    "Qwen2.5-VL-3B": (
+        TextShape(2048, 36, 16, 2, 128, 11008, 151936, True),
+        VisionShape(mlp=3420, out=2048, **_VISION),
+    ),
+    "Qwen2.5-VL-7B": (_TEXT_7B, VisionShape(mlp=3420, out=3584, **_VISION)),
+    "Qwen2.5-VL-32B": (_TEXT_32B, VisionShape(mlp=3456, out=5120, **_VISION)),
+    "R1-Distill-Qwen-1.5B": (TextShape(1536, 28, 12, 2, 128, 8960, 151936, False), None),
+    "R1-Distill-Qwen-7B": (_TEXT_7B, None),
+    "R1-Distill-Qwen-32B": (_TEXT_32B, None),
+}
+"""From the ``config.json`` of each size's first release; the totals agree with the model cards
+(3.75, 8.29, 33.5, 1.78, 7.62 and 32.8 billion), which a test holds."""
+
+PUBLISHED: Mapping[str, str] = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen2.5-VL-3B",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen2.5-VL-7B",
+    "Qwen/Qwen2.5-VL-32B-Instruct": "Qwen2.5-VL-32B",
+    "VerlTool/pixel-reaoner-qwen2-5vl-3b-sft": "Qwen2.5-VL-3B",
+    "TIGER-Lab/PixelReasoner-RL-v1": "Qwen2.5-VL-7B",
+    "TIGER-Lab/PixelReasoner-WarmStart": "Qwen2.5-VL-7B",
+    "xyliu6/NoisyRollout-Geo3K-32B": "Qwen2.5-VL-32B",
+    "xyliu6/NoisyRollout-Geo3k-7B": "Qwen2.5-VL-7B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": "R1-Distill-Qwen-1.5B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": "R1-Distill-Qwen-7B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": "R1-Distill-Qwen-32B",
+    "Skywork/Skywork-OR1-Math-7B": "R1-Distill-Qwen-7B",
+    "Skywork/Skywork-OR1-7B": "R1-Distill-Qwen-7B",
+    "Skywork/Skywork-OR1-32B-Preview": "R1-Distill-Qwen-32B",
+}
+"""Hub id to size. Fine-tuned checkpoints have the shapes of what they started from."""
+
+
+def find_architecture(path: str) -> Architecture:
+    """Shapes of a checkpoint: a folder, ``demo:NAME``, a run's folder or a hub id.
+
+    The ``config.json`` is read where it is on this machine (the hub's cache included).
+
+    Raises:
+        ConfigError: not here and not in the table, or of another family.
+    """
+    file = _config_file(path)
+    if file is not None:
+        try:
+            values = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{file} is not JSON: {error}") from error
+        return from_config(path, values, str(file))
+    if path not in PUBLISHED:
+        raise ConfigError(
+            f"the shapes of '{path}' are not known: there is no config.json on this machine, and "
+            "the table of published sizes lacks it. Give a folder, or fetch the file: "
+            f"huggingface-cli download {path} config.json"
+        )
+    text, vision = _SIZES[PUBLISHED[path]]
+    return Architecture(path, text, vision, f"published shapes of {PUBLISHED[path]}")
+
+
+def from_config(name: str, values: Mapping[str, Any], source: str) -> Architecture:
+    """Shapes from a ``config.json`` of Qwen2, Qwen2.5-VL or a decoder of the same build.
+
+    Raises:
+        ConfigError: a needed entry is missing; names it.
+    """
+    text = values.get("text_config") or values
+    try:
+        heads = int(text["num_attention_heads"])
+        shape = TextShape(
+            hidden=int(text["hidden_size"]),
+            layers=int(text["num_hidden_layers"]),
+            heads=heads,
+            kv_heads=int(text.get("num_key_value_heads") or heads),
+            head_dim=int(text.get("head_dim") or int(text["hidden_size"]) // heads),
+            mlp=int(text["intermediate_size"]),
+            vocab=int(text["vocab_size"]),
+            tied=bool(values.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+        )
+        vision = values.get("vision_config")
+        tower = None
+        if vision and values.get("model_type") == "qwen2_5_vl":
+            # Files of the first release leave out what equals the class's defaults.
+            tower = VisionShape(
+                depth=int(vision.get("depth", 32)),
+                width=int(vision["hidden_size"]),
+                heads=int(vision.get("num_heads", 16)),
+                mlp=int(vision["intermediate_size"]),
+                out=int(vision.get("out_hidden_size", shape.hidden)),
+                full_blocks=len(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
+                patch=int(vision.get("patch_size", 14)),
+                merge=int(vision.get("spatial_merge_size", 2)),
+                temporal=int(vision.get("temporal_patch_size", 2)),
+                channels=int(vision.get("in_channels", vision.get("in_chans", 3))),
+                window=int(vision.get("window_size", 112)),
+            )
+    except KeyError as error:
+        raise ConfigError(f"{source} has no entry {error} that a plan needs") from error
+    return Architecture(name, shape, tower, source, values.get("image_token_id"))
+
+
+def _config_file(path: str) -> Path | None:
+    if path.startswith("demo:"):
+        weights = resources.files("reopold_agent") / "demo" / "weights"
+        folders = [Path(str(weights / path.removeprefix("demo:")))]
+    else:
+        folders = [Path(path), Path(path) / "final", *_cached(path)]
+    return next((f / "config.json" for f in folders if (f / "config.json").is_file()), None)
+
+
+def _cached(path: str) -> list[Path]:
+    """Snapshots of a hub id in the cache, newest first."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    snapshots = hub / f"models--{path.replace('/', '--')}" / "snapshots"
+    if not snapshots.is_dir():
+        return []
+    return sorted(snapshots.iterdir(), key=lambda folder: folder.stat().st_mtime, reverse=True)

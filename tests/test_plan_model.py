@@ -1,0 +1,335 @@
+"""The cost model's arithmetic: against transformers, PyTorch's counter of FLOPs, and by hand."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from running import composed
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from reopold_agent.errors import ConfigError
+from reopold_agent.planning import architecture, flops
+from reopold_agent.planning.architecture import (
+    PUBLISHED,
+    Architecture,
+    TextShape,
+    find_architecture,
+    from_config,
+)
+from reopold_agent.planning.hardware import GIB, Rate, Rates
+from reopold_agent.planning.memory import cache_sequences, server_cache
+from reopold_agent.planning.timing import (
+    Server,
+    StepSeconds,
+    Training,
+    decode_seconds,
+    spread,
+    step_flops,
+)
+from reopold_agent.planning.workload import Pictures, Workload, assumed_workload
+
+WEIGHTS = Path(architecture.__file__).parents[1] / "demo" / "weights"
+
+
+# Shapes
+
+
+def as_config(shape: Architecture) -> Qwen2Config | Qwen2_5_VLConfig:
+    """The checkpoint's own configuration, written out for transformers."""
+    text = shape.text
+    entries: dict[str, Any] = {
+        "hidden_size": text.hidden,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "num_key_value_heads": text.kv_heads,
+        "intermediate_size": text.mlp,
+        "vocab_size": text.vocab,
+    }
+    if shape.vision is None:
+        return Qwen2Config(**entries, tie_word_embeddings=text.tied)
+    vision = {
+        "depth": shape.vision.depth,
+        "hidden_size": shape.vision.width,
+        "num_heads": shape.vision.heads,
+        "intermediate_size": shape.vision.mlp,
+        "out_hidden_size": shape.vision.out,
+    }
+    return Qwen2_5_VLConfig(
+        text_config=entries, vision_config=vision, tie_word_embeddings=text.tied
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "billions"),
+    [  # of the model cards
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 3.75),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8.29),
+        ("Qwen/Qwen2.5-VL-32B-Instruct", 33.5),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.78),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.62),
+        ("Skywork/Skywork-OR1-32B-Preview", 32.8),
+    ],
+)
+def test_parameters_of_the_published_sizes(
+    path: str, billions: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    shape = find_architecture(path)
+    assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.004)
+    config = as_config(shape)
+    kind: Any = Qwen2ForCausalLM if shape.vision is None else Qwen2_5_VLForConditionalGeneration
+    with torch.device("meta"):
+        model = kind(config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["student", "teacher", "arithmetic_student"])
+def test_shapes_of_a_config_json(name: str) -> None:
+    shape = find_architecture(f"demo:{name}")
+    config = json.loads((WEIGHTS / name / "config.json").read_text("utf-8"))
+    assert shape.source.endswith("config.json")
+    kind: Any = Qwen2ForCausalLM if shape.vision is None else Qwen2_5_VLForConditionalGeneration
+    model = kind.from_pretrained(WEIGHTS / name)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    assert shape.image_token == config.get("image_token_id")
+    assert find_architecture(str(WEIGHTS / name)).text == shape.text
+
+
+def test_the_hub_s_cache_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--someone--thing" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text((WEIGHTS / "student" / "config.json").read_text("utf-8"))
+    assert find_architecture("someone/thing").text == find_architecture("demo:student").text
+    (snapshot / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        find_architecture("someone/thing")
+
+
+def test_unknown_shapes_are_told() -> None:
+    with pytest.raises(ConfigError, match=r"'no/such'.*config.json"):
+        find_architecture("no/such")
+    with pytest.raises(ConfigError, match="'hidden_size'"):
+        from_config("x", {"num_attention_heads": 2}, "x/config.json")
+
+
+def test_the_table_covers_the_recipes() -> None:
+    for recipe in ("agentic", "math_1_5b", "math_7b", "geometry_3b", "geometry_7b"):
+        config, _ = composed(f"recipe=paper_{recipe}")
+        assert config.model.teacher is not None
+        assert {config.model.student.path, config.model.teacher.path} <= PUBLISHED.keys()
+
+
+# FLOPs
+
+TEXT = TextShape(48, 3, 4, 2, 12, 80, 160, False)
+
+
+def tiny_text() -> Qwen2ForCausalLM:
+    shape = Architecture("tiny", TEXT, None, "test")
+    config = as_config(shape)
+    config._attn_implementation = "eager"  # matrix products that the counter sees as they are
+    return Qwen2ForCausalLM(config)
+
+
+def test_forward_flops_are_the_counter_s() -> None:
+    length, model = 24, tiny_text()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.ones(1, length, dtype=torch.long))
+    # Without a causal kernel every query meets every key. The counter sees the rotary angles too.
+    angles = 2 * (12 // 2) * length
+    expected = (
+        flops.layers_forward(TEXT, length)
+        + flops.attention_forward(TEXT, length * length)
+        + flops.logits_forward(TEXT, length)
+    )
+    assert counter.get_total_flops() == expected + angles
+
+
+def test_a_backward_pass_costs_two_forwards() -> None:
+    length, model = 24, tiny_text()
+    ids = torch.ones(1, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        model(ids)
+    with FlopCounterMode(display=False) as both:
+        model(ids).logits.sum().backward()
+    assert both.get_total_flops() == pytest.approx(3 * forward.get_total_flops(), rel=1e-3)
+
+
+def test_vision_flops_are_the_counter_s() -> None:
+    config = Qwen2_5_VLConfig(
+        text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        vision_config={
+            "depth": 3,
+            "hidden_size": 48,
+            "num_heads": 4,
+            "intermediate_size": 68,
+            "out_hidden_size": 32,
+            "fullatt_block_indexes": [1],
+        },
+    )
+    shape = from_config("tiny", {"model_type": "qwen2_5_vl", **config.to_dict()}, "test")
+    assert shape.vision is not None
+    assert (shape.vision.depth, shape.vision.full_blocks) == (3, 1)
+    with torch.device("cpu"):
+        model = Qwen2_5_VLForConditionalGeneration._from_config(
+            config, attn_implementation="eager"
+        ).model.visual
+    rows, columns = 16, 24  # patches: two by three whole windows of 8 x 8
+    pixels = torch.zeros(rows * columns, shape.vision.patch_values)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixels, grid_thw=torch.tensor([[1, rows, columns]]))
+    expected = flops.vision_forward(shape.vision, [rows * columns / 4])
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.002)  # rotary angles
+
+
+def test_causal_pairs_by_hand() -> None:
+    assert flops.causal_pairs(4) == 1 + 2 + 3 + 4
+    assert flops.causal_pairs(4, 2) == 3 + 4
+
+
+def work(**changes: Any) -> Workload:
+    plain = Workload(2, 3, 10, Pictures(), 4, 4, 0, Pictures(), {})
+    return replace(plain, **changes)
+
+
+def test_a_step_s_flops_by_hand() -> None:
+    """2 prompts x 3 episodes of 10 + 4 tokens (all as long as the budget)."""
+    model = Architecture("tiny", TEXT, None, "test")
+    weights = 3 * (48 * 48 + 2 * 48 * 24 + 48 * 48 + 3 * 48 * 80)  # q, k and v, o, MLP
+    head, per_pair = 48 * 160, 4 * 3 * 4 * 12
+    whole = 2 * weights * 14 + per_pair * (14 * 15 / 2)
+    how = Training(checkpointing=True, lora=False, all_logits=True, recompute_old=True)
+    counted = step_flops(model, model, work(), how)
+    assert counted.prompt == 2 * (2 * weights * 10 + per_pair * 55 + 2 * head)
+    assert counted.decode == 6 * ((2 * weights + 2 * head) * 4 + per_pair * (11 + 12 + 13 + 14))
+    assert counted.teacher == counted.old_logp == 6 * (whole + 2 * head * 14)
+    assert counted.update == 6 * (4 * whole + 3 * 2 * head * 14)
+    assert counted.vision == 0
+    own = step_flops(model, None, work(), Training(False, False, False, False))
+    assert own.update == 6 * (3 * whole + 4 * 2 * head * 4)  # our loss: the student's tokens only
+    assert own.teacher == own.old_logp == 0
+
+
+def test_pictures_and_observations_are_counted_where_they_are_seen() -> None:
+    model = find_architecture("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert model.vision is not None
+    how = Training(checkpointing=False, lora=False, all_logits=True, recompute_old=True)
+    blind = step_flops(model, model, work(prompt_text=100), how)
+    seeing = step_flops(model, model, work(prompt_text=36, prompt_pictures=Pictures(1, 64)), how)
+    look = flops.vision_forward(model.vision, [64])
+    assert seeing.prompt - blind.prompt == pytest.approx(2 * look)  # once per group
+    assert seeing.teacher - blind.teacher == pytest.approx(6 * look)
+    assert seeing.update - blind.update == pytest.approx(3 * 6 * look)
+    assert seeing.vision == pytest.approx((2 + 6 + 6 + 18) * look / seeing.total)
+    told = step_flops(model, None, work(observation_text=5), how)
+    assert told.prompt > step_flops(model, None, work(), how).prompt
+
+
+# Seconds
+
+
+def rates(compute: float = 1e30, bandwidth: float = 1e30, iteration: float = 0.0) -> Rates:
+    made = [Rate(value, "test") for value in (compute, compute, bandwidth, iteration)]
+    return Rates(*made)
+
+
+def test_iterations_by_hand() -> None:
+    model = Architecture("tiny", TEXT, None, "test")
+    fixed = rates(iteration=1.0)
+    assert decode_seconds(model, [2, 4], 7, Server(1, 2), fixed) == 4  # side by side
+    assert decode_seconds(model, [2, 4], 7, Server(1, 1), fixed) == 6  # one after the other
+    assert (
+        decode_seconds(model, [2, 4, 3], 7, Server(1, 2), fixed) == 5
+    )  # the third after the first
+
+
+def test_memory_traffic_by_hand() -> None:
+    """Two sequences of 2 and 4 tokens after 10: cached tokens at mid-step 22, and 13 at the end."""
+    model = Architecture("tiny", TEXT, None, "test")
+    per_token = 2 * 3 * 2 * 12 * 2  # key and value, layers, heads, width, bytes
+    assert TEXT.kv_bytes() == per_token
+    read = 4 * 2 * TEXT.parameters + per_token * (2 * 22 + 2 * 13)
+    seconds = decode_seconds(model, [2, 4], 10, Server(1, 2), rates(bandwidth=1.0))
+    assert seconds == pytest.approx(read)
+    halved = decode_seconds(model, [2, 4], 10, Server(2, 2), rates(bandwidth=1.0))
+    assert halved == pytest.approx(read / 2)
+
+
+def test_many_sequences_are_bound_by_compute() -> None:
+    model = Architecture("tiny", TEXT, None, "test")
+    one = flops.layers_forward(TEXT, 1) + flops.logits_forward(TEXT, 1)
+    expected = 50 * (one + flops.attention_forward(TEXT, 1.0)) * 2  # contexts 0 to 2, in the middle
+    assert decode_seconds(model, [2] * 50, 0, Server(1, 50), rates(1.0)) == pytest.approx(expected)
+
+
+def test_key_value_cache_of_a_published_size() -> None:
+    shape = find_architecture("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert shape.text.kv_bytes() == 36 * 2 * 2 * 128 * 2 == 36864
+    cache = server_cache(shape, 40 * GIB, 1)
+    assert cache == 40 * GIB - 2 * shape.parameters - 2 * GIB
+    assert cache_sequences(shape, cache, 1000, 1) == int(cache // 36_864_000)
+    assert cache_sequences(shape, cache, 1000, 8) == int(cache // 18_432_000)  # two heads only
+
+
+def test_a_teacher_of_its_own_hides_behind_the_rollout() -> None:
+    assert StepSeconds(10, 4, 1, 2, 0.5, overlap=True).total == 13.5
+    assert StepSeconds(4, 10, 1, 2, 0.5, overlap=True).total == 13.5
+    both = StepSeconds(10, 4, 1, 2, 0.5, overlap=False)
+    assert both.total == 17.5
+    assert both.share("teacher") == 4 / 17.5
+
+
+# Lengths
+
+
+@pytest.mark.parametrize("mean", [1, 50, 300, 680, 999, 1000])
+def test_responses_have_the_mean_and_the_budget(mean: float) -> None:
+    lengths = work(response=mean, response_max=1000).responses(256)
+    assert statistics.fmean(lengths) == pytest.approx(mean, rel=0.01)
+    assert max(lengths) <= 1000
+    assert lengths == sorted(lengths)
+
+
+def test_how_many_are_cut_off() -> None:
+    """An exponential of scale s is cut with probability exp(-1000 / s); s = 1249 has mean 688."""
+    lengths = work(response=688.2, response_max=1000).responses(1000)
+    cut = sum(length > 999 for length in lengths) / 1000
+    assert cut == pytest.approx(0.449, abs=0.01)
+
+
+def test_spread_loses_none() -> None:
+    for count in (1, 2, 7, 128, 250):
+        assert sorted(spread(list(range(count)))) == list(range(count))
+    mixed = spread([float(i) for i in range(128)])
+    halves = statistics.fmean(mixed[:64]), statistics.fmean(mixed[64:])
+    assert abs(halves[0] - halves[1]) < 8
+
+
+def test_assumptions_scale_with_the_task() -> None:
+    config, _ = composed("recipe=paper_math_1_5b")
+    made = assumed_workload(config, has_vision=False, given={})
+    assert (made.response, made.prompt_pictures.total, made.observation) == (5500, 0, 0)
+    config, _ = composed("recipe=paper_agentic")
+    made = assumed_workload(config, has_vision=True, given={})
+    assert made.prompt_pictures == Pictures(1, 1250)
+    assert made.observation > 0
+    config, _ = composed()  # the embedded task: pictures of 16 tokens
+    made = assumed_workload(config, has_vision=True, given={"response": 20, "prompt": 50})
+    assert made.prompt_pictures == Pictures(1, 16)
+    assert (made.response, made.prompt_text) == (20, 50)
+    assert made.sources["response"] == "given"
+    with pytest.raises(ConfigError, match=r"\(0, 256\].*got 300"):
+        assumed_workload(config, has_vision=True, given={"response": 300})

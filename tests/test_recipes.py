@@ -1,0 +1,299 @@
+"""Recipes of the paper's runs: every value against the paper's own words."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+from running import command, composed
+
+from reopold_agent.errors import UnknownNameError
+from reopold_agent.hydra_groups import prepare_groups
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "reopold_agent" / "configs" / "recipe"
+PAPER = ROOT.parent / "shared" / "paper" / "reopold.txt"
+NAMES = (
+    *("paper_agentic", "paper_math_1_5b", "paper_math_7b"),
+    *("paper_geometry_3b", "paper_geometry_7b"),
+)
+
+ADAMW = "AdamW optimizer (Loshchilov and Hutter, 2019) with a constant learning rate"
+MATH: list[tuple[str, dict[str, Any]]] = [
+    (
+        "maximum response length of 8192 and a sampling temperature of 1.0",
+        {"rollout.max_response_tokens": 8192, "sampling.temperature": 1.0, "sampling.top_p": 1.0},
+    ),
+    ("The global batch size is set to 128", {"batch.prompts": 128}),
+    ("with a mini-batch size of 32, resulting in 4 gradient updates", {"batch.mini_batch": 32}),
+    ("The student policy is trained for 300 iterations", {"steps": 300}),
+    (ADAMW, {"optimizer.warmup_steps": 0}),
+    (
+        "a single node equipped with 8 NVIDIA H100 80GB GPUs",
+        {"engine.nodes": 1, "engine.gpus_per_node": 8},
+    ),
+    ("We employ Verl (Sheng et al., 2025) for on-policy distillation", {"engine.name": "verl"}),
+    (
+        "https://huggingface.co/datasets/Elliott/Openr1-Math-46k-8192",
+        {"data.train.path": "Elliott/Openr1-Math-46k-8192", "env.name": "math"},
+    ),
+]
+GEOMETRY: list[tuple[str, dict[str, Any]]] = [
+    (
+        "enforcing a maximum response length of 2048 and a sampling temperature of 1.0",
+        {"rollout.max_response_tokens": 2048, "sampling.temperature": 1.0, "sampling.top_p": 1.0},
+    ),
+    (
+        "trained for 60 iterations with a batch size of 128 and a mini-batch size of 64",
+        {"steps": 60, "batch.prompts": 128, "batch.mini_batch": 64},
+    ),
+    (
+        "the same hardware setup (a single 8 NVIDIA H100 node)",
+        {"engine.nodes": 1, "engine.gpus_per_node": 8},
+    ),
+    ("on-policy distillation using Verl (Sheng et al., 2025)", {"engine.name": "verl"}),
+    ("We train the student model on Geometry3K", {"env.name": "geometry"}),
+    (
+        "Qwen2.5-VL-32B-Instruct, trained with NoisyRollout (Liu et al., 2025b), as the teacher",
+        {"model.teacher.path": "xyliu6/NoisyRollout-Geo3K-32B"},
+    ),
+]
+SAID: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "paper_agentic": [
+        (
+            "maximum response length of 8192 and a temperature of 1.0",
+            {"rollout.max_response_tokens": 8192, "sampling.temperature": 1.0},
+        ),
+        ("We set the maximum round for 2.", {"rollout.max_turns": 2}),
+        (
+            "We maintain a batch size of 128 and a mini-batch size of 64",
+            {"batch.prompts": 128, "batch.mini_batch": 64},
+        ),
+        ("The student policy undergoes training for 40 iterations", {"steps": 40}),
+        (ADAMW, {"optimizer.warmup_steps": 0}),
+        (
+            "GPU hours on a single node with 8 NVIDIA H100 80GB GPUs",
+            {"engine.nodes": 1, "engine.gpus_per_node": 8, "engine.name": "verl"},
+        ),
+        ("we set the maximum round for 5,", {"evaluation.max_turns": 5}),
+        (
+            "sampling temperature of 1.0, and top-p of 1.0. For training",
+            {"sampling.top_p": 1.0, "evaluation.max_turns": 5},
+        ),
+        (
+            "https://huggingface.co/datasets/TIGER-Lab/PixelReasoner-RL-Data",
+            {"data.train.path": "TIGER-Lab/PixelReasoner-RL-Data"},
+        ),
+        (
+            "the SFTed Qwen2.5-VL-3B-Instruct (Jiang et al., 2025) as the student policy and "
+            "Pixel-Reasoner-7B (Su et al., 2025) as the teacher",
+            {
+                "model.student.path": "VerlTool/pixel-reaoner-qwen2-5vl-3b-sft",
+                "model.teacher.path": "TIGER-Lab/PixelReasoner-RL-v1",
+            },
+        ),
+    ],
+    "paper_math_1_5b": [
+        *MATH,
+        (
+            "DeepSeek-R1-Distill-Qwen-1.5B and 7B (Guo et al., 2025), employing "
+            "SkyWork-OR1(-Math)-7B and SkyWork-OR1-32B-Preview",
+            {
+                "model.student.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+                "model.teacher.path": "Skywork/Skywork-OR1-Math-7B",
+            },
+        ),
+    ],
+    "paper_math_7b": [
+        *MATH,
+        (
+            "DeepSeek-R1-Distill-Qwen-1.5B and 7B (Guo et al., 2025), employing "
+            "SkyWork-OR1(-Math)-7B and SkyWork-OR1-32B-Preview",
+            {
+                "model.student.path": "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+                "model.teacher.path": "Skywork/Skywork-OR1-32B-Preview",
+            },
+        ),
+    ],
+    "paper_geometry_3b": [
+        *GEOMETRY,
+        (
+            "We adopt Qwen2.5-VL-3/7B-Instruct",
+            {"model.student.path": "Qwen/Qwen2.5-VL-3B-Instruct"},
+        ),
+    ],
+    "paper_geometry_7b": [
+        *GEOMETRY,
+        (
+            "We adopt Qwen2.5-VL-3/7B-Instruct",
+            {"model.student.path": "Qwen/Qwen2.5-VL-7B-Instruct"},
+        ),
+    ],
+}
+LOST = {
+    "batch.samples": 8,
+    "optimizer.lr": 1e-6,
+    "objective.name": "reopold",
+    "objective.mixture": 0.1,
+    "objective.top_share": 0.2,
+    "objective.switch_share": 0.33,
+}
+"""Numbers that the paper's text lost; the defaults of the specification."""
+
+
+def flat(recipe: str, *words: str) -> dict[str, Any]:
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        values = OmegaConf.to_container(
+            compose("train", [f"recipe={recipe}", *words]), resolve=True
+        )
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{prefix}{key}.", value)
+        else:
+            found[prefix[:-1]] = node
+
+    walk("", values)
+    return found
+
+
+def test_there_are_five() -> None:
+    assert sorted(path.stem for path in RECIPES.glob("*.yaml")) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_values_are_the_paper_s(name: str) -> None:
+    have = flat(name)
+    for quote, values in SAID[name]:
+        for key, value in values.items():
+            assert have[key] == value, f"{key}: the paper says '{quote}'"
+    for key, value in LOST.items():
+        assert have[key] == value, key
+
+
+@pytest.mark.skipif(not PAPER.is_file(), reason="../shared/paper is not on this machine")
+@pytest.mark.parametrize("name", NAMES)
+def test_the_quotes_are_in_the_paper(name: str) -> None:
+    text = PAPER.read_text("utf-8")
+    for quote, _ in SAID[name]:
+        assert quote in text, quote
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_stand_beside_the_paper_s_words_or_a_reason(name: str) -> None:
+    lines = (RECIPES / f"{name}.yaml").read_text("utf-8").splitlines()
+    keys = ("steps", "prompts", "samples", "mini_batch", "max_response_tokens", "max_turns")
+    keys += ("temperature", "top_p", "lr", "teacher_gpus_per_node")
+    for key in keys:
+        line = next(each for each in lines if re.match(rf" *{key}: ", each))
+        assert re.search(r"# .*(\"|lost|silent|an answer)", line), line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_makes_a_typed_configuration(name: str) -> None:
+    config, _ = composed(f"recipe={name}")
+    engine = config.engine
+    student = engine.gpus_per_node - engine.teacher_gpus_per_node
+    assert engine.teacher_gpus_per_node % engine.teacher_server.tensor_parallel == 0
+    assert config.batch.mini_batch * config.batch.samples % student == 0
+    assert config.batch.prompts * config.batch.samples <= (
+        config.rollout.concurrency * engine.rollout_workers
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_words_of_the_command_line_win(name: str) -> None:
+    config, _ = composed(
+        *(f"recipe={name}", "engine=local", "batch.prompts=8", "batch.mini_batch=4", "steps=3"),
+        *("rollout.max_response_tokens=77", "seed=5", "model.student.path=elsewhere"),
+    )
+    assert config.engine.name == "local"
+    assert (config.batch.prompts, config.batch.mini_batch, config.batch.samples) == (8, 4, 8)
+    assert (config.steps, config.seed, config.rollout.max_response_tokens) == (3, 5, 77)
+    assert config.model.student.path == "elsewhere"
+
+
+def test_other_options_of_its_groups_win() -> None:
+    assert "objective.mixture" not in flat("paper_math_1_5b", "objective=rkl")
+    assert composed("recipe=paper_math_1_5b", "objective=grpo")[0].objective["name"] == "grpo"
+    small = flat("paper_agentic", "model=demo", "data=demo")
+    assert small["model.student.path"] == "demo:student"
+    assert small["data.train.source"] == "demo"
+    assert small["batch.prompts"] == 128  # the recipe's
+    words = ("data=verl", "data.train.path=a", "data.eval.path=b")
+    assert flat("paper_math_7b", *words)["data.train.path"] == "a"
+
+
+def test_a_recipe_can_be_taken_out_again() -> None:
+    assert composed()[1] == composed("recipe=paper_agentic", "~recipe")[1]
+
+
+def test_an_unknown_recipe_is_named() -> None:
+    with pytest.raises(UnknownNameError, match=r"paper_agentc.*Did you mean 'paper_agentic'"):
+        prepare_groups(["recipe=paper_agentc"])
+
+
+def test_the_command_shows_it(tmp_path: Path) -> None:
+    words = ["python", "-m", "reopold_agent.train", "recipe=paper_agentic", "--cfg", "job"]
+    shown = command(words, tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert "gpus_per_node: 8" in shown.stdout
+    assert "path: TIGER-Lab/PixelReasoner-RL-v1" in shown.stdout
+
+
+EVALUATION = {
+    "paper_agentic": (
+        "we set the maximum round for 5, maximum response length of 8192, sampling temperature "
+        "of 1.0, and top-p of 1.0",
+        {
+            "agentic.max_turns": 5,
+            "agentic.max_response_tokens": 8192,
+            "agentic.temperature": 1.0,
+            "agentic.top_p": 1.0,
+            "suite": "agentic",
+        },
+    ),
+    "paper_math": (
+        "maximum response length of 32768 and a sampling temperature of 0.6 and top-p of 0.95",
+        {
+            "single.max_response_tokens": 32768,
+            "single.max_turn_tokens": 32768,
+            "single.temperature": 0.6,
+            "single.top_p": 0.95,
+            "suite": "math",
+        },
+    ),
+    "paper_geometry": (
+        "maximum response length of 8192 and a sampling temperature of 0.6 and top-p of 0.95",
+        {
+            "single.max_response_tokens": 8192,
+            "single.max_turn_tokens": 8192,
+            "single.temperature": 0.6,
+            "single.top_p": 0.95,
+            "suite": "visual",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_evaluation_is_the_paper_s(name: str) -> None:
+    text = (RECIPES / f"{name}.yaml").read_text("utf-8")
+    found = re.search(r"#   python -m reopold_agent.evaluate (.*(?:\n#     .*)*)", text)
+    assert found is not None
+    words = shlex.split(found[1].replace("\\\n#", ""))
+    words = [word for word in words if not word.startswith("model=")]
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        composed_evaluation = compose("evaluate", words)
+    quote, values = next(v for k, v in EVALUATION.items() if name.startswith(k))
+    for key, value in values.items():
+        assert OmegaConf.select(composed_evaluation, key) == value, f"{key}: '{quote}'"
+    if PAPER.is_file():
+        assert quote in PAPER.read_text("utf-8")
