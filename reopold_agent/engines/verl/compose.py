@@ -24,6 +24,9 @@ TEACHER_TOKENS_PER_PASS = 4096
 """Tokens of one pass of the teacher's servers: prompt log-probs take ``tokens x vocabulary x 4``
 bytes of each (2.5 GB with Qwen's vocabulary; unbounded, they exhaust a GPU: vllm #5907)."""
 
+CPU_CACHE_BYTES = 256 * 2**20
+"""Keys and values of a server on a CPU, for tiny models."""
+
 
 def check_supported(config: TrainConfig, objective: Objective) -> None:
     """Refuses what this engine cannot do, before anything is started.
@@ -38,10 +41,10 @@ def check_supported(config: TrainConfig, objective: Objective) -> None:
             f"engine=verl trains on the student's own samples; objective={name} needs more "
             f"({beyond.name}). Use engine=local for it."
         )
-    if objective.roll_outs > 1:
+    if objective.roll_outs > 1 or getattr(objective, "drop_equal_groups", False):
         raise ConfigError(
-            "engine=verl rolls out each step's prompts once; set objective.dynamic_sampling=false "
-            "or use engine=local"
+            "engine=verl trains on every group of a step, rolled out once; set "
+            "objective.drop_equal_groups=false or use engine=local"
         )
     if config.model.student.lora is not None:
         raise ConfigError("engine=verl trains all weights; for LoRA use engine=local")
@@ -294,6 +297,8 @@ def _server(
         "seed": config.seed,
         "engine_kwargs": {"vllm": _vision_settings(config)},
     }
+    if cpu:
+        settings["engine_kwargs"]["vllm"]["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
     return {f"{where}.{key}": value for key, value in settings.items()}
 
 

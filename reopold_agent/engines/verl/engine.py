@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from reopold_agent import orphans
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.environments import make_env, num_tasks
 from reopold_agent.engines.run_state import RunState, run_objective
@@ -168,9 +169,11 @@ class VerlEngine:
             runner = actor.remote(self.config, objective, str(self.folder.path), dict(tasks))
             try:
                 ray.get(runner.run.remote(composed))
-            except ray.exceptions.RayTaskError as error:
-                if isinstance(error.cause, ReopoldError):
-                    raise error.cause from error
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, ReopoldError):
+                    raise cause from error
+                _log.error("the processes' logs are in /tmp/ray/session_latest/logs of each node")
                 raise
 
     @contextmanager
@@ -191,6 +194,8 @@ class VerlEngine:
         if address is not None:
             arguments["address"] = address
         elif device == "cpu":
+            # Ray would kill processes at 95 % of the memory, and a laptop is smaller than a node.
+            os.environ.setdefault("RAY_memory_usage_threshold", "0.98")
             gpus = student_gpus(engine, with_teacher)
             gpus += engine.teacher_gpus_per_node if with_teacher else 0
             arguments.update(
@@ -253,14 +258,13 @@ def _step(checkpoint: Path) -> int:
 
 def _environment(device: str) -> dict[str, str]:
     """Variables that every process of the run needs."""
-    common = {"VERL_USE_EXTERNAL_MODULES": PLUGIN}
+    common = {"VERL_USE_EXTERNAL_MODULES": PLUGIN, orphans.SWITCH: "1"}
     if device != "cpu":
         return common
     return {
         **common,
         "VERL_PLATFORM": "cpu",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-        "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }

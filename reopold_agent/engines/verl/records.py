@@ -113,9 +113,8 @@ def _turn(values: dict[str, Any]) -> Turn:
 
 def plain_rows(table: Any) -> list[dict[str, Any]]:
     """The rows of a ``TensorDict`` as verl's queue returns it, nested tensors and objects alike."""
-    return [
-        {name: _item(table, name, index) for name in list(table.keys())} for index in range(len(table))
-    ]
+    names = list(table.keys())
+    return [{name: _item(table, name, i) for name in names} for i in range(len(table))]
 
 
 def _item(table: Any, name: str, index: int) -> Any:

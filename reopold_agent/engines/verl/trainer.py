@@ -159,6 +159,14 @@ class Trainer(PPOTrainerSync):
             )
         return batch
 
+    def _step_once(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._step_once(*args, **kwargs)
+        except RuntimeError as error:
+            if self.rollouts.failure is not None:  # verl only misses the rows
+                raise self.rollouts.failure from error
+            raise
+
     def on_sample_end(self) -> None:
         """Stops the run if episodes failed for a reason that will not go away."""
         if self.rollouts.failure is not None:

@@ -1,0 +1,87 @@
+"""Two Ray nodes (raylets on loopback), and a rollout worker that is killed in the middle of a step.
+
+Mathematics with GRPO: no teacher, so outcomes and groups go through verl as well. Needs the
+environment that ``.ci/run`` builds: ``pytest -m full_env``.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reopold_agent.tracking.metrics import read_json_lines
+
+pytestmark = [pytest.mark.full_env, pytest.mark.timeout(1800)]
+
+pytest.importorskip("verl", reason="needs the full environment")
+psutil = pytest.importorskip("psutil", reason="comes with verl")
+
+STEPS, PROMPTS, SAMPLES = 2, 4, 4
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes with one pretended GPU each."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 32, "num_gpus": 1, "object_store_memory": 2**30}
+    found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    found.add_node(**node)
+    found.wait_for_nodes()
+    yield found
+    found.shutdown()
+
+
+def rollout_workers() -> list[Any]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [""])[0].startswith("ray::RolloutWorker")
+    ]
+
+
+def test_a_killed_rollout_worker_loses_nothing(cluster: Any, tmp_path: Path) -> None:
+    folder, log = tmp_path / "run", tmp_path / "run.log"
+    command = [
+        *(sys.executable, "-m", "reopold_agent.train", "env=math", "objective=grpo"),
+        *("engine=verl", "engine.device=cpu", f"engine.ray_address={cluster.address}"),
+        *("engine.nodes=2", "engine.gpus_per_node=1", "engine.teacher_gpus_per_node=0"),
+        *("engine.rollout_workers=2", f"steps={STEPS}", f"batch.prompts={PROMPTS}"),
+        *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "evaluation.teacher=false"),
+        *("evaluation.tasks=4", "evaluation.every=0", "logging.trajectories=100"),
+        f"hydra.run.dir={folder}",
+    ]
+    with log.open("wb") as stream:
+        run = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 900
+        victim = None
+        while run.poll() is None and victim is None:
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            rows = read_json_lines(folder / "metrics.jsonl") if folder.is_dir() else []
+            if sum(row["kind"] == "eval" for row in rows) >= 2:  # the first step has begun
+                playing = [p for p in rollout_workers() if "play" in p.info["cmdline"][0]]
+                victim = (playing or rollout_workers())[0]
+                victim.send_signal(signal.SIGKILL)
+            time.sleep(0.02)
+        assert victim is not None, log.read_text()[-4000:]
+        assert run.wait(timeout=900) == 0, log.read_text()[-4000:]
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    rows = [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "train"]
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert all(row["rollout/episodes"] == PROMPTS * SAMPLES for row in rows)
+    assert all(row["rollout/dropped"] == 0 for row in rows)
+    records = read_json_lines(folder / "trajectories.jsonl")
+    episodes = [(r["step"], r["index"], r["sample"]) for r in records]
+    assert len(set(episodes)) == len(episodes) == STEPS * PROMPTS * SAMPLES
+    assert all(row["rollout/logp_difference_max"] < 1e-3 for row in rows)

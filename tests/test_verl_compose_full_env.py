@@ -1,0 +1,103 @@
+"""verl's configuration of each recipe, by verl's own validation. Starts nothing.
+
+Needs the environment that ``.ci/run`` builds: ``pytest -m full_env``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import composed
+
+from reopold_agent.engines.run_state import run_objective
+from reopold_agent.engines.verl.compose import check_supported, needs_teacher, verl_config
+from reopold_agent.errors import ConfigError
+
+pytestmark = pytest.mark.full_env
+
+pytest.importorskip("verl", reason="needs the full environment")
+
+RECIPES = (
+    *("paper_agentic", "paper_math_1_5b", "paper_math_7b"),
+    *("paper_geometry_3b", "paper_geometry_7b"),
+)
+CONTEXTS = {"student": 32768, "teacher": 32768}
+
+
+def settings(*words: str, contexts: dict[str, int] = CONTEXTS) -> Any:
+    config, _ = composed(*words)
+    objective = run_objective(config)
+    check_supported(config, objective)
+    return verl_config(
+        config,
+        Path("/run"),
+        with_teacher=needs_teacher(config, objective),
+        device="cuda",
+        contexts=contexts,
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_verl_takes_the_recipe(recipe: str) -> None:
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy, need_teacher_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    config, _ = composed(f"recipe={recipe}")
+    theirs = settings(f"recipe={recipe}")
+    validate_config(theirs, need_reference_policy(theirs), need_critic(theirs))
+    assert not need_critic(theirs)
+    assert need_teacher_policy(theirs)
+    assert not need_reference_policy(theirs)
+    distillation = omega_conf_to_dataclass(theirs.distillation)  # verl's own checks of the teacher
+    assert list(distillation.teacher_models) == ["default"]
+    rollout = omega_conf_to_dataclass(theirs.actor_rollout_ref.rollout)
+    assert rollout.max_model_len >= rollout.prompt_length + rollout.response_length + 1
+    assert theirs.data.train_batch_size == config.batch.prompts
+    assert rollout.n == config.batch.samples
+    assert theirs.actor_rollout_ref.actor.ppo_mini_batch_size == config.batch.mini_batch
+    assert rollout.response_length == config.rollout.max_response_tokens
+    assert theirs.trainer.total_training_steps == config.steps
+    optim = theirs.actor_rollout_ref.actor.optim
+    assert (optim.lr, list(optim.betas)) == (config.optimizer.lr, [0.9, 0.999])
+    gpus = theirs.trainer.n_gpus_per_node + theirs.distillation.n_gpus_per_node
+    assert gpus == config.engine.gpus_per_node == 8
+    # Each mini-batch divides evenly over the student's GPUs.
+    assert config.batch.mini_batch * config.batch.samples % theirs.trainer.n_gpus_per_node == 0
+
+
+def test_every_key_of_verls_distillation_loss_is_set() -> None:
+    from verl.workers.config import DistillationLossConfig
+
+    loss = settings("recipe=paper_agentic").distillation.distillation_loss
+    # Ours never calls that loss, so none of its parts may act: no clamp, no task reward.
+    assert loss.loss_max_clamp is None
+    assert loss.log_prob_min_clamp is None
+    assert loss.use_task_rewards is False
+    assert DistillationLossConfig().loss_max_clamp is not None  # the default that differs
+
+
+def test_overrides_come_last_and_unknown_keys_are_refused() -> None:
+    word = "+engine.overrides={actor_rollout_ref.rollout.max_num_seqs: 7}"
+    assert settings("recipe=paper_agentic", word).actor_rollout_ref.rollout.max_num_seqs == 7
+    with pytest.raises(ConfigError, match=r"no setting 'trainer\.nodes'"):
+        settings("recipe=paper_agentic", "+engine.overrides={trainer.nodes: 7}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["objective=gkd"], r"needs more \(DISTRIBUTIONS\)"),
+        (["objective=grpo", "objective.drop_equal_groups=true"], "trains on every group"),
+        (["engine.teacher_gpus_per_node=8"], "leaves no GPU for the student"),
+        (["engine.student_server.tensor_parallel=3"], "does not divide the 4 GPUs"),
+        (["engine.old_logp=rollout"], "must be recompute"),
+        (["model.student.lora={r: 8}"], "for LoRA use engine=local"),
+        (["model.teacher.follow=0.9", "model.teacher.dtype=float32"], "no following teacher"),
+        (["engine.max_prompt_tokens=30000"], "do not fit the models' context of 32768"),
+    ],
+)
+def test_what_cannot_be_done_is_said(words: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings("recipe=paper_agentic", *words)
