@@ -84,4 +84,4 @@ def test_a_killed_rollout_worker_loses_nothing(cluster: Any, tmp_path: Path) -> 
     records = read_json_lines(folder / "trajectories.jsonl")
     episodes = [(r["step"], r["index"], r["sample"]) for r in records]
     assert len(set(episodes)) == len(episodes) == STEPS * PROMPTS * SAMPLES
-    assert all(row["rollout/logp_difference_max"] < 1e-3 for row in rows)
+    assert all(row["sync/logp_gap_max"] < 1e-3 for row in rows)

@@ -73,7 +73,8 @@ def wait(process: subprocess.Popen[bytes], folder: Path, until: Any, seconds: fl
 
 def stop_ray() -> None:
     """Nothing of a killed run may stay: its processes live in sessions of their own."""
-    subprocess.run([sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"], check=False)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"]
+    subprocess.run(command, check=False, capture_output=True)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_rows_files_and_phases_are_those_of_the_local_engine(run: Any) -> None:
         assert np.isfinite(row["loss"])
         assert row["grad_norm"] > 0
         # Server and trainer agree on the samples, after every synchronisation of the weights.
-        assert row["rollout/logp_difference_max"] < 1e-3
+        assert row["sync/logp_gap_max"] < 1e-3
     assert rows[0]["mask/kept_share"] == pytest.approx(rows[0]["mask/exploration_share"])
     assert rows[1]["mask/kept_share"] == pytest.approx(rows[1]["mask/refinement_share"])
     summary = json.loads((folder / "summary.json").read_text())
@@ -200,7 +201,8 @@ def test_an_update_is_the_local_engines(run: Any, step: int) -> None:
     assert stats.loss == pytest.approx(row["loss"], rel=1e-4)
     assert stats.grad_norm == pytest.approx(row["grad_norm"], rel=1e-4)
     if stats.threshold is not None:
-        assert stats.threshold == pytest.approx(row["entropy/threshold"], rel=1e-4)
+        # verl's entropy, logsumexp minus a sum of products, cancels in float32.
+        assert stats.threshold == pytest.approx(row["entropy/threshold"], abs=2e-5)
     if step == 0:  # the optimizer starts from nothing, as here
         exported = folder / "checkpoints/global_step_1/actor/huggingface"
         theirs = load_model(ModelSpec(str(exported)), "student", cpu).adapter.model.state_dict()

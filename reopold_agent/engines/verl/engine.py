@@ -106,6 +106,8 @@ class VerlEngine:
         started = time.perf_counter()
         with Progress(config.steps) as progress:
             progress.start(config.steps, done)
+            if checkpoint is not None:
+                progress.note(f"continuing from {checkpoint} at step {done}")
             progress.note("starting Ray, the trainer and the vLLM servers; this takes minutes")
             with Follower(self.folder.metrics, progress):
                 self._train(composed, objective, tasks, device, with_teacher)

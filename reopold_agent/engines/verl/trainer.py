@@ -363,8 +363,8 @@ def _difference(rows: Sequence[tuple[Trajectory, FloatArray]]) -> dict[str, floa
     """How far the servers' log-probs of their own samples are from the trainer's, nats."""
     gaps = np.concatenate([np.abs(t.logp - logp)[t.loss_mask] for t, logp in rows])
     return {
-        "rollout/logp_difference_mean": float(gaps.mean()),
-        "rollout/logp_difference_max": float(gaps.max()),
+        "sync/logp_gap_mean": float(gaps.mean()),
+        "sync/logp_gap_max": float(gaps.max()),
     }
 
 
