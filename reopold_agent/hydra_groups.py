@@ -24,8 +24,8 @@ def prepare_groups(arguments: Sequence[str]) -> None:
     """Stores plugins' options with Hydra and checks the names of groups in a command line.
 
     Raises:
-        UnknownNameError: an ``env=``, ``model=``, ``data=``, ``objective=`` or ``engine=`` names
-            nothing; lists what exists and the closest match.
+        UnknownNameError: an ``env=``, ``model=``, ``data=``, ``objective=``, ``engine=``,
+            ``policy=`` or ``recipe=`` names nothing; lists what exists and the closest match.
         ConfigError: the configuration of the plugin that is asked for has an unknown section.
     """
     builtin = _options("env")
@@ -41,7 +41,8 @@ def prepare_groups(arguments: Sequence[str]) -> None:
             _log.warning("%s", error)  # an installed plugin must not stop other environments
             continue
         store.store(group="env", name=name, node=node, package="_global_")
-    known = {group: _options(group) for group in ("data", "model", "objective", "engine")}
+    groups = ("data", "model", "objective", "engine", "policy", "recipe")
+    known = {group: _options(group) for group in groups}
     known["objective"] += _store_objectives(known["objective"])
     known["env"] = ENVS.names()
     for argument in arguments:

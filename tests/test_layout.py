@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 from setuptools import find_packages
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torchvision", "verl", "vllm", "peft", "ray", "datasets", "wandb", "mlflow", "av")

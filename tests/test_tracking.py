@@ -296,6 +296,7 @@ def test_rollout_and_evaluation_statistics() -> None:
         "max_tokens": 0.0,
         "time_limit": 0.0,
         "env_error": 0.25,
+        "policy_error": 0.0,
     }
     evaluation = evaluation_statistics(trajectories)
     assert (evaluation["low"], evaluation["high"]) == wilson_interval(2, 4)

@@ -66,7 +66,8 @@ def test_a_killed_rollout_worker_loses_nothing(cluster: Any, tmp_path: Path) -> 
         victim = None
         while run.poll() is None and victim is None:
             assert time.monotonic() < deadline, log.read_text()[-4000:]
-            rows = read_json_lines(folder / "metrics.jsonl") if folder.is_dir() else []
+            path = folder / "metrics.jsonl"
+            rows = read_json_lines(path) if path.is_file() else []
             if sum(row["kind"] == "eval" for row in rows) >= 2:  # the first step has begun
                 playing = [p for p in rollout_workers() if "play" in p.info["cmdline"][0]]
                 victim = (playing or rollout_workers())[0]

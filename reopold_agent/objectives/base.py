@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Flag, auto
-from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 
 class Needs(Flag):

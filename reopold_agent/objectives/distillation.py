@@ -8,9 +8,9 @@ is another setting of the same code.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 from torch import Tensor
+from typing_extensions import Self
 
 from reopold_agent.objectives.base import (
     LossTerms,

@@ -8,10 +8,10 @@ reference policy, as in both successors.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives.base import (

@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
+from typing_extensions import Self
 
 from reopold_agent.errors import DataError
 from reopold_agent.tracking.files import dump_json, write_bytes_atomic

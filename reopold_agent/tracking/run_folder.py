@@ -15,7 +15,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
+
+from typing_extensions import Self
 
 import reopold_agent
 from reopold_agent.errors import CheckpointError

@@ -10,7 +10,7 @@ import asyncio
 import concurrent.futures
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -30,6 +30,26 @@ from reopold_agent.types import (
 _log = logging.getLogger(__name__)
 
 
+class Pictures:
+    """Pictures in Ray's object store: put there once, read by any server on any node."""
+
+    def __init__(self) -> None:
+        self._references: dict[int, Any] = {}
+
+    def reference(self, image: EncodedImage) -> Any:
+        """A reference to the picture's pixels."""
+        import ray
+
+        if image.key not in self._references:
+            self._references[image.key] = ray.put(image.pixels)
+        return self._references[image.key]
+
+    def forget(self, images: Sequence[EncodedImage]) -> None:
+        """Lets go of pictures whose episode is over; another one's are put there again."""
+        for image in images:
+            self._references.pop(image.key, None)
+
+
 @dataclass
 class Servers:
     """Access to the servers of one model from one process.
@@ -38,6 +58,7 @@ class Servers:
         client: verl's ``LLMServerClient``.
         loop: the event loop that the client belongs to.
         stop_ids: a turn ends with the first of these.
+        pictures: shared by student's and teacher's servers.
         timeout: seconds for one request.
         retries: further attempts after a failed request.
     """
@@ -45,9 +66,9 @@ class Servers:
     client: Any
     loop: asyncio.AbstractEventLoop
     stop_ids: frozenset[int]
+    pictures: Pictures
     timeout: float = 600.0
     retries: int = 2
-    _references: dict[int, Any] = field(default_factory=dict)
 
     async def request(
         self,
@@ -65,13 +86,14 @@ class Servers:
         for attempt in range(self.retries + 1):
             if attempt:
                 await asyncio.sleep(min(30.0, 2.0**attempt))
+                session = uuid4().hex  # verl keeps a session at its server, which may be dead
             try:
                 output = await asyncio.wait_for(
                     self.client.generate(
                         session,
                         prompt_ids=list(ids),
                         sampling_params=dict(parameters),
-                        image_data=[self._reference(image) for image in images] or None,
+                        image_data=[self.pictures.reference(image) for image in images] or None,
                     ),
                     self.timeout,
                 )
@@ -89,19 +111,6 @@ class Servers:
             f"a request to the vLLM server failed {self.retries + 1} times, at last with "
             f"{type(error).__name__}: {error}"
         ) from error
-
-    def forget(self, images: Sequence[EncodedImage]) -> None:
-        """Lets go of pictures whose episode is over."""
-        for image in images:
-            self._references.pop(image.key, None)
-
-    def _reference(self, image: EncodedImage) -> Any:
-        """The picture in Ray's object store, where it is put once."""
-        import ray
-
-        if image.key not in self._references:
-            self._references[image.key] = ray.put(image.pixels)
-        return self._references[image.key]
 
 
 class ServerPolicy:

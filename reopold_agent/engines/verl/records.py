@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reopold_agent.types import EncodedImage, FloatArray, StopReason, ToolCall, Trajectory, Turn
+from reopold_agent.types import FloatArray, PixelArray, StopReason, ToolCall, Trajectory, Turn
 
 EPISODE = "reopold_episode"
 """Field with everything about an episode that is no tensor, as JSON."""
@@ -56,15 +56,14 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def from_row(row: Mapping[str, Any], encode: Any = None) -> tuple[Trajectory, FloatArray]:
-    """A trajectory, and its log-probs by the trainer before the update, (L,).
+def from_row(row: Mapping[str, Any]) -> tuple[Trajectory, FloatArray]:
+    """A trajectory without its pictures, and its log-probs by the trainer before the update, (L,).
 
     The trajectory's ``logp`` are the server's that sampled, its ``entropy`` the trainer's.
 
     Args:
         row: fields as `to_row` wrote them, and verl's ``old_log_probs`` and ``entropy`` if they
             were computed already (else zeros).
-        encode: makes an `EncodedImage` of the pixels of a picture; None leaves the pictures out.
     """
     prompt, response = _array(row["prompts"]), _array(row["responses"])
     start = len(prompt)
@@ -77,9 +76,6 @@ def from_row(row: Mapping[str, Any], encode: Any = None) -> tuple[Trajectory, Fl
 
     episode = json.loads(row[EPISODE])
     turns = [_turn(turn) for turn in episode.pop("turns")]
-    images: list[EncodedImage] = []
-    if encode is not None:
-        images = [encode(pixels) for pixels in row["multi_modal_inputs"].get(PIXELS, ())]
     mask = np.concatenate(
         [np.zeros(start, np.bool_), _array(row["response_mask"]).astype(np.bool_)]
     )
@@ -89,13 +85,18 @@ def from_row(row: Mapping[str, Any], encode: Any = None) -> tuple[Trajectory, Fl
         loss_mask=mask,
         logp=whole("rollout_log_probs"),
         entropy=whole("entropy") * mask,
-        images=images,
+        images=[],
         turns=turns,
         stop_reason=StopReason(episode.pop("stop_reason")),
         teacher_logp=np.roll(_array(row["teacher_logprobs"]), 1).astype(np.float32),
         **episode,
     )
     return trajectory, whole("old_log_probs") * mask
+
+
+def pixels_of(row: Mapping[str, Any]) -> list[PixelArray]:
+    """The pictures of a row, as `to_row` wrote them."""
+    return list(row["multi_modal_inputs"].get(PIXELS, ()))
 
 
 def _written(trajectory: Trajectory) -> str:

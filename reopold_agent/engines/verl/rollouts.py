@@ -28,7 +28,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.environments import make_env
-from reopold_agent.engines.verl.client import ServerPolicy, Servers, score
+from reopold_agent.engines.verl.client import Pictures, ServerPolicy, Servers, score
 from reopold_agent.engines.verl.records import to_row
 from reopold_agent.errors import ModelError, ModelServerError
 from reopold_agent.policies.loading import ModelSpec, load_processing
@@ -73,9 +73,9 @@ class Player:
         self._chat = ChatRenderer(
             processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call
         )
-        stops = frozenset(self._chat.stop_ids)
-        self.student = Servers(student, loop, stops)
-        self.teacher = None if teacher is None else Servers(teacher, loop, stops)
+        stops, self.pictures = frozenset(self._chat.stop_ids), Pictures()
+        self.student = Servers(student, loop, stops, self.pictures)
+        self.teacher = None if teacher is None else Servers(teacher, loop, stops, self.pictures)
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="reopold-episode")
         # A runner is one thread's at a time; its environment is kept for the next episode.
         self._idle: dict[int, queue.SimpleQueue[RolloutRunner]] = {}
@@ -179,6 +179,7 @@ class RolloutWorker:
             ]
         )
         for trajectory in played:
+            self._player.pictures.forget(trajectory.images)
             trajectory.images = []
         return list(played)
 
@@ -186,13 +187,13 @@ class RolloutWorker:
         """Plays and scores one episode. What cannot be used leaves no row and is logged; the step
         counts it as missing."""
         spec = EpisodeSpec("train", prompt.index, prompt.first_sample + session)
+        trajectory = await self._player.episode(
+            spec,
+            self._sampling,
+            (self._config.seed, 1, prompt.step),
+            max_turns=self._config.rollout.max_turns,
+        )
         try:
-            trajectory = await self._player.episode(
-                spec,
-                self._sampling,
-                (self._config.seed, 1, prompt.step),
-                max_turns=self._config.rollout.max_turns,
-            )
             if not trajectory.trainable:
                 return
             if self._player.teacher is not None:
@@ -200,6 +201,8 @@ class RolloutWorker:
         except ModelServerError as error:
             _log.error("episode %s of step %d is dropped: %s", spec, prompt.step, error)
             return
+        finally:
+            self._player.pictures.forget(trajectory.images)
         length = len(trajectory.ids)
         tag = {
             "status": "success",
@@ -216,9 +219,6 @@ class RolloutWorker:
             tags=[tag],
             partition_id=TRAIN,
         )
-        self._player.student.forget(trajectory.images)
-        if self._player.teacher is not None:
-            self._player.teacher.forget(trajectory.images)
 
 
 class RolloutManager:

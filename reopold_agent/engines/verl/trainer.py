@@ -24,8 +24,8 @@ from verl.workers.utils.padding import response_to_nested
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.totals import TokenTotals
 from reopold_agent.engines.verl.loss import STEP, THRESHOLD, ObjectiveLoss
-from reopold_agent.engines.verl.records import EPISODE, from_row, plain_rows
-from reopold_agent.engines.verl.rollouts import RolloutManager
+from reopold_agent.engines.verl.records import EPISODE, from_row, pixels_of, plain_rows
+from reopold_agent.engines.verl.rollouts import TRAIN, RolloutManager
 from reopold_agent.engines.verl.tasks import StepTasks
 from reopold_agent.engines.verl.training import TOTALS, StudentWorker, banned_ids
 from reopold_agent.errors import ConfigError, NonFiniteError
@@ -177,14 +177,12 @@ class Trainer(PPOTrainerSync):
         """The objective's numbers over the whole batch, before it is split in any way."""
         live = [not tag.get("is_padding", False) for tag in batch.tags]
         fields = ["prompts", "responses", "response_mask", "rollout_log_probs", "old_log_probs"]
-        fields += ["entropy", "teacher_logprobs", "multi_modal_inputs", EPISODE]
+        fields += ["entropy", "teacher_logprobs", EPISODE]  # and no pictures
         table = transfer_queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
         )
-        encode = self._vision.adopt if self._vision is not None else None
-        rows = [
-            from_row(row, encode) for row, use in zip(plain_rows(table), live, strict=True) if use
-        ]
+        self._keys = [key for key, use in zip(batch.keys, live, strict=True) if use]
+        rows = [from_row(row) for row, use in zip(plain_rows(table), live, strict=True) if use]
         if not rows:
             raise ConfigError(
                 f"step {self.global_steps - 1}: no episode of the batch could be used; the log of "
@@ -310,12 +308,24 @@ class Trainer(PPOTrainerSync):
         settings = self.run_config.logging
         if not settings.every or step % settings.every:
             return
-        for trajectory in trajectories[: settings.trajectories]:
+        chosen = trajectories[: settings.trajectories]
+        self._fetch_pictures(chosen, self._keys[: len(chosen)])
+        for trajectory in chosen:
             pictures = save_pictures(trajectory, self.folder)
             record = trajectory_record(
                 trajectory, step=step, who="student", pictures=pictures, decode=self._chat.raw
             )
             self.trajectories.write(record)
+
+    def _fetch_pictures(self, trajectories: Sequence[Trajectory], keys: Sequence[str]) -> None:
+        """Gets the pictures of some trajectories; those of a whole step would be gigabytes."""
+        if self._vision is None or not keys:
+            return
+        table = transfer_queue.kv_batch_get(
+            keys=list(keys), partition_id=TRAIN, select_fields=["multi_modal_inputs"]
+        )
+        for trajectory, row in zip(trajectories, plain_rows(table), strict=True):
+            trajectory.images = [self._vision.adopt(p) for p in pixels_of(row)]
 
     def _sampling(self) -> Sampling:
         return Sampling(self.run_config.sampling.temperature, self.run_config.sampling.top_p)

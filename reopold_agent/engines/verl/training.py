@@ -21,7 +21,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from reopold_agent.engines.totals import TokenTotals
 from reopold_agent.engines.verl.loss import ObjectiveLoss
-from reopold_agent.engines.verl.records import PIXELS
+from reopold_agent.engines.verl.records import pixels_of
 from reopold_agent.objectives.chunks import BANNED
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
@@ -167,4 +167,4 @@ def banned_ids(tokenizer: Any, config: Any) -> list[int]:
 
 def _pictures(micro_batch: Any) -> list[list[Any]]:
     rows = micro_batch.get("multi_modal_inputs", [])
-    return [list(getattr(row, "data", row).get(PIXELS, ())) for row in rows]
+    return [pixels_of({"multi_modal_inputs": getattr(row, "data", row)}) for row in rows]

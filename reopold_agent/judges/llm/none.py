@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from threading import Lock
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
+
+from typing_extensions import Self
 
 from reopold_agent.judges.llm.base import Counters, Equal, Extract, How, JudgeReply, JudgeRequest
 
