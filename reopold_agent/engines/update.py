@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from reopold_agent.config import OptimizerConfig
+from reopold_agent.engines.totals import TokenTotals
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.objectives import Needs, Objective, TokenBatch
-from reopold_agent.objectives.reopold import PPO_CLIP
 from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.types import FloatArray, Trajectory
@@ -108,27 +108,26 @@ class Updater:
         threshold = self.objective.threshold(entropies_N, torch.ones_like(entropies_N))
         model = self.policy.adapter.model
         model.train()
-        totals = _Totals()
+        totals = TokenTotals()
         losses, norms, rate = [], [], 0.0
         for batch in mini_batches:
             self.optimizer.zero_grad(set_to_none=True)
-            numerator = denominator = 0.0
+            counts = TokenTotals()
             for group in split_by_tokens([len(t.ids) for t in batch], self._max_tokens):
                 part = [batch[i] for i in group]
                 tokens = self._token_batch(part, logp_old, entropy)
                 terms = self.objective.terms(tokens, step, threshold)
                 terms.numerator.backward()  # type: ignore[no-untyped-call]
-                numerator += float(terms.numerator.detach())
-                denominator += float(terms.denominator)
-                totals.add(terms.ratio, terms.clipped_reward, terms.mask)
+                counts.add(terms, tokens.loss_mask)
             # The loss is a mean over what is kept in the whole mini-batch, whose number is known
             # only now: gradients of the sums are divided once, so the split cannot matter.
-            scale = 1.0 / max(1.0, denominator)
+            scale = 1.0 / max(1.0, counts.denominator)
             for parameter in self._parameters:
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
             norm = float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
-            loss = numerator * scale
+            loss = counts.loss
+            totals.merge(counts)
             if not np.isfinite(loss) or not np.isfinite(norm):
                 self.optimizer.zero_grad(set_to_none=True)
                 raise NonFiniteError(
@@ -193,31 +192,3 @@ class Updater:
             response_length=spread([t.response_tokens for t in trajectories]),
             divergence=None if divergence_N is None else divergence_N[None],
         )
-
-
-class _Totals:
-    """Token counts over the micro-batches of a step."""
-
-    def __init__(self) -> None:
-        self._tokens = self._kept = self._cut = 0
-        self._ratio_sum = self._ratio_max = 0.0
-
-    def add(self, ratio: Tensor, reward: Tensor, mask: Tensor) -> None:
-        if ratio.numel() == 0:
-            return
-        above = (ratio > 1 + PPO_CLIP) & (reward > 0)
-        below = (ratio < 1 - PPO_CLIP) & (reward < 0)
-        self._tokens += ratio.numel()
-        self._kept += int(mask.sum())
-        self._cut += int((above | below).sum())
-        self._ratio_sum += float(ratio.sum())
-        self._ratio_max = max(self._ratio_max, float(ratio.max()))
-
-    def shares(self) -> dict[str, float]:
-        count = max(1, self._tokens)
-        return {
-            "kept_share": self._kept / count,
-            "ratio_mean": self._ratio_sum / count,
-            "ratio_max": self._ratio_max,
-            "ppo_clip_share": self._cut / count,
-        }

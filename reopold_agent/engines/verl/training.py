@@ -73,6 +73,8 @@ class FsdpEngine(FSDPEngineWithLMHead):
     def prepare_model_inputs(self, micro_batch: Any) -> Any:
         """verl's inputs, with patches and multimodal positions made here from the row's pixels."""
         pictures = _pictures(micro_batch)
+        micro_batch = micro_batch.copy()
+        micro_batch.pop("multi_modal_inputs", None)  # pixels are ours, verl knows patches
         if self._vision is None:
             return super().prepare_model_inputs(micro_batch=micro_batch)
         encoded = [[self._vision.adopt(pixels) for pixels in row] for row in pictures]
@@ -81,8 +83,6 @@ class FsdpEngine(FSDPEngineWithLMHead):
             self._positions(row.cpu(), images)
             for row, images in zip(ids.unbind(), encoded, strict=True)
         ]
-        micro_batch = micro_batch.copy()
-        micro_batch.pop("multi_modal_inputs", None)
         inputs, arguments = super().prepare_model_inputs(micro_batch=micro_batch)
         shape = inputs["input_ids"].shape
         if len(positions) == shape[0] and inputs["attention_mask"] is not None:
