@@ -12,7 +12,8 @@ from reopold_agent.config import TrainConfig
 from reopold_agent.engines.environments import make_env, num_tasks
 from reopold_agent.engines.session import Session
 from reopold_agent.objectives import RunFacts, make_objective
-from reopold_agent.policies.loading import ModelSpec, load_model
+from reopold_agent.policies.loading import ModelSpec, Processing, load_model
+from reopold_agent.policies.registry import is_trainers_own
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train import load_config
@@ -38,6 +39,9 @@ def demo_session(config: TrainConfig, folder: Path) -> Session:
         for role in ("student", "teacher")
     )
     teacher.adapter.model.requires_grad_(False)
+    taught: Processing = teacher
+    if not is_trainers_own(config.policy.teacher):
+        taught = Processing(**{k: v for k, v in vars(teacher).items() if k != "adapter"})
     settings = dict(config.objective)
     objective = make_objective(settings.pop("name"), settings).for_run(
         RunFacts(config.steps, config.rollout.max_response_tokens)
@@ -47,4 +51,4 @@ def demo_session(config: TrainConfig, folder: Path) -> Session:
     probe.close()
     run = RunFolder(folder)
     run.path.mkdir(parents=True, exist_ok=True)
-    return Session(config, objective, run, student, teacher, tasks, Progress(config.steps))
+    return Session(config, objective, run, student, taught, tasks, Progress(config.steps))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class ReopoldError(Exception):
@@ -56,6 +57,23 @@ class VocabularyMismatchError(ModelError):
 
 class ModelServerError(ReopoldError, RuntimeError):
     """A model's server did not answer, or not usefully, after all retries."""
+
+
+class PolicyRequestError(ModelServerError):
+    """Some of the trajectories of one call could not be scored, after all retries.
+
+    Attributes:
+        failed: the reason for each, by its position in the call.
+        scores: the others' `TokenScores` in the order of the call; None for those that failed.
+    """
+
+    def __init__(self, failed: Mapping[int, str], scores: Sequence[Any]) -> None:
+        self.failed, self.scores = dict(failed), list(scores)
+        super().__init__(self.failed, self.scores)
+
+    def __str__(self) -> str:
+        first = next(iter(self.failed.values()))
+        return f"{len(self.failed)} of {len(self.scores)} trajectories were not scored; {first}"
 
 
 class CheckpointError(ReopoldError, RuntimeError):

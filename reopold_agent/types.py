@@ -23,12 +23,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from reopold_agent.compat import StrEnum
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -116,6 +117,8 @@ class StopReason(StrEnum):
     """The episode used up its time for tools."""
     ENV_ERROR = "env_error"
     """The environment raised or hung; the episode is kept for the record, not trained on."""
+    POLICY_ERROR = "policy_error"
+    """The policy could not generate a turn, after retries; likewise."""
 
 
 @dataclass
@@ -181,6 +184,12 @@ class Trajectory:
     advantage: float | None = None
 
     @property
+    def trainable(self) -> bool:
+        """Whether there is something to learn from: no failure, and tokens of the student."""
+        failed = self.stop_reason in (StopReason.ENV_ERROR, StopReason.POLICY_ERROR)
+        return not failed and self.response_tokens > 0
+
+    @property
     def tool_calls(self) -> list[ToolCall]:
         """The tool calls in order, failed ones included."""
         return [turn.tool_call for turn in self.turns if turn.tool_call is not None]
@@ -239,10 +248,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """The sampled continuation of a `Request`; the three sequences have equal length."""
+    """The sampled continuation of a `Request`; the three sequences have equal length.
+
+    With ``error`` set there is none: the policy gave the turn up, and that is the reason.
+    """
 
     key: int
     ids: tuple[int, ...]
     logp: tuple[float, ...]
     entropy: tuple[float, ...]
     finish: Literal["stop", "length"]
+    error: str | None = None

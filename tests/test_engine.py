@@ -33,8 +33,9 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 
 from reopold_agent.config import OptimizerConfig, config_differences
 from reopold_agent.engines import checkpoint as checkpoint_module
-from reopold_agent.engines import collect, local, session
+from reopold_agent.engines import collect, local, run_state, session
 from reopold_agent.engines.data_order import DataOrder
+from reopold_agent.engines.run_state import FREE_TO_CHANGE
 from reopold_agent.engines.session import Session
 from reopold_agent.engines.update import Updater, UpdateStats
 from reopold_agent.envs.base import ToolEnv
@@ -312,7 +313,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plots (a second each; the command's tests look at them); global random state kept."""
     monkeypatch.setattr(session, "make_plots", lambda folder: None)
-    monkeypatch.setattr(local, "make_plots", lambda folder: None)
+    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -566,14 +567,14 @@ def test_the_seed_decides_everything(tmp_path: Path) -> None:
 def test_differences_are_of_what_influences_the_result() -> None:
     old = {"a": {"b": 1, "c": {}}, "checkpoint": {"every": 2}, "resume": "auto", "logging": {}}
     new = {"a": {"b": 2, "c": {"d": 1}}, "checkpoint": {"every": 3}, "resume": "must", "e": None}
-    assert config_differences(old, new, local.FREE_TO_CHANGE)[:2] == [
+    assert config_differences(old, new, FREE_TO_CHANGE)[:2] == [
         "a.b: 1 -> 2",
         "a.c: {} -> unset",
     ]
-    assert config_differences(old, old, local.FREE_TO_CHANGE) == []
+    assert config_differences(old, old, FREE_TO_CHANGE) == []
     assert not [
         d
-        for d in config_differences(old, new, local.FREE_TO_CHANGE)
+        for d in config_differences(old, new, FREE_TO_CHANGE)
         if d.startswith(("checkpoint", "resume"))
     ]
 

@@ -93,6 +93,7 @@ def test_overrides_come_last_and_unknown_keys_are_refused() -> None:
         (["engine.teacher_gpus_per_node=8"], "leaves no GPU for the student"),
         (["engine.student_server.tensor_parallel=3"], "does not divide the 4 GPUs"),
         (["engine.old_logp=rollout"], "must be recompute"),
+        (["policy=vllm"], "vLLM servers of its own"),
         (["model.student.lora={r: 8}"], "for LoRA use engine=local"),
         (["model.teacher.follow=0.9", "model.teacher.dtype=float32"], "no following teacher"),
         (["engine.max_prompt_tokens=30000"], "do not fit the models' context of 32768"),

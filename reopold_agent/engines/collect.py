@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,12 +11,13 @@ import torch
 from reopold_agent.config import TrainConfig
 from reopold_agent.data.demonstrations import Demonstration, load_demonstrations
 from reopold_agent.engines.data_order import DataOrder
+from reopold_agent.engines.roles import computing
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import SFT, Needs, Objective, Outcomes
-from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.policies.base import Policy
 from reopold_agent.rollout.demonstrations import demonstrated
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner, RolloutStats
-from reopold_agent.types import Sampling, StopReason, Trajectory
+from reopold_agent.types import Sampling, Trajectory
 
 
 @dataclass
@@ -32,12 +33,16 @@ class Collected:
     chosen: list[Trajectory] = field(default_factory=list)
     stats: RolloutStats = field(default_factory=RolloutStats)
 
+    def drop(self, failed: Sequence[Trajectory]) -> None:
+        """Takes out trajectories that cannot be learned from after all."""
+        gone = {id(t) for t in failed}
+        self.usable = [t for t in self.usable if id(t) not in gone]
+        self.chosen = [t for t in self.chosen if id(t) not in gone]
+
     def add(self, fresh: Sequence[Trajectory], stats: RolloutStats) -> None:
         """Adds episodes and where their time went."""
         self.trajectories += fresh
-        self.usable += [
-            t for t in fresh if t.stop_reason is not StopReason.ENV_ERROR and t.response_tokens
-        ]
+        self.usable += [t for t in fresh if t.trainable]
         for name, value in vars(stats).items():
             setattr(self.stats, name, getattr(self.stats, name) + value)
 
@@ -58,8 +63,8 @@ class Collector:
         config: TrainConfig,
         objective: Objective,
         runner: RolloutRunner,
-        student: TransformersPolicy,
-        teacher: TransformersPolicy | None,
+        student: Policy,
+        teacher: Policy | None,
         tasks: int,
     ) -> None:
         self.config, self.objective, self.runner = config, objective, runner
@@ -83,8 +88,12 @@ class Collector:
             return "recorded"
         return "teacher" if self.objective.needs & Needs.DEMONSTRATIONS else "student"
 
-    def collect(self, step: int, position: int) -> Collected:
+    def collect(
+        self, step: int, position: int, on_done: Callable[[Trajectory], None] | None = None
+    ) -> Collected:
         """The step's trajectories; draws go on at ``position``.
+
+        ``on_done`` is called with each trajectory that is played, as its episode ends.
 
         Further prompts are rolled out while the objective finds too few groups informative.
 
@@ -107,20 +116,21 @@ class Collector:
             collected.position += config.batch.prompts
             episodes = step_episodes(drawn_tasks, config.batch.samples)
             seed = (config.seed, 1, step) if number == 0 else (config.seed, 1, step, number)
-            with policy.adapter.autocast():
-                fresh = self.runner.run(policy, episodes, self.sampling, seed)
+            with computing(policy):
+                fresh = self.runner.run(policy, episodes, self.sampling, seed, on_done=on_done)
             collected.add(fresh, self.runner.stats)
             if not collected.usable:
                 raise ConfigError(
-                    f"step {step}: every episode of the batch ended in an environment error; the "
-                    f"first was: {fresh[0].info.get('error', 'unknown')}"
+                    f"step {step}: every episode of the batch ended in an error of the "
+                    f"environment or the policy; the first was: "
+                    f"{fresh[0].info.get('error', 'unknown')}"
                 )
             collected.chosen = self._choose(collected.usable)
             if len({t.index for t in collected.chosen}) >= config.batch.prompts:
                 break
         return collected
 
-    def _actor(self) -> TransformersPolicy:
+    def _actor(self) -> Policy:
         if not self.objective.needs & Needs.DEMONSTRATIONS:
             return self.student
         if self.teacher is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from reopold_agent.config import TeacherConfig
 from reopold_agent.errors import ModelError
-from reopold_agent.policies.loading import LoadedModel
+from reopold_agent.policies.loading import LoadedModel, Processing
 
 
 class FollowingTeacher:
@@ -47,3 +48,12 @@ class FollowingTeacher:
             return
         for his, own in self._pairs:
             his.mul_(self._decay).add_(own, alpha=1 - self._decay)
+
+
+def following_teacher(
+    settings: TeacherConfig | None, teacher: Processing | None, student: LoadedModel
+) -> FollowingTeacher | None:
+    """The run's following teacher, if its configuration asks for one."""
+    if not isinstance(teacher, LoadedModel) or settings is None or settings.follow is None:
+        return None
+    return FollowingTeacher(teacher, student, decay=settings.follow, every=settings.follow_every)

@@ -1,4 +1,4 @@
-"""What engines share of a run: may it start or go on here, and what its objective is."""
+"""What engines share of a run: may it start or go on here, its objective, its checkpoints."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from reopold_agent.config import TrainConfig, config_differences
 from reopold_agent.errors import CheckpointError, ConfigError
 from reopold_agent.objectives import Needs, Objective, RunFacts, make_objective
+from reopold_agent.policies.loading import ModelSpec
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
@@ -86,3 +87,27 @@ def run_objective(config: TrainConfig) -> Objective:
             "batch.mini_batch)"
         )
     return objective.for_run(RunFacts(config.steps, config.rollout.max_response_tokens))
+
+
+def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpec]:
+    """The checkpoints that a run needs, by role; ``teacher`` only where it has one to ask.
+
+    Raises:
+        ConfigError: a teacher is needed and there is none.
+    """
+    models = config.model
+    specs = {"student": ModelSpec(**vars(models.student))}
+    needs_teacher = bool(objective.needs & Needs.TEACHER)
+    if not (needs_teacher or config.evaluation.teacher):
+        return specs
+    if models.teacher is None:
+        name = config.objective["name"]
+        if needs_teacher:
+            raise ConfigError(f"objective={name} needs model.teacher, which is null")
+        raise ConfigError(
+            f"model.teacher is null, which suits objective={name}; set "
+            "evaluation.teacher=false too, or there is none to evaluate"
+        )
+    values = vars(models.teacher)
+    plain = {key: values[key] for key in values if not key.startswith("follow")}
+    return {**specs, "teacher": ModelSpec(**plain)}

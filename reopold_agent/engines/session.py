@@ -15,17 +15,20 @@ from reopold_agent.config import TrainConfig
 from reopold_agent.engines.checkpoint import load_trainer_state, restore, save_checkpoint
 from reopold_agent.engines.collect import Collected, Collector
 from reopold_agent.engines.environments import make_env
-from reopold_agent.engines.following import FollowingTeacher
+from reopold_agent.engines.following import following_teacher
 from reopold_agent.engines.interrupts import Interrupts, resume_command
+from reopold_agent.engines.roles import computing, make_roles
+from reopold_agent.engines.teaching import Scoring, checked
+from reopold_agent.engines.timing import Clock, step_times
 from reopold_agent.engines.update import Updater, UpdateStats
-from reopold_agent.errors import ConfigError, NonFiniteError
+from reopold_agent.errors import ConfigError
 from reopold_agent.eval.heldout import evaluate_policy
 from reopold_agent.objectives import Needs, Objective
-from reopold_agent.policies.loading import LoadedModel
-from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.policies.base import Policy
+from reopold_agent.policies.loading import LoadedModel, Processing
 from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner, RolloutStats
+from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
@@ -33,7 +36,7 @@ from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.statistics import distillation_statistics, rollout_statistics
 from reopold_agent.tracking.summary import print_summary, write_json_atomic
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
-from reopold_agent.types import FloatArray, Sampling, Trajectory
+from reopold_agent.types import FloatArray, Sampling, StopReason, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -47,7 +50,7 @@ class Session:
         objective: Objective,
         folder: RunFolder,
         student: LoadedModel,
-        teacher: LoadedModel | None,
+        teacher: Processing | None,
         tasks: Mapping[str, int],
         progress: Progress,
     ) -> None:
@@ -55,29 +58,22 @@ class Session:
         self.student_model = student
         self.tasks = tasks
         chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
-
-        def policy(model: LoadedModel) -> TransformersPolicy:
-            return model.policy(
-                forbidden_ids=chat.forbidden_ids,
-                stop_ids=chat.stop_ids,
-                max_tokens_per_pass=config.engine.max_tokens_per_pass,
-            )
-
-        self.student = policy(student)
-        self.teacher = None if teacher is None else policy(teacher)
-        self.following = _following(config, teacher, student)
+        self.following = following_teacher(config.model.teacher, teacher, student)
+        self.roles = make_roles(config, chat, student, teacher)
+        self.student, self.teacher = self.roles.trainer, self.roles.teacher
+        self.scoring = None if self.teacher is None else Scoring(self.teacher)
         self.objective = objective
         self.updater = Updater(
             self.student,
             objective,
             config.optimizer,
             max_tokens=config.engine.max_tokens_per_micro_batch,
-            teacher=self.teacher,
+            teacher=self.roles.own_teacher,
         )
         self.sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
         self.train_runner = self._runner(chat, config.rollout.max_turns)
         self.collector = Collector(
-            config, objective, self.train_runner, self.student, self.teacher, tasks["train"]
+            config, objective, self.train_runner, self.roles.sampler, self.teacher, tasks["train"]
         )
         self.eval_runner = self._runner(chat, config.evaluation.max_turns)
         self.metrics = MetricsWriter(folder.path / "metrics.jsonl")
@@ -101,6 +97,12 @@ class Session:
             ),
         )
 
+    def close(self) -> None:
+        """Ends what the policies started; the session cannot go on."""
+        if self.scoring is not None:
+            self.scoring.close()
+        self.roles.close()
+
     def train(
         self,
         checkpoint: Path | None,
@@ -113,7 +115,7 @@ class Session:
         step = position = 0
         earlier = 0.0
         if checkpoint is not None:
-            restore(checkpoint, self.updater)
+            restore(checkpoint, self.updater)  # the weights were loaded with the model
             state = load_trainer_state(checkpoint)
             step, position = int(state["step"]), int(state["position"])
             earlier = float(state["seconds"])
@@ -136,7 +138,7 @@ class Session:
                 self.following.after_step(step)
             every = config.evaluation.every
             if every and step % every == 0 and step < config.steps:
-                self._evaluate("student", self.student, step, self.sampling, curve=True)
+                self._evaluate("student", self.roles.sampler, step, self.sampling, curve=True)
             due = config.checkpoint.every and step % config.checkpoint.every == 0
             if due or step == config.steps or interrupts.received:
                 saved = save_checkpoint(
@@ -189,42 +191,51 @@ class Session:
     # One step
 
     def _step(self, step: int, position: int) -> int:
-        clock = _Clock()
-        rolled = self.collector.collect(step, position)
+        clock = Clock()
+        scoring = self._scoring_now()
+        rolled = self.collector.collect(step, position, scoring.begin if scoring else None)
         clock.lap("rollout")
-        self._score(rolled.usable, step)
-        clock.lap("teacher")
+        self.roles.rest()
+        clock.lap("sync")
         logp_old, entropy = self._behaviour(rolled.chosen, step)
         clock.lap("old_logp")
+        unscored: list[Trajectory] = []
+        if scoring is not None:
+            unscored = scoring.finish(rolled.usable, step)
+            rolled.drop(unscored)
+        elif self.objective.needs & Needs.TEACHER:
+            for trajectory in rolled.usable:  # the teacher's own samples
+                trajectory.teacher_logp = trajectory.logp
+        clock.lap("teacher")
         update = None
         if rolled.chosen:
             batches = self._mini_batches(rolled.chosen, step)
             update = self.updater.step(batches, step, logp_old, entropy)
         clock.lap("update")
+        if update is None:
+            self.roles.wake()
+        else:
+            self.roles.sync()
+        clock.lap("sync")
         row = self._row(step, rolled, update, logp_old, entropy)
+        row.update(self._agreement(rolled, logp_old, len(unscored)))
         self._write_trajectories(step, rolled.trajectories)
         clock.lap("other")
-        row.update(_times(clock, rolled.stats))
+        row.update(step_times(clock, rolled.stats))
         row["tokens_per_second"] = rolled.stats.sampled_tokens / max(1e-9, row["time/step"])
         self.metrics.write(row)
         self.progress.step(row)
         return rolled.position
 
-    def _score(self, trajectories: Sequence[Trajectory], step: int) -> None:
-        """The teacher's log-probs, where the objective needs a teacher."""
-        if not self.objective.needs & Needs.TEACHER:
-            return
-        if self.objective.needs & Needs.DEMONSTRATIONS:
-            for trajectory in trajectories:  # its own samples
-                trajectory.teacher_logp = trajectory.logp
-            return
-        teacher = self._teacher()
-        with teacher.adapter.autocast():
-            scores = teacher.score(trajectories)
-        for trajectory, score in zip(trajectories, scores, strict=True):
-            trajectory.teacher_logp = _checked(score.logp, trajectory, "teacher", step)
+    def _scoring_now(self) -> Scoring | None:
+        """The teacher's scoring, where the objective needs it."""
+        needs = self.objective.needs
+        if not needs & Needs.TEACHER or needs & Needs.DEMONSTRATIONS:
+            return None
+        self._teacher()
+        return self.scoring
 
-    def _teacher(self) -> TransformersPolicy:
+    def _teacher(self) -> Policy:
         if self.teacher is None:
             raise ConfigError("this run needs a teacher, but model.teacher is null")
         return self.teacher
@@ -234,8 +245,8 @@ class Session:
     ) -> tuple[dict[int, FloatArray], dict[int, FloatArray]]:
         """The student's log-probs and entropies before the update, by trajectory."""
         mode = self.config.engine.old_logp
-        if self.objective.needs & Needs.DEMONSTRATIONS:
-            mode = "recompute"  # the student did not sample them
+        if self.objective.needs & Needs.DEMONSTRATIONS or self.roles.separate:
+            mode = "recompute"  # another sampled them, or their entropies are not known
         if mode == "auto":
             # In float32 the two agree to 1e-5; in bfloat16 the batched decoder and the full pass
             # differ enough to show up in the ratio.
@@ -249,7 +260,7 @@ class Session:
                 scores = self.student.score(trajectories, with_entropy=True)
             pairs = [(s.logp, s.entropy) for s in scores]
         logp_old = {
-            id(t): _checked(logp, t, "student", step)
+            id(t): checked(logp, t, "student", step)
             for t, (logp, _) in zip(trajectories, pairs, strict=True)
         }
         return logp_old, {id(t): e for t, (_, e) in zip(trajectories, pairs, strict=True)}
@@ -302,6 +313,25 @@ class Session:
             "rollout/trained_share": len(chosen) / len(rolled.trajectories),
         }
 
+    def _agreement(
+        self, rolled: Collected, logp_old: Mapping[int, FloatArray], unscored: int
+    ) -> dict[str, float]:
+        """Where others generate or score: what they failed to do, and how far the sampler's
+        log-probs of the tokens it sampled (nats) are from the trainer's, by which is trained."""
+        row: dict[str, float] = {}
+        if self.scoring is not None and self.roles.own_teacher is None:
+            row["teacher/dropped"] = float(unscored)
+        if not self.roles.separate or self.collector.actor != "student":
+            return row
+        failed = [t.stop_reason is StopReason.POLICY_ERROR for t in rolled.trajectories]
+        row["rollout/dropped"] = float(sum(failed))
+        gaps = [np.abs(t.logp - logp_old[id(t)])[t.loss_mask] for t in rolled.chosen]
+        if gaps:
+            values = np.concatenate(gaps)
+            row["sync/logp_gap_mean"] = float(values.mean())
+            row["sync/logp_gap_max"] = float(values.max())
+        return row
+
     def _rollout(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         statistics = rollout_statistics(trajectories)
         if self.collector.played:
@@ -329,7 +359,7 @@ class Session:
     # Evaluation
 
     def _evaluate_ends(self, step: int, who: str) -> None:
-        policy = self.student if who == "student" else self._teacher()
+        policy = self.roles.sampler if who == "student" else self._teacher()
         # A run that was killed between its last step and its end has some of them already.
         done = [
             row["sampling"]
@@ -342,11 +372,11 @@ class Session:
                 self._evaluate(who, policy, step, sampling, curve=False)
 
     def _evaluate(
-        self, who: str, policy: TransformersPolicy, step: int, sampling: Sampling, *, curve: bool
+        self, who: str, policy: Policy, step: int, sampling: Sampling, *, curve: bool
     ) -> None:
         settings = self.config.evaluation
         wanted = settings.curve_tasks if curve else settings.tasks
-        with policy.adapter.autocast():
+        with computing(policy):
             result = evaluate_policy(
                 self.eval_runner,
                 policy,
@@ -364,15 +394,6 @@ class Session:
         }
         self.metrics.write(row)
         self.progress.evaluation(row)
-
-
-def _following(
-    config: TrainConfig, teacher: LoadedModel | None, student: LoadedModel
-) -> FollowingTeacher | None:
-    settings = config.model.teacher
-    if teacher is None or settings is None or settings.follow is None:
-        return None
-    return FollowingTeacher(teacher, student, decay=settings.follow, every=settings.follow_every)
 
 
 def summarise(
@@ -405,43 +426,3 @@ def summarise(
 
 def _kind(sampling: Sampling) -> str:
     return "greedy" if sampling.temperature == 0 else "sampled"
-
-
-class _Clock:
-    """Seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now
-
-
-def _times(clock: _Clock, stats: RolloutStats) -> dict[str, float]:
-    laps = clock.laps
-    parts = {
-        "generate": stats.generate_seconds,
-        "environment": stats.env_wait_seconds,
-        "teacher": laps["teacher"],
-        "old_logp": laps["old_logp"],
-        "update": laps["update"],
-        "sync": 0.0,  # student and sampler are one module: nothing to copy
-    }
-    total = sum(laps.values())
-    parts["other"] = max(0.0, total - sum(parts.values()))
-    return {**{f"time/{name}": seconds for name, seconds in parts.items()}, "time/step": total}
-
-
-def _checked(values: FloatArray, trajectory: Trajectory, whose: str, step: int) -> FloatArray:
-    if len(values) != len(trajectory.ids) or not np.isfinite(values).all():
-        raise NonFiniteError(
-            f"step {step}: the {whose}'s log-probs of task {trajectory.task_id} are "
-            f"{'of the wrong length' if len(values) != len(trajectory.ids) else 'not finite'}; "
-            "nothing was updated"
-        )
-    return values

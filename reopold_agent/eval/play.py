@@ -99,7 +99,7 @@ def response_row(
     kind = grading_kind(benchmark, task)
     options = [str(option) for option in task.metadata.get("options", ())]
     verdict = grade(response, list(task.answers), kind, options=options)
-    failed = trajectory.stop_reason is StopReason.ENV_ERROR
+    failed = trajectory.stop_reason in (StopReason.ENV_ERROR, StopReason.POLICY_ERROR)
     return {
         "benchmark": benchmark.name,
         "index": trajectory.index,

@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 import reopold_agent.envs  # noqa: F401  # registers the environments
-from reopold_agent.config import PixelsConfig, build, config_differences
+from reopold_agent.config import PixelsConfig, PolicyConfig, build, config_differences
 from reopold_agent.errors import CheckpointError
 from reopold_agent.eval.benchmarks import Benchmark, LoadedBenchmark, load_benchmark, select
 from reopold_agent.eval.judging import judge_rows
@@ -21,15 +21,19 @@ from reopold_agent.eval.latency import LatencyPoint, measure_latency
 from reopold_agent.eval.play import Row, play_benchmark
 from reopold_agent.eval.results import benchmark_results
 from reopold_agent.judges.llm import Judge, make_judge
+from reopold_agent.policies.base import Closeable, Policy
 from reopold_agent.policies.loading import (
     LoadedModel,
     ModelSpec,
+    Processing,
     check_available,
     device_name,
     load_model,
+    load_processing,
     model_path,
     pick_device,
 )
+from reopold_agent.policies.registry import POLICIES, PolicyRole, is_trainers_own
 from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
@@ -94,6 +98,7 @@ class EvaluateConfig:
     revision: str | None = None
     dtype: str = "auto"
     attention: str = "sdpa"
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
 
 
 class Evaluation:
@@ -134,7 +139,8 @@ class Evaluation:
             torch.set_num_threads(self.config.engine.threads)
         elif spec.path.startswith("demo:"):
             torch.set_num_threads(1)  # a model this small is fastest on one thread
-        model = load_model(spec, "model", device)
+        own = is_trainers_own(self.config.policy.student)
+        model = load_model(spec, "model", device) if own else load_processing(spec, "model")
         self.folder.write_versions(device=device_name(device))
         results: dict[str, Any] = {
             "model": {
@@ -147,25 +153,52 @@ class Evaluation:
             "benchmarks": {},
         }
         started = time.perf_counter()
-        for each in loaded:
-            results["benchmarks"][each.benchmark.name] = self._benchmark(each, model, judge)
-            write_json_atomic(self.folder.path / "results.json", results)
+        chat = ChatRenderer(model.tokenizer)
+        policy = self._policy(model, chat)
+        try:
+            for each in loaded:
+                name = each.benchmark.name
+                results["benchmarks"][name] = self._benchmark(each, model, chat, policy, judge)
+                write_json_atomic(self.folder.path / "results.json", results)
+        finally:
+            if isinstance(policy, Closeable):
+                policy.close()
         results["judge"] = {**judge.describe(), "counters": judge.counters()}
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json_atomic(self.folder.path / "results.json", results)
         return results
 
+    def _policy(self, model: Processing, chat: ChatRenderer) -> Policy:
+        """Who answers: ``policy.student`` of the configuration."""
+        if isinstance(model, LoadedModel):
+            return model.policy(
+                forbidden_ids=chat.forbidden_ids,
+                stop_ids=chat.stop_ids,
+                max_tokens_per_pass=self.config.engine.max_tokens_per_pass,
+            )
+        settings = dict(self.config.policy.student)
+        kind = POLICIES.get(settings.pop("name"))
+        return kind.make(
+            PolicyRole(
+                role="student",
+                settings=settings,
+                processing=model,
+                dtype=model.spec.dtype,
+                forbidden_ids=chat.forbidden_ids,
+                stop_ids=chat.stop_ids,
+            )
+        )
+
     def _benchmark(
-        self, loaded: LoadedBenchmark, model: LoadedModel, judge: Judge
+        self,
+        loaded: LoadedBenchmark,
+        model: Processing,
+        chat: ChatRenderer,
+        policy: Policy,
+        judge: Judge,
     ) -> dict[str, Any]:
         benchmark = loaded.benchmark
         play = self.config.agentic if benchmark.play == "agentic" else self.config.single
-        chat = ChatRenderer(model.tokenizer)
-        policy = model.policy(
-            forbidden_ids=chat.forbidden_ids,
-            stop_ids=chat.stop_ids,
-            max_tokens_per_pass=self.config.engine.max_tokens_per_pass,
-        )
         runner = self._runner(loaded, play, chat, model)
         sampling = Sampling(play.temperature, play.top_p)
         folder = self.folder.path
@@ -219,7 +252,7 @@ class Evaluation:
         }
 
     def _runner(
-        self, loaded: LoadedBenchmark, play: PlayConfig, chat: ChatRenderer, model: LoadedModel
+        self, loaded: LoadedBenchmark, play: PlayConfig, chat: ChatRenderer, model: Processing
     ) -> RolloutRunner:
         pixels = build(PixelsConfig, self._pixels(loaded.benchmark), "pixels.")
         return RolloutRunner(

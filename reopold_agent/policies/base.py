@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from reopold_agent.types import Completion, Request, Sampling, TokenScores, Trajectory
 
@@ -20,7 +20,10 @@ class Generator(Protocol):
         ...
 
     def step(self) -> list[Completion]:
-        """Advances all turns in flight by one token (or more) and returns those that ended."""
+        """Advances all turns in flight by one token (or more) and returns those that ended.
+
+        A turn that could not be generated, after retries, comes back with ``error`` set.
+        """
         ...
 
     def release(self, key: int) -> None:
@@ -51,4 +54,52 @@ class Policy(Protocol):
 
         Without ``with_entropy`` the entropies are zeros.
         """
+        ...
+
+
+@runtime_checkable
+class RunsBeside(Protocol):
+    """A generator that works on by itself while nobody calls `Generator.step`.
+
+    ``step`` then waits a moment at most. Observations may be submitted as they arrive: what is
+    sampled depends on a request's own seed, not on who shares the batch (up to rounding).
+    """
+
+    runs_beside: bool
+
+
+@runtime_checkable
+class ScoresBeside(Protocol):
+    """A policy that scores while another generates.
+
+    ``scoring_threads`` is how many threads may call `Policy.score` at once. A call about one
+    trajectory that fails raises `ModelServerError`, and that trajectory is dropped.
+    """
+
+    scoring_threads: int
+
+
+@runtime_checkable
+class TakesWeights(Protocol):
+    """A policy that generates with a copy of the trainer's weights."""
+
+    def sync(self, model: Any) -> None:
+        """Replaces the weights by those of the trainer's `torch.nn.Module`."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives accelerator memory back, if so configured, until `wake`."""
+        ...
+
+    def wake(self) -> None:
+        """Takes the memory again; call it before `sync` and before generation."""
+        ...
+
+
+@runtime_checkable
+class Closeable(Protocol):
+    """A policy that holds processes or connections."""
+
+    def close(self) -> None:
+        """Ends them."""
         ...

@@ -266,9 +266,7 @@ def load_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
         model = _with_lora(model, spec.lora, saved)
-    adapter = ModelAdapter(
-        model, processing.vision, processing.image_token_id, autocast=autocast
-    )
+    adapter = ModelAdapter(model, processing.vision, processing.image_token_id, autocast=autocast)
     if len(processing.tokenizer) > adapter.vocabulary_rows:
         raise ModelError(
             f"the tokenizer of '{spec.path}' knows {len(processing.tokenizer)} ids, but the model "

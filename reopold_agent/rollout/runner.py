@@ -3,6 +3,7 @@
 The loop keeps the generator busy: a turn that ends goes to its environment on a worker thread
 while the others keep decoding, and comes back with its observation. When an episode comes back
 depends on counts, never on the clock, so a run with the same seeds gives the same trajectories.
+(A generator that works on by itself gets observations as they arrive; see `RunsBeside`.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias
 import gymnasium
 import numpy as np
 
-from reopold_agent.policies.base import Generator, Policy
+from reopold_agent.policies.base import Generator, Policy, RunsBeside
 from reopold_agent.policies.vision import PixelLimits, VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
 from reopold_agent.rollout.workers import Outcome, Worker
@@ -85,7 +86,7 @@ class RolloutStats:
     sampled_tokens: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class _Episode:
     key: int
     spec: EpisodeSpec
@@ -176,14 +177,17 @@ class RolloutRunner:
                     playing[key] = episode
                     pending.append(episode)
                     self._start_reset(episode)
-                # Fetch observations when at least as many episodes wait as decode: few, large
-                # prefills. The rule counts and never looks at the clock.
-                if pending and len(pending) >= generator.in_flight:
-                    ready = [e for e in pending if self._receive(e, generator)]
-                    pending = []
+                due = self._due(pending, generator)
+                if due:
+                    pending = [e for e in pending if e not in due]
+                    ready = [e for e in due if self._receive(e, generator)]
                     self._submit(ready, generator, seed)
                 for completion in self._timed_step(generator):
                     episode = playing[completion.key]
+                    if completion.error is not None:
+                        self._give_up(episode, completion.error)
+                        generator.release(episode.key)
+                        continue
                     self._end_turn(episode, completion)
                     pending.append(episode)
                 for key in [k for k, e in playing.items() if e.stop is not None]:
@@ -214,6 +218,16 @@ class RolloutRunner:
         env_seed = int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF
         options = {"split": spec.split, "index": spec.index}
         episode.worker.call(lambda env: env.reset(seed=env_seed, options=options))
+
+    def _due(self, pending: list[_Episode], generator: Generator) -> list[_Episode]:
+        """Whose environments to hear now."""
+        if not isinstance(generator, RunsBeside):
+            # When at least as many episodes wait as decode: few, large prefills. The rule counts
+            # and never looks at the clock.
+            return pending if len(pending) >= generator.in_flight else []
+        arrived = [e for e in pending if e.worker.answered(self.limits.env_seconds)]
+        # With nothing to generate, wait for the one that has been away longest.
+        return arrived or ([] if generator.in_flight else pending[:1])
 
     def _receive(self, episode: _Episode, generator: Generator) -> bool:
         """Takes the environment's answer; true if the student is to go on."""
@@ -273,6 +287,13 @@ class RolloutRunner:
         episode.stop = StopReason.ENV_ERROR
         episode.worker.abandon()
         return False
+
+    @staticmethod
+    def _give_up(episode: _Episode, error: str) -> None:
+        """Ends the episode because its next turn could not be generated."""
+        _log.error("no turn could be generated for task %s: %s", episode.task_id, error)
+        episode.info["error"] = error
+        episode.stop = StopReason.POLICY_ERROR
 
     def _add_prompt(self, episode: _Episode, observation: Observation, system: str) -> None:
         images = self._encode(observation, self.prompt_pixels)

@@ -56,6 +56,11 @@ class Worker:
         except queue.Empty:
             return Outcome(None, f"no answer within {seconds:g} s", seconds)
 
+    def answered(self, seconds: float) -> bool:
+        """Whether `result` would return at once: there is an outcome, or the time is up."""
+        late = time.perf_counter() >= self._called_at + seconds
+        return late or not self._outcomes.empty()
+
     def abandon(self) -> None:
         """Lets the thread end after its current call, if that ever returns."""
         self._calls.put(None)

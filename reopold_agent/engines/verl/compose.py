@@ -51,12 +51,22 @@ def check_supported(config: TrainConfig, objective: Objective) -> None:
     teacher = config.model.teacher
     if teacher is not None and teacher.follow is not None:
         raise ConfigError("engine=verl has no following teacher; use engine=local for it")
+    others = [role for role in ("student", "teacher") if _policy(config, role) != "transformers"]
+    if others:
+        raise ConfigError(
+            f"engine=verl has vLLM servers of its own for both roles; leave policy.{others[0]} "
+            "alone (policy=transformers), or use engine=local"
+        )
     student_gpus(config.engine, needs_teacher(config, objective))
     if config.engine.old_logp != "recompute":
         raise ConfigError(
             "engine=verl takes log-probs and entropies from the trainer's own model: "
             "engine.old_logp must be recompute"
         )
+
+
+def _policy(config: TrainConfig, role: str) -> str:
+    return str(getattr(config.policy, role)["name"])
 
 
 def needs_teacher(config: TrainConfig, objective: Objective) -> bool:
@@ -295,7 +305,8 @@ def _server(
         "free_cache_engine": not cpu,
         "enable_sleep_mode": not cpu,
         "seed": config.seed,
-        "engine_kwargs": {"vllm": _vision_settings(config)},
+        # Pictures come with the size that they keep (`VisionProcessor.encode`).
+        "engine_kwargs": {"vllm": {"mm_processor_kwargs": {"do_resize": False}}},
     }
     if cpu:
         settings["engine_kwargs"]["vllm"]["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
@@ -306,21 +317,6 @@ def _server_dtype(config: TrainConfig, spec: ModelConfig, device: str) -> str:
     """Full precision only where everything has it."""
     whole = spec.dtype == "float32" and config.engine.precision == "float32"
     return "float32" if device == "cpu" or whole else "bfloat16"
-
-
-def _vision_settings(config: TrainConfig) -> dict[str, Any]:
-    """Limits under which vLLM leaves our resized pictures as they are: its resize is the same rule,
-    and a picture within the limits whose sides are multiples of 28 comes out unchanged."""
-    limits = (config.pixels.prompt, config.pixels.observation)
-    least = min(limit.min_pixels for limit in limits)
-    most = max(limit.max_pixels for limit in limits)
-    return {
-        "mm_processor_kwargs": {
-            "min_pixels": least,
-            "max_pixels": most,
-            "size": {"shortest_edge": least, "longest_edge": most},
-        }
-    }
 
 
 def _lengths(config: TrainConfig, context: int) -> tuple[int, int]:

@@ -19,11 +19,10 @@ from omegaconf import OmegaConf
 from reopold_agent import orphans
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.environments import make_env, num_tasks
-from reopold_agent.engines.run_state import RunState, run_objective
+from reopold_agent.engines.run_state import RunState, model_specs, run_objective
 from reopold_agent.engines.session import summarise
 from reopold_agent.engines.verl.compose import (
     check_supported,
-    needs_teacher,
     student_gpus,
     verl_config,
 )
@@ -92,8 +91,9 @@ class VerlEngine:
         check_supported(config, objective)
         device = self._device()
         os.environ.update(_environment(device))  # before anything of verl is imported here
-        with_teacher = needs_teacher(config, objective)
-        contexts = self._check_models(with_teacher)
+        specs = model_specs(config, objective)
+        with_teacher = "teacher" in specs
+        contexts = self._check_models(specs)
         probe = make_env(config)
         tasks = {split: num_tasks(probe, split) for split in ("train", "eval")}
         probe.close()
@@ -123,24 +123,14 @@ class VerlEngine:
             wanted = "cuda" if remote or torch.cuda.is_available() else "cpu"
         return wanted
 
-    def _check_models(self, with_teacher: bool) -> dict[str, int]:
+    @staticmethod
+    def _check_models(specs: Mapping[str, ModelSpec]) -> dict[str, int]:
         """The models' contexts by role, once their files and vocabularies are known to fit."""
-        models = self.config.model
-        specs = {"student": ModelSpec(**vars(models.student))}
-        if with_teacher:
-            if models.teacher is None:
-                raise ConfigError(
-                    f"objective={self.config.objective['name']} or evaluation.teacher needs "
-                    "model.teacher, which is null"
-                )
-            values = vars(models.teacher)
-            plain = {key: values[key] for key in values if not key.startswith("follow")}
-            specs["teacher"] = ModelSpec(**plain)
         contexts = {}
         for role, spec in specs.items():
             found = check_available(spec, role)
             contexts[role] = int(found.get_text_config().max_position_embeddings)
-        if with_teacher:
+        if "teacher" in specs:
             check_vocabularies(
                 *[load_processing(specs[role], role) for role in ("student", "teacher")]
             )

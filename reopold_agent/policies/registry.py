@@ -1,0 +1,92 @@
+"""Kinds of policies by name, open to other packages.
+
+``transformers`` is the trainer's own model and has no maker here. An entry point of the group
+``reopold_agent.policies`` points to a `PolicyKind`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from reopold_agent.policies.base import Policy
+from reopold_agent.policies.loading import Processing
+from reopold_agent.registry import Registry
+
+TRANSFORMERS = "transformers"
+
+
+@dataclass(frozen=True)
+class PolicyRole:
+    """What a kind of policy needs to know to serve one role.
+
+    Attributes:
+        role: ``student``, ``teacher`` or ``model``; used in messages.
+        settings: the role's, without ``name``.
+        processing: the checkpoint's tokenizer and picture processor, and where it is.
+        dtype: to compute in unless the settings say otherwise, ``float32`` or ``bfloat16``.
+        forbidden_ids: ids that have probability 0 everywhere, besides those that the tokenizer
+            does not know.
+        stop_ids: a turn ends with the first of these.
+    """
+
+    role: str
+    settings: Mapping[str, Any]
+    processing: Processing
+    dtype: str
+    forbidden_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PolicyKind:
+    """A kind of policy.
+
+    Attributes:
+        make: makes one; raises `ConfigError` for settings that cannot be.
+        package: must be installed; the extra of the same name installs it.
+    """
+
+    make: Callable[[PolicyRole], Policy]
+    package: str | None = None
+
+
+POLICIES: Registry[PolicyKind] = Registry("policy", "reopold_agent.policies", PolicyKind)
+
+
+def _vllm(role: PolicyRole) -> Policy:
+    from reopold_agent.policies.vllm import make_vllm_policy
+
+    return make_vllm_policy(role)
+
+
+def _server(role: PolicyRole) -> Policy:
+    from reopold_agent.policies.server import make_server_policy
+    from reopold_agent.policies.server.protocol import tokenizer_fingerprint
+
+    return make_server_policy(
+        role.settings,
+        tokenizer_size=len(role.processing.tokenizer),
+        forbidden_ids=role.forbidden_ids,
+        stop_ids=role.stop_ids,
+        image_token_id=role.processing.image_token_id,
+        tokenizer_fingerprint=tokenizer_fingerprint(role.processing.tokenizer),
+        vocabulary_rows=int(role.processing.config.get_text_config().vocab_size),
+    )
+
+
+POLICIES.register("vllm", PolicyKind(_vllm, package="vllm"))
+POLICIES.register("server", PolicyKind(_server))
+
+
+def is_trainers_own(settings: Mapping[str, Any]) -> bool:
+    """Whether the role is served by a model in the trainer's process.
+
+    Raises:
+        UnknownNameError: there is no such kind of policy.
+    """
+    if settings["name"] == TRANSFORMERS:
+        return True
+    POLICIES.get(settings["name"])
+    return False

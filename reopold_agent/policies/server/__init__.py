@@ -1,0 +1,64 @@
+"""``policy=server``: a model behind HTTP, usually a teacher on another machine.
+
+`policy` is the policy, `transport` the connections (several addresses, retries, time limits),
+`protocol` what our own server and its clients say to each other, `reopold` and `completions` the
+two kinds of server that can be talked to: ours (`service`, `http`; ``python -m
+reopold_agent.serve``) and any vLLM server's ``/v1/completions``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reopold_agent.config import build
+from reopold_agent.policies.server.policy import ServerPolicy
+from reopold_agent.policies.server.protocol import Vocabulary
+from reopold_agent.policies.server.settings import ServerSettings
+
+__all__ = ["ServerPolicy", "ServerSettings", "make_server_policy"]
+
+
+def make_server_policy(
+    settings: Mapping[str, Any],
+    *,
+    tokenizer_size: int,
+    forbidden_ids: Sequence[int],
+    stop_ids: Sequence[int],
+    image_token_id: int | None,
+    tokenizer_fingerprint: str | None = None,
+    vocabulary_rows: int | None = None,
+) -> ServerPolicy:
+    """Connects to the servers of one role and makes sure that they serve the right model.
+
+    Args:
+        settings: see `ServerSettings`.
+        tokenizer_size: number of ids the tokenizer knows; rows from there on are padding.
+        forbidden_ids: ids that have probability 0 everywhere.
+        stop_ids: a turn ends with the first of these.
+        image_token_id: the placeholder of a merged patch; None for text-only models.
+        tokenizer_fingerprint: see `protocol.tokenizer_fingerprint`; None is not compared.
+        vocabulary_rows: rows of the model's output embedding, padding included, if known.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        ModelServerError: no address answered, or one refused us.
+        ModelError: a server serves another model.
+    """
+    policy = ServerPolicy(
+        build(ServerSettings, settings, "policy."),
+        Vocabulary(
+            size=tokenizer_size,
+            forbidden_ids=tuple(sorted(int(i) for i in forbidden_ids)),
+            stop_ids=tuple(sorted(int(i) for i in stop_ids)),
+            image_token_id=image_token_id,
+            fingerprint=tokenizer_fingerprint,
+            rows=vocabulary_rows,
+        ),
+    )
+    try:
+        policy.check()
+    except BaseException:
+        policy.close()
+        raise
+    return policy

@@ -1,0 +1,52 @@
+"""``policy=vllm``: generation and scoring with vLLM on this machine.
+
+`policy` is the policy, `engine` the thread that drives vLLM's step loop, `requests` what is said
+to vLLM and heard from it, `worker` what runs inside vLLM's processes, `sync` the way of the
+trainer's weights.
+"""
+
+from __future__ import annotations
+
+from reopold_agent.config import build
+from reopold_agent.policies.loading import resolve_path
+from reopold_agent.policies.registry import PolicyRole
+from reopold_agent.policies.vllm.engine import VllmEngine
+from reopold_agent.policies.vllm.policy import VllmPolicy
+from reopold_agent.policies.vllm.settings import VllmSettings, engine_arguments
+
+__all__ = ["VllmPolicy", "make_vllm_policy"]
+
+
+def make_vllm_policy(role: PolicyRole) -> VllmPolicy:
+    """Starts an engine for a checkpoint.
+
+    Raises:
+        MissingExtraError: vLLM is not installed.
+        ConfigError: a setting is wrong.
+        ModelError: the engine did not start.
+    """
+    settings = build(VllmSettings, role.settings, f"policy.{role.role}.")
+    spec, config = role.processing.spec, role.processing.config
+    arguments = engine_arguments(
+        settings,
+        path=resolve_path(spec.path),
+        revision=spec.revision,
+        dtype=role.dtype,
+        longest=int(config.get_text_config().max_position_embeddings),
+        sees=role.processing.vision is not None,
+        trust_remote_code=spec.trust_remote_code,
+    )
+    engine = VllmEngine(role.role, arguments, settings)
+    try:
+        return VllmPolicy(
+            engine,
+            settings,
+            allowed_ids=len(role.processing.tokenizer),
+            forbidden_ids=role.forbidden_ids,
+            stop_ids=role.stop_ids,
+            image_token_id=role.processing.image_token_id,
+            dtype=arguments["dtype"],
+        )
+    except BaseException:
+        engine.close()
+        raise

@@ -1,0 +1,167 @@
+"""Settings of one vLLM engine, and how they become vLLM's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from reopold_agent.errors import ConfigError
+
+_WORKER = "reopold_agent.policies.vllm.worker.WorkerExtension"
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """``policy=vllm``; one engine serves one role.
+
+    Attributes:
+        dtype: what the engine computes in; null follows ``engine.precision``.
+        gpu_memory_utilization: share of the GPU's memory that the engine may take, weights
+            included.
+        kv_cache_gib: size of the cache of keys and values instead of that share; null leaves it
+            to the share on a GPU and takes 1 GiB on a CPU.
+        max_model_len: longest sequence in tokens; null takes the model's own limit. Longer
+            episodes are dropped and counted.
+        tensor_parallel_size: GPUs that share the model.
+        gpus: which GPUs, as in CUDA_VISIBLE_DEVICES ("1", "2,3"); null takes the process's own.
+        enforce_eager: do without compilation and CUDA graphs; null does so on a CPU only.
+        max_num_seqs: turns (or scored trajectories) computed together.
+        max_images: most pictures of one sequence.
+        score_chunk: most tokens of one forward pass; longer sequences are read in parts. In
+            scoring it bounds the full-vocabulary log-probs that vLLM holds (float32, tokens x
+            vocabulary; vllm #5907). On a CPU a part is at least one whole sequence.
+        seed: of the engine; what is sampled depends on the requests' own seeds.
+        seconds: time limit of one attempt at a request.
+        start_seconds: time limit of the start.
+        retries: further attempts after a failed request; then the episode is dropped.
+        sleep: give the GPU's memory back while the trainer computes (vLLM's sleep mode).
+        bucket_mib: most weights in transit at once when they are synchronised.
+        engine: further settings by vLLM's names (`vllm.EngineArgs`), applied last.
+    """
+
+    dtype: str | None = None
+    gpu_memory_utilization: float = 0.4
+    kv_cache_gib: float | None = None
+    max_model_len: int | None = None
+    tensor_parallel_size: int = 1
+    gpus: str | None = None
+    enforce_eager: bool | None = None
+    max_num_seqs: int = 64
+    max_images: int = 16
+    score_chunk: int = 2048
+    seed: int = 0
+    seconds: float = 600.0
+    start_seconds: float = 900.0
+    retries: int = 1
+    sleep: bool = False
+    bucket_mib: int = 1024
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel_size", "max_num_seqs", "max_images", "score_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("gpu_memory_utilization", "seconds", "start_seconds", "bucket_mib"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.retries < 0:
+            raise ConfigError(f"retries must not be negative, got {self.retries}")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise ConfigError(
+                f"dtype must be float32, bfloat16, float16 or null, got '{self.dtype}'"
+            )
+
+
+def engine_arguments(
+    settings: VllmSettings,
+    *,
+    path: str,
+    revision: str | None,
+    dtype: str,
+    longest: int,
+    sees: bool,
+    **more: Any,
+) -> dict[str, Any]:
+    """Keyword arguments of `vllm.EngineArgs`.
+
+    Args:
+        settings: the role's.
+        path, revision: the checkpoint.
+        dtype: of the computation where the settings leave it open.
+        longest: tokens of the longest sequence that the model can read.
+        sees: whether the model takes pictures.
+        more: further ones, such as ``trust_remote_code``.
+    """
+    on_cpu = not torch.cuda.is_available()
+    kv_cache = settings.kv_cache_gib if not on_cpu or settings.kv_cache_gib else 1.0
+    longest = settings.max_model_len or longest
+    # vLLM's CPU build cannot rewind a seeded request's random generator, which it does between
+    # the parts of a prompt (RuntimeError: CPU Generator does not use offset).
+    in_parts = not on_cpu
+    arguments: dict[str, Any] = {
+        "model": path,
+        "revision": revision,
+        "dtype": settings.dtype or dtype,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": None if kv_cache is None else int(kv_cache * 2**30),
+        "max_model_len": longest,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enforce_eager": on_cpu if settings.enforce_eager is None else settings.enforce_eager,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": max(
+            settings.score_chunk, settings.max_num_seqs, 0 if in_parts else longest
+        ),
+        "seed": settings.seed,
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": in_parts,
+        "enable_sleep_mode": settings.sleep,
+        # The checkpoint's own sampling defaults (top_k, penalties) must not slip in.
+        "generation_config": "vllm",
+        "logprobs_mode": "raw_logprobs",
+        "disable_log_stats": True,
+        "worker_extension_cls": _WORKER,
+        **more,
+    }
+    if on_cpu and settings.tensor_parallel_size == 1:
+        arguments["distributed_executor_backend"] = "uni"
+    if sees:
+        arguments["limit_mm_per_prompt"] = {"image": settings.max_images, "video": 0}
+        # The pictures that are sent have their final size.
+        arguments["mm_processor_kwargs"] = {"do_resize": False}
+    return {**arguments, **settings.engine}
+
+
+@contextmanager
+def start_environment(settings: VllmSettings) -> Iterator[None]:
+    """Environment variables that vLLM's processes start with; what the user set stays."""
+    on_cpu = not torch.cuda.is_available()
+    wanted = {
+        # Forking a process in which PyTorch has threads may hang.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+        # `make_engine` asks for a process in any case. On a CPU vLLM would put the model in one
+        # more, to bind OpenMP's threads to cores, which is not wanted here.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if on_cpu else "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if on_cpu:
+        # Several engines and the trainer share the cores: none may claim some for itself.
+        wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    changes = {name: value for name, value in wanted.items() if name not in os.environ}
+    if settings.gpus is not None:
+        changes["CUDA_VISIBLE_DEVICES"] = settings.gpus
+    before: Mapping[str, str | None] = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

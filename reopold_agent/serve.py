@@ -1,0 +1,218 @@
+"""Serves a model to trainings on other machines: ``python -m reopold_agent.serve model=DIR``.
+
+A training uses it with ``policy=server`` (docs/server.md). ``--help`` lists settings.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig
+
+from reopold_agent.command import errors_for_people, plain_values
+from reopold_agent.config import PolicyConfig, build
+from reopold_agent.errors import ConfigError
+from reopold_agent.judges.llm.redact import key_from_environment
+
+if TYPE_CHECKING:
+    from reopold_agent.policies.server.http import PolicyServer
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What to serve and where.
+
+    Attributes:
+        checkpoint: a folder, a hub id, ``demo:NAME``, or a training run's folder.
+        revision: on the hub.
+        host, port: where to listen; port 0 takes a free one. Nobody is asked for a password
+            unless ``token_env`` names a variable that is set, so the default is this machine only.
+        token_env: environment variable with the token that clients must send.
+        stop_at_tool_call: as ``rollout.stop_at_tool_call`` of the runs that generate here.
+        device, dtype, attention, threads, max_tokens_per_pass: as in a training's engine and
+            model, for ``policy=transformers``.
+        picture_gib: pixels of clients' pictures that are kept.
+        max_waiting: most requests at once; further ones are told to come back.
+        max_kept: most sequences whose keys and values are kept between turns.
+        request_seconds: time limit of one request.
+        max_body_mib: largest request.
+        policy: ``policy.student`` is what computes: ``transformers``, ``vllm`` or a plugin's.
+    """
+
+    checkpoint: str
+    revision: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8100
+    token_env: str = "REOPOLD_API_KEY"
+    stop_at_tool_call: bool = True
+    device: str = "auto"
+    dtype: str = "auto"
+    attention: str = "sdpa"
+    trust_remote_code: bool = False
+    threads: int | None = None
+    max_tokens_per_pass: int = 16384
+    picture_gib: float = 2.0
+    max_waiting: int = 1024
+    max_kept: int = 256
+    request_seconds: float = 3600.0
+    max_body_mib: int = 256
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
+        for name in ("picture_gib", "max_waiting", "max_kept", "request_seconds", "max_body_mib"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+
+
+@contextmanager
+def serving(config: ServeConfig) -> Iterator[PolicyServer]:
+    """Loads the model and opens the server; the caller runs ``serve_forever`` on it.
+
+    Raises:
+        ReopoldError: the model cannot be had, or the address is taken.
+    """
+    # Imported here so that --help and configuration errors do not wait for PyTorch.
+    import torch
+
+    from reopold_agent.policies.base import Closeable
+    from reopold_agent.policies.loading import (
+        LoadedModel,
+        ModelSpec,
+        load_model,
+        load_processing,
+        model_path,
+        pick_device,
+    )
+    from reopold_agent.policies.registry import POLICIES, PolicyRole, is_trainers_own
+    from reopold_agent.policies.server.http import PolicyServer
+    from reopold_agent.policies.server.pictures import PictureStore
+    from reopold_agent.policies.server.protocol import Served, Vocabulary, tokenizer_fingerprint
+    from reopold_agent.policies.server.service import PolicyService
+    from reopold_agent.rollout.chat import ChatRenderer
+
+    settings = dict(config.policy.student)
+    own = is_trainers_own(settings)
+    device = pick_device(config.device)
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    spec = ModelSpec(
+        path=model_path(config.checkpoint),
+        revision=config.revision,
+        dtype=dtype,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+    )
+    model = load_model(spec, "model", device) if own else load_processing(spec, "model")
+    chat = ChatRenderer(model.tokenizer, stop_at_tool_call=config.stop_at_tool_call)
+    name = settings.pop("name")
+    policy: Any
+    if isinstance(model, LoadedModel):
+        policy = model.policy(
+            forbidden_ids=chat.forbidden_ids,
+            stop_ids=chat.stop_ids,
+            max_tokens_per_pass=config.max_tokens_per_pass,
+        )
+    else:
+        role = PolicyRole(
+            "model", settings, model, dtype, tuple(chat.forbidden_ids), tuple(chat.stop_ids)
+        )
+        policy = POLICIES.get(name).make(role)
+    served = Served(
+        model=config.checkpoint,
+        revision=config.revision,
+        vocabulary=Vocabulary(
+            size=len(model.tokenizer),
+            forbidden_ids=tuple(sorted(chat.forbidden_ids)),
+            stop_ids=tuple(sorted(chat.stop_ids)),
+            image_token_id=model.image_token_id,
+            fingerprint=tokenizer_fingerprint(model.tokenizer),
+            rows=int(model.config.get_text_config().vocab_size),
+        ),
+        policy=name,
+        entropy=own,
+    )
+    service = PolicyService(
+        policy,
+        max_waiting=config.max_waiting,
+        seconds=config.request_seconds,
+        max_kept=config.max_kept,
+    )
+    try:
+        try:
+            server = PolicyServer(
+                config.host,
+                config.port,
+                service,
+                PictureStore(model.vision, int(config.picture_gib * 2**30)),
+                served,
+                token=key_from_environment([config.token_env] if config.token_env else []),
+                max_body_bytes=config.max_body_mib * 2**20,
+            )
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error}") from error
+        with server:
+            yield server
+    finally:
+        service.close()
+        if isinstance(policy, Closeable):
+            policy.close()
+
+
+def run(composed: DictConfig) -> None:
+    """Serves until the process is asked to end."""
+    config = build(ServeConfig, plain_values(composed))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with serving(config) as server:
+        host, port = str(server.server_address[0]), server.server_address[1]
+        guarded = "a token is needed" if server.token else "no token is needed"
+        print(
+            f"serving {config.checkpoint} ({server.served.policy}) at http://{host}:{port} "
+            f"({guarded})",
+            flush=True,
+        )
+        if not server.token and not _is_loopback(host):
+            print(
+                f"warning: whoever reaches {host}:{port} can use this model; set a token in "
+                f"{config.token_env or 'a variable and name it with token_env'}",
+                file=sys.stderr,
+                flush=True,
+            )
+        server.serve_forever()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@hydra.main(version_base="1.3", config_path="pkg://reopold_agent.configs", config_name="serve")
+def _hydra_main(composed: DictConfig) -> None:
+    with errors_for_people("\nStopped."):
+        run(composed)
+
+
+def main() -> None:
+    """Entry point. ``model=`` is a group of Hydra's for training, and here it is a checkpoint."""
+    sys.argv = [
+        f"checkpoint={word.removeprefix('model=')}" if word.startswith("model=") else word
+        for word in sys.argv
+    ]
+    _hydra_main()
+
+
+if __name__ == "__main__":
+    main()
