@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from reopold_agent.errors import ConfigError
+from reopold_agent.orphans import SWITCH
 
 _WORKER = "reopold_agent.policies.vllm.worker.WorkerExtension"
 
@@ -148,6 +149,7 @@ def start_environment(settings: VllmSettings) -> Iterator[None]:
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if on_cpu else "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        SWITCH: "1",
     }
     if on_cpu:
         # Several engines and the trainer share the cores: none may claim some for itself.
