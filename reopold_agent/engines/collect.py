@@ -144,13 +144,7 @@ class Collector:
             return [t for t in usable if t.success]
         if not objective.needs & Needs.OUTCOME:
             return usable
-        outcomes = Outcomes(
-            reward=torch.tensor([t.reward for t in usable]),
-            group=torch.tensor([t.index for t in usable]),
-            tool_calls=torch.tensor([len(t.tool_calls) for t in usable]),
-            tool_successes=torch.tensor([sum(c.ok for c in t.tool_calls) for t in usable]),
-            tokens=torch.tensor([t.response_tokens for t in usable]),
-        )
+        outcomes = outcomes_of(usable)
         advantages = objective.advantages(outcomes).tolist()
         keep = objective.informative(outcomes).tolist()
         groups: dict[int, list[Trajectory]] = {}
@@ -186,3 +180,14 @@ def step_episodes(indices: Sequence[int], samples: int) -> list[EpisodeSpec]:
         used[index] += samples
         episodes += [EpisodeSpec("train", index, first + k) for k in range(samples)]
     return episodes
+
+
+def outcomes_of(trajectories: Sequence[Trajectory]) -> Outcomes:
+    """How episodes ended, as objectives that compare them want it."""
+    return Outcomes(
+        reward=torch.tensor([t.reward for t in trajectories]),
+        group=torch.tensor([t.index for t in trajectories]),
+        tool_calls=torch.tensor([len(t.tool_calls) for t in trajectories]),
+        tool_successes=torch.tensor([sum(c.ok for c in t.tool_calls) for t in trajectories]),
+        tokens=torch.tensor([t.response_tokens for t in trajectories]),
+    )

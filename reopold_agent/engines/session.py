@@ -368,7 +368,7 @@ class Session:
             and (row["who"], row["step"], row["curve"]) == (who, step, False)
         ]
         for sampling in (self.sampling, GREEDY):
-            if _kind(sampling) not in done:
+            if sampling_kind(sampling) not in done:
                 self._evaluate(who, policy, step, sampling, curve=False)
 
     def _evaluate(
@@ -388,7 +388,7 @@ class Session:
             "kind": "eval",
             "step": step,
             "who": who,
-            "sampling": _kind(sampling),
+            "sampling": sampling_kind(sampling),
             "curve": curve,
             **result.row(),
         }
@@ -424,5 +424,6 @@ def summarise(
     }
 
 
-def _kind(sampling: Sampling) -> str:
+def sampling_kind(sampling: Sampling) -> str:
+    """``greedy`` or ``sampled``, as rows and summaries call it."""
     return "greedy" if sampling.temperature == 0 else "sampled"

@@ -22,6 +22,8 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.workers.utils.padding import response_to_nested
 
 from reopold_agent.config import TrainConfig
+from reopold_agent.engines.collect import outcomes_of
+from reopold_agent.engines.session import GREEDY, sampling_kind
 from reopold_agent.engines.totals import TokenTotals
 from reopold_agent.engines.verl.loss import STEP, THRESHOLD, ObjectiveLoss
 from reopold_agent.engines.verl.records import EPISODE, from_row, pixels_of, plain_rows
@@ -30,7 +32,7 @@ from reopold_agent.engines.verl.tasks import StepTasks
 from reopold_agent.engines.verl.training import TOTALS, StudentWorker, banned_ids
 from reopold_agent.errors import ConfigError, NonFiniteError
 from reopold_agent.eval.heldout import EvaluationResult
-from reopold_agent.objectives import Needs, Objective, Outcomes
+from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.loading import ModelSpec, load_processing
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
@@ -38,7 +40,6 @@ from reopold_agent.tracking.statistics import distillation_statistics, rollout_s
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
 from reopold_agent.types import FloatArray, Sampling, Trajectory
 
-GREEDY = Sampling(temperature=0.0)
 POLL_SECONDS = 0.1
 """Between looks whether a step's episodes are in; verl's 2 s would be most of a small step."""
 
@@ -286,14 +287,7 @@ class Trainer(PPOTrainerSync):
     def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float]:
         if Needs.OUTCOME not in self.objective.needs:
             return [0.0] * len(trajectories)
-        outcomes = Outcomes(
-            reward=torch.tensor([t.reward for t in trajectories]),
-            group=torch.tensor([t.index for t in trajectories]),
-            tool_calls=torch.tensor([len(t.tool_calls) for t in trajectories]),
-            tool_successes=torch.tensor([sum(c.ok for c in t.tool_calls) for t in trajectories]),
-            tokens=torch.tensor([t.response_tokens for t in trajectories]),
-        )
-        advantages: list[float] = self.objective.advantages(outcomes).tolist()
+        advantages: list[float] = self.objective.advantages(outcomes_of(trajectories)).tolist()
         return advantages
 
     def _check(self, rows: Sequence[tuple[Trajectory, FloatArray]]) -> None:
@@ -341,7 +335,7 @@ class Trainer(PPOTrainerSync):
             and (row["who"], row["step"], row["curve"]) == (who, step, False)
         ]
         for sampling in (self._sampling(), GREEDY):
-            if _kind(sampling) not in done:
+            if sampling_kind(sampling) not in done:
                 self._evaluate(who, step, sampling, curve=False)
 
     def _evaluate(self, who: str, step: int, sampling: Sampling, *, curve: bool) -> None:
@@ -358,15 +352,11 @@ class Trainer(PPOTrainerSync):
             "kind": "eval",
             "step": step,
             "who": who,
-            "sampling": _kind(sampling),
+            "sampling": sampling_kind(sampling),
             "curve": curve,
             **EvaluationResult.of(played).row(),
         }
         self.metrics.write(row)
-
-
-def _kind(sampling: Sampling) -> str:
-    return "greedy" if sampling.temperature == 0 else "sampled"
 
 
 def _difference(rows: Sequence[tuple[Trajectory, FloatArray]]) -> dict[str, float]:
