@@ -15,7 +15,7 @@ from PIL import Image
 from running import composed, train, train_rows
 
 import reopold_agent
-from reopold_agent.engines import local, session
+from reopold_agent.engines import run_state, session
 from reopold_agent.objectives import OBJECTIVES
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +34,7 @@ def commands() -> list[list[str]]:
 def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plots; global random state kept."""
     monkeypatch.setattr(session, "make_plots", lambda folder: None)
-    monkeypatch.setattr(local, "make_plots", lambda folder: None)
+    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
     with torch.random.fork_rng(devices=[]):
         yield
 

@@ -28,7 +28,7 @@ from reopold_agent.config import OptimizerConfig
 from reopold_agent.data.demonstrations import load_demonstrations
 from reopold_agent.demo.experts import expert_turns, record
 from reopold_agent.demo.tasks import DemoTasks
-from reopold_agent.engines import local, session
+from reopold_agent.engines import run_state, session
 from reopold_agent.engines.environments import make_env
 from reopold_agent.engines.session import Session
 from reopold_agent.engines.update import Updater, UpdateStats
@@ -54,7 +54,7 @@ BUILT_IN = ("gkd", "grpo", "reopold", "rkl", "rkl_sg", "rkl_sg_clip", "rkl_sg_cl
 def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plots but where a test makes them; global random state kept."""
     monkeypatch.setattr(session, "make_plots", lambda folder: None)
-    monkeypatch.setattr(local, "make_plots", lambda folder: None)
+    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
     with torch.random.fork_rng(devices=[]):
         yield
 

@@ -15,7 +15,7 @@ from running import assert_same_weights, composed, results, train, train_rows, w
 from test_engine_objectives import crash_before
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from reopold_agent.engines import local, session
+from reopold_agent.engines import run_state, session
 from reopold_agent.engines.following import FollowingTeacher
 from reopold_agent.engines.session import Session
 from reopold_agent.errors import ConfigError, ModelError, VocabularyMismatchError
@@ -31,7 +31,7 @@ KEEP = ("checkpoint.every=1", "checkpoint.keep=9")
 def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plots; global random state kept."""
     monkeypatch.setattr(session, "make_plots", lambda folder: None)
-    monkeypatch.setattr(local, "make_plots", lambda folder: None)
+    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
     with torch.random.fork_rng(devices=[]):
         yield
 
