@@ -33,6 +33,8 @@ from reopold_agent.types import Message, Request, Sampling, Trajectory
 
 pytestmark = [pytest.mark.full_env, pytest.mark.timeout(900)]
 
+pytest.importorskip("vllm", reason="needs the full environment")
+
 CPU = torch.device("cpu")
 TOLERANCE = 1e-3
 """Of log-probs in float32, nats. Measured: 5e-6, and 2e-5 where the log-probs are about -15."""
