@@ -92,14 +92,14 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
         model_path,
         pick_device,
     )
-    from reopold_agent.policies.registry import POLICIES, PolicyRole, is_trainers_own
+    from reopold_agent.policies.registry import is_trainers_own, make_policy
     from reopold_agent.policies.server.http import PolicyServer
     from reopold_agent.policies.server.pictures import PictureStore
     from reopold_agent.policies.server.protocol import Served, Vocabulary, tokenizer_fingerprint
     from reopold_agent.policies.server.service import PolicyService
     from reopold_agent.rollout.chat import ChatRenderer
 
-    settings = dict(config.policy.student)
+    settings = config.policy.student
     own = is_trainers_own(settings)
     device = pick_device(config.device)
     dtype = config.dtype
@@ -116,7 +116,6 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
     )
     model = load_model(spec, "model", device) if own else load_processing(spec, "model")
     chat = ChatRenderer(model.tokenizer, stop_at_tool_call=config.stop_at_tool_call)
-    name = settings.pop("name")
     policy: Any
     if isinstance(model, LoadedModel):
         policy = model.policy(
@@ -125,10 +124,14 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
             max_tokens_per_pass=config.max_tokens_per_pass,
         )
     else:
-        role = PolicyRole(
-            "model", settings, model, dtype, tuple(chat.forbidden_ids), tuple(chat.stop_ids)
+        policy = make_policy(
+            "model",
+            settings,
+            model,
+            dtype=dtype,
+            forbidden_ids=chat.forbidden_ids,
+            stop_ids=chat.stop_ids,
         )
-        policy = POLICIES.get(name).make(role)
     served = Served(
         model=config.checkpoint,
         revision=config.revision,
@@ -140,7 +143,7 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
             fingerprint=tokenizer_fingerprint(model.tokenizer),
             rows=int(model.config.get_text_config().vocab_size),
         ),
-        policy=name,
+        policy=settings["name"],
         entropy=own,
     )
     service = PolicyService(

@@ -35,6 +35,8 @@ class Reply:
     trickle: float = 0.0
     """Seconds between single bytes."""
     reset: bool = False
+    cut: bool = False
+    """End after half of the body."""
 
 
 Script = Callable[[Seen, int], Reply]
@@ -91,27 +93,32 @@ class Server:
             # Before the reply leaves: whoever has it may ask again at once.
             with self.lock:
                 self.in_flight -= 1
-        self._send(handler, reply)
+        send_reply(handler, reply)
 
-    def _send(self, handler: BaseHTTPRequestHandler, reply: Reply) -> None:
-        if reply.reset:
-            # Lingering for no time makes closing a reset.
-            option = struct.pack("ii", 1, 0)
-            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
-            handler.connection.shutdown(socket.SHUT_RD)
-            handler.close_connection = True
-            handler.connection.close()
-            return
-        body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-        handler.send_response(reply.status)
-        for name, value in {"Content-Type": "application/json", **reply.headers}.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        for piece in [body[i : i + 1] for i in range(len(body))] if reply.trickle else [body]:
-            handler.wfile.write(piece)
-            handler.wfile.flush()
-            time.sleep(reply.trickle)
+
+def send_reply(handler: BaseHTTPRequestHandler, reply: Reply) -> None:
+    if reply.reset:
+        # Lingering for no time makes closing a reset.
+        option = struct.pack("ii", 1, 0)
+        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
+        handler.connection.shutdown(socket.SHUT_RD)
+        handler.close_connection = True
+        handler.connection.close()
+        return
+    body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
+    handler.send_response(reply.status)
+    for name, value in {"Content-Type": "application/json", **reply.headers}.items():
+        handler.send_header(name, value)
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    if reply.cut:
+        handler.wfile.write(body[: len(body) // 2])
+        handler.close_connection = True
+        return
+    for piece in [body[i : i + 1] for i in range(len(body))] if reply.trickle else [body]:
+        handler.wfile.write(piece)
+        handler.wfile.flush()
+        time.sleep(reply.trickle)
 
 
 @contextmanager

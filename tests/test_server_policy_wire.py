@@ -7,17 +7,17 @@ import json
 import logging
 import math
 import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 import pytest
+from judge_server import Reply, send_reply
 
 from reopold_agent.engines.teaching import Scoring
 from reopold_agent.errors import (
@@ -54,17 +54,6 @@ def allowed_logp(previous: int, token: int) -> float:
     p = distribution(previous)
     masked = [*FORBIDDEN, *range(SIZE, ROWS)]
     return float(np.log(p[token] / (1 - p[masked].sum())))
-
-
-@dataclass
-class Reply:
-    body: Any = None
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    delay: float = 0.0
-    trickle: float = 0.0
-    reset: bool = False
-    cut: bool = False
 
 
 @dataclass
@@ -175,7 +164,7 @@ class Fake:
         headers = {name.lower(): value for name, value in handler.headers.items()}
         seen = Seen(handler.path, headers, json.loads(raw) if raw else None, time.monotonic())
         if seen.path == "/v1/info":
-            self._send(handler, Reply({"detail": "Not Found"}, 404))
+            send_reply(handler, Reply({"detail": "Not Found"}, 404))
             return
         with self.lock:
             number = len(self.posts)
@@ -188,32 +177,11 @@ class Fake:
         finally:
             with self.lock:
                 self.in_flight -= 1
-        self._send(handler, reply)
+        send_reply(handler, reply)
 
     @property
     def posts(self) -> list[Seen]:
         return [seen for seen in self.seen if seen.body is not None]
-
-    def _send(self, handler: BaseHTTPRequestHandler, reply: Reply) -> None:
-        if reply.reset:
-            option = struct.pack("ii", 1, 0)
-            handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, option)
-            handler.close_connection = True
-            handler.connection.close()
-            return
-        body = reply.body if isinstance(reply.body, bytes) else json.dumps(reply.body).encode()
-        handler.send_response(reply.status)
-        for name, value in {"Content-Type": "application/json", **reply.headers}.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        if reply.cut:
-            handler.wfile.write(body[: len(body) // 2])
-            handler.close_connection = True
-            return
-        for piece in [body[i : i + 1] for i in range(len(body))] if reply.trickle else [body]:
-            handler.wfile.write(piece)
-            time.sleep(reply.trickle)
 
     def close(self) -> None:
         self.http.shutdown()

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from running import composed
 
-from reopold_agent.engines.run_state import run_objective
-from reopold_agent.engines.verl.compose import check_supported, needs_teacher, verl_config
+from reopold_agent.engines.run_state import needs_teacher, run_objective
+from reopold_agent.engines.verl.compose import check_supported, verl_config
 from reopold_agent.errors import ConfigError
 
 pytestmark = pytest.mark.full_env

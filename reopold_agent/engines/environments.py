@@ -10,6 +10,9 @@ from gymnasium.envs.registration import load_env_creator
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.envs.registration import load_env
+from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
 
 
 def make_env(config: TrainConfig, *, max_turns: int | None = None) -> gymnasium.Env[Any, str]:
@@ -36,6 +39,39 @@ def make_env(config: TrainConfig, *, max_turns: int | None = None) -> gymnasium.
             kwargs["max_turns"] = max_turns
     # The checker would look at every step again; tests run it once per environment.
     return gymnasium.make(config.env.id, disable_env_checker=True, **kwargs)
+
+
+def make_runner(
+    config: TrainConfig,
+    chat: ChatRenderer,
+    vision: VisionProcessor | None,
+    *,
+    max_turns: int,
+    concurrency: int | None = None,
+) -> RolloutRunner:
+    """A runner of the run's environment within its budgets.
+
+    Args:
+        config: the run's.
+        chat: renders conversations for the policy's tokenizer.
+        vision: encodes pictures; None for text-only models.
+        max_turns: assistant turns; training and evaluation differ.
+        concurrency: episodes at once; None takes the configuration's.
+    """
+    return RolloutRunner(
+        lambda: make_env(config, max_turns=max_turns),
+        chat,
+        vision,
+        prompt_pixels=PixelLimits(**vars(config.pixels.prompt)),
+        observation_pixels=PixelLimits(**vars(config.pixels.observation)),
+        limits=RolloutLimits(
+            max_response_tokens=config.rollout.max_response_tokens,
+            max_turn_tokens=config.rollout.max_turn_tokens,
+            max_turns=max_turns,
+            env_seconds=config.rollout.env_seconds,
+            concurrency=config.rollout.concurrency if concurrency is None else concurrency,
+        ),
+    )
 
 
 def num_tasks(env: gymnasium.Env[Any, Any], split: str) -> int:

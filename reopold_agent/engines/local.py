@@ -7,7 +7,6 @@ on the objective, log. This module gets a run ready; `session` is the run.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from reopold_agent.config import TrainConfig
 from reopold_agent.engines.checkpoint import load_trainer_state, newest_checkpoint
 from reopold_agent.engines.environments import make_env, num_tasks
 from reopold_agent.engines.interrupts import Interrupts
 from reopold_agent.engines.roles import check_roles
-from reopold_agent.engines.run_state import RunState, model_specs, run_objective
+from reopold_agent.engines.run_state import Engine, model_specs, run_objective
 from reopold_agent.engines.session import Session
 from reopold_agent.policies.loading import (
     Processing,
@@ -33,39 +31,10 @@ from reopold_agent.policies.loading import (
 )
 from reopold_agent.policies.registry import is_trainers_own
 from reopold_agent.tracking.progress import Progress
-from reopold_agent.tracking.run_folder import RunFolder
 
 
-class LocalEngine:
-    """Trains a student in this process.
-
-    Args:
-        config: the checked configuration.
-        raw: the same as plain values, for the run folder and for comparing on resume.
-        folder: the run folder; an earlier run in it is continued (``resume``).
-        command: words of a command line that would start this run again, for messages.
-    """
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        raw: Mapping[str, Any],
-        folder: Path,
-        command: Sequence[str],
-    ) -> None:
-        self.config, self._raw, self._command = config, dict(raw), list(command)
-        self.folder = RunFolder(folder)
-        self._state = RunState(config, self._raw, self.folder)
-
-    def run(self) -> dict[str, Any]:
-        """Trains to the end and returns the summary that ``summary.json`` holds.
-
-        Raises:
-            ReopoldError: anything the user can mend; the message says how.
-            KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
-        """
-        with self.folder.lock():
-            return self._run()
+class LocalEngine(Engine):
+    """Trains a student in this process."""
 
     def _run(self) -> dict[str, Any]:
         config = self.config

@@ -14,7 +14,7 @@ from reopold_agent.errors import ConfigError, MissingExtraError
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.base import Closeable, Policy, TakesWeights
 from reopold_agent.policies.loading import LoadedModel, Processing
-from reopold_agent.policies.registry import POLICIES, TRANSFORMERS, PolicyRole, is_trainers_own
+from reopold_agent.policies.registry import POLICIES, TRANSFORMERS, is_trainers_own, make_policy
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.rollout.chat import ChatRenderer
 
@@ -151,18 +151,14 @@ def _own(config: TrainConfig, chat: ChatRenderer, model: LoadedModel) -> Transfo
 
 
 def _made(config: TrainConfig, role: str, chat: ChatRenderer, processing: Processing) -> Policy:
-    settings: dict[str, Any] = dict(getattr(config.policy, role))
-    kind = POLICIES.get(settings.pop("name"))
     precision = config.engine.precision
     if precision == "auto":
         precision = "bfloat16" if torch.cuda.is_available() else "float32"
-    return kind.make(
-        PolicyRole(
-            role=role,
-            settings=settings,
-            processing=processing,
-            dtype=precision,
-            forbidden_ids=chat.forbidden_ids,
-            stop_ids=chat.stop_ids,
-        )
+    return make_policy(
+        role,
+        getattr(config.policy, role),
+        processing,
+        dtype=precision,
+        forbidden_ids=chat.forbidden_ids,
+        stop_ids=chat.stop_ids,
     )

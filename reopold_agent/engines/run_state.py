@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,38 @@ class RunState:
         return summary
 
 
+class Engine(ABC):
+    """Trains a student; what an engine does is its `_run`.
+
+    Args:
+        config: the checked configuration.
+        raw: the same as plain values, for the run folder and for comparing on resume.
+        folder: the run folder; an earlier run in it is continued (``resume``).
+        command: words of a command line that would start this run again, for messages.
+    """
+
+    def __init__(
+        self, config: TrainConfig, raw: Mapping[str, Any], folder: Path, command: Sequence[str]
+    ) -> None:
+        self.config, self._raw, self._command = config, dict(raw), list(command)
+        self.folder = RunFolder(folder)
+        self._state = RunState(config, self._raw, self.folder)
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end and returns the summary that ``summary.json`` holds.
+
+        Raises:
+            ReopoldError: anything the user can mend; the message says how.
+            KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
+        """
+        with self.folder.lock():
+            return self._run()
+
+    @abstractmethod
+    def _run(self) -> dict[str, Any]:
+        """The run, with the folder held."""
+
+
 def run_objective(config: TrainConfig) -> Objective:
     """The run's objective with what depends on the run filled in.
 
@@ -89,6 +122,11 @@ def run_objective(config: TrainConfig) -> Objective:
     return objective.for_run(RunFacts(config.steps, config.rollout.max_response_tokens))
 
 
+def needs_teacher(config: TrainConfig, objective: Objective) -> bool:
+    """Whether the run has something to ask a teacher."""
+    return bool(objective.needs & Needs.TEACHER) or config.evaluation.teacher
+
+
 def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpec]:
     """The checkpoints that a run needs, by role; ``teacher`` only where it has one to ask.
 
@@ -97,12 +135,11 @@ def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpe
     """
     models = config.model
     specs = {"student": ModelSpec(**vars(models.student))}
-    needs_teacher = bool(objective.needs & Needs.TEACHER)
-    if not (needs_teacher or config.evaluation.teacher):
+    if not needs_teacher(config, objective):
         return specs
     if models.teacher is None:
         name = config.objective["name"]
-        if needs_teacher:
+        if objective.needs & Needs.TEACHER:
             raise ConfigError(f"objective={name} needs model.teacher, which is null")
         raise ConfigError(
             f"model.teacher is null, which suits objective={name}; set "

@@ -14,7 +14,8 @@ import torch
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.checkpoint import load_trainer_state, restore, save_checkpoint
 from reopold_agent.engines.collect import Collected, Collector
-from reopold_agent.engines.environments import make_env
+from reopold_agent.engines.environments import make_runner
+from reopold_agent.engines.evaluations import ends_due, evaluation_row, summarise
 from reopold_agent.engines.following import following_teacher
 from reopold_agent.engines.interrupts import Interrupts, resume_command
 from reopold_agent.engines.roles import computing, make_roles
@@ -26,19 +27,20 @@ from reopold_agent.eval.heldout import evaluate_policy
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.base import Policy
 from reopold_agent.policies.loading import LoadedModel, Processing
-from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
+from reopold_agent.rollout.runner import RolloutRunner
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
-from reopold_agent.tracking.statistics import distillation_statistics, rollout_statistics
+from reopold_agent.tracking.statistics import (
+    distillation_statistics,
+    gap_statistics,
+    rollout_statistics,
+)
 from reopold_agent.tracking.summary import print_summary, write_json_atomic
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
 from reopold_agent.types import FloatArray, Sampling, StopReason, Trajectory
-
-GREEDY = Sampling(temperature=0.0)
 
 
 class Session:
@@ -81,24 +83,12 @@ class Session:
         self._chat = chat
 
     def _runner(self, chat: ChatRenderer, max_turns: int) -> RolloutRunner:
-        config = self.config
-        return RolloutRunner(
-            lambda: make_env(config, max_turns=max_turns),
-            chat,
-            self.student_model.vision,
-            prompt_pixels=PixelLimits(**vars(config.pixels.prompt)),
-            observation_pixels=PixelLimits(**vars(config.pixels.observation)),
-            limits=RolloutLimits(
-                max_response_tokens=config.rollout.max_response_tokens,
-                max_turn_tokens=config.rollout.max_turn_tokens,
-                max_turns=max_turns,
-                env_seconds=config.rollout.env_seconds,
-                concurrency=config.rollout.concurrency,
-            ),
-        )
+        return make_runner(self.config, chat, self.student_model.vision, max_turns=max_turns)
 
     def close(self) -> None:
-        """Ends what the policies started; the session cannot go on."""
+        """Ends what the policies started and closes the files; the session cannot go on."""
+        self.metrics.close()
+        self.trajectories.close()
         if self.scoring is not None:
             self.scoring.close()
         self.roles.close()
@@ -170,9 +160,6 @@ class Session:
         self.eval_runner.close()
         rows = read_metrics(self.folder.path / "metrics.jsonl")
         summary = summarise(rows, self.config, self.folder.path)
-        # From the rows, so that a resumed run counts all its steps.
-        steps = [row["time/step"] for row in rows if row["kind"] == "train"]
-        summary["train_seconds"] = round(sum(steps), 1)
         summary["seconds"] = round(time.perf_counter() - started, 1)
         again = f"python -m reopold_agent.train env={self.config.env.name}"
         if self.config.objective["name"] != "reopold":
@@ -295,9 +282,7 @@ class Session:
             "kind": "train",
             "step": step,
             "phase": self.objective.phase(step),
-            "loss": made.loss,
-            "grad_norm": made.grad_norm,
-            "lr": made.lr,
+            **made.row(),
             **distillation_statistics(
                 chosen,
                 floor=self.objective.floor,
@@ -305,10 +290,6 @@ class Session:
                 logp=[logp_old[id(t)] for t in chosen],
                 entropy=[entropy[id(t)] for t in chosen],
             ),
-            "mask/kept_share": made.kept_share,
-            "ratio/mean": made.ratio_mean,
-            "ratio/max": made.ratio_max,
-            "ratio/ppo_clip_share": made.ppo_clip_share,
             **self._rollout(rolled.trajectories),
             "rollout/trained_share": len(chosen) / len(rolled.trajectories),
         }
@@ -325,12 +306,8 @@ class Session:
             return row
         failed = [t.stop_reason is StopReason.POLICY_ERROR for t in rolled.trajectories]
         row["rollout/dropped"] = float(sum(failed))
-        gaps = [np.abs(t.logp - logp_old[id(t)])[t.loss_mask] for t in rolled.chosen]
-        if gaps:
-            values = np.concatenate(gaps)
-            row["sync/logp_gap_mean"] = float(values.mean())
-            row["sync/logp_gap_max"] = float(values.max())
-        return row
+        own = [logp_old[id(t)] for t in rolled.chosen]
+        return {**row, **gap_statistics(rolled.chosen, own)}
 
     def _rollout(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         statistics = rollout_statistics(trajectories)
@@ -360,16 +337,9 @@ class Session:
 
     def _evaluate_ends(self, step: int, who: str) -> None:
         policy = self.roles.sampler if who == "student" else self._teacher()
-        # A run that was killed between its last step and its end has some of them already.
-        done = [
-            row["sampling"]
-            for row in read_metrics(self.folder.metrics)
-            if row["kind"] == "eval"
-            and (row["who"], row["step"], row["curve"]) == (who, step, False)
-        ]
-        for sampling in (self.sampling, GREEDY):
-            if sampling_kind(sampling) not in done:
-                self._evaluate(who, policy, step, sampling, curve=False)
+        rows = read_metrics(self.folder.metrics)
+        for sampling in ends_due(rows, who, step, self.sampling):
+            self._evaluate(who, policy, step, sampling, curve=False)
 
     def _evaluate(
         self, who: str, policy: Policy, step: int, sampling: Sampling, *, curve: bool
@@ -384,46 +354,6 @@ class Session:
                 sampling=sampling,
                 seed=self.config.seed,
             )
-        row = {
-            "kind": "eval",
-            "step": step,
-            "who": who,
-            "sampling": sampling_kind(sampling),
-            "curve": curve,
-            **result.row(),
-        }
+        row = evaluation_row(result, who, step, sampling, curve=curve)
         self.metrics.write(row)
         self.progress.evaluation(row)
-
-
-def summarise(
-    rows: Sequence[Mapping[str, Any]], config: TrainConfig, folder: Path
-) -> dict[str, Any]:
-    """The figures a newcomer looks for, from the rows of ``metrics.jsonl``."""
-    fields = ("success", "low", "high", "n", "tool_rate")
-
-    def find(who: str, step: int) -> dict[str, Any] | None:
-        found = {
-            row["sampling"]: {name: row[name] for name in fields}
-            for row in rows
-            if row["kind"] == "eval"
-            and (row["who"], row["step"], row["curve"]) == (who, step, False)
-        }
-        if "sampled" not in found:
-            return None
-        return {**found["sampled"], "greedy": found.get("greedy")}
-
-    return {
-        "before": find("student", 0),
-        "after": find("student", config.steps),
-        "teacher": find("teacher", 0),
-        "env": config.env.name,
-        "seed": config.seed,
-        "steps": config.steps,
-        "run": str(folder),
-    }
-
-
-def sampling_kind(sampling: Sampling) -> str:
-    """``greedy`` or ``sampled``, as rows and summaries call it."""
-    return "greedy" if sampling.temperature == 0 else "sampled"

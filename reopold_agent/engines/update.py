@@ -35,6 +35,18 @@ class UpdateStats:
     ppo_clip_share: float
     threshold: float | None
 
+    def row(self) -> dict[str, float]:
+        """By the names of ``metrics.jsonl``."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "lr": self.lr,
+            "mask/kept_share": self.kept_share,
+            "ratio/mean": self.ratio_mean,
+            "ratio/max": self.ratio_max,
+            "ratio/ppo_clip_share": self.ppo_clip_share,
+        }
+
     @classmethod
     def none(cls) -> UpdateStats:
         """Of a step without an update: nothing in its batch was informative."""

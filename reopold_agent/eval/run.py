@@ -33,7 +33,7 @@ from reopold_agent.policies.loading import (
     model_path,
     pick_device,
 )
-from reopold_agent.policies.registry import POLICIES, PolicyRole, is_trainers_own
+from reopold_agent.policies.registry import is_trainers_own, make_policy
 from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
@@ -176,17 +176,13 @@ class Evaluation:
                 stop_ids=chat.stop_ids,
                 max_tokens_per_pass=self.config.engine.max_tokens_per_pass,
             )
-        settings = dict(self.config.policy.student)
-        kind = POLICIES.get(settings.pop("name"))
-        return kind.make(
-            PolicyRole(
-                role="student",
-                settings=settings,
-                processing=model,
-                dtype=model.spec.dtype,
-                forbidden_ids=chat.forbidden_ids,
-                stop_ids=chat.stop_ids,
-            )
+        return make_policy(
+            "student",
+            self.config.policy.student,
+            model,
+            dtype=model.spec.dtype,
+            forbidden_ids=chat.forbidden_ids,
+            stop_ids=chat.stop_ids,
         )
 
     def _benchmark(

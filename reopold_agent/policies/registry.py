@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,3 +90,28 @@ def is_trainers_own(settings: Mapping[str, Any]) -> bool:
         return True
     POLICIES.get(settings["name"])
     return False
+
+
+def make_policy(
+    role: str,
+    settings: Mapping[str, Any],
+    processing: Processing,
+    *,
+    dtype: str,
+    forbidden_ids: Sequence[int],
+    stop_ids: Sequence[int],
+) -> Policy:
+    """A policy that is not the trainer's own.
+
+    Args:
+        role, processing, dtype, forbidden_ids, stop_ids: as of `PolicyRole`.
+        settings: ``name``, and those of that kind.
+
+    Raises:
+        UnknownNameError: there is no such kind of policy.
+        ReopoldError: it cannot be had.
+    """
+    rest = {key: value for key, value in settings.items() if key != "name"}
+    kind = POLICIES.get(settings["name"])
+    ids = tuple(forbidden_ids), tuple(stop_ids)
+    return kind.make(PolicyRole(role, rest, processing, dtype, *ids))

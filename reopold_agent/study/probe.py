@@ -18,16 +18,15 @@ from omegaconf import OmegaConf
 import reopold_agent.envs  # noqa: F401  # registers the environments
 from reopold_agent.command import errors_for_people
 from reopold_agent.config import TrainConfig, build
-from reopold_agent.engines.environments import make_env, num_tasks
+from reopold_agent.engines.environments import make_env, make_runner, num_tasks
 from reopold_agent.errors import DataError
 from reopold_agent.eval.latency import measure_latency
 from reopold_agent.eval.metrics import maj_at_k
 from reopold_agent.judges.extract import find_answer
 from reopold_agent.policies.base import Policy
-from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model
-from reopold_agent.policies.vision import PixelLimits
+from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.tracking.files import dump_json, write_bytes_atomic
 from reopold_agent.types import Sampling, Trajectory
 
@@ -98,24 +97,8 @@ class Prober:
             stop_ids=chat.stop_ids,
             max_tokens_per_pass=self.config.engine.max_tokens_per_pass,
         )
-        return self._runner(chat, model), policy
-
-    def _runner(self, chat: ChatRenderer, model: LoadedModel) -> RolloutRunner:
-        config, turns = self.config, self.config.evaluation.max_turns
-        return RolloutRunner(
-            lambda: make_env(config, max_turns=turns),
-            chat,
-            model.vision,
-            prompt_pixels=PixelLimits(**vars(config.pixels.prompt)),
-            observation_pixels=PixelLimits(**vars(config.pixels.observation)),
-            limits=RolloutLimits(
-                max_response_tokens=config.rollout.max_response_tokens,
-                max_turn_tokens=config.rollout.max_turn_tokens,
-                max_turns=turns,
-                env_seconds=config.rollout.env_seconds,
-                concurrency=config.rollout.concurrency,
-            ),
-        )
+        turns = self.config.evaluation.max_turns
+        return make_runner(self.config, chat, model.vision, max_turns=turns), policy
 
     def play(self, path: str, tasks: int, samples: int) -> dict[str, Any]:
         """Verdicts of ``samples`` answers to each of the first ``tasks`` held-out tasks.

@@ -209,6 +209,26 @@ def rollout_statistics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     return {f"rollout/{key}": value for key, value in row.items()}
 
 
+def gap_statistics(
+    trajectories: Sequence[Trajectory], logp: Sequence[FloatArray]
+) -> dict[str, float]:
+    """How far the log-probs that came with the samples are from the trainer's, by which is trained.
+
+    Args:
+        trajectories: their ``logp`` are the sampler's.
+        logp: the trainer's, per trajectory (L,) float32.
+
+    Returns:
+        ``sync/logp_gap_mean`` and ``sync/logp_gap_max``, nats, over the sampled tokens; nothing
+        without trajectories.
+    """
+    gaps = [np.abs(t.logp - own)[t.loss_mask] for t, own in zip(trajectories, logp, strict=True)]
+    if not gaps:
+        return {}
+    values = np.concatenate(gaps)
+    return {"sync/logp_gap_mean": float(values.mean()), "sync/logp_gap_max": float(values.max())}
+
+
 def evaluation_statistics(
     trajectories: Sequence[Trajectory], confidence: float = 0.95
 ) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from reopold_agent.config import EngineConfig, ModelConfig, ServerConfig, TrainConfig
+from reopold_agent.engines.run_state import needs_teacher
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.loading import resolve_path
@@ -67,11 +68,6 @@ def check_supported(config: TrainConfig, objective: Objective) -> None:
 
 def _policy(config: TrainConfig, role: str) -> str:
     return str(getattr(config.policy, role)["name"])
-
-
-def needs_teacher(config: TrainConfig, objective: Objective) -> bool:
-    """Whether the run starts servers for the teacher."""
-    return bool(objective.needs & Needs.TEACHER) or config.evaluation.teacher
 
 
 def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:

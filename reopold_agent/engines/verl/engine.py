@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,9 @@ import torch
 from omegaconf import OmegaConf
 
 from reopold_agent import orphans
-from reopold_agent.config import TrainConfig
 from reopold_agent.engines.environments import make_env, num_tasks
-from reopold_agent.engines.run_state import RunState, model_specs, run_objective
-from reopold_agent.engines.session import summarise
+from reopold_agent.engines.evaluations import summarise
+from reopold_agent.engines.run_state import Engine, model_specs, run_objective
 from reopold_agent.engines.verl.compose import (
     check_supported,
     student_gpus,
@@ -39,7 +38,6 @@ from reopold_agent.tracking.files import write_json_atomic
 from reopold_agent.tracking.metrics import read_metrics
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
-from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
 
 _log = logging.getLogger(__name__)
@@ -53,31 +51,8 @@ PRETENDED_CPUS = 64
 to start as many of them as verl has."""
 
 
-class VerlEngine:
-    """Trains a student on verl; the run folder is that of the local engine.
-
-    Args:
-        config: the checked configuration.
-        raw: the same as plain values.
-        folder: the run folder; on a path that all nodes share when there are several.
-        command: words of a command line that would start this run again.
-    """
-
-    def __init__(
-        self, config: TrainConfig, raw: Mapping[str, Any], folder: Path, command: Sequence[str]
-    ) -> None:
-        self.config, self._raw, self._command = config, dict(raw), list(command)
-        self.folder = RunFolder(folder)
-        self._state = RunState(config, self._raw, self.folder)
-
-    def run(self) -> dict[str, Any]:
-        """Trains to the end and returns the summary that ``summary.json`` holds.
-
-        Raises:
-            ReopoldError: anything the user can mend; the message says how.
-        """
-        with self.folder.lock():
-            return self._run()
+class VerlEngine(Engine):
+    """Trains a student on verl; with several nodes the run folder is on a path that all share."""
 
     def _run(self) -> dict[str, Any]:
         config = self.config
@@ -225,9 +200,6 @@ class VerlEngine:
         temporary.rename(self.folder.final)
         rows = read_metrics(self.folder.metrics)
         summary = summarise(rows, self.config, self.folder.path)
-        summary["train_seconds"] = round(
-            sum(row["time/step"] for row in rows if row["kind"] == "train"), 1
-        )
         summary["seconds"] = round(seconds, 1)
         write_json_atomic(self.folder.summary, summary)
         make_plots(self.folder.path)

@@ -27,14 +27,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.engines.environments import make_env
+from reopold_agent.engines.environments import make_runner
 from reopold_agent.engines.verl.client import Pictures, ServerPolicy, Servers, score
 from reopold_agent.engines.verl.records import to_row
 from reopold_agent.errors import ModelError, ModelServerError
 from reopold_agent.policies.loading import ModelSpec, load_processing
-from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.types import Sampling, Trajectory
 
 _log = logging.getLogger(__name__)
@@ -111,28 +110,13 @@ class Player:
         try:
             runner = idle.get_nowait()
         except queue.Empty:
-            runner = self._runner(max_turns)
+            runner = make_runner(
+                self._config, self._chat, self._vision, max_turns=max_turns, concurrency=1
+            )
         try:
             return runner.run(policy, [spec], sampling, seed)[0]
         finally:
             idle.put(runner)
-
-    def _runner(self, max_turns: int) -> RolloutRunner:
-        config = self._config
-        return RolloutRunner(
-            lambda: make_env(config, max_turns=max_turns),
-            self._chat,
-            self._vision,
-            prompt_pixels=PixelLimits(**vars(config.pixels.prompt)),
-            observation_pixels=PixelLimits(**vars(config.pixels.observation)),
-            limits=RolloutLimits(
-                max_response_tokens=config.rollout.max_response_tokens,
-                max_turn_tokens=config.rollout.max_turn_tokens,
-                max_turns=max_turns,
-                env_seconds=config.rollout.env_seconds,
-                concurrency=1,
-            ),
-        )
 
 
 class RolloutWorker:

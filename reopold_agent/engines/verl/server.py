@@ -11,17 +11,15 @@ from verl.plugin.platform import get_platform
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
+from reopold_agent.policies.vllm.worker import keep_weights_replaceable
+
 
 class WorkerExtension(vLLMColocateWorkerExtension):
     """verl's extension of vLLM's worker process, for a worker whose device is the CPU."""
 
     def __new__(cls, **kwargs: Any) -> Any:
         """Prepares the process before vLLM loads the model."""
-        import vllm._custom_ops
-
-        # vLLM packs weights for oneDNN after loading and drops the originals, so that they could
-        # not be synchronised any more. Its own switch, read when a layer's weights are processed.
-        vllm._custom_ops._supports_onednn = False
+        keep_weights_replaceable()
         return super().__new__(cls, **kwargs)
 
 

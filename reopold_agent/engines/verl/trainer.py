@@ -15,6 +15,7 @@ import numpy as np
 import ray
 import torch
 import transfer_queue
+from tensordict import TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -23,8 +24,10 @@ from verl.workers.utils.padding import response_to_nested
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.collect import outcomes_of
-from reopold_agent.engines.session import GREEDY, sampling_kind
+from reopold_agent.engines.evaluations import ends_due, evaluation_row
+from reopold_agent.engines.teaching import checked
 from reopold_agent.engines.totals import TokenTotals
+from reopold_agent.engines.update import UpdateStats
 from reopold_agent.engines.verl.loss import STEP, THRESHOLD, ObjectiveLoss
 from reopold_agent.engines.verl.records import EPISODE, from_row, pixels_of, plain_rows
 from reopold_agent.engines.verl.rollouts import TRAIN, RolloutManager
@@ -36,9 +39,13 @@ from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.loading import ModelSpec, load_processing
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
-from reopold_agent.tracking.statistics import distillation_statistics, rollout_statistics
+from reopold_agent.tracking.statistics import (
+    distillation_statistics,
+    gap_statistics,
+    rollout_statistics,
+)
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
-from reopold_agent.types import FloatArray, Sampling, Trajectory
+from reopold_agent.types import Sampling, Trajectory
 
 POLL_SECONDS = 0.1
 """Between looks whether a step's episodes are in; verl's 2 s would be most of a small step."""
@@ -74,7 +81,6 @@ class Trainer(PPOTrainerSync):
             processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call
         )
         self._allowed = len(processing.tokenizer)
-        self._step_row: dict[str, Any] = {}
         super().__init__(config=verl_config)
         self.replay_buffer.poll_interval = POLL_SECONDS
 
@@ -190,10 +196,15 @@ class Trainer(PPOTrainerSync):
                 "the rollout workers says why"
             )
         self._rows = rows
-        self._check(rows)
+        for trajectory, logp in rows:
+            for values in (logp, trajectory.entropy):
+                checked(values, trajectory, "student", self.global_steps - 1)
         entropy_N = torch.from_numpy(np.concatenate([t.entropy[t.loss_mask] for t, _ in rows]))
         self._threshold = self.objective.threshold(entropy_N, torch.ones_like(entropy_N))
-        advantages = iter(self._advantages([t for t, _ in rows]))
+        if Needs.OUTCOME not in self.objective.needs:
+            return batch
+        outcomes = outcomes_of([t for t, _ in rows])
+        advantages = iter(self.objective.advantages(outcomes).tolist())
         mask = table["response_mask"]
         padded = mask.to_padded_tensor(0)
         values_BT = torch.zeros(padded.shape, dtype=torch.float32)
@@ -203,7 +214,7 @@ class Trainer(PPOTrainerSync):
         return transfer_queue.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
-            fields=_table({"advantages": nested}, len(batch)),
+            fields=TensorDict({"advantages": nested}, batch_size=len(batch)),
         )
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -230,12 +241,13 @@ class Trainer(PPOTrainerSync):
             losses.append(one.loss)
             totals.merge(one)
         norms = [float(norm) for norm in _listed(output["grad_norm"])]
-        self._update: dict[str, Any] = {
-            "loss": float(np.mean(losses)),
-            "grad_norm": float(np.mean(norms)),
-            "lr": float(_listed(output["lr"])[-1]),
-            "totals": totals,
-        }
+        self._update = UpdateStats(
+            loss=float(np.mean(losses)),
+            grad_norm=float(np.mean(norms)),
+            lr=float(_listed(output["lr"])[-1]),
+            threshold=self._threshold,
+            **totals.shares(),
+        )
         if not np.isfinite([*losses, *norms]).all():
             raise NonFiniteError(
                 f"step {self.global_steps - 1}: the loss is {losses} and the gradient norm {norms} "
@@ -251,27 +263,22 @@ class Trainer(PPOTrainerSync):
         step = global_steps - 1
         trajectories = [t for t, _ in self._rows]
         wanted = self.run_config.batch.prompts * self.run_config.batch.samples
-        update = self._update
-        shares = update["totals"].shares()
+        logps = [logp for _, logp in self._rows]
         row = {
             "kind": "train",
             "step": step,
             "phase": self.objective.phase(step),
-            **{name: update[name] for name in ("loss", "grad_norm", "lr")},
+            **self._update.row(),
             **distillation_statistics(
                 trajectories,
                 floor=self.objective.floor,
                 threshold=self._threshold,
-                logp=[logp for _, logp in self._rows],
+                logp=logps,
             ),
-            "mask/kept_share": shares["kept_share"],
-            "ratio/mean": shares["ratio_mean"],
-            "ratio/max": shares["ratio_max"],
-            "ratio/ppo_clip_share": shares["ppo_clip_share"],
             **rollout_statistics(trajectories),
             "rollout/dropped": float(wanted - len(trajectories)),
             "rollout/trained_share": len(trajectories) / wanted,
-            **_difference(self._rows),
+            **gap_statistics(trajectories, logps),
             **_times(timing_raw, time.perf_counter() - self._started),
         }
         sampled = sum(t.response_tokens for t in trajectories)
@@ -283,20 +290,6 @@ class Trainer(PPOTrainerSync):
             self._evaluate("student", global_steps, self._sampling(), curve=True)
 
     # Our own
-
-    def _advantages(self, trajectories: Sequence[Trajectory]) -> list[float]:
-        if Needs.OUTCOME not in self.objective.needs:
-            return [0.0] * len(trajectories)
-        advantages: list[float] = self.objective.advantages(outcomes_of(trajectories)).tolist()
-        return advantages
-
-    def _check(self, rows: Sequence[tuple[Trajectory, FloatArray]]) -> None:
-        for trajectory, logp in rows:
-            if not (np.isfinite(logp).all() and np.isfinite(trajectory.entropy).all()):
-                raise NonFiniteError(
-                    f"step {self.global_steps - 1}: the student's log-probs of task "
-                    f"{trajectory.task_id} are not finite; nothing was updated"
-                )
 
     def _write_trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> None:
         settings = self.run_config.logging
@@ -325,18 +318,9 @@ class Trainer(PPOTrainerSync):
         return Sampling(self.run_config.sampling.temperature, self.run_config.sampling.top_p)
 
     def _evaluate_ends(self, step: int, who: str) -> None:
-        """Sampled and greedy; what a run that was killed has done already is not done again."""
-        if not self.run_config.evaluation.tasks:
-            return
-        done = [
-            row["sampling"]
-            for row in read_metrics(self.folder / "metrics.jsonl")
-            if row["kind"] == "eval"
-            and (row["who"], row["step"], row["curve"]) == (who, step, False)
-        ]
-        for sampling in (self._sampling(), GREEDY):
-            if sampling_kind(sampling) not in done:
-                self._evaluate(who, step, sampling, curve=False)
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        for sampling in ends_due(rows, who, step, self._sampling()):
+            self._evaluate(who, step, sampling, curve=False)
 
     def _evaluate(self, who: str, step: int, sampling: Sampling, *, curve: bool) -> None:
         settings = self.run_config.evaluation
@@ -348,24 +332,8 @@ class Trainer(PPOTrainerSync):
             max_turns=settings.max_turns,
             by_teacher=who == "teacher",
         )
-        row = {
-            "kind": "eval",
-            "step": step,
-            "who": who,
-            "sampling": sampling_kind(sampling),
-            "curve": curve,
-            **EvaluationResult.of(played).row(),
-        }
-        self.metrics.write(row)
-
-
-def _difference(rows: Sequence[tuple[Trajectory, FloatArray]]) -> dict[str, float]:
-    """How far the servers' log-probs of their own samples are from the trainer's, nats."""
-    gaps = np.concatenate([np.abs(t.logp - logp)[t.loss_mask] for t, logp in rows])
-    return {
-        "sync/logp_gap_mean": float(gaps.mean()),
-        "sync/logp_gap_max": float(gaps.max()),
-    }
+        result = EvaluationResult.of(played)
+        self.metrics.write(evaluation_row(result, who, step, sampling, curve=curve))
 
 
 def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
@@ -384,9 +352,3 @@ def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
 
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _table(fields: dict[str, Any], rows: int) -> Any:
-    from tensordict import TensorDict
-
-    return TensorDict(fields, batch_size=rows)

@@ -20,11 +20,7 @@ class WorkerExtension:
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
         """Keeps weights replaceable, before vLLM loads them."""
-        import vllm._custom_ops
-
-        # On a CPU vLLM packs weights for oneDNN after loading and drops the originals, so that
-        # they could not be replaced any more. Its own switch, read when weights are processed.
-        vllm._custom_ops._supports_onednn = False
+        keep_weights_replaceable()
         return super().__new__(cls)
 
     def mask_ids(self, allowed_ids: int, forbidden_ids: list[int]) -> int:
@@ -60,6 +56,17 @@ class WorkerExtension:
                     (name, tensors.get_tensor(name)) for name in names
                 )
         return len(names)
+
+
+def keep_weights_replaceable() -> None:
+    """To be called in a worker process before vLLM loads a model.
+
+    On a CPU vLLM packs weights for oneDNN after loading and drops the originals, so that they
+    could not be replaced any more. This is its own switch, read when weights are processed.
+    """
+    import vllm._custom_ops
+
+    vllm._custom_ops._supports_onednn = False
 
 
 class _Mask:
