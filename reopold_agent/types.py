@@ -121,15 +121,30 @@ class StopReason(StrEnum):
     """The policy could not generate a turn, after retries; likewise."""
 
 
+@dataclass(frozen=True)
+class Region:
+    """The part of an earlier picture that a tool showed, for people who read the episode.
+
+    Attributes:
+        image: number of the picture, counted from 1 as the model counts.
+        box: x1, y1, x2, y2 as shares of its width and height, each in [0, 1].
+    """
+
+    image: int
+    box: tuple[float, float, float, float]
+
+
 @dataclass
 class ToolCall:
-    """One tool call of the student and how it went. ``error`` is what the model was told."""
+    """One tool call of the student and how it went. ``error`` is what the model was told;
+    ``regions`` where its pictures come from, one or none per picture."""
 
     name: str
     arguments: Mapping[str, Any]
     ok: bool
     error: str | None = None
     seconds: float = 0.0
+    regions: tuple[Region, ...] = ()
 
 
 @dataclass

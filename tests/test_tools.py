@@ -536,6 +536,9 @@ def test_the_crop_has_the_pixels_of_the_padded_box() -> None:
     assert result.text == f"Here is the cropped image (Image Size: 90x60):\n{IMAGE_MARK}"
     expected = np.asarray(picture)[30:90, 30:120]
     assert np.array_equal(np.asarray(result.images[0]), expected)
+    (region,) = record.regions  # for the people who look at the episode later
+    assert region.image == 1
+    assert region.box == pytest.approx((30 / 200, 30 / 100, 120 / 200, 90 / 100))
 
 
 def test_normalised_and_pixel_boxes_agree_and_padding_is_an_option() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from reopold_agent.errors import ConfigError, ToolError, ToolTimeoutError
 from reopold_agent.registry import Registry
 from reopold_agent.tools.schema import check_arguments, parameters_schema, shorten
-from reopold_agent.types import IMAGE_MARK, Task, ToolCall
+from reopold_agent.types import IMAGE_MARK, Region, Task, ToolCall
 
 _log = logging.getLogger(__name__)
 
@@ -59,12 +59,17 @@ class EpisodeState:
 class ToolResult:
     """What the model sees: text with one `IMAGE_MARK` per picture, and the pictures.
 
+    Attributes:
+        regions: where the pictures come from, for those who look at the episode later; a tool
+            need not say.
+
     Raises:
         ValueError: marks and pictures differ in number.
     """
 
     text: str
     images: tuple[Image.Image, ...] = ()
+    regions: tuple[Region, ...] = ()
 
     def __post_init__(self) -> None:
         marks = self.text.count(IMAGE_MARK)
@@ -172,7 +177,8 @@ class Tool:
             message = f"The tool {self.name} failed: {type(error).__name__}."
             spent = time.perf_counter() - started
             return ToolCall(self.name, shown, False, message, spent), failure(message)
-        return ToolCall(self.name, shown, True, None, time.perf_counter() - started), result
+        spent = time.perf_counter() - started
+        return ToolCall(self.name, shown, True, None, spent, result.regions), result
 
 
 def _usable(result: object) -> ToolResult:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from reopold_agent.errors import ToolError
 from reopold_agent.tools.base import EpisodeState, ToolResult, tool
-from reopold_agent.types import IMAGE_MARK
+from reopold_agent.types import IMAGE_MARK, Region
 
 MIN_SIDE = 28
 """A result must be larger than 28 x 28 pixels: one token of Qwen2.5-VL."""
@@ -53,7 +53,18 @@ def crop_image(
     )
     part = image.crop(box)
     size = f"{part.width}x{part.height}"
-    return ToolResult(f"Here is the cropped image (Image Size: {size}):\n{IMAGE_MARK}", (part,))
+    left, top, right, bottom = box
+    shares = (
+        left / image.width,
+        top / image.height,
+        right / image.width,
+        bottom / image.height,
+    )
+    return ToolResult(
+        f"Here is the cropped image (Image Size: {size}):\n{IMAGE_MARK}",
+        (part,),
+        (Region(target_image, shares),),
+    )
 
 
 def pixel_box(

@@ -7,7 +7,7 @@ from typing import Annotated
 from reopold_agent.errors import ToolError
 from reopold_agent.tools.base import EpisodeState, ToolResult, tool
 from reopold_agent.tools.schema import shorten
-from reopold_agent.types import IMAGE_MARK
+from reopold_agent.types import IMAGE_MARK, Region
 
 MAX_SELECTED = 8
 
@@ -52,4 +52,5 @@ def select_frames(
         f"Here are the selected frames (Frame Size: {size}, Numbered {first} to "
         f"{first + len(frames) - 1}):\n" + IMAGE_MARK * len(frames),
         frames,
+        tuple(Region(number, (0.0, 0.0, 1.0, 1.0)) for number in target_frames),
     )

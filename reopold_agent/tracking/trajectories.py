@@ -120,6 +120,7 @@ def _turn(turn: Turn) -> dict[str, Any]:
             "ok": call.ok,
             "error": call.error,
             "seconds": call.seconds,
+            "regions": [{"image": r.image, "box": list(r.box)} for r in call.regions],
         },
         "observation": turn.observation,
         "env_seconds": turn.env_seconds,

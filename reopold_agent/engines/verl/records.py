@@ -16,7 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reopold_agent.types import FloatArray, PixelArray, StopReason, ToolCall, Trajectory, Turn
+from reopold_agent.types import (
+    FloatArray,
+    PixelArray,
+    Region,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
 
 EPISODE = "reopold_episode"
 """Field with everything about an episode that is no tensor, as JSON."""
@@ -109,7 +117,10 @@ def _written(trajectory: Trajectory) -> str:
 
 def _turn(values: dict[str, Any]) -> Turn:
     call = values.pop("tool_call")
-    return Turn(**values, tool_call=None if call is None else ToolCall(**call))
+    if call is not None:
+        regions = tuple(Region(r["image"], tuple(r["box"])) for r in call.pop("regions"))
+        call = ToolCall(**call, regions=regions)
+    return Turn(**values, tool_call=call)
 
 
 def plain_rows(table: Any) -> list[dict[str, Any]]:
