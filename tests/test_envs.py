@@ -495,8 +495,11 @@ def test_a_turn_with_a_call_and_a_box_is_a_call() -> None:
     [
         (call("fail"), "Not like this."),
         (call("crash"), "The tool crash failed: ZeroDivisionError."),
-        (call("leave"), "The tool leave failed: RuntimeError."),
-        (call("wrong"), "The tool wrong failed: TypeError."),
+        (call("leave"), "The tool leave failed: SystemExit."),
+        (
+            call("wrong"),
+            "The tool wrong failed: it returned a value of type str, not a ToolResult.",
+        ),
         (call("say", {"word": 1}), "Unknown argument 'word'. The arguments are: words."),
         (call("say", [1]), "The arguments must be a JSON object, got [1]."),
         (call("sya"), "There is no tool 'sya'. Tools: say, show, fail, crash, leave, wrong, nap."),
@@ -504,7 +507,10 @@ def test_a_turn_with_a_call_and_a_box_is_a_call() -> None:
         (call("crop_image", {}), "There is no tool 'crop_image'."),
         ("<tool_call>{}", "The tool call is not closed; end it with </tool_call>."),
         ("<tool_call>[]</tool_call>", "The tool call must be a JSON object, got []."),
-        (call("show", {"count": 1, "side": 0}), "The tool show failed: ValueError."),
+        (
+            call("show", {"count": 1, "side": 0}),
+            "The tool show failed: it returned a picture of 0x0 pixels.",
+        ),
         (call("show", {"count": 10**7}), "The result has"),
     ],
 )

@@ -810,21 +810,33 @@ def _broken_file() -> ToolResult:
         (_raises(ZeroDivisionError()), "The tool probe failed: ZeroDivisionError."),
         (_raises(MemoryError()), "The tool probe failed: MemoryError."),
         (_raises(RecursionError()), "The tool probe failed: RecursionError."),
-        (_raises(SystemExit(3)), "The tool probe failed: RuntimeError."),
-        (_raises(KeyboardInterrupt()), "The tool probe failed: RuntimeError."),
-        (_raises(GeneratorExit()), "The tool probe failed: RuntimeError."),
-        (_returns(None), "The tool probe failed: TypeError."),
-        (_returns("text"), "The tool probe failed: TypeError."),
-        (_returns(("text", [])), "The tool probe failed: TypeError."),
-        (_returns(lambda: ToolResult("x" + IMAGE_MARK)), "The tool probe failed: ValueError."),
-        (_returns(lambda: ToolResult("x", (coordinates(8, 8),))), "failed: ValueError."),
-        (_returns(lambda: ToolResult(IMAGE_MARK, (Odd(),))), "failed: TypeError."),  # type: ignore[arg-type]
+        (_raises(SystemExit(3)), "The tool probe failed: SystemExit."),
+        (_raises(KeyboardInterrupt()), "The tool probe failed: KeyboardInterrupt."),
+        (_raises(GeneratorExit()), "The tool probe failed: GeneratorExit."),
+        (_returns(None), "The tool probe failed: it returned None, not a ToolResult."),
+        (_returns("text"), "failed: it returned a value of type str, not a ToolResult."),
+        (_returns(("text", [])), "it returned a value of type tuple, not a ToolResult."),
+        (
+            _returns(lambda: ToolResult("x" + IMAGE_MARK)),
+            "The tool probe failed: 1 image marks in its text, but 0 images.",
+        ),
+        (
+            _returns(lambda: ToolResult("x", (coordinates(8, 8),))),
+            "failed: 0 image marks in its text, but 1 images.",
+        ),
+        (
+            _returns(lambda: ToolResult(IMAGE_MARK, (Odd(),))),  # type: ignore[arg-type]
+            "failed: it returned a value of type Odd as a picture, not PIL's Image.",
+        ),
         (
             _returns(lambda: ToolResult(IMAGE_MARK, (np.zeros((8, 8, 3), np.uint8),))),  # type: ignore[arg-type]
-            "failed: TypeError.",
+            "it returned a value of type ndarray as a picture, not PIL's Image.",
         ),
-        (_returns(lambda: ToolResult(IMAGE_MARK, (Image.new("RGB", (0, 5)),))), "ValueError."),
-        (_returns(lambda: ToolResult(None)), "failed: AttributeError."),  # type: ignore[arg-type]
+        (
+            _returns(lambda: ToolResult(IMAGE_MARK, (Image.new("RGB", (0, 5)),))),
+            "failed: it returned a picture of 0x5 pixels.",
+        ),
+        (_returns(lambda: ToolResult(None)), "failed: its text is of type NoneType."),  # type: ignore[arg-type]
         (_returns(_broken_file), "failed: OSError."),
     ],
 )

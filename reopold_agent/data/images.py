@@ -6,8 +6,8 @@ tag, the rest of the program sees upright 8-bit RGB.
 
 from __future__ import annotations
 
+import functools
 import io
-import struct
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from reopold_agent.errors import DataError
 
@@ -25,23 +25,12 @@ MAX_PIXELS = 200_000_000
 MAX_BYTES = 500_000_000
 """A larger member of a zip archive is refused before it is unpacked."""
 
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""What is opened. Pillow knows more; some start other programs (EPS: Ghostscript), others are so
+rare that nobody looks for holes in them."""
+
 # RuntimeError: encrypted; NotImplementedError (a RuntimeError): unknown compression.
 _ZIP_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
-
-# What Pillow's readers raise on damaged files (the first covers UnidentifiedImageError).
-_PICTURE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    LookupError,
-    struct.error,
-    zlib.error,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-)
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,14 @@ class FileImage:
         """See `ImageSource`."""
         if not self.path.is_file():
             raise DataError(f"the picture {self.path} does not exist")
-        return _decode(self.path.read_bytes(), str(self.path))
+        try:
+            size = self.path.stat().st_size
+            if size > MAX_BYTES:
+                raise DataError(f"{self.path} has {size} bytes; the limit is {MAX_BYTES}")
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot read the picture {self.path}: {error}") from error
+        return _decode(data, str(self.path))
 
 
 @dataclass(frozen=True)
@@ -69,13 +65,21 @@ class ZipImage:
         # Opened per picture: a ZipFile must not be shared between threads.
         try:
             with zipfile.ZipFile(self.archive) as archive:
-                size = archive.getinfo(self.member).file_size
-                if size > MAX_BYTES:
+                info = archive.getinfo(self.member)
+                if info.file_size > MAX_BYTES:
                     raise DataError(
-                        f"{self.member} in {self.archive} has {size} bytes; "
+                        f"{self.member} in {self.archive} has {info.file_size} bytes; "
                         f"the limit is {MAX_BYTES}"
                     )
-                data = archive.read(self.member)
+                # zipfile unpacks the others without a bound: a few bytes may become gigabytes.
+                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise DataError(
+                        f"cannot read {self.member} in {self.archive}: it is neither stored nor "
+                        "deflated; pack the archive again (zip -r)"
+                    )
+                # Not archive.read: a member that states a small size unpacks as far as it goes.
+                with archive.open(info) as file:
+                    data = file.read(info.file_size + 1)
         except _ZIP_ERRORS as error:
             raise DataError(f"cannot read {self.member} in {self.archive}: {error}") from error
         return _decode(data, f"{self.archive}:{self.member}")
@@ -124,7 +128,7 @@ def _hub_blobs(root: Path) -> list[Path]:
 
 def _decode(data: bytes, name: str) -> Image.Image:
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
         if image.width * image.height > MAX_PIXELS:
             raise DataError(
                 f"{name} has {image.width}x{image.height} pixels; the limit is {MAX_PIXELS}"
@@ -134,21 +138,35 @@ def _decode(data: bytes, name: str) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(image))
     except DataError:
         raise
-    except _PICTURE_ERRORS as error:
-        raise DataError(f"{name} is not a readable picture: {error}") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(FORMATS)
+        raise DataError(f"{name} is not a readable picture: none of {known}") from error
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large: {error}") from error
+    # A damaged file makes Pillow's readers raise nearly anything.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{name} is not a readable picture: {reason}") from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Of `FORMATS`, those that this build of Pillow has."""
+    Image.init()
+    return tuple(each for each in FORMATS if each in Image.OPEN)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB; transparency on white, 16-bit scaled to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":
-        values: Any = np.asarray(image, dtype=np.float64)
+        values: Any = np.asarray(image).astype(np.float32)
+        np.nan_to_num(values, copy=False)
         # "I" and "F" do not say how many bits are used; "I;16" does.
         deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
         top = 65535.0 if deep else 255.0
-        image = Image.fromarray((values.clip(0, top) / top * 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        values = values.clip(0, top, out=values) * (255 / top)
+        image = Image.fromarray(values.round(out=values).astype(np.uint8))
+    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(paper, rgba).convert("RGB")

@@ -8,7 +8,7 @@ call gets a message and the episode goes on; `step` raises nothing on account of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import gymnasium
@@ -23,12 +23,14 @@ from reopold_agent.tools import (
     BASE_PROMPT,
     TOOLS,
     EpisodeState,
+    Isolation,
     Tool,
     ToolResult,
     find_tool_call,
     system_prompt,
 )
 from reopold_agent.tools.base import failure
+from reopold_agent.tools.isolation import runs
 from reopold_agent.tools.schema import shorten
 from reopold_agent.types import IMAGE_MARK, Observation, Task, TaskSource, ToolCall
 
@@ -59,6 +61,8 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         count_tokens: number of tokens of a text.
         tool_call_policy: which of several calls in one turn is run, "first" or "last".
         tool_time_limit_s: seconds that the tools of one episode may take together.
+        tool_isolation: which tools run in worker processes, and what those may do: an
+            `Isolation`, its settings, or only its ``mode``. By default all run on threads.
         overview_max_side: show the prompt's pictures no larger than this on their longer side,
             pixels; tools still work on the originals. A task may set its own in its metadata.
         system_message: what precedes the tool block.
@@ -84,6 +88,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         count_tokens: Callable[[str], int] | None = None,
         tool_call_policy: Literal["first", "last"] = "first",
         tool_time_limit_s: float = 60.0,
+        tool_isolation: Isolation | Mapping[str, Any] | str = "none",
         overview_max_side: int | None = None,
         system_message: str = BASE_PROMPT,
         guideline: str | None = None,
@@ -114,6 +119,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         self._max_turns, self._policy = max_turns, tool_call_policy
         self._max_tokens, self._count_tokens = max_response_tokens, count_tokens
         self._tool_seconds = tool_time_limit_s
+        self._runs = runs(self.tools, _isolation(tool_isolation), self._tool_options)
         self._overview_max_side = overview_max_side
         self._guideline = self.default_guideline if guideline is None else guideline
         self._judge = JUDGES.get(judge) if isinstance(judge, str) else judge
@@ -150,6 +156,11 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         return float(correct), correct
 
     # Gymnasium
+
+    @property
+    def episode(self) -> EpisodeState | None:
+        """The episode that is being played, for those who look on; None between episodes."""
+        return self._state
 
     def num_tasks(self, split: str) -> int:
         """How many tasks a split has."""
@@ -241,7 +252,9 @@ class ToolEnv(gymnasium.Env[Observation, str]):
             names = ", ".join(tool.name for tool in self.tools) or "none"
             reason = f"There is no tool '{shorten(parsed.name)}'. Tools: {names}."
             return ToolCall(shorten(parsed.name), shown, False, reason), failure(reason)
-        call, result = tool.call(state, parsed.arguments, seconds=self._seconds_left)
+        call, result = tool.call(
+            state, parsed.arguments, seconds=self._seconds_left, run=self._runs[tool.name]
+        )
         self._seconds_left -= call.seconds
         if len(result.images) > self._max_pictures:
             reason = (
@@ -327,6 +340,17 @@ def _choose(choice: ToolChoice) -> Tool:
         description=choice.get("description"),
         parameters=choice.get("parameters"),
     )
+
+
+def _isolation(given: Isolation | Mapping[str, Any] | str) -> Isolation:
+    if isinstance(given, Isolation):
+        return given
+    settings = {"mode": given} if isinstance(given, str) else dict(given)
+    unknown = set(settings) - {each.name for each in fields(Isolation)}
+    if unknown:
+        raise ConfigError(f"unknown settings of tool_isolation: {', '.join(sorted(unknown))}")
+    fixed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return Isolation(**fixed)
 
 
 def _by_own_name(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from reopold_agent.data import load_tasks
+from reopold_agent.data.checks import CheckedTasks, DataReport
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import ConfigError
 from reopold_agent.types import TaskSource
@@ -37,3 +38,12 @@ class DataEnv(ToolEnv):
         if spec is None:
             raise ConfigError(f"no data for the split '{split}'; set data.{split}")
         return load_tasks(spec) if isinstance(spec, Mapping) else spec
+
+    def data_report(self, split: str) -> DataReport | None:
+        """What was found in the rows of a split; None for tasks that are not from files.
+
+        Raises:
+            ConfigError, DataError: the tasks cannot be had.
+        """
+        tasks = self._split(split)
+        return tasks.report if isinstance(tasks, CheckedTasks) else None

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
+import numpy as np
 
 from reopold_agent.errors import ConfigError
 from reopold_agent.registry import Registry
@@ -67,3 +68,10 @@ def load_env(name: str) -> EnvEntry:
         UnknownNameError: lists what exists and the closest match.
     """
     return ENVS.get(name)
+
+
+def task_seed(split: str, index: int) -> int:
+    """The environment's seed for a task: the split's letters and the index, nothing of the process,
+    so that every run and every sample of a group faces the same one."""
+    words = [*split.encode(), index]
+    return int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF

@@ -3,6 +3,7 @@
 from reopold_agent.tools.base import TOOLS, EpisodeState, Tool, ToolResult, tool
 from reopold_agent.tools.crop import crop_image
 from reopold_agent.tools.frames import select_frames
+from reopold_agent.tools.isolation import Isolation
 from reopold_agent.tools.parse import ParsedCall, find_tool_call
 from reopold_agent.tools.prompt import BASE_PROMPT, system_prompt
 
@@ -10,6 +11,7 @@ __all__ = [
     "BASE_PROMPT",
     "TOOLS",
     "EpisodeState",
+    "Isolation",
     "ParsedCall",
     "Tool",
     "ToolResult",

@@ -6,13 +6,20 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
-from reopold_agent.errors import ConfigError, ToolError, ToolTimeoutError
+from reopold_agent.errors import (
+    ConfigError,
+    ToolError,
+    ToolProcessError,
+    ToolResultError,
+    ToolTimeoutError,
+)
 from reopold_agent.registry import Registry
 from reopold_agent.tools.schema import check_arguments, parameters_schema, shorten
 from reopold_agent.types import IMAGE_MARK, Region, Task, ToolCall
@@ -21,10 +28,22 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_CHARACTERS = 1_000_000
+"""A result with more text is refused: no context holds it, and every process would copy it."""
+
+MAX_PICTURES = 256
+"""A result with more pictures is refused (the environment shows fewer still)."""
+
+MAX_PIXELS = 200_000_000
+"""A result with more pixels, of all pictures together, is refused before it is decoded."""
+
+MAX_MESSAGE = 10_000
+"""Characters of an error that the model is told; the rest is cut."""
+
 
 @dataclass
 class EpisodeState:
-    """What a tool may look at.
+    """What a tool may look at. It changes nothing of it but ``extra``.
 
     Attributes:
         task: the question.
@@ -32,7 +51,8 @@ class EpisodeState:
             the model counts them from 1. Pictures that a tool returns are appended here.
         frames: number of leading ``images`` that are frames of the question's video; 0 if none.
         options: per tool, settings from the environment's configuration.
-        extra: a place for the tools' own notes within an episode.
+        extra: a place for the tools' own notes within an episode: JSON values, since a tool may
+            run in a process of its own (`reopold_agent.tools.isolation`).
     """
 
     task: Task
@@ -64,7 +84,7 @@ class ToolResult:
             need not say.
 
     Raises:
-        ValueError: marks and pictures differ in number.
+        ToolResultError: the text is none, or marks and pictures differ in number.
     """
 
     text: str
@@ -72,9 +92,47 @@ class ToolResult:
     regions: tuple[Region, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise ToolResultError(f"its text is of type {type(self.text).__name__}")
         marks = self.text.count(IMAGE_MARK)
         if marks != len(self.images):
-            raise ValueError(f"{marks} image marks in the text, but {len(self.images)} images")
+            raise ToolResultError(f"{marks} image marks in its text, but {len(self.images)} images")
+
+
+class RaisedError(Exception):
+    """What a tool raised, where the exception itself must not or cannot be passed on: an exit, an
+    interrupt, anything in another process.
+
+    Attributes:
+        kind: the exception's class, by name.
+        details: its traceback, for the log.
+    """
+
+    def __init__(self, kind: str, details: str) -> None:
+        self.kind, self.details = kind, details
+        super().__init__(kind, details)
+
+    def __str__(self) -> str:
+        return f"{self.kind}\n{self.details}"
+
+
+class Runs(Protocol):
+    """Where a tool runs: on a thread (`on_thread`), or in a worker process."""
+
+    def __call__(
+        self, tool: Tool, state: EpisodeState, arguments: dict[str, Any], seconds: float, /
+    ) -> ToolResult:
+        """Runs the tool on checked arguments for at most ``seconds``.
+
+        Returns:
+            The result, its pictures RGB and loaded.
+
+        Raises:
+            ToolError: for the model, word for word.
+            ToolResultError, ToolProcessError: for the model and the log.
+            Exception: a bug in the tool, for the log.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -149,7 +207,12 @@ class Tool:
         }
 
     def call(
-        self, state: EpisodeState, arguments: object, *, seconds: float | None = None
+        self,
+        state: EpisodeState,
+        arguments: object,
+        *,
+        seconds: float | None = None,
+        run: Runs | None = None,
     ) -> tuple[ToolCall, ToolResult]:
         """Runs the tool. Nothing but a result leaves this method, whatever the tool does.
 
@@ -157,6 +220,7 @@ class Tool:
             state: the episode.
             arguments: as the model gave them; checked here.
             seconds: a tighter limit than the tool's own, for an episode that runs out of time.
+            run: where; a thread of this process unless given.
 
         Returns:
             The record of the call, and what the model is shown; on failure a text that begins
@@ -166,37 +230,85 @@ class Tool:
         started = time.perf_counter()
         shown: Mapping[str, Any] = arguments if isinstance(arguments, Mapping) else {}
         try:
-            checked = check_arguments(self.function, arguments)
-            # The pictures are checked within the time limit too: opening one may take long.
-            result = run_bounded(lambda: _usable(self.function(state, **checked)), limit)
+            given = check_arguments(self.function, arguments)
+            result = (run or on_thread)(self, state, given, limit)
         except ToolError as error:
-            spent = time.perf_counter() - started
-            return ToolCall(self.name, shown, False, str(error), spent), failure(str(error))
+            message = message_of(error)
+        except (ToolResultError, ToolProcessError) as error:
+            _log.error("tool '%s' failed on %s: %s", self.name, shown, error)
+            message = f"The tool {self.name} failed: {message_of(error)}."
         except Exception as error:  # a bug in the tool is the developer's, not the model's
             _log.exception("tool '%s' failed on %s", self.name, shown)
-            message = f"The tool {self.name} failed: {type(error).__name__}."
+            kind = error.kind if isinstance(error, RaisedError) else type(error).__name__
+            message = f"The tool {self.name} failed: {kind}."
+        else:
             spent = time.perf_counter() - started
-            return ToolCall(self.name, shown, False, message, spent), failure(message)
+            return ToolCall(self.name, shown, True, None, spent, result.regions), result
         spent = time.perf_counter() - started
-        return ToolCall(self.name, shown, True, None, spent, result.regions), result
+        return ToolCall(self.name, shown, False, message, spent), failure(message)
 
 
-def _usable(result: object) -> ToolResult:
+def on_thread(
+    tool: Tool, state: EpisodeState, arguments: dict[str, Any], seconds: float
+) -> ToolResult:
+    """Runs a tool on a thread of this process; see `Runs`."""
+    # The pictures are checked within the time limit too: opening one may take long.
+    return run_bounded(lambda: usable(tool.function(state, **arguments)), seconds)
+
+
+def usable(result: object) -> ToolResult:
     """A tool's result with its pictures loaded, as RGB.
 
     Raises:
-        TypeError: not a `ToolResult` of text and PIL images.
-        ValueError: a picture without pixels.
+        ToolResultError: see `checked`.
         OSError: a picture that cannot be read.
     """
+    fit = checked(result)
+    return replace(fit, images=tuple(image.convert("RGB") for image in fit.images))
+
+
+def checked(result: object) -> ToolResult:
+    """The result, if it is one that can be shown; its pictures are not decoded yet.
+
+    Raises:
+        ToolResultError: not a `ToolResult` of text and PIL images, or too much of either.
+    """
     if not isinstance(result, ToolResult):
-        raise TypeError(f"returned {type(result).__name__}, not a ToolResult")
+        raise ToolResultError(f"it returned {_named(result)}, not a ToolResult")
+    if len(result.text) > MAX_CHARACTERS:
+        raise ToolResultError(
+            f"it returned {len(result.text)} characters; the most is {MAX_CHARACTERS}"
+        )
+    if len(result.images) > MAX_PICTURES:
+        raise ToolResultError(
+            f"it returned {len(result.images)} images; the most is {MAX_PICTURES}"
+        )
+    pixels = 0
     for image in result.images:
         if not isinstance(image, Image.Image):
-            raise TypeError(f"returned a picture of type {type(image).__name__}, not PIL's Image")
+            raise ToolResultError(f"it returned {_named(image)} as a picture, not PIL's Image")
         if 0 in image.size:
-            raise ValueError(f"returned a picture of {image.width}x{image.height} pixels")
-    return replace(result, images=tuple(image.convert("RGB") for image in result.images))
+            raise ToolResultError(f"it returned a picture of {image.width}x{image.height} pixels")
+        pixels += image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise ToolResultError(f"it returned more than {MAX_PIXELS} pixels")
+    regions = tuple(result.regions)
+    if len(regions) > MAX_PICTURES or not all(isinstance(each, Region) for each in regions):
+        raise ToolResultError("it returned regions that are none")
+    return replace(result, regions=regions)
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def message_of(error: BaseException) -> str:
+    """An exception's message, which may be a third party's code to make, cut to a bound."""
+    try:
+        text = str(error)
+    except Exception:
+        text = type(error).__name__
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 3] + "..."
 
 
 def failure(reason: str) -> ToolResult:
@@ -212,7 +324,8 @@ def run_bounded(function: Callable[[], T], seconds: float) -> T:
 
     Raises:
         ToolTimeoutError: the time is up.
-        Exception: whatever the function raised.
+        RaisedError: the function wanted to end the process (SystemExit, KeyboardInterrupt ...).
+        Exception: whatever else the function raised.
     """
     outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
@@ -222,7 +335,7 @@ def run_bounded(function: Callable[[], T], seconds: float) -> T:
         except Exception as error:  # handed to the caller, who raises it
             outcome.put((False, error))
         except BaseException as error:  # SystemExit and the like must not pass for success
-            outcome.put((False, RuntimeError(f"{type(error).__name__}: {error}")))
+            outcome.put((False, RaisedError(type(error).__name__, traceback.format_exc())))
 
     threading.Thread(target=work, daemon=True, name="reopold-tool").start()
     try:
