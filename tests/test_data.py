@@ -174,10 +174,14 @@ def test_limit_and_sharing(tmp_path: Path) -> None:
 
 
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
-    ({"answer": "1"}, "no question"),
+    ({"answer": "1"}, "no column question; found: answer; .* needs: question, answer"),
     ({"question": "  ", "answer": "1"}, "no question"),
-    ({"question": 3, "answer": "1"}, "no question"),
-    ({"question": "?"}, "no answer"),
+    ({"question": "<image> ", "answer": "1"}, "no question"),
+    ({"question": 3, "answer": "1"}, "'question' must be a text, got int"),
+    ({"question": "?\ud800", "answer": "1"}, "half a surrogate pair"),
+    ({"question": "?"}, "no column answer; found: question"),
+    ({"question": "?", "answer": {"a": 1}}, "an answer must be a text or a number, got dict"),
+    ({"question": "?", "answer": float("nan")}, "no answer"),
     ({"question": "?", "answer": ""}, "no answer"),
     ({"question": "?", "answer": [None, " "]}, "no answer"),
     ({"question": "?", "answer": "1", "image": 5}, "'image' must be a path"),
@@ -196,7 +200,8 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"question": "?", "answer": "1", "image": ["a" * 5000]}, "cannot be used"),
     ({"question": "?", "answer": "1", "image": ["a\0.png"]}, "cannot be used"),
     ({"question": "?", "answer": "1", "image": ["circle.png"]}, "the picture|the path"),
-    ({"question": "?", "answer": "1", "image": ["http://127.0.0.1:9/x.png"]}, "neither in"),
+    ({"question": "?", "answer": "1", "image": ["http://127.0.0.1:9/x.png"]},
+     r"at a URL \(http://127.0.0.1:9/x.png\); data.checks.allow_urls=true"),
 ]  # fmt: skip
 
 
@@ -221,7 +226,8 @@ def test_a_bad_row_fails_or_is_left_out(
     with pytest.raises(DataError, match=message) as caught:
         load(path=str(hostile))
     text = str(caught.value)
-    assert text.startswith(f"1 of 3 rows of {hostile} cannot be used:\n  rows.json, row 1: ")
+    assert text.startswith(f"1 of 3 rows of {hostile} cannot be used:\n")
+    assert "  1  rows.json, row 1: " in text
     assert text.endswith("Mend them, or leave them out with on_bad_row=skip.")
     with caplog.at_level(logging.WARNING):
         tasks = load(path=str(hostile), on_bad_row="skip")
@@ -229,12 +235,17 @@ def test_a_bad_row_fails_or_is_left_out(
     assert f"1 of 3 rows of {hostile} cannot be used" in caplog.text
 
 
-def test_many_bad_rows_are_counted_and_five_are_shown(tmp_path: Path) -> None:
-    write_rows([{"answer": "1"}] * 9 + [{"question": "?", "answer": "1"}], tmp_path / "rows.jsonl")
+def test_many_bad_rows_are_counted_and_three_are_shown(tmp_path: Path) -> None:
+    write_rows(
+        [{"question": "", "answer": "1"}] * 9 + [{"question": "?", "answer": "1"}],
+        tmp_path / "rows.jsonl",
+    )
     with pytest.raises(DataError) as caught:
         load(path=str(tmp_path))
     assert str(caught.value).startswith("9 of 10 rows")
-    assert str(caught.value).count("no question") == 5
+    assert str(caught.value).count(": no question") == 3
+    assert "no question       9  " in str(caught.value)
+    assert "and 6 more" in str(caught.value)
     write_rows([{"answer": "1"}], tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match="no usable rows"):
         load(path=str(tmp_path), on_bad_row="skip")
@@ -269,7 +280,8 @@ def test_repeated_ids_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixt
     write_rows([{"question": "?", "answer": "1", "qid": i} for i in "aabccc"], tmp_path / "r.json")
     with caplog.at_level(logging.WARNING):
         assert len(load(path=str(tmp_path))) == 6
-    assert "2 ids occur more than once" in caplog.text
+    assert "3 repeat an id and are kept" in caplog.text
+    assert "duplicate id       3  r.json, row 1: the id 'a' of r.json, row 0" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -469,7 +481,7 @@ def test_pictures_of_verl_rows_by_path_and_by_bytes(tmp_path: Path) -> None:
         ({"reward_model": {}}, "no answer"),
         ({"reward_model": "7"}, "'reward_model' must be an object"),
         ({"extra_info": "7"}, "'extra_info' must be an object"),
-        ({"images": [{"image": "gone.png"}]}, r"gone\.png does not exist"),
+        ({"images": [{"image": "gone.png"}]}, r"'gone\.png' is neither in"),
         ({"images": [{"image": "../secret.png"}]}, "leaves the data folder"),
         ({"images": [{"image": "/etc/hostname"}]}, "leaves the data folder"),
         ({"images": [{"image": "file:///etc/hostname"}]}, "leaves the data folder"),

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from reopold_agent.boxed import extract_boxed
+from reopold_agent.data.checks import Columns, RowError
 from reopold_agent.data.formats import (
     PictureFolder,
     acceptable_answers,
+    list_of,
     pixel_reasoner_task,
+    text_of,
     verl_task,
 )
 from reopold_agent.data.images import BytesImage
-from reopold_agent.errors import DataError
 from reopold_agent.types import ImageSource, Task
 
 LETTERS = "ABCDEFGHIJ"
@@ -38,7 +40,7 @@ def pixel_reasoner(
 
 def verl(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
     """LUFFY's and verl's parquet rows; ``data_source`` becomes the category."""
-    task = verl_task(row, number, root)
+    task = verl_task(row, number, pictures)
     return _with(task, category=str(row.get("data_source", "")), id=f"{number}")
 
 
@@ -48,7 +50,7 @@ def math_jsonl(row: Mapping[str, Any], number: int, root: Path, pictures: Pictur
     The answer is ``answer`` or ``final_answer``; GSM8K's ends in ``#### n``; Minerva's is the last
     box of ``solution``.
     """
-    question = _text(row, "problem", "question")
+    question = text_of(row, "problem", "question")
     answers = _math_answers(row)
     kind = "math"
     category = str(row.get("subject") or row.get("subfield") or row.get("type") or "")
@@ -60,15 +62,15 @@ def geometry3k_intergps(
     row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder
 ) -> Task:
     """InterGPS's folders: the chosen option becomes a free-form answer (NoisyRollout)."""
-    options = [str(option) for option in row.get("choices") or []]
+    options = [str(option) for option in list_of(row, "choices")]
     letter = str(row.get("answer", ""))
-    if letter not in LETTERS[: len(options)] or not letter:
-        raise DataError(f"the answer '{letter}' is none of {len(options)} options")
+    if letter not in list(LETTERS[: len(options)]):
+        raise RowError("no answer", f"the answer '{letter[:40]}' is none of {len(options)} options")
     name = str(row.get("id", number))
     images = row.get("image") or f"{name}/img_diagram.png"
     return Task(
         name,
-        str(row.get("annotat_text") or row.get("problem_text") or ""),
+        text_of(row, "annotat_text", "problem_text"),
         (options[LETTERS.index(letter)],),
         (pictures.find(str(images)),),
         metadata={"answer_kind": "math", "category": str(row.get("problem_type_goal", ""))},
@@ -80,10 +82,10 @@ def parquet_pictures(
 ) -> Task:
     """hiyouga's and xyliu6's Geometry3K: images with bytes, ``problem``, ``answer``."""
     images = row.get("images") or row.get("image") or []
-    listed = images if isinstance(images, Sequence) and not isinstance(images, str) else [images]
+    listed = images if isinstance(images, (list, tuple)) else [images]
     return Task(
         str(row.get("id", number)),
-        _text(row, "problem", "question").replace("<image>", "").strip(),
+        text_of(row, "problem", "question").replace("<image>", "").strip(),
         acceptable_answers(row.get("answer")),
         tuple(_picture(image, pictures) for image in listed),
         metadata={"answer_kind": "math", "category": ""},
@@ -92,8 +94,8 @@ def parquet_pictures(
 
 def mathvision(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
     """MATH-V's json, or the tsv of NoisyRollout's data."""
-    options = [str(option) for option in row.get("options") or []]
-    question = re.sub(r"<image\d*>", "", _text(row, "question")).strip()
+    options = [str(option) for option in list_of(row, "options")]
+    question = re.sub(r"<image\d*>", "", text_of(row, "question")).strip()
     if options:
         question += "\nOptions:\n" + _listed(options)
     name = str(row.get("id", row.get("index", number)))
@@ -117,7 +119,7 @@ def mathverse(row: Mapping[str, Any], number: int, root: Path, pictures: Picture
     choice = row.get("question_type") == "multi-choice"
     return Task(
         str(row.get("sample_index", number)),
-        _text(row, "query_cot", "question"),
+        text_of(row, "query_cot", "question"),
         acceptable_answers(row.get("answer")),
         (_picture(row.get("image"), pictures),),
         metadata={
@@ -129,18 +131,21 @@ def mathverse(row: Mapping[str, Any], number: int, root: Path, pictures: Picture
 
 def mathvista(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
     """MathVista's testmini; an option's text becomes its letter, numbers keep their precision."""
-    options = [str(option) for option in row.get("choices") or []]
+    options = [str(option) for option in list_of(row, "choices")]
     answer = str(row.get("answer", ""))
-    category = str((row.get("metadata") or {}).get("task", ""))
+    more = row.get("metadata")
+    category = str(more.get("task", "")) if isinstance(more, Mapping) else ""
     metadata: dict[str, Any] = {"answer_kind": "auto", "category": category}
     if row.get("question_type") == "multi_choice":
         if answer not in options:
-            raise DataError(f"the answer '{answer}' is none of the options")
+            raise RowError("no answer", f"the answer '{answer[:40]}' is none of the options")
+        if options.index(answer) >= len(LETTERS):
+            raise RowError("no answer", f"there are {len(options)} options; {len(LETTERS)} fit")
         answer = LETTERS[options.index(answer)]
         metadata = {**metadata, "answer_kind": "option", "options": options}
     return Task(
         str(row.get("pid", number)),
-        _text(row, "query", "question"),
+        text_of(row, "query", "question"),
         acceptable_answers(answer),
         (_picture(row.get("decoded_image") or row.get("image"), pictures),),
         metadata=metadata,
@@ -151,7 +156,7 @@ def wemath(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFol
     """We-Math's testmini.json; ``key`` and ``ID`` group the sub-problems of one problem."""
     return Task(
         f"{row.get('ID', number)}@{row.get('key', '')}",
-        f"{_text(row, 'question')}\n\nOptions: {row.get('option', '')}",
+        f"{text_of(row, 'question')}\n\nOptions: {row.get('option', '')}",
         acceptable_answers(row.get("answer")),
         (_picture(row.get("image_path"), pictures),),
         metadata={
@@ -169,14 +174,14 @@ def hallusionbench(
     """HallusionBench's json: yes or no; rows without a picture are asked without one."""
     answer = str(row.get("gt_answer", ""))
     if answer not in ("0", "1"):
-        raise DataError(f"gt_answer must be '0' or '1', got '{answer}'")
+        raise RowError("no answer", f"gt_answer must be '0' or '1', got '{answer[:40]}'")
     name = row.get("local_image") or row.get("filename")
     images: tuple[ImageSource, ...] = (_picture(name, pictures),) if name else ()
     keys = [str(row.get(key, "")) for key in ("set_id", "figure_id", "question_id")]
     group = [str(row.get(key, "")) for key in ("category", "subcategory")]
     return Task(
         "_".join([*group, *keys]),
-        f"{_text(row, 'question')} Your final answer can only be yes or no.",
+        f"{text_of(row, 'question')} Your final answer can only be yes or no.",
         ("yes" if answer == "1" else "no",),
         images,
         metadata={
@@ -203,6 +208,23 @@ FORMATS: Mapping[str, RowMaker] = {
 }
 
 
+_QUESTION = ("problem", "question")
+
+COLUMNS: Mapping[str, Columns] = {
+    "pixel_reasoner": (("question",), ("answer",)),
+    "verl": (("prompt",), ("reward_model",)),
+    "math_jsonl": (_QUESTION, ("answer", "final_answer", "solution")),
+    "geometry3k_intergps": (("annotat_text", "problem_text"), ("choices",), ("answer",)),
+    "parquet_pictures": (_QUESTION, ("answer",)),
+    "mathvision": (("question",), ("answer",)),
+    "mathverse": (("query_cot", "question"), ("answer",), ("image",)),
+    "mathvista": (("query", "question"), ("answer",)),
+    "wemath": (("question",), ("answer",), ("image_path",)),
+    "hallusionbench": (("question",), ("gt_answer",)),
+}
+"""What a row of each format must have; for each entry one of its names."""
+
+
 def _with(task: Task, *, category: str, id: str | None = None) -> Task:
     return Task(
         id or task.id,
@@ -214,19 +236,14 @@ def _with(task: Task, *, category: str, id: str | None = None) -> Task:
     )
 
 
-def _text(row: Mapping[str, Any], *names: str) -> str:
-    for name in names:
-        if isinstance(row.get(name), str) and row[name].strip():
-            return str(row[name])
-    raise DataError(f"no {' or '.join(names)}")
-
-
 def _math_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
     value = row.get("final_answer") if row.get("answer") is None else row["answer"]
     if value is None:
         boxed = extract_boxed(str(row.get("solution", "")))
         if boxed is None:
-            raise DataError("neither answer nor final_answer, and no box in the solution")
+            raise RowError(
+                "no answer", "neither answer nor final_answer, and no box in the solution"
+            )
         return (boxed,)
     if isinstance(value, str) and "####" in value:
         return (value.rsplit("####", 1)[1].strip(),)
@@ -246,7 +263,7 @@ def _picture(value: Any, pictures: PictureFolder) -> ImageSource:
     if isinstance(value, bytes):
         return BytesImage(value)
     if not isinstance(value, str) or not value:
-        raise DataError("no picture")
+        raise RowError("missing picture", "no picture")
     return pictures.find(value.removeprefix("./"))
 
 

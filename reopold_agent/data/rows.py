@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from reopold_agent.data.checks import RowError
 from reopold_agent.errors import DataError, MissingExtraError
 
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv")
+
+MAX_LINE_BYTES = 100_000_000
+"""A longer line of a jsonl file, or field of a tsv file, is refused: it would fill the memory."""
 
 
 def find_row_files(path: Path, split: str | None) -> list[Path]:
@@ -50,37 +54,85 @@ def find_row_files(path: Path, split: str | None) -> list[Path]:
     return files
 
 
-def read_rows(file: Path, without: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+def read_rows(
+    file: Path,
+    without: Collection[str] = (),
+    *,
+    bad_line: Callable[[str, RowError], None] | None = None,
+) -> Iterator[dict[str, Any]]:
     """The rows of one file, in order.
 
     Args:
         file: parquet, json, jsonl or tsv.
         without: columns of a parquet file that are not read at all.
+        bad_line: called with "NAME, line N" and the error for a line of a jsonl file that is no
+            object, which is then left out; None raises instead.
 
     Raises:
         DataError: names file and line.
     """
     if file.suffix == ".parquet":
-        import pyarrow.parquet
+        yield from _parquet_rows(file, without)
+    elif file.suffix == ".tsv":
+        yield from _tsv_rows(file)
+    elif file.suffix == ".jsonl":
+        # Bytes, so that a wrong encoding is named by its line.
+        with file.open("rb") as handle:
+            for number, line in _lines(handle):
+                try:
+                    row = _row(line)
+                except RowError as error:
+                    if bad_line is None:
+                        raise DataError(f"{file}, line {number}: {error}") from error
+                    bad_line(f"{file.name}, line {number}", error)
+                    continue
+                yield row
+    else:
+        yield from _json_rows(file)
 
-        try:
-            table = pyarrow.parquet.ParquetFile(file)
-            columns = [name for name in table.schema_arrow.names if name not in without]
-            for batch in table.iter_batches(batch_size=256, columns=columns):
-                yield from batch.to_pylist()
-        except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-            raise DataError(f"cannot read {file}: {error}") from error
-        return
-    if file.suffix == ".tsv":
-        with file.open(encoding="utf-8", newline="") as handle:
-            yield from csv.DictReader(handle, delimiter="\t")
-        return
-    if file.suffix == ".jsonl":
-        with file.open("rb") as handle:  # bytes, so that a wrong encoding is named by its line
-            for number, line in enumerate(handle, start=1):
-                if line.strip():
-                    yield _row(line, f"{file}, line {number}")
-        return
+
+def _parquet_rows(file: Path, without: Collection[str]) -> Iterator[dict[str, Any]]:
+    import pyarrow.parquet
+
+    read = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        columns = [name for name in table.schema_arrow.names if name not in without]
+        for batch in table.iter_batches(batch_size=256, columns=columns):
+            rows = batch.to_pylist()
+            yield from rows
+            read += len(rows)
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        where = f" after row {read - 1}" if read else ""
+        raise DataError(f"cannot read {file}{where}: {error}") from error
+
+
+def _tsv_rows(file: Path) -> Iterator[dict[str, Any]]:
+    csv.field_size_limit(MAX_LINE_BYTES)  # pictures in base64 are longer than csv's own limit
+    read = 0
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as handle:
+            for row in csv.DictReader(handle, delimiter="\t"):
+                # Fields more or fewer than the head's come with the key or the value None.
+                yield {key: value for key, value in row.items() if key and value is not None}
+                read += 1
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"cannot read {file} at row {read}: {error}") from error
+
+
+def _lines(handle: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Number (from 1) and bytes of lines that are not blank; one that is too long comes cut."""
+    number = 0
+    while line := handle.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        rest = line
+        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = handle.readline(MAX_LINE_BYTES + 1)
+        if line.strip():
+            yield number, line
+
+
+def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
     try:
         rows = json.loads(file.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
@@ -90,13 +142,15 @@ def read_rows(file: Path, without: Collection[str] = ()) -> Iterator[dict[str, A
     yield from rows
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
+def _row(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise RowError("unreadable line", f"longer than {MAX_LINE_BYTES} bytes")
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {error}") from error
+        raise RowError("unreadable line", str(error)) from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object")
+        raise RowError("unreadable line", f"expected an object, got {type(row).__name__}")
     return row
 
 
@@ -130,5 +184,8 @@ def read_folders(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: names the file.
     """
     for file in sorted(root.glob("*/data.json"), key=lambda file: (len(file.parent.name), file)):
-        row = _row(file.read_bytes(), str(file))
+        try:
+            row = _row(file.read_bytes())
+        except (OSError, RowError) as error:
+            raise DataError(f"cannot read {file}: {error}") from error
         yield str(file.relative_to(root)), {"id": file.parent.name, **row}

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from reopold_agent.data import load_tasks
+from reopold_agent.data.checks import BadRowsError, DataReport, RowError, checked_task
 from reopold_agent.data.formats import PictureFolder
-from reopold_agent.data.row_formats import FORMATS
+from reopold_agent.data.row_formats import COLUMNS, FORMATS
 from reopold_agent.data.rows import download, find_row_files, read_rows
 from reopold_agent.errors import ConfigError, DataError, UnknownNameError
 from reopold_agent.types import Task, TaskSource
@@ -118,22 +119,37 @@ def load_benchmark(benchmark: Benchmark) -> LoadedBenchmark:
     pictures = PictureFolder(folder)
     make = FORMATS[benchmark.format]
     rows: list[Task] = []
-    bad: list[str] = []
+    report = DataReport(benchmark.format, str(root))
     files = find_row_files(root, benchmark.split)
+
+    def bad_line(where: str, error: RowError) -> None:
+        report.rows += 1
+        report.add(where, error)
+
+    def task_of(row: Mapping[str, Any], number: int) -> Task:
+        return checked_task(
+            lambda: make(row, number, folder, pictures),
+            row,
+            COLUMNS[benchmark.format],
+            f"format '{benchmark.format}'",
+        )
+
     for file in files:
-        for number, row in enumerate(read_rows(file)):
+        for number, row in enumerate(read_rows(file, bad_line=bad_line)):
             if benchmark.limit is not None and len(rows) >= benchmark.limit:
                 break
+            report.rows += 1
             try:
-                rows.append(make(row, number, folder, pictures))
+                rows.append(task_of(row, number))
             except DataError as error:
-                bad.append(f"{file.name}, row {number}: {error}")
-    if bad:
+                report.add(f"{file.name}, row {number}", error)
+    if report.problems:
         # A score over a part of the rows is not the benchmark's score.
-        shown = "\n  ".join(bad[:5])
-        raise DataError(
-            f"benchmark {benchmark.name}: {len(bad)} of {len(bad) + len(rows)} rows of {root} "
-            f"cannot be used:\n  {shown}\nMend them, or set benchmarks.{benchmark.name}.limit."
+        raise BadRowsError(
+            f"benchmark {benchmark.name}: {report.rows - len(rows)} of {report.rows} rows of "
+            f"{root} cannot be used:\n{report.table()}\n"
+            f"Mend them, or set benchmarks.{benchmark.name}.limit.",
+            report,
         )
     if not rows:
         raise DataError(f"benchmark {benchmark.name}: no rows in {root}")

@@ -107,12 +107,12 @@ def boxed_answer(text: str) -> str | None:
     found = boxes(text)
     if not found:
         return None
-    start, _, last = found[-1]
-    parts = [last]
-    for left, right, content in reversed(found[:-1]):
-        if right > start or not _BETWEEN_BOXES.fullmatch(text, right, start):
+    start = found[-1].start
+    parts = [found[-1].content(text)]
+    for box in reversed(found[:-1]):
+        if box.end > start or not _BETWEEN_BOXES.fullmatch(text, box.end, start):
             break
-        start = left
+        start, content = box.start, box.content(text)
         if content != parts[0]:
             parts.insert(0, content)
     return ", ".join(parts)

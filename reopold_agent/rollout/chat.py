@@ -11,8 +11,9 @@ ordinary text, so no question, file name or tool output can forge a turn or an i
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -60,12 +61,15 @@ class ChatRenderer:
             if not token.special and token.content in opening
         )
         self._control |= {t.content: i for i, t in added.items() if t.content in self._unspecial}
-        self._split = re.compile("(" + "|".join(map(re.escape, self._control)) + ")")
+        longest_first = sorted(self._control, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.image_id = self._control.get(IMAGE_TOKEN)
         names = {token.content: i for i, token in added.items()}
         self.forbidden_ids = tuple(names[name] for name in FORBIDDEN_TOKENS if name in names)
         turns = [Message("user", ("?",)), Message("assistant", (_ANSWER,))]
-        first = self._split.match(self._apply(turns, False).rpartition(_ANSWER)[2])
+        whole = self._apply(turns, False)
+        self._turn_marks = frozenset(mark for mark in self._unspecial if mark in whole)
+        first = self._split.match(whole.rpartition(_ANSWER)[2])
         if first is None:
             raise ModelError(
                 "the chat template does not end an assistant turn with a control token"
@@ -118,9 +122,12 @@ class ChatRenderer:
     def turn_ids(self, text: str) -> list[int]:
         """Ids of an assistant's turn that somebody else wrote, with the end of turn.
 
-        A tool call ends generation by itself; any other turn by the end-of-turn token.
+        A tool call ends generation by itself; any other turn by the end-of-turn token. Other
+        control strings that the text holds are text.
         """
-        ids = self._plain(text)
+        ids: list[int] = []
+        for words in self._cut(text, self._turn_marks):
+            ids += self._plain(words)
         return ids if ids and ids[-1] in self.stop_ids else [*ids, self.turn_end_id]
 
     def raw(self, ids: Sequence[int]) -> str:
@@ -153,22 +160,27 @@ class ChatRenderer:
         return ids
 
     def _unguarded(self, piece: str, guards: dict[str, str]) -> list[str]:
-        """The piece with its original words, in parts that hold no control token.
+        """The piece with its original words, in parts that hold no control token."""
+        if not guards:
+            return [piece] if piece else []
+        words = re.sub("[" + "".join(guards) + "]", lambda guard: guards[guard.group()], piece)
+        return self._cut(words, self._unspecial)
 
-        The tokenizer can be told to read special tokens as text, but not other added tokens:
-        those are cut in two.
+    @staticmethod
+    def _cut(text: str, tokens: Collection[str]) -> list[str]:
+        """The text in parts that hold none of these tokens: cut after the first character of each.
+
+        The tokenizer can be told to read special tokens as text, but not other added tokens.
         """
-        parts = [""]
-        for text in re.split("([" + "".join(guards) + "])", piece) if guards else [piece]:
-            original = guards.get(text, text)
-            if text in guards and original in self._unspecial:
-                parts[-1] += original[0]
-                parts.append(original[1:])
-            else:
-                parts[-1] += original
-        return [part for part in parts if part]
+        if not tokens:
+            return [text] if text else []
+        written = re.compile("(?=" + "|".join(map(re.escape, tokens)) + ")")
+        cuts = [0, *(match.start() + 1 for match in written.finditer(text)), len(text)]
+        return [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
 
     def _plain(self, text: str) -> list[int]:
+        # Half a surrogate pair, which JSON can write, is no text that a tokenizer takes.
+        text = text.encode("utf-8", "replace").decode("utf-8")
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return [int(i) for i in encoded["input_ids"]]
 

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 import gymnasium
 import numpy as np
 
+from reopold_agent.envs.registration import task_seed
 from reopold_agent.policies.base import Generator, Policy, RunsBeside
 from reopold_agent.policies.vision import PixelLimits, VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
@@ -213,11 +214,9 @@ class RolloutRunner:
 
     def _start_reset(self, episode: _Episode) -> None:
         spec = episode.spec
-        # crc-free and stable: the split's letters and the index, nothing of the process.
-        words = [*spec.split.encode(), spec.index]
-        env_seed = int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF
         options = {"split": spec.split, "index": spec.index}
-        episode.worker.call(lambda env: env.reset(seed=env_seed, options=options))
+        seed = task_seed(spec.split, spec.index)
+        episode.worker.call(lambda env: env.reset(seed=seed, options=options))
 
     def _due(self, pending: list[_Episode], generator: Generator) -> list[_Episode]:
         """Whose environments to hear now."""

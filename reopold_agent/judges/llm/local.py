@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,7 +87,10 @@ class LocalBackend:
         try:
             tokenizer: Any = AutoTokenizer.from_pretrained(settings.model, **where)
             model: Any = AutoModelForCausalLM.from_pretrained(
-                settings.model, dtype=settings.dtype, **where
+                settings.model,
+                dtype=settings.dtype,
+                use_safetensors=True,  # the other format is a pickle, which can run code
+                **where,
             )
         except (OSError, ValueError) as error:
             raise ModelError(
@@ -139,20 +143,48 @@ class LocalBackend:
             return Completion(text, *tokens)
         return Completion(text[:end], *tokens)
 
-    def _ids(self, prompt: Prompt, begun: str, tokenizer: Any) -> list[int]:
-        special = not tokenizer.chat_template  # a template writes its own
+    @staticmethod
+    def _ids(prompt: Prompt, begun: str, tokenizer: Any) -> list[int]:
+        """The prompt's ids. What question and response say is text, never a control token."""
+        mark = next(c for c in map(chr, range(0x100000, 0x10FFFE)) if c not in prompt.user)
         if tokenizer.chat_template:
             messages = [
                 {"role": "system", "content": prompt.system},
-                {"role": "user", "content": prompt.user},
+                {"role": "user", "content": mark},
             ]
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
+            before, _, after = text.partition(mark)
+            ids = tokenizer.encode(before, add_special_tokens=False)
         else:
-            text = f"{prompt.system}\n\n{prompt.user}\n\n"
-        return list(tokenizer.encode(text + begun, add_special_tokens=special))
+            before, after = f"{prompt.system}\n\n", "\n\n"
+            ids = tokenizer.encode(before, add_special_tokens=True)
+            if ids and ids[-1] == tokenizer.eos_token_id:
+                ids = ids[:-1]
+        ids = ids + text_ids(prompt.user, tokenizer)
+        return list(ids + tokenizer.encode(after + begun, add_special_tokens=False))
 
     def close(self) -> None:
         """See `Backend`."""
         self._loaded = None
+
+
+def text_ids(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a text of which none is an added token, whatever the text says.
+
+    Where an added token is written out, the text is cut after its first character. (Tokenizers
+    can be told to read special tokens as text, but not other added ones, such as DeepSeek's turn
+    marks.) Runs of spaces, which some tokenizers add, are no control tokens.
+    """
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]
+    cuts = [0]
+    if added:
+        written = re.compile(f"(?={'|'.join(map(re.escape, added))})")
+        cuts += [match.start() + 1 for match in written.finditer(text)]
+    ends = [*cuts[1:], len(text)]
+    ids: list[int] = []
+    for start, end in zip(cuts, ends, strict=True):
+        ids += tokenizer.encode(text[start:end], add_special_tokens=False)
+    return ids

@@ -51,6 +51,9 @@ _KINDS = {
     "text": "The answer is a short text, in the response's own words.",
 }
 
+_CONTROL = re.compile(r"<(?=[|｜][^\s<>|｜]{1,60}[|｜]>)")  # noqa: RUF001  # DeepSeek's bars
+"""Begins what a chat model's server would take for one of its control tokens."""
+
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -86,6 +89,7 @@ def _listed(options: tuple[str, ...]) -> str:
 def _delimited(parts: list[tuple[str, str]]) -> str:
     # A digest of the data: the data cannot contain its own, so it cannot close its delimiter.
     # And it is the same at every run, so that the cache finds the prompt again.
+    parts = [(name, _CONTROL.sub("< ", text)) for name, text in parts]
     joined = json.dumps(parts).encode()
     mark = hashlib.sha256(joined).hexdigest()[:16]
     return "\n\n".join(f"<<<{name} {mark}>>>\n{text}\n<<<END {mark}>>>" for name, text in parts)
