@@ -38,11 +38,13 @@ from reopold_agent.tracking import (
     wilson_interval,
     write_json_atomic,
 )
+from reopold_agent.tracking.files import dump_json
 from reopold_agent.tracking.history import History
 from reopold_agent.tracking.plots import main as plots_main
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.statistics import HISTOGRAM_EDGES, abs_by_decile, reward_histogram
-from reopold_agent.types import EncodedImage, StopReason, ToolCall, Trajectory, Turn
+from reopold_agent.tracking.trajectories import TokenUse
+from reopold_agent.types import EncodedImage, Region, StopReason, ToolCall, Trajectory, Turn
 
 FLOOR = math.log(0.1) / 0.9
 ROOT = Path(__file__).resolve().parents[1]
@@ -453,7 +455,7 @@ def test_a_row_that_does_not_fit_the_disk_leaves_no_half_line(tmp_path: Path) ->
         "writer.write({'kind': 'train', 'step': 2})\n"
     )
     with start(code, str(path)) as process:
-        assert process.communicate(timeout=60)[0] == "OSError\n"
+        assert process.communicate(timeout=60)[0] == "StorageError\n"
     assert read_metrics(path) == [train(0), train(2)]
 
 
@@ -494,6 +496,8 @@ def start(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 def test_trajectory_record_and_pictures(tmp_path: Path) -> None:
     t = episode(np.random.default_rng(5), calls=(False,))
+    assert t.turns[0].tool_call is not None
+    t.turns[0].tool_call.regions = (Region(1, (0.0, 0.25, 0.5, 1.0)),)
     folder = RunFolder(tmp_path)
     paths = save_pictures(t, tmp_path)
     assert paths == save_pictures(t, tmp_path)
@@ -515,6 +519,7 @@ def test_trajectory_record_and_pictures(tmp_path: Path) -> None:
         "ok": False,
         "error": None,
         "seconds": 0.1,
+        "regions": [{"image": 1, "box": [0.0, 0.25, 0.5, 1.0]}],
     }
     assert read["turns"][0]["observation"] == "ok"
     assert read["turns"][1]["tool_call"] is None
@@ -525,6 +530,11 @@ def test_trajectory_record_and_pictures(tmp_path: Path) -> None:
     assert np.array_equal(np.asarray(read["loss_mask"], bool), t.loss_mask)
     for key in ("logp", "entropy", "teacher_logp"):
         assert np.array_equal(np.asarray(read[key], np.float32), getattr(t, key))
+    assert (read["token_reward"], read["kept"]) == (None, None)  # not trained on
+    use = TokenUse(np.maximum(t.logp, np.float32(-1.1)), t.loss_mask)
+    used = json.loads(dump_json(trajectory_record(t, 7, use=use)))
+    assert np.array_equal(np.asarray(used["token_reward"], np.float32), use.reward)
+    assert used["kept"] == [int(m) for m in t.loss_mask]
     assert read["prompt"] == "<0><99>*5<6><7>"
     assert read["tokens"] == [f"<{i}>" for i in t.ids]
     with pytest.raises(ValueError, match="picture paths"):

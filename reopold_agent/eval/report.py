@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -20,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from reopold_agent.eval.play import Row
+from reopold_agent.tracking.files import write_text_atomic
+from reopold_agent.tracking.html import page_json, source_hash
 from reopold_agent.tracking.progress import is_terminal
 
 MAX_ROWS = 1000
@@ -130,10 +131,10 @@ def write_page(results: Mapping[str, Any], rows: Sequence[Row], folder: Path, ta
             if path not in pictures:
                 pictures[path] = _thumbnail(folder / path)
     data = {"results": results, "rows": chosen, "pictures": pictures, "all": len(rows)}
-    # "<" is escaped so that no string can close the script element.
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     page = (resources.files("reopold_agent.eval") / "report_page.html").read_text(encoding="utf-8")
-    target.write_text(page.replace("@DATA@", text), encoding="utf-8")
+    script = page.rpartition("<script>")[2].partition("</script>")[0]
+    page = page.replace("@SCRIPT@", source_hash(script))
+    write_text_atomic(target, page.replace("@DATA@", page_json(data)))
 
 
 def _thumbnail(path: Path) -> str:

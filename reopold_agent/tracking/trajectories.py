@@ -6,14 +6,29 @@ import hashlib
 import io
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from reopold_agent.tracking.files import write_bytes_atomic
-from reopold_agent.types import EncodedImage, FloatArray, PixelArray, Trajectory, Turn
+from reopold_agent.tracking.files import write_bytes_atomic, writing
+from reopold_agent.types import BoolArray, EncodedImage, FloatArray, PixelArray, Trajectory, Turn
+
+
+@dataclass(frozen=True)
+class TokenUse:
+    """What an update made of the tokens of one trajectory.
+
+    Attributes:
+        reward: (L,) float32, with which each token was trained (above the objective's floor);
+            0 where the student did not sample.
+        kept: (L,) bool: whether the objective's mask kept the token.
+    """
+
+    reward: FloatArray
+    kept: BoolArray
 
 
 def trajectory_record(
@@ -24,6 +39,7 @@ def trajectory_record(
     who: str = "student",
     pictures: Sequence[str] = (),
     decode: Callable[[Sequence[int]], str] | None = None,
+    use: TokenUse | None = None,
 ) -> dict[str, Any]:
     """One episode as a row that holds all one needs to read it or to compute it again.
 
@@ -35,6 +51,7 @@ def trajectory_record(
         pictures: paths from `save_pictures`, one per image, or none.
         decode: ids to text with control tokens kept, for readers without the tokenizer; it gives
             ``prompt`` and ``tokens``.
+        use: what the update made of its tokens; none where it was not trained on.
 
     Returns:
         ``kind``, ``step``, ``who``, ``task_id``, ``index``, ``sample``, ``success``, ``reward``,
@@ -45,8 +62,9 @@ def trajectory_record(
         ``turns`` (``start``, ``end``, ``text``, ``finish``, ``tool_call``, ``observation``,
         ``env_seconds``), ``images`` (``grid``, ``tokens``, ``width``, ``height``, ``picture``),
         ``info`` (its plain values only) and, each as long as ``ids``: ``ids``, ``loss_mask`` (0
-        or 1), ``logp``, ``entropy``, ``teacher_logp`` (null when not scored), ``tokens`` (one
-        text per id; null without ``decode``). Floats are the shortest that read back as the
+        or 1), ``logp``, ``entropy``, ``teacher_logp`` (null when not scored), ``token_reward`` and
+        ``kept`` (0 or 1; both null when not trained on), ``tokens`` (one text per id; null without
+        ``decode``). Floats are the shortest that read back as the
         same float32.
 
     Raises:
@@ -84,6 +102,8 @@ def trajectory_record(
         "teacher_logp": None
         if trajectory.teacher_logp is None
         else _short(trajectory.teacher_logp),
+        "token_reward": None if use is None else _short(use.reward),
+        "kept": None if use is None else [int(kept) for kept in use.kept],
         "tokens": decode and _tokens(ids, decode),
     }
 
@@ -161,7 +181,8 @@ def save_pictures(trajectory: Trajectory, run_dir: str | Path) -> list[str]:
         One path per image, ``pictures/<hash>.png``, relative to the run folder, with slashes.
     """
     folder = Path(run_dir) / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     paths: list[str] = []
     for image in trajectory.images:
         name = picture_name(image.pixels)
