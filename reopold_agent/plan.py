@@ -37,12 +37,13 @@ from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.hydra_groups import prepare_groups
 from reopold_agent.planning.architecture import Architecture, find_architecture
 from reopold_agent.planning.estimate import Plan, make_plan
-from reopold_agent.planning.hardware import Rates, assumed_rates, find_gpu
+from reopold_agent.planning.hardware import Gpu, Rates, assumed_rates, find_gpu
 from reopold_agent.planning.measured import measured_rates
 from reopold_agent.planning.paper import PAPER_RUNS
 from reopold_agent.planning.report import as_values, print_paper, print_plan
 from reopold_agent.planning.workload import Workload, assumed_workload
 from reopold_agent.train import load_config
+from reopold_agent.user_errors import explain, program
 
 _NUMBERS = ("mfu", "bandwidth", "overhead", "prompt", "pictures", "response", "observation")
 _WORDS = ("gpu", "schedule", "measured")
@@ -63,7 +64,9 @@ def compose_run(words: Sequence[str]) -> TrainConfig:
         with initialize_config_module("reopold_agent.configs", version_base="1.3"):
             return load_config(compose("train", list(words)))[0]
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(str(error).splitlines()[0]) from error
+        told = explain(error, "train")
+        assert told is not None  # all errors of Hydra are explained
+        raise ConfigError("\n".join(told)) from error
 
 
 def split_words(words: Sequence[str]) -> tuple[dict[str, float], dict[str, str], list[str]]:
@@ -97,8 +100,12 @@ def _whole(count: float) -> bool:
     return count >= 1 and count == int(count)
 
 
-def plan_run(words: Sequence[str]) -> Plan:
+def plan_run(words: Sequence[str], gpu: Gpu | None = None) -> Plan:
     """The plan for a command line.
+
+    Args:
+        words: as of the command.
+        gpu: in place of the one that the words name.
 
     Raises:
         ConfigError: a setting is wrong, or a checkpoint's shapes are not known.
@@ -112,7 +119,7 @@ def plan_run(words: Sequence[str]) -> Plan:
     elif numbers.get("gpus", 1) != 1:
         raise ConfigError("engine=local uses one GPU; for more: engine=verl")
     student, teacher = _models(config)
-    gpu = find_gpu(names.get("gpu", "h100_80gb"))
+    gpu = find_gpu(names.get("gpu", "h100_80gb")) if gpu is None else gpu
     rates = assumed_rates(
         gpu, numbers.get("mfu"), numbers.get("bandwidth"), numbers.get("overhead")
     )
@@ -188,14 +195,14 @@ def _as_measured(work: Workload, measured: Workload) -> Workload:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=program(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--json", action="store_true", help="plain values instead of tables")
     parser.add_argument("--paper", action="store_true", help="compare with the paper's GPU-hours")
     options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    with errors_for_people():
+    with errors_for_people(config="train"):
         if options.paper:
             print_paper(paper_plans(), console)
             return 0

@@ -344,6 +344,17 @@ def test_better_settings_and_gradient_norms(tmp_path: Path) -> None:
     assert "python 'a b'" in page
 
 
+def test_runs_from_a_repository_without_a_commit_can_be_reported(tmp_path: Path) -> None:
+    runs = expand(STUDIES["ablation"], tmp_path, seeds=[0, 1], only=["rkl"])
+    for run, commit in zip(runs, (None, "0123456789abcdef"), strict=True):
+        write_run(run, (0.1, 0.2))
+        made = {"git": {"commit": commit, "dirty": commit is None}}
+        (run.folder / "versions.json").write_text(json.dumps(made))
+    write_report(runs, tmp_path, ["python"])
+    page = (tmp_path / "README.md").read_text("utf-8")
+    assert "commit none yet with uncommitted changes, 0123456789ab." in page
+
+
 # Running
 
 

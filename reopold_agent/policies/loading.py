@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ def resolve_path(path: str) -> str:
     return str(folder)
 
 
-def check_available(spec: ModelSpec, role: str) -> Any:
+def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
     """Reads a checkpoint's configuration and makes sure its files can be had.
 
     Call it for student and teacher before anything heavy is loaded.
@@ -182,6 +183,7 @@ def check_available(spec: ModelSpec, role: str) -> Any:
     Args:
         spec: the checkpoint.
         role: ``student`` or ``teacher``; used in messages.
+        weights: whether a folder must hold the weights too; not so where a server has them.
 
     Returns:
         The Hugging Face configuration.
@@ -193,12 +195,17 @@ def check_available(spec: ModelSpec, role: str) -> Any:
     folder = Path(path)
     looks_local = folder.is_dir() or path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local:
-        _check_folder(folder, role)
+        _check_folder(folder, role, weights)
     try:
         config = AutoConfig.from_pretrained(
             path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the {role} '{path}' wants to run Python code of its own, which is refused. Read "
+                f"that code, then set model.{role}.trust_remote_code=true if you trust it"
+            ) from error
         if looks_local:
             raise ModelError(f"cannot read the {role} in '{folder}': {error}") from error
         local = re.sub(r"[^\w.-]", "_", path.rsplit("/", 1)[-1])
@@ -250,6 +257,7 @@ def load_model(
             path,
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,  # the other format is a pickle, which can run code
             dtype=getattr(torch, spec.dtype),
             attn_implementation=spec.attention,
             output_loading_info=True,
@@ -275,16 +283,19 @@ def load_model(
     return LoadedModel(**vars(processing), adapter=adapter)
 
 
-def load_processing(spec: ModelSpec, role: str, *, saved: Path | None = None) -> Processing:
+def load_processing(
+    spec: ModelSpec, role: str, *, saved: Path | None = None, weights: bool = True
+) -> Processing:
     """Loads a checkpoint's tokenizer and picture processor, not its weights.
 
     Args:
         spec, role, saved: as in `load_model`.
+        weights: as in `check_available`.
 
     Raises:
         ModelError: something is missing; see `check_available`.
     """
-    config = check_available(spec, role)
+    config = check_available(spec, role, weights=weights)
     path = _weights_path(spec, saved)
     vision = None
     try:
@@ -354,25 +365,28 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def _check_folder(folder: Path, role: str) -> None:
+def _check_folder(folder: Path, role: str, weights: bool) -> None:
     if not folder.is_dir():
         raise ModelError(
             f"the {role}'s folder '{folder}' does not exist; set model.{role}.path to a folder in "
             "Hugging Face layout or to a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
+    needed = [
+        ("config.json", ["config.json"]),
+        ("weights (*.safetensors)", ["*.safetensors"]),
+        ("a tokenizer (tokenizer.json)", ["tokenizer.json", "vocab.json"]),
+    ]
+    if not weights:
+        del needed[1]
     missing = [
         what
-        for what, patterns in (
-            ("config.json", ["config.json"]),
-            ("weights (*.safetensors)", ["*.safetensors"]),
-            ("a tokenizer (tokenizer.json)", ["tokenizer.json", "vocab.json"]),
-        )
+        for what, patterns in needed
         if not any(any(folder.glob(pattern)) for pattern in patterns)
     ]
     if missing:
         raise ModelError(f"the {role}'s folder '{folder}' lacks {', '.join(missing)}")
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if weights and index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         absent = sorted(name for name in shards if not (folder / name).is_file())
         if absent:
@@ -388,7 +402,10 @@ def _with_lora(model: Any, settings: Mapping[str, Any], saved: Path | None) -> A
     except ImportError as error:
         raise MissingExtraError("peft", "lora", "model.student.lora") from error
     if saved is not None:
-        return PeftModel.from_pretrained(model, str(saved), is_trainable=True)
+        try:
+            return PeftModel.from_pretrained(model, str(saved), is_trainable=True)
+        except (*_UNREADABLE, UnpicklingError) as error:
+            raise ModelError(f"cannot load the adapter from '{saved}': {error}") from error
     try:
         wrapped = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
     except (TypeError, ValueError) as error:

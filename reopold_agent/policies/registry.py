@@ -46,10 +46,12 @@ class PolicyKind:
     Attributes:
         make: makes one; raises `ConfigError` for settings that cannot be.
         package: must be installed; the extra of the same name installs it.
+        weights: whether it reads the checkpoint's weights here; a server has them.
     """
 
     make: Callable[[PolicyRole], Policy]
     package: str | None = None
+    weights: bool = True
 
 
 POLICIES: Registry[PolicyKind] = Registry("policy", "reopold_agent.policies", PolicyKind)
@@ -77,7 +79,7 @@ def _server(role: PolicyRole) -> Policy:
 
 
 POLICIES.register("vllm", PolicyKind(_vllm, package="vllm"))
-POLICIES.register("server", PolicyKind(_server))
+POLICIES.register("server", PolicyKind(_server, weights=False))
 
 
 def is_trainers_own(settings: Mapping[str, Any]) -> bool:
@@ -90,6 +92,15 @@ def is_trainers_own(settings: Mapping[str, Any]) -> bool:
         return True
     POLICIES.get(settings["name"])
     return False
+
+
+def reads_weights(settings: Mapping[str, Any]) -> bool:
+    """Whether the role's weights must be on this machine.
+
+    Raises:
+        UnknownNameError: there is no such kind of policy.
+    """
+    return is_trainers_own(settings) or POLICIES.get(settings["name"]).weights
 
 
 def make_policy(

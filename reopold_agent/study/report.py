@@ -174,7 +174,8 @@ def _made_with(results: Results) -> dict[str, Any]:
                 git = each.get("git")
                 if git:
                     changed = " with uncommitted changes" if git["dirty"] else ""
-                    commits[f"{git['commit'][:12]}{changed}"] = None
+                    commit = git["commit"] or "none yet"  # a repository before its first commit
+                    commits[f"{commit[:12]}{changed}"] = None
     here = versions()
     return {
         "commits": list(commits),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from reopold_agent.errors import ModelError
+from reopold_agent.errors import ModelError, NonFiniteError
 from reopold_agent.types import (
     Completion,
     EncodedImage,
@@ -124,7 +124,8 @@ def scores_of(trajectory: Trajectory, output: Any) -> FloatArray:
 
     Raises:
         ModelError: vLLM scored other ids than the trajectory's, or not all of them (peers were
-            off by some positions: ms-swift #9011), or a value is not finite.
+            off by some positions: ms-swift #9011).
+        NonFiniteError: a value is not finite.
     """
     length = len(trajectory.ids)
     _same_ids(trajectory.ids, output.prompt_token_ids, f"task {trajectory.task_id}")
@@ -134,7 +135,7 @@ def scores_of(trajectory: Trajectory, output: Any) -> FloatArray:
     values = np.zeros(length, dtype=np.float32)
     values[1:] = np.where(trajectory.loss_mask[1:], given.logprobs, 0.0)
     if not np.isfinite(values).all():
-        raise ModelError(
+        raise NonFiniteError(
             f"vLLM's log-probs of task {trajectory.task_id} are not finite: the student sampled "
             "an id that this model's vocabulary masks"
         )
