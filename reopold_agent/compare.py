@@ -18,10 +18,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from reopold_agent.errors import DataError, ReopoldError
+from reopold_agent.command import errors_for_people
+from reopold_agent.errors import DataError
 from reopold_agent.eval.metrics import paired_comparison
 from reopold_agent.eval.paper import PAPER_TABLES
 from reopold_agent.tracking.metrics import read_json_lines
+from reopold_agent.user_errors import program
 
 
 def load_results(run: Path) -> dict[str, Any]:
@@ -100,12 +102,14 @@ def comparison_table(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog=program(), description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+", type=Path, help="folders of finished evaluations")
     parser.add_argument("--paper", choices=sorted(PAPER_TABLES), help="add a table of the paper")
     options = parser.parse_args(argv)
     console = Console()
-    try:
+    with errors_for_people():
         results = [load_results(run) for run in options.runs]
         header, rows = comparison_table([r.name for r in options.runs], results, options.paper)
         table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII)
@@ -119,9 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             shared = [b for b in results[0]["benchmarks"] if b in results[1]["benchmarks"]]
             for line in paired_lines(options.runs[0], options.runs[1], shared):
                 console.print(line, highlight=False, soft_wrap=True, markup=False)
-    except ReopoldError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Makes every registered environment and objective an option of Hydra's groups."""
+"""Hydra's groups with what plugins add: environments, objectives and trackers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from typing import Any
 
+import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -17,17 +18,60 @@ from reopold_agent.errors import ConfigError, UnknownNameError
 
 _log = logging.getLogger(__name__)
 
+_FOLDERS = ("--config-dir", "-cd", "hydra.searchpath")
+
 _SECTIONS = ("data", "pixels", "rollout", "batch", "sampling", "optimizer", "evaluation", "model")
 
 
-def prepare_groups(arguments: Sequence[str]) -> None:
+def prepare_groups(arguments: Sequence[str], config: str = "train") -> None:
     """Stores plugins' options with Hydra and checks the names of groups in a command line.
 
+    Args:
+        arguments: the words of the command line.
+        config: the command's configuration, ``train``, ``evaluate`` or ``serve``.
+
     Raises:
-        UnknownNameError: an ``env=``, ``model=``, ``data=``, ``objective=``, ``engine=``,
-            ``policy=`` or ``recipe=`` names nothing; lists what exists and the closest match.
+        UnknownNameError: a group's word (``env=``, ``model=``, ``tracking=`` ...) names nothing;
+            lists what exists and the closest match.
         ConfigError: the configuration of the plugin that is asked for has an unknown section.
     """
+    OmegaConf.register_new_resolver("groups", _listing, replace=True)  # of --help
+    _store_environments(arguments)
+    _store_objectives(_options("objective"))
+    _store_trackers()
+    if any(word.startswith(_FOLDERS) for word in arguments):
+        return  # the user's own folder of configurations may have options that only Hydra knows
+    for argument in arguments:
+        group, equals, value = argument.partition("=")
+        sweep = "," in value and not value.startswith("[")  # brackets: several at once
+        if not equals or not value or sweep or group not in groups_of(config):
+            continue
+        for name in value.strip("[]").split(","):
+            if name.strip() not in options_of(group):
+                raise UnknownNameError(_words(group), name.strip(), options_of(group))
+
+
+def groups_of(config: str) -> list[str]:
+    """The groups that a command's configuration selects from."""
+    text = (resources.files("reopold_agent") / "configs" / f"{config}.yaml").read_text("utf-8")
+    groups = [each for each in yaml.safe_load(text)["defaults"] if isinstance(each, dict)]
+    return [name for each in groups for name in each if "/" not in name]
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group, with those that plugins added; `prepare_groups` stores these."""
+    stored = ConfigStore.instance().repo.get(group, {})
+    return sorted({*_options(group), *(name.removesuffix(".yaml") for name in stored)})
+
+
+def _listing(config: str) -> str:
+    """What ``--help`` says of a command's groups."""
+    groups = sorted(groups_of(config))
+    width = max(map(len, groups))
+    return "\n".join(f"  {group:<{width}}  {', '.join(options_of(group))}" for group in groups)
+
+
+def _store_environments(arguments: Sequence[str]) -> None:
     builtin = _options("env")
     store = ConfigStore.instance()
     for name in ENVS.names():
@@ -41,23 +85,14 @@ def prepare_groups(arguments: Sequence[str]) -> None:
             _log.warning("%s", error)  # an installed plugin must not stop other environments
             continue
         store.store(group="env", name=name, node=node, package="_global_")
-    groups = ("data", "model", "objective", "engine", "policy", "recipe")
-    known = {group: _options(group) for group in groups}
-    known["objective"] += _store_objectives(known["objective"])
-    known["env"] = ENVS.names()
-    for argument in arguments:
-        group, equals, value = argument.partition("=")
-        if equals and group in known and value and "," not in value and value not in known[group]:
-            raise UnknownNameError(_words(group), value, known[group])
 
 
-def _store_objectives(builtin: Sequence[str]) -> list[str]:
-    """Stores plugins' objectives with their default settings; returns their names."""
+def _store_objectives(builtin: Sequence[str]) -> None:
+    """Stores plugins' objectives with their default settings."""
     if not metadata.entry_points(group="reopold_agent.objectives"):
-        return []  # the registry imports PyTorch, which --help need not wait for
+        return  # the registry imports PyTorch, which --help need not wait for
     from reopold_agent.objectives import OBJECTIVES, Needs, Objective
 
-    names = []
     for name in OBJECTIVES.names():
         if name in builtin:
             continue
@@ -91,8 +126,23 @@ def _store_objectives(builtin: Sequence[str]) -> list[str]:
             )
             continue
         ConfigStore.instance().store(group="objective", name=name, node=node, package="_global_")
-        names.append(name)
-    return names
+
+
+def _store_trackers() -> None:
+    """Stores plugins' trackers with their default settings."""
+    if not metadata.entry_points(group="reopold_agent.trackers"):
+        return
+    from reopold_agent.tracking.trackers import TRACKERS
+
+    for name in TRACKERS.names():
+        kind = TRACKERS.get(name)
+        if name in _options("tracking"):
+            continue
+        if not dataclasses.is_dataclass(kind):
+            _log.warning("the tracker plugin '%s' is left out: it is no dataclass", name)
+            continue
+        settings = {each.name: _default(each) for each in dataclasses.fields(kind) if each.init}
+        ConfigStore.instance().store(group="tracking", name=name, node={name: settings})
 
 
 def _default(setting: dataclasses.Field[Any]) -> Any:
@@ -104,7 +154,7 @@ def _default(setting: dataclasses.Field[Any]) -> Any:
 
 
 def _words(group: str) -> str:
-    return {"env": "environment", "data": "data set"}.get(group, group)
+    return {"env": "environment", "data": "data set", "tracking": "tracker"}.get(group, group)
 
 
 def _options(group: str) -> list[str]:

@@ -13,10 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig
 
-from reopold_agent.command import errors_for_people, plain_values
+from reopold_agent.command import plain_values, run_hydra
 from reopold_agent.config import PolicyConfig, build
 from reopold_agent.errors import ConfigError
 from reopold_agent.judges.llm.redact import key_from_environment
@@ -202,19 +201,13 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-@hydra.main(version_base="1.3", config_path="pkg://reopold_agent.configs", config_name="serve")
-def _hydra_main(composed: DictConfig) -> None:
-    with errors_for_people("\nStopped."):
-        run(composed)
-
-
 def main() -> None:
     """Entry point. ``model=`` is a group of Hydra's for training, and here it is a checkpoint."""
     sys.argv = [
         f"checkpoint={word.removeprefix('model=')}" if word.startswith("model=") else word
         for word in sys.argv
     ]
-    _hydra_main()
+    run_hydra(run, "serve", sys.argv[1:], "\nStopped.")
 
 
 if __name__ == "__main__":

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from reopold_agent.command import errors_for_people, plain_values
+from reopold_agent.command import plain_values, run_hydra
 from reopold_agent.config import TrainConfig, build
 
 
@@ -47,19 +46,9 @@ def run(composed: DictConfig) -> dict[str, Any]:
     return LocalEngine(config, raw, folder, command).run()
 
 
-@hydra.main(version_base="1.3", config_path="pkg://reopold_agent.configs", config_name="train")
-def _hydra_main(composed: DictConfig) -> None:
-    with errors_for_people():
-        run(composed)
-
-
 def main() -> None:
-    """Entry point: makes plugins' environments selectable, then hands over to Hydra."""
-    from reopold_agent.hydra_groups import prepare_groups
-
-    with errors_for_people():
-        prepare_groups(sys.argv[1:])
-    _hydra_main()
+    """Entry point."""
+    run_hydra(run, "train", sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -292,6 +292,22 @@ def test_an_episode_solved_by_its_tools(installed: Path, tmp_path: Path) -> None
         assert (reward, terminated) == (1.0, True)
 
 
+def test_its_tools_run_in_worker_processes(installed: Path, tmp_path: Path) -> None:
+    made = "disable_env_checker=True"
+    assert made in EPISODE
+    code = textwrap.dedent(EPISODE.replace(made, f"{made}, tool_isolation='plugins'"))
+    code += textwrap.dedent("""
+        processes = env.unwrapped._runs["rotate_image"]
+        print(json.dumps([out, len(processes.pids()), sorted(
+            name for name, runs in env.unwrapped._runs.items() if runs is processes
+        )]))
+    """)
+    inside, count, names = answer_of(code, installed, cwd=tmp_path)
+    assert inside == answer_of(EPISODE, installed, cwd=tmp_path)
+    assert count == 1
+    assert names == ["brighten_image", "rotate_image"]  # crop_image is not a plugin's
+
+
 def test_what_the_plugins_tools_refuse(installed: Path, tmp_path: Path) -> None:
     code = """
         import json
@@ -373,8 +389,8 @@ def test_a_misspelt_environment_is_refused_with_the_closest_name(
     done = train("env=rotated_digit", path=[installed], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: no environment is called 'rotated_digit'. Did you mean 'rotated_digits'? "
-        f"Known: {', '.join(ENVIRONMENTS)}."
+        "error: no environment is called 'rotated_digit'.",
+        f"  Did you mean 'rotated_digits'? Known: {', '.join(ENVIRONMENTS)}.",
     ]
 
 
@@ -443,7 +459,7 @@ def test_an_installed_objective_is_an_option_with_its_fields_as_settings(
     assert composed["default_batch"] == "single"
     for words, told in (
         ("objective.limit=0", "objective.limit must be positive, got 0.0"),
-        ("+objective.limits=1", "'objective.limits'. Did you mean 'objective.limit'?"),
+        ("+objective.limits=1", "'objective.limits'.\n  Did you mean 'objective.limit'?"),
     ):
         done = train("objective=clamped_rkl", words, path=[objective], cwd=tmp_path)
         assert done.returncode == 2
@@ -457,8 +473,8 @@ def test_a_misspelt_objective_is_refused_with_the_closest_name(
     done = train("objective=clamped_rk", path=[objective], cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: no objective is called 'clamped_rk'. Did you mean 'clamped_rkl'? "
-        f"Known: {', '.join(sorted([*OBJECTIVES, 'clamped_rkl']))}."
+        "error: no objective is called 'clamped_rk'.",
+        f"  Did you mean 'clamped_rkl'? Known: {', '.join(sorted([*OBJECTIVES, 'clamped_rkl']))}.",
     ]
 
 

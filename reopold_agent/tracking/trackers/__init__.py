@@ -1,0 +1,37 @@
+"""Sends a run's figures to TensorBoard, Weights & Biases, MLflow, or a tracker of a plugin.
+
+``metrics.jsonl`` stays the record. `feed.Trackers` reads what is written there and hands it on,
+each tracker on a thread of its own, so that a tracker that is slow or fails delays nothing.
+"""
+
+from reopold_agent.tracking.trackers.base import (
+    TRACKERS,
+    Point,
+    Started,
+    TrackedRun,
+    Tracker,
+    flat_settings,
+    make_trackers,
+    point_of,
+)
+from reopold_agent.tracking.trackers.feed import Trackers, follow_run, send_results
+from reopold_agent.tracking.trackers.mlflow import MLflow
+from reopold_agent.tracking.trackers.tensorboard import TensorBoard
+from reopold_agent.tracking.trackers.wandb import WeightsAndBiases
+
+__all__ = [
+    "TRACKERS",
+    "MLflow",
+    "Point",
+    "Started",
+    "TensorBoard",
+    "TrackedRun",
+    "Tracker",
+    "Trackers",
+    "WeightsAndBiases",
+    "flat_settings",
+    "follow_run",
+    "make_trackers",
+    "point_of",
+    "send_results",
+]
