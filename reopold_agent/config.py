@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
 
 from reopold_agent.errors import ConfigError
@@ -16,8 +16,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Which environment. ``kwargs`` go to `gymnasium.make`; with ``takes_data`` the run's
-    ``data`` section goes there too (key ``data``)."""
+    """Which environment.
+
+    Attributes:
+        name: as after ``env=``.
+        id: Gymnasium's.
+        kwargs: go to `gymnasium.make`.
+        takes_data: the run's ``data`` section goes there too (key ``data``).
+    """
 
     name: str
     id: str
@@ -26,23 +32,64 @@ class EnvConfig:
 
 
 @dataclass(frozen=True)
+class DataChecks:
+    """What is done about doubtful rows and pictures, before training starts.
+
+    Attributes:
+        duplicates: rows whose id occurred before: ``keep`` (and report), ``skip`` or ``fail``.
+        pictures: which pictures are opened to see whether they can be: ``none``, ``sample`` (of 64
+            tasks) or ``all``.
+        allow_urls: download pictures that rows name by an http(s) URL.
+        allow_private_urls: also from this machine and its own network.
+        url_max_bytes, url_seconds: limits of one such picture.
+    """
+
+    duplicates: str = "keep"
+    pictures: str = "none"
+    allow_urls: bool = False
+    allow_private_urls: bool = False
+    url_max_bytes: int = 50_000_000
+    url_seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        _one_of("data.checks.duplicates", self.duplicates, ("keep", "skip", "fail"))
+        _one_of("data.checks.pictures", self.pictures, ("none", "sample", "all"))
+        _positive(self, "data.checks", "url_max_bytes", "url_seconds")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where tasks come from, one specification per split; see `reopold_agent.data.load_tasks`.
 
-    ``env_kwargs`` are settings of the environment that belong to this data; ``demonstrations``
-    are an expert's recorded conversations, for ``objective=sft objective.source=recorded`` (see
-    `reopold_agent.data.demonstrations`).
+    Attributes:
+        train, eval: what is trained on, and what is held out.
+        demonstrations: an expert's recorded conversations, for ``objective=sft
+            objective.source=recorded`` (see `reopold_agent.data.demonstrations`).
+        env_kwargs: settings of the environment that belong to this data.
+        checks: of rows and pictures.
     """
 
     train: dict[str, Any] | None = None
     eval: dict[str, Any] | None = None
     demonstrations: dict[str, Any] | None = None
     env_kwargs: dict[str, Any] = field(default_factory=dict)
+    checks: DataChecks = field(default_factory=DataChecks)
+
+    def specification(self, split: str) -> dict[str, Any] | None:
+        """What `reopold_agent.data.load_tasks` is given for ``train`` or ``eval``; None without."""
+        spec: dict[str, Any] | None = getattr(self, split)
+        if spec is None or self.checks == DataChecks():
+            return spec
+        return {**spec, "checks": asdict(self.checks)}
 
 
 @dataclass(frozen=True)
 class PixelConfig:
-    """Size limits of a picture after the resize, in pixels (784 per token)."""
+    """Size limits of a picture after the resize, in pixels (784 per token).
+
+    Attributes:
+        min_pixels, max_pixels: height x width.
+    """
 
     min_pixels: int
     max_pixels: int
@@ -50,7 +97,12 @@ class PixelConfig:
 
 @dataclass(frozen=True)
 class PixelsConfig:
-    """Limits of the prompt's pictures and of those that tools return."""
+    """Limits of pictures' sizes.
+
+    Attributes:
+        prompt: of the question's pictures.
+        observation: of those that tools return.
+    """
 
     prompt: PixelConfig
     observation: PixelConfig
@@ -80,7 +132,16 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """Budgets of one episode; see `reopold_agent.rollout.runner.RolloutLimits`."""
+    """Budgets of one episode; see `reopold_agent.rollout.runner.RolloutLimits`.
+
+    Attributes:
+        max_response_tokens: everything after the prompt: turns, observations, separators.
+        max_turn_tokens: one assistant turn.
+        max_turns: assistant turns, the answer included.
+        env_seconds: wall-clock bound on one ``reset`` or ``step`` of an environment.
+        concurrency: episodes in flight at once.
+        stop_at_tool_call: a turn ends with its first tool call.
+    """
 
     max_response_tokens: int = 8192
     max_turn_tokens: int = 4096
@@ -96,7 +157,12 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How episodes are sampled."""
+    """How episodes are sampled.
+
+    Attributes:
+        temperature, top_p: at anything but 1 the recorded log-probs are not those of the
+            distribution that was sampled from.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -108,8 +174,45 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True)
+class ToolsConfig:
+    """Where tools run and what they may do; docs/tools.md, `reopold_agent.tools.Isolation`.
+
+    Attributes:
+        isolation: ``none``: on threads; ``plugins``: other packages' tools in worker processes;
+            ``process``: all tools; ``auto``: ``plugins`` with ``engine=verl``, else ``none``.
+        memory_mb: of a worker process, beyond what it has once the tool is imported.
+        workers: processes at most, per process that plays episodes; null: one per processor, from
+            2 to 8.
+        read: files and folders that tools in processes may read, beside Python's and the data's.
+        network: whether they may use TCP.
+        environment: variables that they may see although the name sounds like a secret's.
+    """
+
+    isolation: str = "auto"
+    memory_mb: int = 1024
+    workers: int | None = None
+    read: list[str] = field(default_factory=list)
+    network: bool = False
+    environment: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        _one_of("tools.isolation", self.isolation, ("auto", "none", "plugins", "process"))
+        if self.memory_mb < 16:
+            raise ConfigError(f"tools.memory_mb must be at least 16, got {self.memory_mb}")
+        if self.workers is not None:
+            _positive(self, "tools", "workers")
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. ``warmup_steps`` counts updates; afterwards the rate is constant."""
+    """AdamW.
+
+    Attributes:
+        lr: learning rate.
+        beta1, beta2, eps, weight_decay: AdamW's.
+        warmup_steps: updates over which the rate rises from 0; afterwards it is constant.
+        max_grad_norm: longer gradients are cut to this norm.
+    """
 
     lr: float = 1e-6
     beta1: float = 0.9
@@ -129,9 +232,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out success. Before and after use ``tasks`` episodes each, sampled and greedy.
+    """Held-out success.
 
     Attributes:
+        tasks: episodes before and after training, sampled and greedy each.
         every: steps between points of the curve; 0 for none.
         curve_tasks: sampled episodes per point of the curve.
         teacher: also evaluate the teacher, once.
@@ -151,7 +255,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint every so many steps (0: only at the end and on Ctrl-C); the newest are kept."""
+    """Checkpoints of a run.
+
+    Attributes:
+        every: steps between two; 0 for one at the end and on Ctrl-C only.
+        keep: how many, the newest.
+    """
 
     every: int = 20
     keep: int = 2
@@ -163,7 +272,12 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """How many of a step's trajectories are written out, every so many steps."""
+    """Which trajectories are written out.
+
+    Attributes:
+        trajectories: of a step.
+        every: steps between two that are written.
+    """
 
     trajectories: int = 4
     every: int = 1
@@ -201,6 +315,7 @@ class EngineConfig:
     """Who trains: ``local`` (one process) or ``verl`` (Ray, FSDP, vLLM servers).
 
     Attributes:
+        name: ``local`` or ``verl``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (the last for ``local`` only).
         precision: ``auto`` (bfloat16 on a GPU, else float32), ``float32`` or ``bfloat16``.
         threads: CPU threads of PyTorch; null leaves its default.
@@ -260,7 +375,17 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One checkpoint; see `reopold_agent.policies.loading.ModelSpec`."""
+    """One checkpoint; see `reopold_agent.policies.loading.ModelSpec`.
+
+    Attributes:
+        path: a folder, a hub id ``org/name``, or ``demo:NAME`` of the embedded ones.
+        revision: branch, tag or commit on the hub.
+        dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        attention: ``sdpa`` or ``eager``.
+        trust_remote_code: run code that comes with the checkpoint.
+        lora: settings of `peft.LoraConfig`; null trains all weights.
+        gradient_checkpointing: recompute activations in the backward pass.
+    """
 
     path: str
     revision: str | None = None
@@ -321,7 +446,11 @@ class ModelsConfig:
 @dataclass(frozen=True)
 class PolicyConfig:
     """Who generates and who scores, by role: ``name`` and the settings of that kind of policy
-    (``transformers``, ``vllm``, ``server`` or a plugin's; `reopold_agent.policies.registry`)."""
+    (``transformers``, ``vllm``, ``server`` or a plugin's; `reopold_agent.policies.registry`).
+
+    Attributes:
+        student, teacher: of that role.
+    """
 
     student: dict[str, Any] = field(default_factory=lambda: {"name": "transformers"})
     teacher: dict[str, Any] = field(default_factory=lambda: {"name": "transformers"})
@@ -337,7 +466,15 @@ class TrainConfig:
     """Everything about a training run.
 
     ``objective`` holds ``name`` and the settings of that objective, which
-    `reopold_agent.objectives.make_objective` checks: a plugin's may have any.
+    `reopold_agent.objectives.make_objective` checks: a plugin's may have any. ``tracking`` holds
+    each tracker's settings by its name (`reopold_agent.tracking.trackers`). ``on_nonfinite`` says
+    what to do about numbers that are NaN or infinite: ``fail``, or ``skip`` what cannot be used.
+
+    Attributes:
+        seed: of everything that is drawn.
+        steps: of the run.
+        resume: ``auto`` continues the run in the folder if there is one, ``never`` refuses,
+            ``must`` requires one.
     """
 
     env: EnvConfig
@@ -357,6 +494,9 @@ class TrainConfig:
     steps: int
     resume: str = "auto"
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    tracking: dict[str, Any] = field(default_factory=dict)
+    on_nonfinite: str = "fail"
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -364,6 +504,7 @@ class TrainConfig:
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         _one_of("resume", self.resume, ("auto", "never", "must"))
+        _one_of("on_nonfinite", self.on_nonfinite, ("fail", "skip"))
         if not isinstance(self.objective.get("name"), str):
             raise ConfigError("objective.name must be set; objective=reopold selects one")
 

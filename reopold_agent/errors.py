@@ -11,6 +11,10 @@ class ReopoldError(Exception):
     """Base of all errors whose message is written for the user; `train` prints it bare."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM asked for what Ctrl-C does; the exit status tells them apart."""
+
+
 class ConfigError(ReopoldError, ValueError):
     """A setting is missing, unknown or contradicts another."""
 
@@ -80,6 +84,10 @@ class CheckpointError(ReopoldError, RuntimeError):
     """A run folder cannot be resumed as asked."""
 
 
+class StorageError(ReopoldError, OSError):
+    """A file of a run cannot be written: the disk is full, or it is not allowed."""
+
+
 class NonFiniteError(ReopoldError, ArithmeticError):
     """A loss, gradient or log-prob is NaN or infinite."""
 
@@ -90,3 +98,11 @@ class ToolError(ReopoldError, ValueError):
 
 class ToolTimeoutError(ToolError, TimeoutError):
     """The tool did not finish within its time limit."""
+
+
+class ToolResultError(ReopoldError, ValueError):
+    """A tool returned something that cannot be shown; the message says what, for model and log."""
+
+
+class ToolProcessError(ReopoldError, RuntimeError):
+    """A tool's worker process ended, or took more than it may; the message says which."""

@@ -32,7 +32,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Config
 
 from reopold_agent.config import OptimizerConfig, config_differences
-from reopold_agent.engines import checkpoint as checkpoint_module
 from reopold_agent.engines import collect, local, run_state, session
 from reopold_agent.engines.data_order import DataOrder
 from reopold_agent.engines.run_state import FREE_TO_CHANGE
@@ -53,9 +52,12 @@ from reopold_agent.policies.loading import (
     check_available,
     check_vocabularies,
     load_model,
+    load_processing,
     resolve_path,
 )
+from reopold_agent.policies.registry import reads_weights
 from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.tracking import files
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.types import Trajectory
 
@@ -406,7 +408,7 @@ def test_teacher_scores_that_are_not_finite_end_the_run_before_the_update(
     updates: list[int] = []
     update = Updater.step
     monkeypatch.setattr(Updater, "step", lambda self, *a: (updates.append(1), update(self, *a))[1])
-    with pytest.raises(NonFiniteError, match=f"step 1: the {whose}'s log-probs of task .* not fin"):
+    with pytest.raises(NonFiniteError, match=f"step 1, task .*: the {whose}'s .* not finite"):
         train(tmp_path / "run", *SHORT, "steps=3", "checkpoint.every=1")
     assert len(updates) == 1
     assert len(train_rows(tmp_path / "run")) == 1
@@ -597,7 +599,7 @@ def _safetensors_error(*_: Any, **__: Any) -> None:
         ("torch.save", _no_space),
         ("torch.save", _torch_error),
         ("LoadedModel.save", _safetensors_error),
-        ("_flush_tree", _no_space),
+        ("flush_tree", _no_space),
     ],
 )
 def test_a_full_disk_keeps_the_last_checkpoint(
@@ -614,7 +616,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
             owner = {
                 "torch.save": (torch, "save"),
                 "LoadedModel.save": (loading.LoadedModel, "save"),
-                "_flush_tree": (checkpoint_module, "_flush_tree"),
+                "flush_tree": (files, "flush_tree"),
             }[where]
             patch.setattr(*owner, what)
             return save(*arguments, step=step, **settings)
@@ -636,7 +638,7 @@ def test_only_whole_checkpoints_count_and_leftovers_go(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = (*SHORT, "steps=3", "checkpoint.every=1", "checkpoint.keep=2")
     checkpoints = folder / "checkpoints"
-    stale = checkpoints / ".writing-step-000007-123"
+    stale = checkpoints / ".step-000007.123.tmp"
     (stale / "model").mkdir(parents=True)
     (stale / "trainer.json").write_text("{}")
     train(folder, *settings)
@@ -934,6 +936,22 @@ def test_what_a_folder_lacks_is_said(folder: Path, missing: list[str], words: st
         check_available(ModelSpec(str(folder)), "teacher")
 
 
+def test_where_a_server_has_the_weights_a_folder_need_not(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    spec = ModelSpec(str(folder))
+    assert len(load_processing(spec, "teacher", weights=False).tokenizer) > 0
+    with pytest.raises(ModelError, match="lacks weights"):
+        load_processing(spec, "teacher")
+    assert not reads_weights({"name": "server", "urls": []})
+    assert reads_weights({"name": "vllm"})
+    assert reads_weights({"name": "transformers"})
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match="lacks a tokenizer"):
+        load_processing(spec, "teacher", weights=False)
+
+
 def test_an_incomplete_download_is_said(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
@@ -1009,7 +1027,7 @@ def test_everything_is_looked_at_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
-    monkeypatch.setattr(local, "make_env", lambda *a, **k: pytest.fail("made an environment"))
+    monkeypatch.setattr(local, "checked_tasks", lambda *a, **k: pytest.fail("read the data"))
     with pytest.raises(ModelError, match="the teacher's folder '/nowhere' does not exist"):
         train(tmp_path / "run", "model.teacher.path=/nowhere")
     monkeypatch.undo()

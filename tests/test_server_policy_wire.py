@@ -465,7 +465,7 @@ def test_failures_are_named_and_the_good_results_kept(fake: Fake) -> None:
         batch = [trajectory(0), bad, trajectory(2)]
         for each in batch:
             scoring.begin(each)
-        assert scoring.finish(batch, step=0) == [bad]
+        assert scoring.finish(batch, step=0).failed == [bad]
         assert batch[0].teacher_logp is not None
         scoring.close()
 

@@ -184,15 +184,15 @@ def rows(folder: Path) -> int:
 
 DIES_WRITING = """
 import os, signal
-from reopold_agent.engines import checkpoint
+from reopold_agent.tracking import files
 from reopold_agent.train import main
-flush, count = checkpoint._flush_tree, []
+flush, count = files.flush_tree, []
 def die(folder):
     count.append(1)
     if len(count) == 2:  # all files of the second checkpoint are there
         os.kill(os.getpid(), signal.SIGKILL)
     flush(folder)
-checkpoint._flush_tree = die
+files.flush_tree = die
 main()
 """
 
@@ -208,7 +208,7 @@ def test_killed_at_any_time_and_resumed_it_is_the_same_run(
     done = command([sys.executable, "-c", DIES_WRITING, *arguments[3:]], tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = sorted(os.listdir(checkpoints))
-    assert left[0].startswith(".writing-step-000004")
+    assert left[0].startswith(".step-000004.")
     assert left[1:] == ["step-000002"]
     assert rows(folder) == 4
     # In mid-step: the rows after the checkpoint of step 2 are made again.
@@ -331,8 +331,8 @@ def test_help_lists_groups_and_examples() -> None:
 @pytest.mark.parametrize(
     ("argument", "code", "text"),
     [
-        ("stps=3", 1, "stps"),
-        ("+stps=3", 2, "unknown setting 'stps'. Did you mean 'steps'?"),
+        ("stps=3", 2, "unknown setting 'stps'.\n  Did you mean 'steps'?"),
+        ("+stps=3", 2, "unknown setting 'stps'.\n  Did you mean 'steps'?"),
         ("env=pixel_resoner", 2, "Did you mean 'pixel_reasoner'?"),
         ("model=dem", 2, "Did you mean 'demo'?"),
         ("data=verll", 2, "Did you mean 'verl'?"),

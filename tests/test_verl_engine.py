@@ -20,7 +20,7 @@ from reopold_agent.engines.verl.client import aligned_scores
 from reopold_agent.engines.verl.follow import Follower
 from reopold_agent.engines.verl.records import EPISODE, from_row, pixels_of, to_row
 from reopold_agent.engines.verl.tasks import StepTasks
-from reopold_agent.errors import ModelError
+from reopold_agent.errors import ModelError, NonFiniteError
 from reopold_agent.objectives import Reopold, TokenBatch
 from reopold_agent.types import EncodedImage, StopReason, ToolCall, Trajectory, Turn
 
@@ -102,7 +102,7 @@ def test_teacher_scores_are_checked_and_shifted() -> None:
         aligned_scores(t, wrong, values)
     infinite = values.copy()
     infinite[position - 1] = -np.inf
-    with pytest.raises(ModelError, match="not finite"):
+    with pytest.raises(NonFiniteError, match="not finite"):
         aligned_scores(t, ids, infinite)
 
 

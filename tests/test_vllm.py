@@ -17,7 +17,13 @@ from safetensors import safe_open
 from torch import nn
 from vllm_fake import FakeEngine, fake_vllm
 
-from reopold_agent.errors import ConfigError, MissingExtraError, ModelError, ModelServerError
+from reopold_agent.errors import (
+    ConfigError,
+    MissingExtraError,
+    ModelError,
+    ModelServerError,
+    NonFiniteError,
+)
 from reopold_agent.policies.vllm.engine import VllmEngine, make_engine
 from reopold_agent.policies.vllm.policy import VllmPolicy
 from reopold_agent.policies.vllm.requests import prompt_of
@@ -257,7 +263,8 @@ def test_scores_of_other_ids_are_refused(
     start: Any, random_trajectory: Any, fault: str, message: str
 ) -> None:
     policy, _ = start(lambda number, prompt: fault)
-    with pytest.raises(ModelError, match=message):
+    kind = NonFiniteError if fault == "infinite" else ModelError
+    with pytest.raises(kind, match=message):
         policy.score([random_trajectory(0)])
 
 

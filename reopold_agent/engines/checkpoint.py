@@ -1,12 +1,15 @@
-"""Checkpoints: written whole or not at all, and refused under another configuration."""
+"""Checkpoints: written whole or not at all, checked when read."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,10 +19,14 @@ import torch
 from safetensors import SafetensorError
 
 from reopold_agent.engines.update import Updater
-from reopold_agent.errors import CheckpointError
+from reopold_agent.errors import CheckpointError, StorageError
 from reopold_agent.policies.loading import LoadedModel
+from reopold_agent.tracking.files import remove_folder, replaced_folder, writing
 
 _PREFIX = "step-"
+
+# A full disk is an OSError to Python, but safetensors and torch.save have their own kinds.
+_NOT_WRITTEN = (OSError, RuntimeError, SafetensorError)
 
 
 def save_checkpoint(
@@ -37,7 +44,8 @@ def save_checkpoint(
     """Writes ``folder/step-NNNNNN`` and removes all but the newest ``keep`` checkpoints.
 
     The files go to a temporary folder first, are flushed to disk, and the folder is renamed:
-    after kill -9 or with a full disk a checkpoint is there whole or not at all.
+    after kill -9 or with a full disk a checkpoint is there whole or not at all. The length and
+    checksum (CRC-32) of each file stand in ``trainer.json``.
 
     Args:
         folder: the run's ``checkpoints`` folder.
@@ -53,50 +61,79 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    target = folder / f"{_PREFIX}{step:06d}"
-    temporary = folder / f".writing-{target.name}-{os.getpid()}"
+    target = checkpoint_path(folder, step)
+    trainer = {
+        "step": step,
+        "position": position,
+        "phase": phase,
+        "seconds": seconds,
+        "python_rng": _jsonable(random.getstate()),
+        "numpy_rng": _jsonable(np.random.get_state(legacy=False)),
+    }
     try:
-        for stale in folder.glob(".writing-*"):
-            shutil.rmtree(stale)
-        temporary.mkdir(parents=True)
-        student.save(temporary / "model")
-        if teacher is not None:
-            teacher.save(temporary / "teacher")
-        torch.save(
-            {
-                "optimizer": updater.optimizer.state_dict(),
-                "scheduler": updater.scheduler.state_dict(),
-                "torch_rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            },
-            temporary / "state.pt",
-        )
-        trainer = {
-            "step": step,
-            "position": position,
-            "phase": phase,
-            "seconds": seconds,
-            "python_rng": _jsonable(random.getstate()),
-            "numpy_rng": _jsonable(np.random.get_state(legacy=False)),
-        }
-        (temporary / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
-        _flush_tree(temporary)
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _flush_folder(folder)
-    # A full disk is an OSError to Python, but safetensors and torch.save have their own kinds.
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with replaced_folder(target) as temporary, _full_disk_said(folder):
+            student.save(temporary / "model")
+            if teacher is not None:
+                teacher.save(temporary / "teacher")
+            torch.save(
+                {
+                    "optimizer": updater.optimizer.state_dict(),
+                    "scheduler": updater.scheduler.state_dict(),
+                    "torch_rng": torch.get_rng_state(),
+                    "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                },
+                temporary / "state.pt",
+            )
+            trainer["files"] = _checksums(temporary)
+            (temporary / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
+    except _NOT_WRITTEN as error:
         newest = newest_checkpoint(folder)
         kept = f"the last good checkpoint is {newest}" if newest else "there is no earlier one"
+        reason = _first_line(error.__cause__ if isinstance(error, StorageError) else error)
         raise CheckpointError(
-            f"could not write checkpoint {target}: {error}. Free some space or check permissions; "
-            f"{kept}."
+            f"could not write checkpoint {target}: {reason}\n"
+            f"Free some space or check permissions, then give the same command again; {kept}."
         ) from error
-    for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    with writing(folder):
+        for old in _checkpoints(folder)[:-keep]:
+            remove_folder(old)
     return target
+
+
+def save_final(student: LoadedModel, folder: Path) -> None:
+    """Writes the trained student, complete, in Hugging Face layout; whole or not at all.
+
+    Training cannot go on afterwards (a LoRA adapter is folded in).
+
+    Raises:
+        StorageError: it cannot be written; an earlier one is as it was.
+    """
+    try:
+        with replaced_folder(folder) as temporary, _full_disk_said(folder.parent):
+            student.save(temporary, merge=True)
+    except StorageError:
+        raise
+    except _NOT_WRITTEN as error:
+        raise StorageError(
+            f"cannot write {folder}: {_first_line(error)}\n"
+            "Free some space or check permissions, then give the same command again."
+        ) from error
+
+
+@contextmanager
+def _full_disk_said(folder: Path) -> Iterator[None]:
+    """Where torch speaks of positions in streams and the disk is full, says that."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(folder).free < 2**20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps lies, or would."""
+    return folder / f"{_PREFIX}{step:06d}"
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -106,16 +143,50 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads ``step``, ``position``, ``phase`` and ``seconds``.
+    """Reads ``step``, ``position``, ``phase``, ``seconds`` and ``files``.
 
     Raises:
         CheckpointError: the folder is damaged.
     """
+    path = checkpoint / "trainer.json"
     try:
-        state: dict[str, Any] = json.loads((checkpoint / "trainer.json").read_text("utf-8"))
+        state = json.loads(path.read_text("utf-8"))
+        if not isinstance(state, dict) or not {"step", "position", "seconds"} <= state.keys():
+            raise ValueError("it is not what a checkpoint holds")
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {checkpoint / 'trainer.json'}: {error}") from error
+        raise damaged(path, error) from error
     return state
+
+
+def check_files(checkpoint: Path) -> None:
+    """Compares every file with its length and checksum of when it was written.
+
+    Raises:
+        CheckpointError: one differs or cannot be read; the message names it and says how to go on.
+    """
+    # The first checkpoints of this project were written without checksums.
+    for name, (size, checksum) in load_trainer_state(checkpoint).get("files", {}).items():
+        path = checkpoint / name
+        try:
+            found = path.stat().st_size
+            if found != size:
+                raise ValueError(f"it has {found} bytes instead of {size}")
+            if _checksum(path) != checksum:
+                raise ValueError("its checksum is another than when it was written")
+        except (OSError, ValueError) as error:
+            raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> CheckpointError:
+    """The error for a file of a checkpoint that cannot be used, saying how to go on."""
+    checkpoint = next(p for p in (path, *path.parents) if p.name.startswith(_PREFIX))
+    before = [p for p in _checkpoints(checkpoint.parent) if p.name < checkpoint.name]
+    way = f"from {before[-1]}" if before else "from the start (there is no earlier checkpoint)"
+    return CheckpointError(
+        f"cannot use the checkpoint's file {path}: {_first_line(error)}\n"
+        f"Make it readable or put a copy back; or remove {checkpoint} and give the same command "
+        f"again to go on {way}."
+    )
 
 
 def restore(checkpoint: Path, updater: Updater) -> None:
@@ -124,13 +195,14 @@ def restore(checkpoint: Path, updater: Updater) -> None:
     Raises:
         CheckpointError: the folder is damaged or belongs to another model.
     """
+    path = checkpoint / "state.pt"
     try:
         # weights_only: a checkpoint from elsewhere must not be able to run code.
-        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         updater.optimizer.load_state_dict(state["optimizer"])
         updater.scheduler.load_state_dict(state["scheduler"])
     except (OSError, EOFError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
-        raise CheckpointError(f"cannot restore {checkpoint / 'state.pt'}: {error}") from error
+        raise damaged(path, error) from error
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda_rng"])
@@ -146,6 +218,29 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "trainer.json").is_file())
 
 
+def _first_line(error: BaseException | None) -> str:
+    """What an error says, without the lines that torch adds for its developers."""
+    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (said or type(error).__name__).splitlines()[0]
+
+
+def _checksums(folder: Path) -> dict[str, tuple[int, int]]:
+    """Length and CRC-32 of every file below a folder, by its path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, _checksum(path))
+        for path in files
+    }
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as stream:
+        while block := stream.read(2**22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
 def _jsonable(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value.tolist()
@@ -154,19 +249,3 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_jsonable(item) for item in value]
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from reopold_agent.config import TrainConfig
+from reopold_agent.config import BatchConfig, TrainConfig
 from reopold_agent.data.demonstrations import Demonstration, load_demonstrations
 from reopold_agent.engines.data_order import DataOrder
+from reopold_agent.engines.nonfinite import Suspects, unusable_outcome
 from reopold_agent.engines.roles import computing
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import SFT, Needs, Objective, Outcomes
@@ -56,6 +58,7 @@ class Collector:
         runner: plays episodes.
         student, teacher: who may act.
         tasks: number of training tasks.
+        suspects: what to do about rewards that are no numbers.
     """
 
     def __init__(
@@ -66,7 +69,9 @@ class Collector:
         student: Policy,
         teacher: Policy | None,
         tasks: int,
+        suspects: Suspects,
     ) -> None:
+        self.suspects = suspects
         self.config, self.objective, self.runner = config, objective, runner
         self.student, self.teacher = student, teacher
         self.sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
@@ -125,7 +130,9 @@ class Collector:
                     f"environment or the policy; the first was: "
                     f"{fresh[0].info.get('error', 'unknown')}"
                 )
+            self._check_outcomes(collected)
             collected.chosen = self._choose(collected.usable)
+            self._check_outcomes(collected)  # now with advantages
             if len({t.index for t in collected.chosen}) >= config.batch.prompts:
                 break
         return collected
@@ -136,6 +143,14 @@ class Collector:
         if self.teacher is None:
             raise ConfigError("demonstrations by the teacher need model.teacher")
         return self.teacher
+
+    def _check_outcomes(self, collected: Collected) -> None:
+        """Leaves out episodes whose outcome is no number, where the objective learns from it."""
+        if not self.objective.needs & Needs.OUTCOME:
+            return
+        pairs = [(t, unusable_outcome(t)) for t in collected.usable]
+        findings = [(t, wrong) for t, wrong in pairs if wrong is not None]
+        collected.drop(self.suspects.left_out(findings))
 
     def _choose(self, usable: list[Trajectory]) -> list[Trajectory]:
         """Those that the update is made on; with outcomes, their advantages are set."""
@@ -180,6 +195,21 @@ def step_episodes(indices: Sequence[int], samples: int) -> list[EpisodeSpec]:
         used[index] += samples
         episodes += [EpisodeSpec("train", index, first + k) for k in range(samples)]
     return episodes
+
+
+def mini_batches(
+    trajectories: Sequence[Trajectory], config: BatchConfig, seed: tuple[int, ...]
+) -> list[list[Trajectory]]:
+    """Whole groups per mini-batch, in a random order that the seed decides."""
+    updates = config.prompts // config.mini_batch
+    groups: dict[int, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.index, []).append(trajectory)
+    keys = list(groups)
+    if updates > 1:
+        keys = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]
+    parts = np.array_split(np.arange(len(keys)), updates)
+    return [[t for i in part for t in groups[keys[i]]] for part in parts if len(part)]
 
 
 def outcomes_of(trajectories: Sequence[Trajectory]) -> Outcomes:

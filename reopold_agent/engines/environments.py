@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 from gymnasium.envs.registration import load_env_creator
 
 from reopold_agent.config import TrainConfig
+from reopold_agent.data.checks import BadRowsError
+from reopold_agent.envs.data_env import DataEnv
 from reopold_agent.envs.registration import load_env
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
-from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
+from reopold_agent.errors import ConfigError
+from reopold_agent.tracking.files import write_json_atomic
+
+if TYPE_CHECKING:
+    from reopold_agent.policies.vision import VisionProcessor
+    from reopold_agent.rollout.chat import ChatRenderer
+    from reopold_agent.rollout.runner import RolloutRunner
 
 
 def make_env(config: TrainConfig, *, max_turns: int | None = None) -> gymnasium.Env[Any, str]:
@@ -30,13 +38,21 @@ def make_env(config: TrainConfig, *, max_turns: int | None = None) -> gymnasium.
     kwargs: dict[str, Any] = dict(config.env.kwargs)
     if config.env.takes_data:
         kwargs = {**config.data.env_kwargs, **kwargs}
-        kwargs.setdefault("data", {"train": config.data.train, "eval": config.data.eval})
+        kwargs.setdefault("data", {s: config.data.specification(s) for s in ("train", "eval")})
     spec = gymnasium.spec(config.env.id)
-    if max_turns is not None and "max_turns" not in kwargs:
-        creator = spec.entry_point
-        made: Any = load_env_creator(creator) if isinstance(creator, str) else creator
-        if _accepts(made, "max_turns"):
-            kwargs["max_turns"] = max_turns
+    creator = spec.entry_point
+    made: Any = load_env_creator(creator) if isinstance(creator, str) else creator
+    if max_turns is not None and "max_turns" not in kwargs and _accepts(made, "max_turns"):
+        kwargs["max_turns"] = max_turns
+    isolation = _tool_isolation(config)
+    if isolation["mode"] != "none" and "tool_isolation" not in kwargs:
+        if _accepts(made, "tool_isolation"):
+            kwargs["tool_isolation"] = isolation
+        elif config.tools.isolation != "auto":
+            raise ConfigError(
+                f"tools.isolation={config.tools.isolation}, but the environment {config.env.id} "
+                "has no such setting (no ToolEnv); use tools.isolation=none"
+            )
     # The checker would look at every step again; tests run it once per environment.
     return gymnasium.make(config.env.id, disable_env_checker=True, **kwargs)
 
@@ -58,6 +74,10 @@ def make_runner(
         max_turns: assistant turns; training and evaluation differ.
         concurrency: episodes at once; None takes the configuration's.
     """
+    # Not at the top: who plays by hand (`reopold_agent.play`) need not wait for PyTorch.
+    from reopold_agent.policies.vision import PixelLimits
+    from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
+
     return RolloutRunner(
         lambda: make_env(config, max_turns=max_turns),
         chat,
@@ -72,6 +92,49 @@ def make_runner(
             concurrency=config.rollout.concurrency if concurrency is None else concurrency,
         ),
     )
+
+
+def checked_tasks(config: TrainConfig, report: Path) -> dict[str, int]:
+    """How many tasks each split has, once its rows are read and checked.
+
+    Args:
+        config: the run's.
+        report: file for what was found in the rows, as JSON by split; also when they are refused.
+
+    Raises:
+        UnknownNameError, ConfigError, DataError: as of `make_env`, or rows cannot be used.
+    """
+    env = make_env(config)
+    counts: dict[str, int] = {}
+    found: dict[str, Any] = {}
+    try:
+        for split in ("train", "eval"):
+            try:
+                counts[split] = num_tasks(env, split)
+            except BadRowsError as error:
+                found[split] = error.report.record()
+                raise
+            inner = env.unwrapped
+            told = inner.data_report(split) if isinstance(inner, DataEnv) else None
+            if told is not None:
+                found[split] = told.record()
+    finally:
+        env.close()
+        if found:
+            write_json_atomic(report, found)
+    return counts
+
+
+def _tool_isolation(config: TrainConfig) -> dict[str, Any]:
+    """Settings of `reopold_agent.tools.Isolation`: ``auto`` is decided, the data may be read."""
+    settings = dict(vars(config.tools))
+    mode = settings.pop("isolation")
+    if mode == "auto":
+        # Ray's rollout processes serve many episodes; one bad tool must not take them down.
+        mode = "plugins" if config.engine.name == "verl" and hasattr(os, "fork") else "none"
+    sources = [spec.get("path") for spec in (config.data.train, config.data.eval) if spec]
+    folders = [os.path.abspath(path) for path in sources if path and os.path.exists(path)]
+    return {**settings, "mode": mode, "read": [*settings["read"], *folders]}
 
 
 def num_tasks(env: gymnasium.Env[Any, Any], split: str) -> int:

@@ -24,6 +24,17 @@ def ends_due(rows: Sequence[Row], who: str, step: int, sampling: Sampling) -> li
     return [each for each in (sampling, GREEDY) if _kind(each) not in done]
 
 
+def curve_due(rows: Sequence[Row], step: int, config: TrainConfig) -> bool:
+    """Whether a point of the curve after ``step`` steps is wanted and not in the rows yet."""
+    every = config.evaluation.every
+    if not every or step % every or not 0 < step < config.steps:
+        return False
+    return not any(
+        row["kind"] == "eval" and (row["who"], row["step"], row["curve"]) == ("student", step, True)
+        for row in rows
+    )
+
+
 def evaluation_row(
     result: EvaluationResult, who: str, step: int, sampling: Sampling, *, curve: bool
 ) -> dict[str, Any]:

@@ -11,12 +11,19 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from reopold_agent.errors import Terminated
+
+
+class EvaluationStoppedError(Exception):
+    """A signal came during a held-out evaluation, which broke off."""
+
 
 class Interrupts:
     """The first Ctrl-C (or SIGTERM) lets the step finish; the second ends at once."""
 
     def __init__(self) -> None:
         self.received = False
+        self._number = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -34,9 +41,15 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def error(self) -> KeyboardInterrupt:
+        """What ends the run: `Terminated` after SIGTERM."""
+        return Terminated() if self._number == signal.SIGTERM else KeyboardInterrupt()
+
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self._number = number
         if self.received:
-            raise KeyboardInterrupt
+            signal.signal(number, signal.SIG_DFL)  # a third one need not ask anybody
+            raise self.error()
         self.received = True
         print("\nFinishing this step, then saving; once more to stop at once.", file=sys.stderr)
 

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import OmegaConf
 
-from reopold_agent.engines.checkpoint import load_trainer_state, newest_checkpoint
-from reopold_agent.engines.environments import make_env, num_tasks
+from reopold_agent.engines.checkpoint import check_files, load_trainer_state, newest_checkpoint
+from reopold_agent.engines.environments import checked_tasks
 from reopold_agent.engines.interrupts import Interrupts
 from reopold_agent.engines.roles import check_roles
 from reopold_agent.engines.run_state import Engine, model_specs, run_objective
@@ -29,7 +28,7 @@ from reopold_agent.policies.loading import (
     load_processing,
     pick_device,
 )
-from reopold_agent.policies.registry import is_trainers_own
+from reopold_agent.policies.registry import is_trainers_own, reads_weights
 from reopold_agent.tracking.progress import Progress
 
 
@@ -42,20 +41,21 @@ class LocalEngine(Engine):
         self._state.check(checkpoint)
         if checkpoint is not None and self._finished(checkpoint):
             return self._state.show_again()
+        if checkpoint is not None:
+            check_files(checkpoint)
         objective = run_objective(config)
         check_roles(config, objective)
         following = config.model.teacher is not None and config.model.teacher.follow is not None
         specs = model_specs(config, objective)
+        weights = reads_weights(config.policy.teacher)
         for role, spec in specs.items():
-            check_available(spec, role)
+            check_available(spec, role, weights=role == "student" or weights)
         device, autocast = self._device()
         if config.engine.threads is not None:
             torch.set_num_threads(config.engine.threads)
         _seed_everything(config.seed)
 
-        probe = make_env(config)  # tasks are loaded and checked here, before any model
-        tasks = {split: num_tasks(probe, split) for split in ("train", "eval")}
-        probe.close()
+        tasks = checked_tasks(config, self.folder.data_report)  # before any model is loaded
 
         student = load_model(
             specs["student"],
@@ -76,12 +76,12 @@ class LocalEngine(Engine):
             model.adapter.model.requires_grad_(False)
             teacher = model
         elif "teacher" in specs:
-            teacher = load_processing(specs["teacher"], "teacher")
+            teacher = load_processing(specs["teacher"], "teacher", weights=weights)
         if teacher is not None:
             check_vocabularies(student, teacher)
 
         if checkpoint is None:
-            self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
+            self.folder.write_config(self._config_text())
         self.folder.write_versions(
             device=device_name(device)
         )  # a resumed run keeps those of before beside them

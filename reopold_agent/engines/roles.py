@@ -162,3 +162,9 @@ def _made(config: TrainConfig, role: str, chat: ChatRenderer, processing: Proces
         forbidden_ids=chat.forbidden_ids,
         stop_ids=chat.stop_ids,
     )
+
+
+def teacher_name(config: TrainConfig) -> str:
+    """How messages call the run's teacher."""
+    path = "" if config.model.teacher is None else f", {config.model.teacher.path}"
+    return f"{config.policy.teacher['name']}{path}"

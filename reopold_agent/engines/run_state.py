@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from reopold_agent.config import TrainConfig, config_differences
+from reopold_agent.engines.interrupts import resume_command
 from reopold_agent.errors import CheckpointError, ConfigError
 from reopold_agent.objectives import Needs, Objective, RunFacts, make_objective
 from reopold_agent.policies.loading import ModelSpec
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.signals import sigterm_as_interrupt
 from reopold_agent.tracking.summary import print_summary
+from reopold_agent.tracking.trackers import follow_run
 
-FREE_TO_CHANGE = ("resume", "checkpoint", "logging")
+FREE_TO_CHANGE = ("resume", "checkpoint", "logging", "tracking", "tools", "on_nonfinite")
 """Sections that do not influence what is computed; a resumed run may change them."""
 
 
@@ -52,7 +56,10 @@ class RunState:
             return
         if not folder.config.is_file():
             raise CheckpointError(f"{folder.path} has checkpoints, but no config.yaml")
-        saved = OmegaConf.to_container(OmegaConf.load(folder.config))
+        try:
+            saved = OmegaConf.to_container(OmegaConf.load(folder.config))
+        except (OSError, ValueError, YAMLError) as error:
+            raise CheckpointError(f"cannot read {folder.config}: {error}") from error
         if not isinstance(saved, dict):
             raise CheckpointError(f"{folder.config} is not a configuration")
         different = config_differences(
@@ -67,7 +74,13 @@ class RunState:
 
     def show_again(self) -> dict[str, Any]:
         """The summary of a run that is complete; nothing is computed or written again."""
-        summary: dict[str, Any] = json.loads(self._folder.summary.read_text(encoding="utf-8"))
+        try:
+            summary: dict[str, Any] = json.loads(self._folder.summary.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot read {self._folder.summary}: {error}\n"
+                "Remove it and give the same command again: it is made anew from metrics.jsonl."
+            ) from error
         make_plots(self._folder.path)  # the only files that come after the summary
         print_summary(summary)
         return summary
@@ -97,8 +110,14 @@ class Engine(ABC):
             ReopoldError: anything the user can mend; the message says how.
             KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
         """
-        with self.folder.lock():
+        trackers = follow_run(self.config.tracking, self.folder.path, self._raw)
+        with sigterm_as_interrupt(), self.folder.lock(), trackers:
             return self._run()
+
+    def _config_text(self) -> str:
+        """Content of ``config.yaml``, headed by the command as a comment of one line."""
+        command = " ".join(resume_command(self._command, self.folder.path).splitlines())
+        return f"# {command}\n{OmegaConf.to_yaml(OmegaConf.create(self._raw))}"
 
     @abstractmethod
     def _run(self) -> dict[str, Any]:

@@ -5,24 +5,31 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.engines.checkpoint import load_trainer_state, restore, save_checkpoint
-from reopold_agent.engines.collect import Collected, Collector
+from reopold_agent.engines.checkpoint import (
+    checkpoint_path,
+    load_trainer_state,
+    restore,
+    save_checkpoint,
+    save_final,
+)
+from reopold_agent.engines.collect import Collected, Collector, mini_batches
 from reopold_agent.engines.environments import make_runner
-from reopold_agent.engines.evaluations import ends_due, evaluation_row, summarise
+from reopold_agent.engines.evaluations import curve_due, ends_due, evaluation_row, summarise
 from reopold_agent.engines.following import following_teacher
-from reopold_agent.engines.interrupts import Interrupts, resume_command
-from reopold_agent.engines.roles import computing, make_roles
-from reopold_agent.engines.teaching import Scoring, checked
+from reopold_agent.engines.interrupts import EvaluationStoppedError, Interrupts, resume_command
+from reopold_agent.engines.nonfinite import Suspects, unusable_entropy, unusable_logp
+from reopold_agent.engines.roles import computing, make_roles, teacher_name
+from reopold_agent.engines.teaching import Scoring
 from reopold_agent.engines.timing import Clock, step_times
 from reopold_agent.engines.update import Updater, UpdateStats
-from reopold_agent.errors import ConfigError
+from reopold_agent.errors import ConfigError, NonFiniteError
 from reopold_agent.eval.heldout import evaluate_policy
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.base import Policy
@@ -63,24 +70,35 @@ class Session:
         self.following = following_teacher(config.model.teacher, teacher, student)
         self.roles = make_roles(config, chat, student, teacher)
         self.student, self.teacher = self.roles.trainer, self.roles.teacher
-        self.scoring = None if self.teacher is None else Scoring(self.teacher)
+        self.scoring = None
+        if self.teacher is not None:
+            self.scoring = Scoring(self.teacher, teacher_name(config))
         self.objective = objective
+        self.suspects = Suspects(config.on_nonfinite)
         self.updater = Updater(
             self.student,
             objective,
             config.optimizer,
             max_tokens=config.engine.max_tokens_per_micro_batch,
             teacher=self.roles.own_teacher,
+            skip_nonfinite=self.suspects.skips,
         )
         self.sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
         self.train_runner = self._runner(chat, config.rollout.max_turns)
         self.collector = Collector(
-            config, objective, self.train_runner, self.roles.sampler, self.teacher, tasks["train"]
+            config,
+            objective,
+            self.train_runner,
+            self.roles.sampler,
+            self.teacher,
+            tasks["train"],
+            self.suspects,
         )
         self.eval_runner = self._runner(chat, config.evaluation.max_turns)
         self.metrics = MetricsWriter(folder.path / "metrics.jsonl")
         self.trajectories = JsonLines(folder.path / "trajectories.jsonl")
         self._chat = chat
+        self._interrupts = Interrupts()  # of `train`, while that runs
 
     def _runner(self, chat: ChatRenderer, max_turns: int) -> RolloutRunner:
         return make_runner(self.config, chat, self.student_model.vision, max_turns=max_turns)
@@ -99,16 +117,21 @@ class Session:
         interrupts: Interrupts,
         command: Sequence[str],
     ) -> dict[str, Any]:
-        """The run from its first or resumed step to the summary."""
+        """The run from its first or resumed step to the summary.
+
+        Raises:
+            NonFiniteError: see ``on_nonfinite``; what is good is saved.
+            KeyboardInterrupt: a signal came; likewise.
+            ReopoldError: anything else that the user can mend.
+        """
         started = time.perf_counter()
-        config = self.config
+        config, self._interrupts = self.config, interrupts
         step = position = 0
-        earlier = 0.0
         if checkpoint is not None:
             restore(checkpoint, self.updater)  # the weights were loaded with the model
             state = load_trainer_state(checkpoint)
             step, position = int(state["step"]), int(state["position"])
-            earlier = float(state["seconds"])
+            started -= float(state["seconds"])  # of its earlier processes
         # Without a checkpoint the run starts over, and so do its files: rows of step 0 too.
         kept = step if checkpoint is not None else -1
         self.metrics.truncate_after(kept)
@@ -116,46 +139,82 @@ class Session:
         self.progress.start(config.steps, step)
         if checkpoint is not None:
             self.progress.note(f"continuing from {checkpoint} at step {step}")
+            self._evaluate_curve(step)
         elif config.evaluation.tasks:
             self._evaluate_ends(0, who="student")
             if config.evaluation.teacher:
                 self._evaluate_ends(0, who="teacher")  # as it is at the start
 
         while step < config.steps:
-            position = self._step(step, position)
+            updates = self.updater.updates
+            try:
+                position = self._step(step, position)
+            except NonFiniteError as error:
+                raise self._stopped_at(
+                    step, position, started, self.updater.updates > updates, error
+                ) from error
             step += 1
             if self.following is not None:
                 self.following.after_step(step)
-            every = config.evaluation.every
-            if every and step % every == 0 and step < config.steps:
-                self._evaluate("student", self.roles.sampler, step, self.sampling, curve=True)
             due = config.checkpoint.every and step % config.checkpoint.every == 0
-            if due or step == config.steps or interrupts.received:
-                saved = save_checkpoint(
-                    self.folder.checkpoints,
-                    step=step,
-                    position=position,
-                    phase=self.objective.phase(step),
-                    student=self.student_model,
-                    updater=self.updater,
-                    keep=config.checkpoint.keep,
-                    seconds=earlier + time.perf_counter() - started,
-                    teacher=None if self.following is None else self.following.teacher,
+            if due or step == config.steps:
+                self._save(step, position, started)
+            # After the checkpoint: a run that is lost in an evaluation loses no step.
+            with suppress(EvaluationStoppedError):  # what asked for it is looked at next
+                self._evaluate_curve(step)
+            if interrupts.received and step < config.steps:
+                saved = checkpoint_path(self.folder.checkpoints, step)
+                if not saved.exists():
+                    self._save(step, position, started)
+                self.progress.stop()
+                print(
+                    f"\nStopped after step {step}; saved {saved}.\nContinue with:\n"
+                    f"  {resume_command(command, self.folder.path)}",
+                    file=sys.stderr,
                 )
-                if interrupts.received and step < config.steps:
-                    self.progress.stop()
-                    print(
-                        f"\nStopped after step {step}; saved {saved}.\nContinue with:\n"
-                        f"  {resume_command(command, self.folder.path)}",
-                        file=sys.stderr,
-                    )
-                    raise KeyboardInterrupt
-        return self._finish(step, started - earlier)
+                raise interrupts.error()
+        return self._finish(step, started)
+
+    def _save(self, step: int, position: int, started: float) -> Path:
+        return save_checkpoint(
+            self.folder.checkpoints,
+            step=step,
+            position=position,
+            phase=self.objective.phase(step),
+            student=self.student_model,
+            updater=self.updater,
+            keep=self.config.checkpoint.keep,
+            seconds=time.perf_counter() - started,
+            teacher=None if self.following is None else self.following.teacher,
+        )
+
+    def _stopped_at(
+        self, step: int, position: int, started: float, half_done: bool, error: NonFiniteError
+    ) -> NonFiniteError:
+        """The error to end the run with, once the trajectories to blame and the state are kept."""
+        if not self.suspects.skips:  # else they are written already
+            self.suspects.note(self.updater.blamed)
+            self._write_trajectories(step, ())
+        saved = checkpoint_path(self.folder.checkpoints, step)
+        if half_done:  # some of the step's updates were made: its start is gone
+            state = "Earlier mini-batches of the step were made; the last checkpoint stands"
+        else:
+            if not saved.exists():
+                self._save(step, position, started)
+            state = f"The state before it is in {saved}"
+        way = (
+            ""
+            if self.suspects.skips
+            else " The same command with on_nonfinite=skip leaves them out."
+        )
+        return NonFiniteError(
+            f"{error}\n{state}, the trajectories in {self.folder.trajectories}.{way}"
+        )
 
     def _finish(self, step: int, started: float) -> dict[str, Any]:
         self._evaluate_ends(step, who="student")
-        final = self.folder.path / "final"
-        self.student_model.save(final, merge=True)
+        final = self.folder.final
+        save_final(self.student_model, final)
         self.train_runner.close()
         self.eval_runner.close()
         rows = read_metrics(self.folder.path / "metrics.jsonl")
@@ -179,25 +238,30 @@ class Session:
 
     def _step(self, step: int, position: int) -> int:
         clock = Clock()
+        updates = self.updater.updates
+        self.suspects.begin(step)
+        self.updater.uses, self.updater.blamed = {}, []
         scoring = self._scoring_now()
         rolled = self.collector.collect(step, position, scoring.begin if scoring else None)
         clock.lap("rollout")
         self.roles.rest()
         clock.lap("sync")
-        logp_old, entropy = self._behaviour(rolled.chosen, step)
+        logp_old, entropy = self._behaviour(rolled)
         clock.lap("old_logp")
         unscored: list[Trajectory] = []
         if scoring is not None:
-            unscored = scoring.finish(rolled.usable, step)
-            rolled.drop(unscored)
+            scored = scoring.finish(rolled.usable, step)
+            unscored = scored.failed
+            rolled.drop([*unscored, *self.suspects.left_out(scored.garbage)])
         elif self.objective.needs & Needs.TEACHER:
             for trajectory in rolled.usable:  # the teacher's own samples
                 trajectory.teacher_logp = trajectory.logp
         clock.lap("teacher")
         update = None
         if rolled.chosen:
-            batches = self._mini_batches(rolled.chosen, step)
+            batches = mini_batches(rolled.chosen, self.config.batch, (self.config.seed, 4, step))
             update = self.updater.step(batches, step, logp_old, entropy)
+            self.suspects.note(self.updater.blamed)
         clock.lap("update")
         if update is None:
             self.roles.wake()
@@ -206,12 +270,16 @@ class Session:
         clock.lap("sync")
         row = self._row(step, rolled, update, logp_old, entropy)
         row.update(self._agreement(rolled, logp_old, len(unscored)))
+        if self.suspects.skips:
+            row["update/skipped"] = 0 if update is None else update.skipped
+            row["nonfinite/trajectories"] = len(self.suspects.trajectories)
         self._write_trajectories(step, rolled.trajectories)
         clock.lap("other")
         row.update(step_times(clock, rolled.stats))
         row["tokens_per_second"] = rolled.stats.sampled_tokens / max(1e-9, row["time/step"])
         self.metrics.write(row)
         self.progress.step(row)
+        self.suspects.end(updated=bool(rolled.chosen) and self.updater.updates > updates)
         return rolled.position
 
     def _scoring_now(self) -> Scoring | None:
@@ -227,10 +295,10 @@ class Session:
             raise ConfigError("this run needs a teacher, but model.teacher is null")
         return self.teacher
 
-    def _behaviour(
-        self, trajectories: Sequence[Trajectory], step: int
-    ) -> tuple[dict[int, FloatArray], dict[int, FloatArray]]:
-        """The student's log-probs and entropies before the update, by trajectory."""
+    def _behaviour(self, rolled: Collected) -> tuple[dict[int, FloatArray], dict[int, FloatArray]]:
+        """The student's log-probs and entropies before the update, by trajectory. Those in which
+        they are not numbers are left out of the step."""
+        trajectories = list(rolled.chosen)
         mode = self.config.engine.old_logp
         if self.objective.needs & Needs.DEMONSTRATIONS or self.roles.separate:
             mode = "recompute"  # another sampled them, or their entropies are not known
@@ -246,27 +314,14 @@ class Session:
             with self.student.adapter.autocast():
                 scores = self.student.score(trajectories, with_entropy=True)
             pairs = [(s.logp, s.entropy) for s in scores]
-        logp_old = {
-            id(t): checked(logp, t, "student", step)
-            for t, (logp, _) in zip(trajectories, pairs, strict=True)
-        }
+        findings = [
+            (t, wrong)
+            for t, (logp, entropy) in zip(trajectories, pairs, strict=True)
+            if (wrong := unusable_logp(logp, t, "student's") or unusable_entropy(entropy, t))
+        ]
+        rolled.drop(self.suspects.left_out(findings))
+        logp_old = {id(t): logp for t, (logp, _) in zip(trajectories, pairs, strict=True)}
         return logp_old, {id(t): e for t, (_, e) in zip(trajectories, pairs, strict=True)}
-
-    def _mini_batches(
-        self, trajectories: Sequence[Trajectory], step: int
-    ) -> list[list[Trajectory]]:
-        """Whole groups per mini-batch, in a random order that depends on seed and step."""
-        config = self.config
-        updates = config.batch.prompts // config.batch.mini_batch
-        groups: dict[int, list[Trajectory]] = {}
-        for trajectory in trajectories:
-            groups.setdefault(trajectory.index, []).append(trajectory)
-        keys = list(groups)
-        if updates > 1:
-            rng = np.random.default_rng([config.seed, 4, step])
-            keys = [keys[i] for i in rng.permutation(len(keys))]
-        parts = np.array_split(np.arange(len(keys)), updates)
-        return [[t for i in part for t in groups[keys[i]]] for part in parts if len(part)]
 
     def _row(
         self,
@@ -318,10 +373,12 @@ class Session:
         return {key: statistics[key] for key in (f"rollout/{name}" for name in known)}
 
     def _write_trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> None:
+        """A sample of the step's, and all whose numbers could not be trained on."""
         logging_config = self.config.logging
-        if not logging_config.every or step % logging_config.every:
-            return
-        for trajectory in trajectories[: logging_config.trajectories]:
+        due = logging_config.every and step % logging_config.every == 0
+        chosen = list(trajectories[: logging_config.trajectories]) if due else []
+        chosen += [t for t in self.suspects.trajectories if all(t is not c for c in chosen)]
+        for trajectory in chosen:
             pictures = save_pictures(trajectory, self.folder.path)
             self.trajectories.write(
                 trajectory_record(
@@ -330,6 +387,7 @@ class Session:
                     who=self.collector.actor,
                     pictures=pictures,
                     decode=self._chat.raw,
+                    use=self.updater.uses.get(id(trajectory)),
                 )
             )
 
@@ -339,7 +397,16 @@ class Session:
         policy = self.roles.sampler if who == "student" else self._teacher()
         rows = read_metrics(self.folder.metrics)
         for sampling in ends_due(rows, who, step, self.sampling):
-            self._evaluate(who, policy, step, sampling, curve=False)
+            try:
+                self._evaluate(who, policy, step, sampling, curve=False)
+            except (
+                EvaluationStoppedError
+            ):  # before the first step, or after the last, which is saved
+                raise self._interrupts.error() from None
+
+    def _evaluate_curve(self, step: int) -> None:
+        if curve_due(read_metrics(self.folder.metrics), step, self.config):
+            self._evaluate("student", self.roles.sampler, step, self.sampling, curve=True)
 
     def _evaluate(
         self, who: str, policy: Policy, step: int, sampling: Sampling, *, curve: bool
@@ -353,7 +420,13 @@ class Session:
                 tasks=min(wanted, self.tasks["eval"]),
                 sampling=sampling,
                 seed=self.config.seed,
+                on_done=self._stop_if_asked,
             )
         row = evaluation_row(result, who, step, sampling, curve=curve)
         self.metrics.write(row)
         self.progress.evaluation(row)
+
+    def _stop_if_asked(self, _: Trajectory) -> None:
+        # Nothing need finish between steps: an evaluation is made again on resuming.
+        if self._interrupts.received:
+            raise EvaluationStoppedError

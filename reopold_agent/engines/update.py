@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from reopold_agent.config import OptimizerConfig
+from reopold_agent.engines.nonfinite import Finding, describe
+from reopold_agent.engines.token_use import token_uses
 from reopold_agent.engines.totals import TokenTotals
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.objectives import Needs, Objective, TokenBatch
 from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.tracking.trajectories import TokenUse
 from reopold_agent.types import FloatArray, Trajectory
 
 
@@ -22,8 +25,8 @@ from reopold_agent.types import FloatArray, Trajectory
 class UpdateStats:
     """What the updates of one step did; token figures are over all its mini-batches.
 
-    ``loss`` and ``grad_norm`` (before clipping) are means over the mini-batches; ``lr`` is that
-    of the last one.
+    ``loss`` and ``grad_norm`` (before clipping) are means over the updates made; ``lr`` is that
+    of the last one. ``skipped`` mini-batches gave numbers that are not finite.
     """
 
     loss: float
@@ -34,6 +37,7 @@ class UpdateStats:
     ratio_max: float
     ppo_clip_share: float
     threshold: float | None
+    skipped: int = 0
 
     def row(self) -> dict[str, float]:
         """By the names of ``metrics.jsonl``."""
@@ -54,6 +58,36 @@ class UpdateStats:
         return cls(nan, 0.0, nan, 0.0, nan, nan, nan, None)
 
 
+@dataclass(frozen=True)
+class _Gradient:
+    """Of one mini-batch: its counts, the norm before clipping, and what it made of its tokens."""
+
+    counts: TokenTotals
+    norm: float
+    uses: dict[int, TokenUse]
+
+
+def _to_blame(part: Sequence[Trajectory], tokens: TokenBatch, loss: float) -> list[Finding]:
+    """Who made the loss of a micro-batch what it is: those whose own numbers are not finite, or
+    all of them where none are."""
+    found: list[Finding] = []
+    sizes = [t.response_tokens for t in part]
+    named_values = (
+        ("the student's log-probs in the update", tokens.logp),
+        ("the divergence from the teacher", tokens.divergence),
+    )
+    for name, values in named_values:
+        if values is None:
+            continue
+        pieces = torch.split(values.detach().reshape(-1), sizes)
+        found += [
+            (t, f"{name} are not finite ({int((~piece.isfinite()).sum())} of {len(piece)})")
+            for t, piece in zip(part, pieces, strict=True)
+            if not piece.isfinite().all()
+        ]
+    return found or [(t, f"the loss of its micro-batch is {loss}") for t in part]
+
+
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that require a gradient, in the model's order."""
     return [p for p in model.parameters() if p.requires_grad]
@@ -68,6 +102,12 @@ class Updater:
         config: AdamW's settings.
         teacher: for objectives on whole distributions.
         max_tokens: rows x tokens of one micro-batch; any value gives the same gradient.
+        skip_nonfinite: leave out mini-batches whose loss or gradient is not finite.
+
+    Attributes:
+        updates: updates made so far by this object.
+        blamed: trajectories of the last `step` because of which an update was not made, each with
+            what was wrong.
     """
 
     def __init__(
@@ -78,9 +118,13 @@ class Updater:
         *,
         max_tokens: int,
         teacher: TransformersPolicy | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.policy, self.objective, self.teacher = policy, objective, teacher
-        self._config, self._max_tokens = config, max_tokens
+        self.uses: dict[int, TokenUse] = {}  # of the last step, by id(trajectory)
+        self._config, self._max_tokens, self._skip = config, max_tokens, skip_nonfinite
+        self.updates = 0
+        self.blamed: list[Finding] = []
         self._parameters = trainable_parameters(policy.adapter.model)
         self.optimizer = torch.optim.AdamW(
             self._parameters,
@@ -110,56 +154,81 @@ class Updater:
             entropy: its entropies, likewise.
 
         Raises:
-            NonFiniteError: loss or gradient is not finite. The parameters are then as before
-                that mini-batch's update.
+            NonFiniteError: loss or gradient is not finite, and the run does not skip. Parameters
+                and optimizer are then as before that mini-batch's update.
         """
         everything = [t for batch in mini_batches for t in batch]
         # One threshold for the whole batch: micro- and mini-batches must not change who is kept.
         entropies = np.concatenate([entropy[id(t)][t.loss_mask] for t in everything])
         entropies_N = torch.from_numpy(entropies)
         threshold = self.objective.threshold(entropies_N, torch.ones_like(entropies_N))
+        self.uses, self.blamed = {}, []
+        totals = TokenTotals()
+        losses, norms = [], []
+        rate = float(self.optimizer.param_groups[0]["lr"])
         model = self.policy.adapter.model
         model.train()
-        totals = TokenTotals()
-        losses, norms, rate = [], [], 0.0
-        for batch in mini_batches:
-            self.optimizer.zero_grad(set_to_none=True)
-            counts = TokenTotals()
-            for group in split_by_tokens([len(t.ids) for t in batch], self._max_tokens):
-                part = [batch[i] for i in group]
-                tokens = self._token_batch(part, logp_old, entropy)
-                terms = self.objective.terms(tokens, step, threshold)
-                terms.numerator.backward()  # type: ignore[no-untyped-call]
-                counts.add(terms, tokens.loss_mask)
-            # The loss is a mean over what is kept in the whole mini-batch, whose number is known
-            # only now: gradients of the sums are divided once, so the split cannot matter.
-            scale = 1.0 / max(1.0, counts.denominator)
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-            norm = float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
-            loss = counts.loss
-            totals.merge(counts)
-            if not np.isfinite(loss) or not np.isfinite(norm):
-                self.optimizer.zero_grad(set_to_none=True)
-                raise NonFiniteError(
-                    f"step {step}: the loss is {loss} and the gradient norm {norm}; the update was "
-                    f"not made. Tasks in this mini-batch: {', '.join(t.task_id for t in batch[:8])}"
-                    f"{' ...' if len(batch) > 8 else ''}"
-                )
-            rate = float(self.optimizer.param_groups[0]["lr"])  # before the scheduler moves on
-            self.optimizer.step()
-            self.scheduler.step()
-            losses.append(loss)
-            norms.append(norm)
-        model.eval()
+        try:
+            for batch in mini_batches:
+                made = self._gradient(batch, step, threshold, logp_old, entropy)
+                if isinstance(made, list):
+                    # Before anything else: what is in the gradients must reach no other update.
+                    self.optimizer.zero_grad(set_to_none=True)
+                    self.blamed += made
+                    if not self._skip:
+                        raise NonFiniteError(describe(step, made))
+                    continue
+                totals.merge(made.counts)
+                losses.append(made.counts.loss)
+                norms.append(made.norm)
+                rate = float(self.optimizer.param_groups[0]["lr"])  # before the scheduler moves on
+                self.optimizer.step()
+                self.scheduler.step()
+                self.updates += 1
+                self.uses.update(made.uses)  # only now: a refused update made nothing of its tokens
+        finally:
+            model.eval()
         return UpdateStats(
-            loss=float(np.mean(losses)),
-            grad_norm=float(np.mean(norms)),
+            loss=float(np.mean(losses)) if losses else float("nan"),
+            grad_norm=float(np.mean(norms)) if norms else float("nan"),
             lr=rate,
             threshold=threshold,
+            skipped=len(mini_batches) - len(losses),
             **totals.shares(),
         )
+
+    def _gradient(
+        self,
+        batch: Sequence[Trajectory],
+        step: int,
+        threshold: float | None,
+        logp_old: dict[int, FloatArray],
+        entropy: dict[int, FloatArray],
+    ) -> _Gradient | list[Finding]:
+        """Leaves a mini-batch's gradient in the parameters; or says who is to blame that there is
+        none."""
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = TokenTotals()
+        uses: dict[int, TokenUse] = {}
+        for group in split_by_tokens([len(t.ids) for t in batch], self._max_tokens):
+            part = [batch[i] for i in group]
+            tokens = self._token_batch(part, logp_old, entropy)
+            terms = self.objective.terms(tokens, step, threshold)
+            if not torch.isfinite(terms.numerator):
+                return _to_blame(part, tokens, float(terms.numerator.detach()))
+            terms.numerator.backward()  # type: ignore[no-untyped-call]
+            counts.add(terms, tokens.loss_mask)
+            uses.update(zip(map(id, part), token_uses(part, terms), strict=True))
+        # The loss is a mean over what is kept in the whole mini-batch, whose number is known
+        # only now: gradients of the sums are divided once, so the split cannot matter.
+        scale = 1.0 / max(1.0, counts.denominator)
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+        if not np.isfinite(norm):
+            return [(t, f"the gradient norm of its mini-batch is {norm}") for t in batch]
+        return _Gradient(counts, norm, uses)
 
     def _token_batch(
         self,

@@ -27,8 +27,8 @@ def judge_rows(rows: Sequence[Row], judge: Judge, judged: Path) -> list[Row]:
     Raises:
         JudgeError: nothing can be asked of this judge; what it said so far is kept.
     """
-    known = _read(judged)
-    waiting = {_key(row): row for row in rows if row["undecided"] and _key(row) not in known}
+    known = read_replies(judged)
+    waiting = {row_key(row): row for row in rows if row["undecided"] and row_key(row) not in known}
     requests = [
         Extract(row["question"], row["response"], row["kind"], tuple(row.get("options", ())), key)
         for key, row in waiting.items()
@@ -52,10 +52,11 @@ def judge_rows(rows: Sequence[Row], judge: Judge, judged: Path) -> list[Row]:
             if not reply.undecided:  # what failed now may be asked again later
                 writer.write(entry)
             known[reply.id] = entry
-    return [_merged(row, known.get(_key(row))) for row in rows]
+    return [merged_row(row, known.get(row_key(row))) for row in rows]
 
 
-def _merged(row: Row, reply: Mapping[str, Any] | None) -> Row:
+def merged_row(row: Row, reply: Mapping[str, Any] | None) -> Row:
+    """The row with the judge's finding, if there is one."""
     if reply is None:
         return row
     merged = {**row, "judge": {k: reply[k] for k in ("how", "said", "error", "judge")}}
@@ -73,11 +74,13 @@ def _merged(row: Row, reply: Mapping[str, Any] | None) -> Row:
     }
 
 
-def _key(row: Row) -> str:
+def row_key(row: Row) -> str:
+    """By which ``judged.jsonl`` names a row."""
     return f"{row['benchmark']}/{row['index']}/{row['sample']}"
 
 
-def _read(judged: Path) -> dict[str, Mapping[str, Any]]:
+def read_replies(judged: Path) -> dict[str, Mapping[str, Any]]:
+    """What the judge said so far, by `row_key`."""
     if not judged.is_file():
         return {}
     return {entry["key"]: entry for entry in read_json_lines(judged)}

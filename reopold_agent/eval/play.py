@@ -150,5 +150,11 @@ def _turn(turn: Any) -> dict[str, Any]:
         "observation": turn.observation,
         "tool": None
         if call is None
-        else {"name": call.name, "arguments": call.arguments, "ok": call.ok, "error": call.error},
+        else {
+            "name": call.name,
+            "arguments": call.arguments,
+            "ok": call.ok,
+            "error": call.error,
+            "regions": [{"image": r.image, "box": list(r.box)} for r in call.regions],
+        },
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from reopold_agent.tracking.files import write_bytes_atomic
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
 
@@ -23,7 +26,9 @@ def make_plots(results: Mapping[str, Any], folder: Path) -> list[Path]:
         target = folder / f"scaling-{name}.png"
         figure = scaling_figure(name, figures)
         FigureCanvasAgg(figure)
-        figure.savefig(target)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png")
+        write_bytes_atomic(target, drawn.getvalue())
         made.append(target)
     return made
 

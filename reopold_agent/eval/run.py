@@ -13,12 +13,14 @@ import torch
 from omegaconf import OmegaConf
 
 import reopold_agent.envs  # noqa: F401  # registers the environments
-from reopold_agent.config import PixelsConfig, PolicyConfig, build, config_differences
+from reopold_agent.config import PixelsConfig, PolicyConfig, ToolsConfig, build, config_differences
 from reopold_agent.errors import CheckpointError
 from reopold_agent.eval.benchmarks import Benchmark, LoadedBenchmark, load_benchmark, select
 from reopold_agent.eval.judging import judge_rows
 from reopold_agent.eval.latency import LatencyPoint, measure_latency
 from reopold_agent.eval.play import Row, play_benchmark
+from reopold_agent.eval.plots import make_plots
+from reopold_agent.eval.report import markdown, write_page
 from reopold_agent.eval.results import benchmark_results
 from reopold_agent.judges.llm import Judge, make_judge
 from reopold_agent.policies.base import Closeable, Policy
@@ -33,16 +35,18 @@ from reopold_agent.policies.loading import (
     model_path,
     pick_device,
 )
-from reopold_agent.policies.registry import is_trainers_own, make_policy
+from reopold_agent.policies.registry import is_trainers_own, make_policy, reads_weights
 from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
+from reopold_agent.tracking.files import write_text_atomic
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.signals import sigterm_as_interrupt
 from reopold_agent.tracking.summary import write_json_atomic
 from reopold_agent.types import IMAGE_MARK, Sampling
 
-FREE_TO_CHANGE = ("judge", "ks", "engine", "benchmark", "suite", "latency")
+FREE_TO_CHANGE = ("judge", "ks", "engine", "benchmark", "suite", "latency", "tracking", "tools")
 """Settings that do not influence a response: a resumed evaluation may change them."""
 
 
@@ -99,10 +103,13 @@ class EvaluateConfig:
     dtype: str = "auto"
     attention: str = "sdpa"
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    tracking: dict[str, Any] = field(default_factory=dict)
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
 
 
 class Evaluation:
-    """Plays, judges and scores. Files: ``responses.jsonl``, ``judged.jsonl``, ``results.json``.
+    """Plays, judges and scores. Files: ``responses.jsonl``, ``judged.jsonl``, ``results.json``,
+    and for people ``results.md``, ``report.html`` and ``plots``.
 
     Args:
         config: the checked configuration.
@@ -121,12 +128,12 @@ class Evaluation:
             ReopoldError: anything the user can mend. Data and judge are checked before a model
                 is loaded.
         """
-        with self.folder.lock():
+        with sigterm_as_interrupt(), self.folder.lock():
             self._check_resume()
             chosen = select(self.config.benchmarks, self.config.benchmark, self.config.suite)
             loaded = [load_benchmark(self._sampled(benchmark)) for benchmark in chosen]
             spec = self._model_spec()
-            check_available(spec, "model")
+            check_available(spec, "model", weights=reads_weights(self.config.policy.student))
             with make_judge(self.config.judge) as judge:
                 self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
                 return self._run(loaded, spec, judge)
@@ -140,7 +147,11 @@ class Evaluation:
         elif spec.path.startswith("demo:"):
             torch.set_num_threads(1)  # a model this small is fastest on one thread
         own = is_trainers_own(self.config.policy.student)
-        model = load_model(spec, "model", device) if own else load_processing(spec, "model")
+        if own:
+            model: Processing = load_model(spec, "model", device)
+        else:
+            weights = reads_weights(self.config.policy.student)
+            model = load_processing(spec, "model", weights=weights)
         self.folder.write_versions(device=device_name(device))
         results: dict[str, Any] = {
             "model": {
@@ -166,6 +177,10 @@ class Evaluation:
         results["judge"] = {**judge.describe(), "counters": judge.counters()}
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json_atomic(self.folder.path / "results.json", results)
+        write_text_atomic(self.folder.path / "results.md", markdown(results))
+        rows = [row for each in self.rows.values() for row in each]
+        write_page(results, rows, self.folder.path, self.folder.path / "report.html")
+        make_plots(results, self.folder.plots)
         return results
 
     def _policy(self, model: Processing, chat: ChatRenderer) -> Policy:
@@ -252,7 +267,7 @@ class Evaluation:
     ) -> RolloutRunner:
         pixels = build(PixelsConfig, self._pixels(loaded.benchmark), "pixels.")
         return RolloutRunner(
-            lambda: make_benchmark_env(loaded, play),
+            lambda: make_benchmark_env(loaded, play, self.config.tools),
             chat,
             model.vision,
             prompt_pixels=PixelLimits(**vars(pixels.prompt)),
@@ -268,7 +283,7 @@ class Evaluation:
 
     def _prompt(self, loaded: LoadedBenchmark, play: PlayConfig) -> dict[str, str]:
         """The system message, and the first question as the model is shown it."""
-        env = make_benchmark_env(loaded, play)
+        env = make_benchmark_env(loaded, play, self.config.tools)
         observation, info = env.reset(options={"split": "eval", "index": 0})
         env.close()
         first = observation["text"].replace(IMAGE_MARK, "<image>")
@@ -311,12 +326,20 @@ class Evaluation:
             )
 
 
-def make_benchmark_env(loaded: LoadedBenchmark, play: PlayConfig) -> gymnasium.Env[Any, str]:
+def make_benchmark_env(
+    loaded: LoadedBenchmark, play: PlayConfig, tools: ToolsConfig
+) -> gymnasium.Env[Any, str]:
     """An environment whose split ``eval`` is the benchmark's rows."""
+    isolation = dict(vars(tools))
+    isolation["mode"] = isolation.pop("isolation")
+    more: dict[str, Any] = {}
+    if isolation["mode"] not in ("auto", "none"):
+        more["tool_isolation"] = isolation
     return gymnasium.make(
         play.env,
         disable_env_checker=True,
         data={"eval": loaded.tasks},
         max_turns=play.max_turns,
+        **more,
         **{**play.env_kwargs, **dict(loaded.benchmark.env_kwargs or {})},
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from reopold_agent.errors import CheckpointError
+from reopold_agent.errors import CheckpointError, Terminated
 from reopold_agent.study.grid import Probe, Run
 from reopold_agent.tracking.files import write_json_atomic
 from reopold_agent.tracking.progress import duration
@@ -314,7 +314,7 @@ def _terminable() -> Iterator[None]:
     """SIGTERM is a Ctrl-C: children are stopped, not left."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise Terminated
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from reopold_agent.errors import StorageError
+
+_ADVICE = {
+    errno.ENOSPC: "The disk is full: free some space",
+    errno.EDQUOT: "Your quota is used up: free some space",
+    errno.EFBIG: "A limit on file sizes forbids it (ulimit -f): raise it",
+    errno.EROFS: "The file system is read-only: make it writable, or choose another hydra.run.dir",
+    errno.EACCES: "You may not write there: check the permissions, or choose another hydra.run.dir",
+    errno.EPERM: "You may not write there: check the permissions, or choose another hydra.run.dir",
+}
 
 
 def to_json(value: Any) -> Any:
@@ -66,23 +80,118 @@ def dump_json(value: Any, *, indent: int | None = None) -> bytes:
         return json.dumps(plain, allow_nan=False, indent=indent).encode("ascii")
 
 
+def cannot_write(path: Path, error: OSError) -> StorageError:
+    """The error to raise where the system refused to write ``path``: two lines."""
+    advice = _ADVICE.get(error.errno or 0, "Check the disk")
+    told = StorageError(
+        f"cannot write {path}: {error.strerror or error}\n"
+        f"{advice}; the same command then goes on from what is saved."
+    )
+    told.errno = error.errno
+    return told
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Says what to do when the system refuses to write ``path``.
+
+    Raises:
+        StorageError: in place of any other OSError of the block.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill, which becomes ``target`` when the block ends well.
+
+    A kill leaves the old folder, the new one, or (where there was an old one) for a moment none;
+    never half of one. What it leaves beside is for `remove_leftovers`.
+
+    Raises:
+        StorageError: it cannot be written; ``target`` is as before.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    old = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
+    with writing(target):
+        try:
+            for folder in (temporary, old):
+                shutil.rmtree(folder, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            yield temporary
+            flush_tree(temporary)
+            if target.exists():
+                target.rename(old)
+            temporary.rename(target)
+            flush_folder(target.parent)
+        finally:
+            for folder in (temporary, old):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that a kill in between leaves nothing under its name."""
+    hidden = folder.with_name(f".{folder.name}.{os.getpid()}.old.tmp")
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Removes what killed processes were writing; the caller holds the run folder's lock."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flushes all files and folders below a folder, and itself, to disk."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        elif path.is_dir():
+            flush_folder(path)
+    flush_folder(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Flushes a folder's list of names to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_bytes_atomic(path: Path, data: bytes, *, flush: bool = True) -> None:
     """Replaces the file at once: a reader or a kill sees the old content or the new.
 
     The temporary file lies beside it (a rename does not cross file systems). With ``flush`` it is
     flushed to disk before the rename, so that not even a power cut can leave an empty file under
     the name.
+
+    Raises:
+        StorageError: it cannot be written; the old content is there, and nothing beside it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            if flush:
-                os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
+                if flush:
+                    os.fsync(stream.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from typing_extensions import Self
 
 from reopold_agent.errors import DataError
-from reopold_agent.tracking.files import dump_json, write_bytes_atomic
+from reopold_agent.tracking.files import dump_json, write_bytes_atomic, writing
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
@@ -85,16 +85,17 @@ class JsonLines:
         """Appends one row.
 
         Raises:
-            OSError: the row could not be written whole; what was written of it is taken back.
+            StorageError: the row could not be written whole; what was written of it is taken back.
         """
         line = memoryview(dump_json(row) + b"\n")
-        start = self._stream.seek(0, 2)
-        try:
-            while line:  # a raw write may take only a part of it
-                line = line[self._stream.write(line) or 0 :]
-        except OSError:
-            self._stream.truncate(start)
-            raise
+        with writing(self.path):
+            start = self._stream.seek(0, 2)
+            try:
+                while line:  # a raw write may take only a part of it
+                    line = line[self._stream.write(line) or 0 :]
+            except OSError:
+                self._stream.truncate(start)
+                raise
 
     def truncate_after(self, step: int) -> int:
         """Drops what a run that goes on from checkpoint ``step`` will write again.
@@ -134,16 +135,18 @@ class JsonLines:
 
     def _open(self) -> None:
         # Unbuffered, so that a line is in the kernel's hands when `write` returns.
-        self._stream = self.path.open("ab", buffering=0)
+        with writing(self.path):
+            self._stream = self.path.open("ab", buffering=0)
 
     def _repair(self) -> None:
         data = self.path.read_bytes()
         end = data.rfind(b"\n") + 1
         if end < len(data):
-            if _parse(data[end:]) is not None:
-                self._stream.write(b"\n")
-            else:
+            if _parse(data[end:]) is None:
                 self._stream.truncate(end)
+                return
+            with writing(self.path):
+                self._stream.write(b"\n")
 
 
 def _is_after(row: Mapping[str, Any], step: int) -> bool:
@@ -166,7 +169,7 @@ class MetricsWriter(JsonLines):
         Raises:
             ValueError: the row's ``kind`` is neither "train" nor "eval", or its ``step`` is not
                 an integer: such a row would survive, or not, a resume by accident.
-            OSError: as in `JsonLines.write`.
+            StorageError: as in `JsonLines.write`.
         """
         kind, step = row.get("kind"), row.get("step")
         if kind not in ("train", "eval"):

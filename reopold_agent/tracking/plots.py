@@ -9,6 +9,7 @@ the student after ``s`` updates.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from reopold_agent.errors import ReopoldError
+from reopold_agent.tracking.files import write_bytes_atomic
 from reopold_agent.tracking.history import History, number
 from reopold_agent.tracking.metrics import read_metrics
 
@@ -84,7 +86,9 @@ def make_plots(run_dir: str | Path) -> list[Path]:
         for name, draw in drawings:
             figure = draw(history)
             if figure is not None:
-                figure.savefig(folder / name, format="png")  # by Agg, without pyplot
+                drawn = io.BytesIO()
+                figure.savefig(drawn, format="png")  # by Agg, without pyplot
+                write_bytes_atomic(folder / name, drawn.getvalue())
                 written.append(folder / name)
     return written
 

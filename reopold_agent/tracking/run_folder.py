@@ -21,7 +21,12 @@ from typing_extensions import Self
 
 import reopold_agent
 from reopold_agent.errors import CheckpointError
-from reopold_agent.tracking.files import write_json_atomic, write_text_atomic
+from reopold_agent.tracking.files import (
+    remove_leftovers,
+    write_json_atomic,
+    write_text_atomic,
+    writing,
+)
 
 if sys.platform != "win32":
     import fcntl
@@ -37,7 +42,7 @@ class RunFolder:
 
     Attributes:
         path: the folder, absolute.
-        config, versions, metrics, trajectories, summary, log: paths of its files.
+        config, versions, metrics, trajectories, summary, data_report, log: paths of its files.
         pictures, plots, checkpoints: its folders.
         final: folder of the trained student; made by who saves it.
     """
@@ -49,6 +54,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.trajectories = self.path / "trajectories.jsonl"
         self.summary = self.path / "summary.json"
+        self.data_report = self.path / "data_report.json"
         self.log = self.path / "train.log"
         self.pictures = self.path / "pictures"
         self.plots = self.path / "plots"
@@ -61,7 +67,7 @@ class RunFolder:
 
         The lock is ``flock`` on ``RUN/.lock``: the kernel frees it when the process ends in any
         way, SIGKILL included, so no stale lock can block a resume. (A child made by a bare fork
-        shares it.) On Windows there is no lock.
+        shares it.) On Windows there is no lock. What a killed owner left half-written is removed.
 
         Raises:
             CheckpointError: another process (or this one, by another context) holds the folder,
@@ -76,6 +82,8 @@ class RunFolder:
             raise CheckpointError(f"cannot make the run folder {self.path}: {error}") from error
         with stream:
             self._acquire(stream)
+            with writing(self.path):
+                remove_leftovers(self.path, self.pictures, self.plots, self.checkpoints)
             yield self
 
     def checkpoint(self, step: int) -> Path:
@@ -129,9 +137,9 @@ class RunFolder:
                 raise
             # Some network file systems have no locks; refusing to train there helps nobody.
             _log.warning("%s: this file system has no locks (%s)", self.path, error)
-        stream.truncate(0)
-        stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        stream.flush()
+        with writing(self.path / ".lock"):  # without a buffer, which would be flushed once more
+            os.ftruncate(stream.fileno(), 0)
+            os.write(stream.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def versions(device: str = "cpu") -> dict[str, Any]:

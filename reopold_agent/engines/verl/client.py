@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from reopold_agent.errors import ModelError, ModelServerError
+from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError
 from reopold_agent.types import (
     Completion,
     EncodedImage,
@@ -220,7 +220,8 @@ async def score(servers: Servers, trajectory: Trajectory) -> FloatArray:
 
     Raises:
         ModelServerError: the request failed.
-        ModelError: the answer is not about these tokens, or not finite.
+        ModelError: the answer is not about these tokens.
+        NonFiniteError: it is not finite.
     """
     parameters = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0, "detokenize": False}
     output = await servers.request(
@@ -240,8 +241,9 @@ def aligned_scores(trajectory: Trajectory, ids: Any, values: FloatArray) -> Floa
         values: (L,) their log-probs.
 
     Raises:
-        ModelError: other tokens, another length, or values that are not finite (peers were off by
-            some positions: ms-swift #9011).
+        ModelError: other tokens or another length (peers were off by some positions: ms-swift
+            #9011).
+        NonFiniteError: values that are not finite.
     """
     length = len(trajectory.ids)
     if len(ids) != length or len(values) != length:
@@ -258,7 +260,7 @@ def aligned_scores(trajectory: Trajectory, ids: Any, values: FloatArray) -> Floa
     scores = np.zeros(length, dtype=np.float32)
     scores[1:] = np.where(trajectory.loss_mask[1:], values[:-1], 0.0)
     if not np.isfinite(scores).all():
-        raise ModelError(
+        raise NonFiniteError(
             f"the teacher's log-probs of task {trajectory.task_id} are not finite; its vLLM may "
             "have masked an id that the student can sample"
         )

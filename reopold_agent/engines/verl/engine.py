@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 from reopold_agent import orphans
-from reopold_agent.engines.environments import make_env, num_tasks
+from reopold_agent.engines.environments import checked_tasks
 from reopold_agent.engines.evaluations import summarise
 from reopold_agent.engines.run_state import Engine, model_specs, run_objective
 from reopold_agent.engines.verl.compose import (
@@ -34,7 +33,7 @@ from reopold_agent.policies.loading import (
     check_vocabularies,
     load_processing,
 )
-from reopold_agent.tracking.files import write_json_atomic
+from reopold_agent.tracking.files import replaced_folder, write_json_atomic
 from reopold_agent.tracking.metrics import read_metrics
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
@@ -69,14 +68,12 @@ class VerlEngine(Engine):
         specs = model_specs(config, objective)
         with_teacher = "teacher" in specs
         contexts = self._check_models(specs)
-        probe = make_env(config)
-        tasks = {split: num_tasks(probe, split) for split in ("train", "eval")}
-        probe.close()
+        tasks = checked_tasks(config, self.folder.data_report)
         composed = verl_config(
             config, self.folder.path, with_teacher=with_teacher, device=device, contexts=contexts
         )
         if checkpoint is None:
-            self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
+            self.folder.write_config(self._config_text())
         self.folder.write_versions(device=device)
         started = time.perf_counter()
         with Progress(config.steps) as progress:
@@ -188,16 +185,13 @@ class VerlEngine(Engine):
         exported = checkpoint / "actor" / "huggingface"
         if not (exported / "config.json").is_file():
             raise CheckpointError(f"verl exported no model to {exported}")
-        temporary = self.folder.path / f".final-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(exported, temporary)
         # verl's processor files are those of torchvision; ours are the student's own.
         processing = load_processing(ModelSpec(**vars(self.config.model.student)), "student")
-        processing.tokenizer.save_pretrained(temporary)
-        if processing.vision is not None:
-            processing.vision.processor.save_pretrained(temporary)
-        shutil.rmtree(self.folder.final, ignore_errors=True)
-        temporary.rename(self.folder.final)
+        with replaced_folder(self.folder.final) as temporary:
+            shutil.copytree(exported, temporary, dirs_exist_ok=True)
+            processing.tokenizer.save_pretrained(temporary)
+            if processing.vision is not None:
+                processing.vision.processor.save_pretrained(temporary)
         rows = read_metrics(self.folder.metrics)
         summary = summarise(rows, self.config, self.folder.path)
         summary["seconds"] = round(seconds, 1)
@@ -208,12 +202,23 @@ class VerlEngine(Engine):
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """verl's newest whole checkpoint: the one its tracker file names."""
+    """verl's newest whole checkpoint: the one its tracker file names.
+
+    Raises:
+        CheckpointError: it names none; going on from the start would throw the others away.
+    """
     tracker = folder / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         return None
-    found = folder / f"global_step_{tracker.read_text(encoding='utf-8').strip()}"
-    return found if found.is_dir() else None
+    step = tracker.read_text(encoding="utf-8").strip()
+    found = folder / f"global_step_{step}"
+    if not step.isdigit() or not found.is_dir():
+        there = ", ".join(sorted(p.name for p in folder.glob("global_step_*"))) or "none"
+        raise CheckpointError(
+            f"{tracker} says '{step}', which is no checkpoint; there are: {there}\n"
+            "Write the number of a whole one into it, or remove it to start over."
+        )
+    return found
 
 
 def _step(checkpoint: Path) -> int:

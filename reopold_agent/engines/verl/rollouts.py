@@ -28,9 +28,12 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.environments import make_runner
+from reopold_agent.engines.nonfinite import describe, unusable_logp, unusable_outcome
+from reopold_agent.engines.run_state import run_objective
 from reopold_agent.engines.verl.client import Pictures, ServerPolicy, Servers, score
 from reopold_agent.engines.verl.records import to_row
-from reopold_agent.errors import ModelError, ModelServerError
+from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError
+from reopold_agent.objectives import Needs
 from reopold_agent.policies.loading import ModelSpec, load_processing
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
@@ -129,6 +132,7 @@ class RolloutWorker:
         loop = asyncio.get_event_loop()
         self._player = Player(config, student, teacher, loop, concurrency)
         self._sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
+        self._outcomes = bool(run_objective(config).needs & Needs.OUTCOME)
 
     async def play(self, prompt: Prompt) -> None:
         """Plays the prompt's episodes and marks it as finished. Safe to repeat."""
@@ -182,8 +186,16 @@ class RolloutWorker:
                 return
             if self._player.teacher is not None:
                 trajectory.teacher_logp = await score(self._player.teacher, trajectory)
+            wrong = self._unusable(trajectory)
+            if wrong is not None:
+                raise NonFiniteError(describe(prompt.step, [(trajectory, wrong)]))
         except ModelServerError as error:
             _log.error("episode %s of step %d is dropped: %s", spec, prompt.step, error)
+            return
+        except NonFiniteError as error:
+            if self._config.on_nonfinite == "fail":
+                raise
+            _log.warning("dropped: %s", error)
             return
         finally:
             self._player.pictures.forget(trajectory.images)
@@ -203,6 +215,15 @@ class RolloutWorker:
             tags=[tag],
             partition_id=TRAIN,
         )
+
+    def _unusable(self, trajectory: Trajectory) -> str | None:
+        """What makes the numbers that came from outside useless, or None."""
+        if self._outcomes and (wrong := unusable_outcome(trajectory)):
+            return wrong
+        wrong = unusable_logp(trajectory.logp, trajectory, "student's (vLLM)")
+        if wrong is None and self._player.teacher is not None:
+            wrong = unusable_logp(trajectory.teacher_logp, trajectory, "teacher's (vLLM)")
+        return wrong
 
 
 class RolloutManager:

@@ -25,7 +25,13 @@ from verl.workers.utils.padding import response_to_nested
 from reopold_agent.config import TrainConfig
 from reopold_agent.engines.collect import outcomes_of
 from reopold_agent.engines.evaluations import ends_due, evaluation_row
-from reopold_agent.engines.teaching import checked
+from reopold_agent.engines.nonfinite import (
+    MOST_IN_A_ROW,
+    describe,
+    unusable_entropy,
+    unusable_logp,
+)
+from reopold_agent.engines.token_use import expected_use
 from reopold_agent.engines.totals import TokenTotals
 from reopold_agent.engines.update import UpdateStats
 from reopold_agent.engines.verl.loss import STEP, THRESHOLD, ObjectiveLoss
@@ -71,6 +77,7 @@ class Trainer(PPOTrainerSync):
         tasks: Mapping[str, int],
     ) -> None:
         self.run_config, self.objective, self.folder = config, objective, folder
+        self._without_update = 0  # steps in a row
         self.task_counts = dict(tasks)
         self.metrics = MetricsWriter(folder / "metrics.jsonl")
         self.trajectories = JsonLines(folder / "trajectories.jsonl")
@@ -196,15 +203,23 @@ class Trainer(PPOTrainerSync):
                 "the rollout workers says why"
             )
         self._rows = rows
-        for trajectory, logp in rows:
-            for values in (logp, trajectory.entropy):
-                checked(values, trajectory, "student", self.global_steps - 1)
+        # The trainer's own numbers: where the student itself is broken, no row can be left out.
+        findings = [
+            (t, wrong)
+            for t, logp in rows
+            if (wrong := unusable_logp(logp, t, "student's") or unusable_entropy(t.entropy, t))
+        ]
+        if findings:
+            raise NonFiniteError(describe(self.global_steps - 1, findings))
         entropy_N = torch.from_numpy(np.concatenate([t.entropy[t.loss_mask] for t, _ in rows]))
         self._threshold = self.objective.threshold(entropy_N, torch.ones_like(entropy_N))
         if Needs.OUTCOME not in self.objective.needs:
             return batch
         outcomes = outcomes_of([t for t, _ in rows])
-        advantages = iter(self.objective.advantages(outcomes).tolist())
+        values = self.objective.advantages(outcomes).tolist()
+        for (trajectory, _), value in zip(rows, values, strict=True):
+            trajectory.advantage = value
+        advantages = iter(values)
         mask = table["response_mask"]
         padded = mask.to_padded_tensor(0)
         values_BT = torch.zeros(padded.shape, dtype=torch.float32)
@@ -234,25 +249,37 @@ class Trainer(PPOTrainerSync):
             temperature=1.0,
         )
         output = self.actor_rollout_wg.update_actor(batch)["metrics"]
-        totals = TokenTotals()
-        losses = []
-        for counts in output[TOTALS]:
-            one = TokenTotals(**counts)
-            losses.append(one.loss)
-            totals.merge(one)
+        counts = [TokenTotals(**one) for one in output[TOTALS]]
         norms = [float(norm) for norm in _listed(output["grad_norm"])]
+        finite = [
+            bool(np.isfinite([one.loss, norm]).all())
+            for one, norm in zip(counts, norms, strict=True)
+        ]
+        totals = TokenTotals()
+        for one, made in zip(counts, finite, strict=True):
+            if made:
+                totals.merge(one)
+        losses = [one.loss for one, made in zip(counts, finite, strict=True) if made]
+        kept_norms = [norm for norm, made in zip(norms, finite, strict=True) if made]
         self._update = UpdateStats(
-            loss=float(np.mean(losses)),
-            grad_norm=float(np.mean(norms)),
+            loss=float(np.mean(losses)) if losses else float("nan"),
+            grad_norm=float(np.mean(kept_norms)) if losses else float("nan"),
             lr=float(_listed(output["lr"])[-1]),
             threshold=self._threshold,
+            skipped=finite.count(False),
             **totals.shares(),
         )
-        if not np.isfinite([*losses, *norms]).all():
+        self._without_update = 0 if losses else self._without_update + 1
+        if self._update.skipped and (
+            self.run_config.on_nonfinite == "fail" or self._without_update >= MOST_IN_A_ROW
+        ):
+            shown = [f"{one.loss:g} and {norm:g}" for one, norm in zip(counts, norms, strict=True)]
+            first = ", ".join(t.task_id for t, _ in self._rows[:8])
             raise NonFiniteError(
-                f"step {self.global_steps - 1}: the loss is {losses} and the gradient norm {norms} "
-                "(by mini-batch); verl did not make the updates that are not finite. The last "
-                "checkpoint is whole."
+                f"step {self.global_steps - 1}: loss and gradient norm by mini-batch are "
+                f"{'; '.join(shown)}; verl did not make the updates that are not finite. The "
+                f"step's tasks: {first} ...\nThe last checkpoint is whole; the same command with "
+                "on_nonfinite=skip goes on from it without such updates."
             )
         return batch
 
@@ -279,6 +306,7 @@ class Trainer(PPOTrainerSync):
             "rollout/dropped": float(wanted - len(trajectories)),
             "rollout/trained_share": len(trajectories) / wanted,
             **gap_statistics(trajectories, logps),
+            **self._skipped(),
             **_times(timing_raw, time.perf_counter() - self._started),
         }
         sampled = sum(t.response_tokens for t in trajectories)
@@ -291,16 +319,26 @@ class Trainer(PPOTrainerSync):
 
     # Our own
 
+    def _skipped(self) -> dict[str, int]:
+        skips = self.run_config.on_nonfinite == "skip"
+        return {"update/skipped": self._update.skipped} if skips else {}
+
     def _write_trajectories(self, step: int, trajectories: Sequence[Trajectory]) -> None:
         settings = self.run_config.logging
         if not settings.every or step % settings.every:
             return
         chosen = trajectories[: settings.trajectories]
+        logps = [logp for _, logp in self._rows[: len(chosen)]]
         self._fetch_pictures(chosen, self._keys[: len(chosen)])
-        for trajectory in chosen:
+        for trajectory, logp in zip(chosen, logps, strict=True):
             pictures = save_pictures(trajectory, self.folder)
             record = trajectory_record(
-                trajectory, step=step, who="student", pictures=pictures, decode=self._chat.raw
+                trajectory,
+                step=step,
+                who="student",
+                pictures=pictures,
+                decode=self._chat.raw,
+                use=expected_use(self.objective, trajectory, logp, step, self._threshold),
             )
             self.trajectories.write(record)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -63,7 +64,8 @@ class FsdpEngine(FSDPEngineWithLMHead):
         """One update; the schedule moves with each, not once per step as verl's."""
         self._rate = float(self.optimizer.param_groups[0]["lr"])
         norm = super().optimizer_step()
-        self.lr_scheduler.step()
+        if np.isfinite(float(norm)):  # else verl has left the update out
+            self.lr_scheduler.step()
         return norm
 
     def lr_scheduler_step(self) -> float:
