@@ -224,7 +224,7 @@ class Session:
         if self.config.objective["name"] != "reopold":
             again += f" objective={self.config.objective['name']}"
         summary["next"] = [
-            f"look at {self.folder.path / 'plots'} and {self.folder.path / 'trajectories.jsonl'}",
+            f"python -m reopold_agent.view {self.folder.path}  # curves and episodes",
             f"{again} seed={self.config.seed + 1}",
             f"{again} model.student.path={final} hydra.run.dir={self.folder.path}-more",
         ]
