@@ -399,9 +399,8 @@ class Session:
         for sampling in ends_due(rows, who, step, self.sampling):
             try:
                 self._evaluate(who, policy, step, sampling, curve=False)
-            except (
-                EvaluationStoppedError
-            ):  # before the first step, or after the last, which is saved
+            except EvaluationStoppedError:
+                # Before the first step, or after the last: there is nothing to save.
                 raise self._interrupts.error() from None
 
     def _evaluate_curve(self, step: int) -> None:
