@@ -457,6 +457,20 @@ def test_hostile_words_are_text_on_the_page(tmp_path: Path) -> None:
     assert json.loads(data)["rows"][1]["response"] == hostile
 
 
+def test_a_picture_that_is_gone_or_damaged_costs_no_page(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    (tmp_path / "damaged.png").write_bytes((tmp_path / "good.png").read_bytes()[:40])
+    rows = [right(0, pictures=["good.png", "gone.png", "damaged.png"])]
+    write_page(small_results(rows), rows, tmp_path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    pictures = json.loads(page.split('id="data">')[1].split("</script>")[0])["pictures"]
+    assert pictures["good.png"].startswith("data:image/jpeg;base64,")
+    assert pictures["gone.png"] is pictures["damaged.png"] is None
+    assert "gone.png" in caplog.text
+
+
 def test_the_page_in_a_browser(tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:

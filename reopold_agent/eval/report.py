@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from reopold_agent.data.images import FileImage
+from reopold_agent.errors import DataError
 from reopold_agent.eval.play import Row
 from reopold_agent.tracking.files import write_text_atomic
 from reopold_agent.tracking.html import page_json, source_hash
 from reopold_agent.tracking.progress import is_terminal
+
+_log = logging.getLogger(__name__)
 
 MAX_ROWS = 1000
 """Answers on the page; wrong and undecided ones first. All are in ``responses.jsonl``."""
@@ -125,11 +129,11 @@ def write_page(results: Mapping[str, Any], rows: Sequence[Row], folder: Path, ta
         target: the HTML file.
     """
     chosen = sorted(rows, key=lambda r: (r["correct"], not r["undecided"]))[:MAX_ROWS]
-    pictures: dict[str, str] = {}
+    pictures: dict[str, str | None] = {}
     for row in chosen:
         for path in row["pictures"]:
             if path not in pictures:
-                pictures[path] = _thumbnail(folder / path)
+                pictures[path] = _thumbnail(folder / path)  # null: the page shows its name
     data = {"results": results, "rows": chosen, "pictures": pictures, "all": len(rows)}
     page = (resources.files("reopold_agent.eval") / "report_page.html").read_text(encoding="utf-8")
     script = page.rpartition("<script>")[2].partition("</script>")[0]
@@ -137,9 +141,12 @@ def write_page(results: Mapping[str, Any], rows: Sequence[Row], folder: Path, ta
     write_text_atomic(target, page.replace("@DATA@", page_json(data)))
 
 
-def _thumbnail(path: Path) -> str:
-    with Image.open(path) as opened:
-        image = opened.convert("RGB")
+def _thumbnail(path: Path) -> str | None:
+    try:
+        image = FileImage(path).open()
+    except DataError as error:  # deleted or damaged since; the answers matter more
+        _log.warning("not on the page: %s", error)
+        return None
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=80)

@@ -204,7 +204,7 @@ def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"the {role} '{path}' wants to run Python code of its own, which is refused. Read "
-                f"that code, then set model.{role}.trust_remote_code=true if you trust it"
+                f"that code, then set {_setting(role, 'trust_remote_code')}=true if you trust it"
             ) from error
         if looks_local:
             raise ModelError(f"cannot read the {role} in '{folder}': {error}") from error
@@ -213,7 +213,7 @@ def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
             f"the {role} '{path}' is neither a folder here nor could it be read from the Hugging "
             f"Face hub ({_first_line(error)}).\nDownload it where there is a network:\n"
             f"  hf download {path} --local-dir models/{local}\n"
-            f"and set model.{role}.path=models/{local}"
+            f"and set {_setting(role, 'path')}=models/{local}"
         ) from error
     if getattr(config, "vision_config", None) is not None and config.model_type not in _MULTIMODAL:
         raise ModelError(
@@ -365,11 +365,18 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
+def _setting(role: str, name: str) -> str:
+    """The setting's key in a command line; `evaluate` and `serve` have one model, of no role."""
+    if role != "model":
+        return f"model.{role}.{name}"
+    return "model" if name == "path" else name
+
+
 def _check_folder(folder: Path, role: str, weights: bool) -> None:
     if not folder.is_dir():
         raise ModelError(
-            f"the {role}'s folder '{folder}' does not exist; set model.{role}.path to a folder in "
-            "Hugging Face layout or to a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
+            f"the {role}'s folder '{folder}' does not exist; set {_setting(role, 'path')} to a "
+            "folder in Hugging Face layout or to a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
     needed = [
         ("config.json", ["config.json"]),
