@@ -436,6 +436,10 @@ def test_one_gpu_says_what_the_plan_says() -> None:
     for words, row in (
         (agentic, r"3B student, all weights, 7B teacher \| [^|]+ \| ([\d.]+) \| ([\d.]+) \| "),
         ([*agentic, "gpu=h200"], r"the same \| `h200` \| ([\d.]+) \| ([\d.]+) \| fits"),
+        (
+            [*agentic, "policy=server", "policy.teacher.urls=[http://gpu2:8100]"],
+            r"on another machine \| [^|]+ \| ([\d.]+) \| ([\d.]+) \| fits",
+        ),
         ([*agentic, lora], r"LoRA of rank 16[^|]+\| [^|]+ \| ([\d.]+) \| ([\d.]+) \| fits"),
         (
             ["env=math", "model=r1_distill_1_5b", "data.eval.path=x"],

@@ -57,6 +57,15 @@ def plan(*words: str, gpu: str = "h100_80gb", **changes: Any) -> Plan:
     )
 
 
+def test_a_teacher_behind_a_server_takes_no_memory_here() -> None:
+    words = ("env=pixel_reasoner", "model=qwen2_5_vl_3b")
+    here, there = (
+        plan(*words, *more).memory[0].phases["update"]
+        for more in ((), ("policy=server", "policy.teacher.urls=[http://gpu2:8100]"))
+    )
+    assert dict(here) == {**there, "teacher": 2 * 8_292_166_656}
+
+
 def test_what_fits_is_not_complained_about() -> None:
     made = plan("recipe=paper_math_1_5b")
     assert not [line for line in made.warnings if "does not fit" in line]

@@ -93,10 +93,13 @@ def _remedy(config: TrainConfig, role: GpuMemory, phase: str, largest: str) -> s
             words.insert(0, "model.student.gradient_checkpointing=true, or lower")
         return f"Lower {' or '.join(words)}."
     if local:
-        return (
-            "Use engine=verl over several GPUs, or LoRA "
-            "('model.student.lora={r: 16, lora_alpha: 32, target_modules: all-linear}')."
-        )
+        ways = [
+            "engine=verl over several GPUs",
+            "LoRA ('model.student.lora={r: 16, lora_alpha: 32, target_modules: all-linear}')",
+        ]
+        if "teacher" in role.phases[phase]:
+            ways.append("a teacher on another machine (policy=server)")
+        return f"Use {', or '.join(ways)}."
     return f"Use more GPUs than these {role.gpus} for the student (engine.gpus_per_node, nodes)."
 
 

@@ -233,7 +233,8 @@ def _memory(
     )
     resident = {"process": PROCESS_RESERVE, **trainer.resident(student)}
     taught: dict[str, float] = {}
-    if teacher is not None and layout.schedule != "pools":
+    elsewhere = local and config.policy.teacher["name"] == "server"
+    if teacher is not None and layout.schedule != "pools" and not elsewhere:
         stored = 4 if config.model.teacher and config.model.teacher.dtype == "float32" else 2
         taught = {"teacher": stored * teacher.parameters / (1 if local else layout.teacher)}
     rollout = dict(resident)
