@@ -45,6 +45,7 @@ def lengthened(trajectory: Trajectory, response: int) -> Trajectory:
     prompt = trajectory.prompt_length
     longer.ids = np.arange(prompt + response, dtype=np.int64)
     longer.loss_mask = longer.ids >= prompt
+    longer.logp = scores_for(longer, 1)
     return longer
 
 
@@ -94,6 +95,11 @@ def test_what_rounding_and_short_answers_make_is_no_garbage(random_trajectory: A
     trajectory = lengthened(random_trajectory(0), 20)
     rounded = _with(scores_for(trajectory), trajectory, 1e-6)
     assert unusable_logp(rounded, trajectory, "teacher's") is None
+    collapsed = lengthened(trajectory, 40)  # its student, then its teacher: nothing is open
+    collapsed.logp = np.full(len(collapsed.ids), -1e-3, np.float32)
+    zeros = np.zeros(len(collapsed.ids), np.float32)
+    assert unusable_logp(zeros, collapsed, "teacher's") is None
+    assert unusable_logp(zeros - 2, collapsed, "teacher's") is not None
     short = lengthened(trajectory, 15)  # a sure teacher of a few tokens
     assert unusable_logp(np.zeros(len(short.ids), np.float32), short, "teacher's") is None
 

@@ -30,6 +30,9 @@ TOLERANCE = 1e-3
 CONSTANT = 16
 """From so many tokens on, log-probs that are all the same float32 come from no model."""
 
+ROUNDING, SURE = 1e-6, 0.05
+"""Nats: how far rounding takes a certain token's log-prob, and up to which its sampler was sure."""
+
 NOTE = "nonfinite"
 """Key of a trajectory's ``info`` that says what was wrong."""
 
@@ -119,7 +122,10 @@ def unusable_logp(values: Any, trajectory: Trajectory, whose: str) -> str | None
         at = int(np.flatnonzero(trajectory.loss_mask)[own.argmax()])
         return f"{what} are none: {own.max():.4g} at id {at} is a probability above 1"
     if own.size >= CONSTANT and (own == own[0]).all():
-        return f"{what} are none: all {own.size} are {own[0]:.4g}"
+        # A student that has collapsed says what everybody foresees: zeros, and true ones.
+        foreseen = abs(own[0]) < ROUNDING and (trajectory.logp[trajectory.loss_mask] > -SURE).all()
+        if not foreseen:
+            return f"{what} are none: all {own.size} are {own[0]:.4g}"
     return None
 
 
