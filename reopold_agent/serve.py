@@ -163,7 +163,10 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
                 max_body_bytes=config.max_body_mib * 2**20,
             )
         except OSError as error:
-            raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error}") from error
+            raise ConfigError(
+                f"cannot listen on {config.host}:{config.port}: {error.strerror or error}\n"
+                "Give another port=N (0: any that is free) or host=ADDRESS."
+            ) from error
         with server:
             yield server
     finally:

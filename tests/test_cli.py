@@ -164,7 +164,7 @@ MISTAKES = [
     ),
     Mistake("evaluate benchmark=demoo", "no benchmark is called 'demoo'.", "mean 'demo'?"),
     Mistake("serve port=99999", "port must be from 0 to 65535, got 99999", "reopold serve --help"),
-    Mistake("serve port=PORT model=demo:student", "cannot listen on 127.0.0.1:PORT", ""),
+    Mistake("serve port=PORT model=demo:student", "cannot listen on 127.0.0.1:PORT", "port=N"),
     Mistake("compare nosuch", "nosuch has no results.json", "finished evaluation?"),
     Mistake("plan gpus=x", "gpus must be a number, got 'x'", "reopold plan --help"),
     Mistake("plan envv=math", "unknown setting 'envv'.", "mean 'env'?"),
