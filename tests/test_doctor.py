@@ -16,6 +16,7 @@ from collections import namedtuple
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,11 @@ def test_missing_and_misfitting_packages_are_told_with_the_command(site: Path) -
     assert told(found, "problem", "numpy", "does not fit").advice == 'pip install "numpy<2,>=1.2"'
     assert told(found, "problem", "is not installed").advice == 'pip install "no-such>=3"'
     assert len(found) == 2
+
+
+def test_every_extra_has_its_purpose() -> None:
+    extras = metadata("reopold-agent").get_all("Provides-Extra")
+    assert packages.PURPOSES.keys() == set(extras or ())
 
 
 def test_extras_are_whole_partly_there_or_absent(site: Path) -> None:

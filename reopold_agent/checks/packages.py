@@ -30,6 +30,7 @@ PURPOSES = {
     "track": "TensorBoard, Weights & Biases, MLflow",
     "lora": "model.student.lora",
     "test": "the tests",
+    "docs": "the documentation as a site",
     "dev": "working on this package",
 }
 
