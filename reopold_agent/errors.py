@@ -106,3 +106,9 @@ class ToolResultError(ReopoldError, ValueError):
 
 class ToolProcessError(ReopoldError, RuntimeError):
     """A tool's worker process ended, or took more than it may; the message says which."""
+
+
+def first_line(error: BaseException | None) -> str:
+    """What an error says, without the lines that libraries add for developers; else its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reopold_agent.errors import ReopoldError
+from reopold_agent.errors import ReopoldError, first_line
 
 _WRITE = "Choose a place where you may write (hydra.run.dir=FOLDER), or mend its permissions."
 _KIND = (
@@ -71,13 +71,13 @@ def explain(error: BaseException, config: str | None = None) -> tuple[str, str] 
         if isinstance(each, ReopoldError):
             return split(str(each))
         if _named(each, "torch", "OutOfMemoryError"):
-            return "the GPU's memory is full: " + _first_line(each), _MEMORY
+            return "the GPU's memory is full: " + first_line(each), _MEMORY
         if isinstance(each, MemoryError) or (
             isinstance(each, RuntimeError) and "DefaultCPUAllocator" in str(each)
         ):
             return "this machine's memory is full", _MEMORY
         if _is_hubs(each):
-            return f"the Hugging Face hub gave no answer: {_first_line(each)}", _HUB
+            return f"the Hugging Face hub gave no answer: {first_line(each)}", _HUB
         if isinstance(each, OSError) and each.errno in _OF_THE_SYSTEM:
             where = f": {each.filename}" if each.filename is not None else ""
             return f"{each.strerror}{where}", _OF_THE_SYSTEM[each.errno]
@@ -109,14 +109,14 @@ def _of_hydra(error: BaseException, config: str | None) -> tuple[str, str]:
     text = str(error)
     overridden = re.search(r"Could not (?:override|delete|append[^']*) '([^']+)'", text)
     if type(error).__name__ == "OverrideParseException":
-        return _unreadable(getattr(error, "override", ""), _first_line(error), config)
+        return _unreadable(getattr(error, "override", ""), first_line(error), config)
     if overridden is not None and "already at" in text:
         return f"'{overridden.group(1)}' exists already.", "Leave out the + before it."
     if overridden is not None:
         key = overridden.group(1)
         value_error = error.__cause__ if "full_key" in text else None
         if value_error is not None and "not in struct" not in text:
-            return f"{key}: {_first_line(value_error)}", _everything(config)
+            return f"{key}: {first_line(value_error)}", _everything(config)
         return f"unknown setting '{key}'.", _meant(key, config)
     if text.startswith("Ambiguous value"):
         word = re.search(r"'([^']+)'", text)
@@ -126,7 +126,7 @@ def _of_hydra(error: BaseException, config: str | None) -> tuple[str, str]:
             f"Write '{key}=[{value}]' for a list, or add --multirun to run once with each.",
         )
     if "requires --multirun" in text:
-        return _first_line(error), "Add --multirun to run once with each value."
+        return first_line(error), "Add --multirun to run once with each value."
     missing = getattr(error, "missing_cfg_file", None)
     options = getattr(error, "options", None)
     if missing and options:
@@ -135,7 +135,7 @@ def _of_hydra(error: BaseException, config: str | None) -> tuple[str, str]:
         hint = f"Did you mean '{close[0]}'? " if close else ""
         return f"the group '{group}' has no option '{name}'.", f"{hint}Known: {', '.join(options)}."
     key = getattr(error, "full_key", None)
-    return f"{key}: {_first_line(error)}" if key else _first_line(error), _everything(config)
+    return f"{key}: {first_line(error)}" if key else first_line(error), _everything(config)
 
 
 def _unreadable(word: str, reason: str, config: str | None) -> tuple[str, str]:
@@ -239,8 +239,3 @@ def _is_hubs(error: BaseException) -> bool:
     if any(each.__module__.startswith("huggingface_hub.") for each in type(error).__mro__):
         return True
     return _named(error, "requests", "ConnectionError") or _named(error, "httpx", "TransportError")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__

@@ -111,7 +111,7 @@ def torch_and_gpus(config: TrainConfig | None) -> Iterator[Finding]:
         yield Finding("gpu", "warning", f"nvidia-smi fails: {driver.error}",
                       "The driver and its tools may differ: restart the machine or container, or "
                       "install the driver again.")  # fmt: skip
-    wanted = config is not None and config.engine.device.startswith("cuda")
+    device = "" if config is None else config.engine.device
     if torch.available:
         yield Finding("torch", "ok", f"{name}, driver {driver.version or 'of unknown version'}")
         yield from _each_gpu(torch, config)
@@ -132,8 +132,8 @@ def torch_and_gpus(config: TrainConfig | None) -> Iterator[Finding]:
             f"{name}, but there is an NVIDIA GPU ({shown}), which would stay unused",
             "pip install --force-reinstall torch (from PyPI, which is built for CUDA)",
         )
-    elif wanted:
-        yield Finding("torch", "problem", f"{name}: engine.device={config.engine.device}, but "  # type: ignore[union-attr]
+    elif device.startswith("cuda"):
+        yield Finding("torch", "problem", f"{name}: engine.device={device}, but "
                       "there is no GPU", "Use engine.device=auto")  # fmt: skip
     elif torch.cuda:
         yield Finding(

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from reopold_agent.checks.base import Finding
+from reopold_agent.checks.base import Finding, Status
 from reopold_agent.checks.gpu import ask_torch
 from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ConfigError
@@ -243,8 +243,8 @@ def _planned(words: Sequence[str], gpu: Gpu, cpu: bool) -> Iterator[Finding]:
         yield Finding("memory", "ok", f"about {text}")
     for warning in found:
         first, _, rest = warning.partition(". ")
-        status = "problem" if warning in grave else "warning"
-        yield Finding("memory", status, first, rest)  # type: ignore[arg-type]
+        status: Status = "problem" if warning in grave else "warning"
+        yield Finding("memory", status, first, rest)
 
 
 def existing(path: Path) -> Path:

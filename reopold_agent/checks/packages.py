@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
-from reopold_agent.checks.base import Finding
+from reopold_agent.checks.base import Finding, Status
 from reopold_agent.checks.probes import run_python
 from reopold_agent.config import TrainConfig
 
@@ -168,10 +168,10 @@ def flash_attention(config: TrainConfig) -> Iterator[Finding]:
         return
     probe = run_python("import flash_attn; print(flash_attn.__version__)", 60)
     if probe.error:
-        status = "problem" if asked else "warning"
+        status: Status = "problem" if asked else "warning"
         text = f"it does not load: {probe.error}"
         advice = "pip install --force-reinstall --no-deps --no-build-isolation flash-attn"
-        yield Finding("flash-attn", status, text, advice)  # type: ignore[arg-type]
+        yield Finding("flash-attn", status, text, advice)
     else:
         yield Finding("flash-attn", "ok", f"{probe.output} loads")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from reopold_agent.checks.base import Finding
+from reopold_agent.checks.base import Finding, Status
 from reopold_agent.checks.hub import cached, hub_token, is_hub_id, is_offline, reach
 from reopold_agent.checks.machine import cannot_connect
 from reopold_agent.config import ModelConfig, TrainConfig
@@ -194,9 +194,9 @@ def environment(config: TrainConfig) -> Iterator[Finding]:
             shown = f"pictures {', '.join(sizes)}" if sizes else "no picture"
             name = info.get("task_id", 0)
             text = f"{config.env.name}, {split}: {count} tasks; the first ({name}) has {shown}"
-            status = "ok" if observation in env.observation_space else "warning"
+            status: Status = "ok" if observation in env.observation_space else "warning"
             advice = "" if status == "ok" else "Its observation is not in its observation_space."
-            yield Finding("environment", status, text, advice)  # type: ignore[arg-type]
+            yield Finding("environment", status, text, advice)
     finally:
         env.close()
 
@@ -244,9 +244,9 @@ def _elsewhere(who: str, name: str, kind: str, revision: str | None) -> Finding:
         text = f"{who} {name}: not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
         return Finding(area, "problem", text, _download(name, kind, setting))
     there, why, advice = reach(name, "models" if models else "datasets", revision)
-    status = "ok" if there else "problem"
+    status: Status = "ok" if there else "problem"
     hint = advice or ("" if there else _download(name, kind, setting))
-    return Finding(area, status, f"{who} {name}: {why}", hint)  # type: ignore[arg-type]
+    return Finding(area, status, f"{who} {name}: {why}", hint)
 
 
 def _download(name: str, kind: str, setting: str) -> str:

@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote, unquote
 
+from reopold_agent.tools.sandbox import sounds_secret
+
 HIDDEN = "[hidden]"
 
-_NAMES = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
 _USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 _QUERY = re.compile(r"(?i)([?&;](?:[\w-]*(?:key|token|secret|password|passwd|sig))=)[^&\s'\"]+")
 _SHORTEST = 6
@@ -25,7 +26,7 @@ class Redactor:
     def __init__(self, environment: Mapping[str, str]) -> None:
         values = set()
         for name, value in environment.items():
-            if any(part in name.upper() for part in _NAMES):
+            if sounds_secret(name):
                 values |= {value, value.strip()}
             for user in _USER.findall(value):  # http_proxy=http://me:password@proxy:3128
                 values |= {user, *user.split(":", 1)[1:]}

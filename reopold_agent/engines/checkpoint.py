@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from reopold_agent.engines.update import Updater
-from reopold_agent.errors import CheckpointError, StorageError
+from reopold_agent.errors import CheckpointError, StorageError, first_line
 from reopold_agent.policies.loading import LoadedModel
 from reopold_agent.tracking.files import remove_folder, replaced_folder, writing
 
@@ -89,7 +89,7 @@ def save_checkpoint(
     except _NOT_WRITTEN as error:
         newest = newest_checkpoint(folder)
         kept = f"the last good checkpoint is {newest}" if newest else "there is no earlier one"
-        reason = _first_line(error.__cause__ if isinstance(error, StorageError) else error)
+        reason = _reason(error.__cause__ if isinstance(error, StorageError) else error)
         raise CheckpointError(
             f"could not write checkpoint {target}: {reason}\n"
             f"Free some space or check permissions, then give the same command again; {kept}."
@@ -115,7 +115,7 @@ def save_final(student: LoadedModel, folder: Path) -> None:
         raise
     except _NOT_WRITTEN as error:
         raise StorageError(
-            f"cannot write {folder}: {_first_line(error)}\n"
+            f"cannot write {folder}: {_reason(error)}\n"
             "Free some space or check permissions, then give the same command again."
         ) from error
 
@@ -183,7 +183,7 @@ def damaged(path: Path, error: Exception) -> CheckpointError:
     before = [p for p in _checkpoints(checkpoint.parent) if p.name < checkpoint.name]
     way = f"from {before[-1]}" if before else "from the start (there is no earlier checkpoint)"
     return CheckpointError(
-        f"cannot use the checkpoint's file {path}: {_first_line(error)}\n"
+        f"cannot use the checkpoint's file {path}: {_reason(error)}\n"
         f"Make it readable or put a copy back; or remove {checkpoint} and give the same command "
         f"again to go on {way}."
     )
@@ -218,10 +218,10 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / "trainer.json").is_file())
 
 
-def _first_line(error: BaseException | None) -> str:
-    """What an error says, without the lines that torch adds for its developers."""
-    said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (said or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException | None) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return first_line(error)
 
 
 def _checksums(folder: Path) -> dict[str, tuple[int, int]]:

@@ -24,7 +24,13 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as hf_logging
 
-from reopold_agent.errors import ConfigError, MissingExtraError, ModelError, VocabularyMismatchError
+from reopold_agent.errors import (
+    ConfigError,
+    MissingExtraError,
+    ModelError,
+    VocabularyMismatchError,
+    first_line,
+)
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
@@ -211,7 +217,7 @@ def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
         local = re.sub(r"[^\w.-]", "_", path.rsplit("/", 1)[-1])
         raise ModelError(
             f"the {role} '{path}' is neither a folder here nor could it be read from the Hugging "
-            f"Face hub ({_first_line(error)}).\nDownload it where there is a network:\n"
+            f"Face hub ({first_line(error)[:200]}).\nDownload it where there is a network:\n"
             f"  hf download {path} --local-dir models/{local}\n"
             f"and set {_setting(role, 'path')}=models/{local}"
         ) from error
@@ -422,7 +428,3 @@ def _with_lora(model: Any, settings: Mapping[str, Any], saved: Path | None) -> A
         # Log-probs read the projection's weight itself, so an adapter there would never act.
         raise ModelError("model.student.lora must not cover the output embedding (lm_head)")
     return wrapped
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

@@ -56,6 +56,11 @@ class _PathRule(ctypes.Structure):
     _fields_ = (("access", ctypes.c_uint64), ("parent", ctypes.c_int32))
 
 
+def sounds_secret(name: str) -> bool:
+    """Whether a variable of that name probably holds a key or a password."""
+    return any(word in name.upper() for word in _SECRET)
+
+
 def environment(passed: Iterable[str], folder: str) -> dict[str, str]:
     """This process's environment for a tool's: no secrets, one thread, a home of its own.
 
@@ -66,7 +71,7 @@ def environment(passed: Iterable[str], folder: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name in passed or not any(word in name.upper() for word in _SECRET)
+        if name in passed or not sounds_secret(name)
     }
     threads = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
     return {
