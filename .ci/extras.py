@@ -65,7 +65,7 @@ def index_answers() -> tuple[bool, str]:
 
 
 def resolved(command: list[str]) -> tuple[str, str]:
-    """``yes``, ``no`` or ``no index``, and the last words of the resolver."""
+    """Returns ``yes``, ``no`` or ``no index``, and the end of the resolver's output."""
     words = ""
     for _ in range(2):
         try:
@@ -86,7 +86,7 @@ def pins(requirements: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    """Asks both resolvers."""
+    """Runs both resolvers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--project", type=Path, default=Path(__file__).resolve().parents[1])
     parser.add_argument("--table", action="store_true", help="print the pins as a Markdown table")

@@ -1,11 +1,18 @@
-"""What the documentation site adds to the pages of ``docs/``.
+"""Hooks that extend the pages of ``docs/`` for the documentation site.
 
 A page may link to any file or folder of the repository with a relative link, as GitHub wants it.
 On the site each such target becomes a page of its own under ``files/``: a Markdown file as it is,
 a folder as a list, anything else as highlighted text. So the links work in both places, without
 the address of a host, and a target that does not exist fails the build.
 
-``<!-- settings: NAME ... -->`` in a page becomes tables of settings (`mkdocs_settings`).
+CHANGELOG.md and CONTRIBUTING.md become pages of the navigation (`ROOT_PAGES`).
+
+Comments, which GitHub does not show, become what only the site can show:
+
+- ``<!-- settings: NAME ... -->``: tables of settings (`mkdocs_settings`);
+- ``<!-- api: NAME -->`` below a heading and a sentence: the object's signature and docstring in
+  place of both, of which the link ``[Source]`` stays;
+- ``<!-- members: MODULE -->``: the signatures and docstrings of a module's members.
 """
 
 from __future__ import annotations
@@ -27,14 +34,18 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = "files"
 """Folder of the site where the repository's files go."""
-HOME = {"README.md": "index.md"}
-"""Files that have a page with the same content already."""
+ROOT_PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+"""Files of the top folder that are pages of the site's navigation."""
+HOME = {"README.md": "index.md", **ROOT_PAGES}
+"""Files that have a page of their own outside ``files/``."""
 
 _log = logging.getLogger("mkdocs.hooks.repository")
 _FENCE = re.compile(r"^\s*(`{3,}|~{3,})")
 _CODE = re.compile(r"(`[^`\n]*`)")
 _LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 _SETTINGS = re.compile(r"<!-- settings: ([\w.: ]+) -->")
+_API = re.compile(r"^##+ `[^\n]*\n(?:[^#\n][^\n]*\n)*?<!-- api: ([\w.]+) -->$", re.MULTILINE)
+_MEMBERS = re.compile(r"^<!-- members: ([\w.]+) -->$", re.MULTILINE)
 _LANGUAGES = {
     ".py": "python",
     ".toml": "toml",
@@ -51,8 +62,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds a page for everything outside ``docs/`` that a page links to, and for what that links
     to in turn."""
     _sources.clear()
+    for path, uri in ROOT_PAGES.items():
+        if (ROOT / path).is_file():
+            _sources[uri] = path
+            files.append(File.generated(config, uri, content=(ROOT / path).read_text("utf-8")))
     waiting = [
-        (f"docs/{page.src_uri}", target)
+        (_sources.get(page.src_uri, f"docs/{page.src_uri}"), target)
         for page in files.documentation_pages()
         for target in _targets(page.content_string)
     ]
@@ -88,7 +103,23 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         goal = HOME.get(path) or (path[5:] if path.startswith("docs/") else _uri(path))
         return posixpath.relpath(goal, posixpath.dirname(own) or ".") + hashmark + anchor
 
-    return _SETTINGS.sub(lambda found: _settings(found[1].split()), _with_links(markdown, pointed))
+    markdown = _with_links(markdown, pointed)
+    if not source.startswith("docs/"):  # a file that only mentions these comments
+        return markdown
+    markdown = _API.sub(_documented, markdown)
+    markdown = _MEMBERS.sub(_members, markdown)
+    return _SETTINGS.sub(lambda found: _settings(found[1].split()), markdown)
+
+
+def _documented(entry: re.Match[str]) -> str:
+    source = re.search(r"\[Source\]\([^)]+\)", entry[0])
+    return f"::: {entry[1]}\n\n{source[0] if source else ''}\n"
+
+
+def _members(found: re.Match[str]) -> str:
+    options = {"heading_level": 3, "show_root_heading": "false", "show_root_toc_entry": "false"}
+    lines = [f"      {name}: {value}" for name, value in options.items()]
+    return "\n".join([f"::: {found[1]}", "    options:", *lines])
 
 
 def _settings(names: list[str]) -> str:

@@ -17,7 +17,7 @@ from griffe import Docstring, DocstringSectionAttributes, Parser
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 
-from reopold_agent.command import plain_values
+from reopold_agent.cli.hydra import plain_values
 
 _DEMO = "env=pixel_reasoner"
 
@@ -79,7 +79,7 @@ def _at(key: str) -> dict[str, Any]:
 
 
 def _explained(kind: type) -> dict[str, str]:
-    """What the docstrings of a class and its bases say of each setting."""
+    """Returns the description of each setting from the docstrings of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(base):

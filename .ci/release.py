@@ -4,8 +4,9 @@
 
 The archives are built from a copy of what belongs to the repository (the wheel from the source
 archive), so that nothing else can get in. The wheel is installed into a fresh virtual environment
-with its dependencies; there, with the checkout on no path, `reopold --version` answers, the main
-job runs two steps and an evaluation a few rows. Needs uv and setuptools (the extra ``test``).
+with its dependencies; there, with the checkout on no path, `reopold --version` answers, the
+labelled pairs are graded, the main job runs two steps and an evaluation a few rows. Needs uv and
+setuptools (the extra ``test``).
 
 Exit status 1: something is missing, is there and should not be, or does not work.
 """
@@ -27,9 +28,9 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "reopold_agent"
 BESIDE = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml"}
-"""What the source archive holds beside the package."""
+"""Contents of the source archive besides the package."""
 MADE = {"PKG-INFO", "setup.cfg"}
-"""What setuptools adds to it."""
+"""Files that setuptools adds to it."""
 NEEDED = ("configs/train.yaml", "demo/weights/", "py.typed", "types.py")
 """Of the package; a name with a slash at its end stands for at least one file below it."""
 SECONDS = 900
@@ -79,7 +80,7 @@ def in_wheel(path: Path) -> list[str]:
 
 
 def wrong_with_sdist(names: Sequence[str], package: set[str]) -> list[str]:
-    """What is missing from a source archive, and what should not be in it."""
+    """Returns missing and unwanted files of a source archive."""
     own = {name for name in names if not name.startswith(f"{PACKAGE}.egg-info/")} - MADE
     expected = BESIDE | package
     return [f"the source archive lacks {name}" for name in sorted(expected - own)] + [
@@ -88,7 +89,7 @@ def wrong_with_sdist(names: Sequence[str], package: set[str]) -> list[str]:
 
 
 def wrong_with_wheel(names: Sequence[str], package: set[str]) -> list[str]:
-    """What is missing from a wheel, and what should not be in it."""
+    """Returns missing and unwanted files of a wheel."""
     info = {name for name in names if ".dist-info/" in name.split("/", 1)[0] + "/"}
     own = set(names) - info
     wrong = [f"the wheel lacks {name}" for name in sorted(package - own)]
@@ -141,6 +142,7 @@ def use(wheel: Path, work: Path) -> None:
     assert Path(where).is_relative_to(home), where
     version = run("reopold", "--version").split()[-1]
     assert f"-{version}-" in wheel.name, (version, wheel.name)
+    assert "| this project " in run("reopold", "judge", "check")
     small = ["batch.prompts=4", "batch.mini_batch=4", "evaluation.tasks=8", "evaluation.every=0"]
     run("reopold", "train", "env=pixel_reasoner", "steps=2", *small, "hydra.run.dir=run")
     summary = json.loads((place / "run" / "summary.json").read_text("utf-8"))
@@ -152,7 +154,7 @@ def use(wheel: Path, work: Path) -> None:
 
 
 def main() -> int:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the embedded task's models, environment and runner."""
+"""Shared by the benchmarks: the embedded task's models, environment and runner."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 from hydra import compose, initialize_config_module
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.engines.environments import make_env, num_tasks
-from reopold_agent.engines.session import Session
+from reopold_agent.envs.from_config import make_env, num_tasks
 from reopold_agent.objectives import RunFacts, make_objective
 from reopold_agent.policies.loading import ModelSpec, Processing, load_model
 from reopold_agent.policies.registry import is_trainers_own
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
-from reopold_agent.train import load_config
+from reopold_agent.train.interrupts import Interrupts
+from reopold_agent.train.loop import TrainingLoop
+from reopold_agent.train.settings import load_config
+from reopold_agent.train.setup import make_loop
 
 
 def demo_config(*overrides: str) -> TrainConfig:
@@ -25,8 +27,8 @@ def demo_config(*overrides: str) -> TrainConfig:
     return load_config(composed)[0]
 
 
-def demo_session(config: TrainConfig, folder: Path) -> Session:
-    """The training session of the embedded task, ready for its first step."""
+def demo_loop(config: TrainConfig, folder: Path) -> TrainingLoop:
+    """The training loop of the embedded task, ready for its first step."""
     torch.set_num_threads(config.engine.threads or 1)
     device = torch.device("cpu")
     known = {field.name for field in fields(ModelSpec)}
@@ -51,4 +53,13 @@ def demo_session(config: TrainConfig, folder: Path) -> Session:
     probe.close()
     run = RunFolder(folder)
     run.path.mkdir(parents=True, exist_ok=True)
-    return Session(config, objective, run, student, taught, tasks, Progress(config.steps))
+    return make_loop(
+        config,
+        objective,
+        run,
+        student,
+        taught,
+        tasks,
+        progress=Progress(config.steps),
+        interrupts=Interrupts(),
+    )

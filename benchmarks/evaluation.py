@@ -1,4 +1,4 @@
-"""What evaluating costs over bare generation, on the demo benchmark.
+"""Measures the cost of an evaluation over bare generation, on the demo benchmark.
 
     python benchmarks/evaluation.py [--tasks 256] [--repeats 3]
 
@@ -14,10 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import demo_config, demo_session
+from common import demo_config, demo_loop
 
-from reopold_agent.eval.benchmarks import Benchmark, load_benchmark
-from reopold_agent.eval.play import play_benchmark
+from reopold_agent.evaluate.answers import answer_questions, benchmark_row, benchmark_seed
+from reopold_agent.evaluate.benchmarks import Benchmark, load_benchmark
+from reopold_agent.evaluate.questions import Questions
 from reopold_agent.rollout.runner import EpisodeSpec
 from reopold_agent.types import Sampling
 
@@ -28,12 +29,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
-    session = demo_session(demo_config("data.eval.seed=0"), folder)
+    loop = demo_loop(demo_config("data.eval.seed=0"), folder)
     benchmark = Benchmark("demo", "demo", "demo", "agentic", kind="number", limit=options.tasks)
     tasks = load_benchmark(benchmark).tasks
+    questions = Questions(
+        name=benchmark.name,
+        count=options.tasks,
+        samples=1,
+        sampling=Sampling(),
+        seed=benchmark_seed(benchmark, 0),
+        make_runner=lambda chat, vision: loop.evaluation.runner,
+        row_of=lambda trajectory: benchmark_row(benchmark, tasks[trajectory.index], trajectory),
+        has_pictures=True,
+        facts={},
+        benchmark=benchmark,
+    )
     episodes = [EpisodeSpec("eval", index) for index in range(options.tasks)]
     bare, model, whole = [], [], []
-    runner, policy = session.eval_runner, session.teacher
+    runner, policy = loop.evaluation.runner, loop.roles.teacher
     for repeat in range(options.repeats + 1):
         started = time.perf_counter()
         runner.run(policy, episodes, Sampling(), (0, 5, 1))
@@ -42,15 +55,8 @@ def main() -> None:
         target = folder / f"evaluation-{repeat}"
         target.mkdir()
         started = time.perf_counter()
-        play_benchmark(
-            runner,
-            policy,
-            benchmark,
-            tasks,
-            sampling=Sampling(),
-            seed=0,
-            responses=target / "responses.jsonl",
-            folder=target,
+        answer_questions(
+            runner, policy, questions, responses=target / "responses.jsonl", folder=target
         )
         evaluated = time.perf_counter() - started
         if repeat:  # the first one warms up

@@ -1,11 +1,11 @@
-"""Kills a training run and an evaluation again and again, and compares what comes out.
+"""Kills a training run and an evaluation again and again, and compares the results.
 
     python benchmarks/faults.py --kills 50
 
 A parent process that has imported everything forks a child per attempt; the child runs the
 command's library function, and is killed (SIGKILL) in a phase drawn from a seed, after a random
 part of that phase. After each kill everything on disk is read. At the end the results must equal
-those of a run that nobody disturbed: all figures but times, and the weights byte for byte.
+those of an undisturbed run: all figures but times, and the weights byte for byte.
 """
 
 from __future__ import annotations
@@ -41,18 +41,19 @@ from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
 
-import reopold_agent.eval.run as eval_run
-from reopold_agent.config import build
-from reopold_agent.engines import run_state, session
-from reopold_agent.engines.checkpoint import check_files
-from reopold_agent.engines.collect import Collector
-from reopold_agent.engines.local import LocalEngine
-from reopold_agent.engines.update import Updater
+import reopold_agent.evaluate.run as eval_run
 from reopold_agent.judges.llm.base import How, JudgeReply, JudgeRequest
 from reopold_agent.judges.llm.none import NoJudge
 from reopold_agent.judges.llm.registry import LLM_JUDGES, JudgeMaker
 from reopold_agent.tracking.metrics import read_json_lines
-from reopold_agent.train import load_config
+from reopold_agent.train import finish, recovery, resume
+from reopold_agent.train.checkpoint import check_files
+from reopold_agent.train.collect import Collector
+from reopold_agent.train.evaluation import HeldOutEvaluation
+from reopold_agent.train.settings import load_config
+from reopold_agent.train.setup import LocalEngine
+from reopold_agent.train.step_log import StepLog
+from reopold_agent.train.update import Updater
 
 TRAIN = (
     "batch.prompts=4",
@@ -81,16 +82,16 @@ START, BETWEEN = "start-up", "between"
 TRAIN_PHASES: dict[str, list[tuple[Any, str]]] = {
     "rollouts": [(Collector, "collect")],
     "update": [(Updater, "step")],
-    "trajectories": [(session.Session, "_write_trajectories")],
-    "checkpoint": [(session, "save_checkpoint")],
-    "evaluation": [(session.Session, "_evaluate")],
-    "final": [(session, "save_final")],
-    "summary": [(session, "write_json_atomic")],
-    "plots": [(session, "make_plots"), (run_state, "make_plots")],
+    "trajectories": [(StepLog, "write_trajectories")],
+    "checkpoint": [(recovery, "save_checkpoint")],
+    "evaluation": [(HeldOutEvaluation, "_evaluate")],
+    "final": [(finish, "save_final")],
+    "summary": [(finish, "write_json_atomic")],
+    "plots": [(finish, "make_plots"), (resume, "make_plots")],
 }
 TRAIN_END = ("final", "summary", "plots")
 EVALUATE_PHASES: dict[str, list[tuple[Any, str]]] = {
-    "answers": [(eval_run, "play_benchmark")],
+    "answers": [(eval_run, "answer_questions")],
     "judging": [(eval_run, "judge_rows")],
     "results": [(eval_run, "write_json_atomic")],
     "page": [(eval_run, "write_page")],
@@ -119,7 +120,7 @@ LLM_JUDGES.register("last_number", JudgeMaker("last_number", lambda settings: La
 
 
 class Phases:
-    """What a child is doing now, seen by its parent through shared memory."""
+    """The current phase of a child, which its parent reads from shared memory."""
 
     def __init__(self, phases: dict[str, list[tuple[Any, str]]]) -> None:
         self.names = [START, BETWEEN, *phases]
@@ -145,7 +146,7 @@ class Phases:
         return self._seconds[at] / max(1, self._entries[at])
 
     def watch(self) -> None:
-        """In the child: wraps what makes the phases."""
+        """Wraps the functions that delimit the phases; called in the child."""
         self._begun = time.perf_counter()
         for number, functions in enumerate(self._phases.values(), start=2):
             for owner, name in functions:
@@ -170,7 +171,7 @@ class Phases:
 
 @dataclass
 class Job:
-    """What is killed: a function that runs it in a folder, its phases, what it leaves."""
+    """The program to kill: a function that runs it in a folder, its phases, what it leaves."""
 
     name: str
     run: Callable[[Path], Any]
@@ -230,7 +231,7 @@ def fork(task: Callable[[], Any], log: Path) -> int:
 
 
 def finish(child: int, log: Path) -> None:
-    """Waits for a child that is to end well."""
+    """Waits for a child that must succeed."""
     _, status = os.waitpid(child, 0)
     if status:
         tail = "\n".join(log.read_text("utf-8").splitlines()[-30:])
@@ -269,11 +270,11 @@ def killed(job: Job, folder: Path, log: Path, phase: str, entry: int, delay: flo
         time.sleep(0.0003)
 
 
-# What must hold after each kill
+# Checks after each kill
 
 
 def check_disk(folder: Path, since: float) -> list[str]:
-    """What is broken in a run folder: everything is read; pictures, those since a time."""
+    """Returns the damage in a run folder: reads everything; pictures, those since a time."""
     found = []
 
     def reads(path: Path, read: Callable[[Path], Any]) -> None:
@@ -313,11 +314,11 @@ def _answer(folder: Path, since: float, answer: Path) -> None:
     answer.write_text(json.dumps(check_disk(folder, since)), encoding="utf-8")
 
 
-# What must come out
+# Comparison of the results
 
 
 def plain(value: Any) -> Any:
-    """Without what depends on the clock, and with the run folder's name taken out."""
+    """Returns the rows without times and without the name of the run folder."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items() if not k.startswith(TIMES)}
     return [plain(item) for item in value] if isinstance(value, list) else value
@@ -436,9 +437,7 @@ def train_job(kills: int) -> Job:
 
 def evaluate_job(kills: int) -> Job:
     words = [*EVALUATE, f"benchmarks.demo.limit={max(24, 3 * kills)}"]
-    raw: Any = OmegaConf.to_container(composed("evaluate", words), resolve=True)
-    raw["benchmark"] = [raw["benchmark"]]
-    config = build(eval_run.EvaluateConfig, raw)
+    config, raw = eval_run.load_config(composed("evaluate", words))
     return Job(
         "evaluate",
         lambda folder: eval_run.Evaluation(config, raw, folder).run(),

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import demo_config, demo_session
+from common import demo_config, demo_loop
 
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.rollout.runner import EpisodeSpec
@@ -83,17 +83,17 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    session = demo_session(demo_config(), Path(tempfile.mkdtemp()))
+    loop = demo_loop(demo_config(), Path(tempfile.mkdtemp()))
     episodes = [EpisodeSpec("eval", i) for i in range(options.episodes)]
     seconds: dict[str, list[float]] = {"batched": [], "one by one": []}
     ids: dict[str, list[list[int]]] = {}
     # The teacher: it plays the episodes that a trained student plays, with its tool calls.
-    policy = session.teacher
+    policy = loop.roles.teacher
     policies: dict[str, Any] = {"batched": policy, "one by one": OneByOne(policy)}
     for _ in range(options.repeats):
         for name, policy in policies.items():
-            played = session.eval_runner.run(policy, episodes, Sampling(temperature=0), (0,))
-            seconds[name].append(session.eval_runner.stats.generate_seconds)
+            played = loop.evaluation.runner.run(policy, episodes, Sampling(temperature=0), (0,))
+            seconds[name].append(loop.evaluation.runner.stats.generate_seconds)
             ids[name] = [t.ids.tolist() for t in played]
     turns = sum(len(t.turns) for t in played)
     tokens = sum(t.response_tokens for t in played)

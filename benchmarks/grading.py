@@ -1,6 +1,6 @@
 """Grading LUFFY's 2,019 reference answers against themselves: several workers against one.
 
-    python benchmarks/grading.py                  # ../shared/data/luffy/valid.parquet
+    REOPOLD_REAL_DATA=DIR python benchmarks/grading.py          # DIR/luffy/valid.parquet
     python benchmarks/grading.py --file valid.parquet --workers 2 --repeats 5
 
 First the rate of `grade` as it is: most pairs are decided by a rule, without a worker. Then the
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from reopold_agent.judges import close_workers, grade
 from reopold_agent.judges.math import LONGEST, MathPool
 from reopold_agent.judges.text import latex_plain
 
-SHARED = Path(__file__).resolve().parents[2] / "shared/data/luffy/valid.parquet"
+DEFAULT = Path(os.environ.get("REOPOLD_REAL_DATA", "."), "luffy", "valid.parquet")
 
 
 def seconds(workers: int, answers: Sequence[str]) -> float:
@@ -40,7 +41,7 @@ def seconds(workers: int, answers: Sequence[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--file", type=Path, default=SHARED)
+    parser.add_argument("--file", type=Path, default=DEFAULT)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     chosen = parser.parse_args()

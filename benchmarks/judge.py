@@ -2,9 +2,9 @@
 
     python benchmarks/judge.py [--requests 1280] [--concurrency 64] [--repeats 3]
 
-The server is a process of its own on this machine. Ideal is concurrency / latency. Whatever SDK of
-Google's is installed is measured, and the OpenAI-compatible judge; with the cache on disk, as in
-an evaluation. Printed: replies per second, best of the repeats, and their ratio to the ideal.
+The server runs in a separate process on this machine. Ideal is concurrency / latency. Measures the
+installed SDKs of Google and the OpenAI-compatible judge, with the cache on disk, as in an
+evaluation. Printed: replies per second, best of the repeats, and their ratio to the ideal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from reopold_agent.errors import MissingExtraError
-from reopold_agent.judges.llm import Extract, Judge, make_judge
+from reopold_agent.judges.llm import Extract, ProseJudge, make_judge
 
 TEXT = '{"answer": "B"}'
 GEMINI = {
@@ -50,14 +50,14 @@ async def serve(latency: float) -> None:
                 writer.write(start + b"%d\r\n\r\n" % len(body) + body)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()  # the client is done
+            writer.close()  # the client has finished
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0, backlog=512)
     print(server.sockets[0].getsockname()[1], flush=True)
     await server.serve_forever()
 
 
-def measure(judge: Judge, requests: int, tag: str) -> float:
+def measure(judge: ProseJudge, requests: int, tag: str) -> float:
     response = "So I look at the picture again and count. " * 40
     list(judge.run(Extract("Which?", f"{response} warm {tag} {i}") for i in range(8)))
     started = time.perf_counter()

@@ -3,7 +3,7 @@
     python benchmarks/logprobs.py            # the size of Qwen2.5-VL-3B; about 20 GiB of memory
     python benchmarks/logprobs.py --tokens 512 --vocabulary 32768 --hidden 512
 
-Each variant runs in a process of its own, so that its peak memory is its own. Printed are the
+Each variant runs in a separate process, so that its peak memory is measured alone. Printed are the
 peaks above the inputs, the seconds, their ratios, and the largest difference of the values.
 """
 

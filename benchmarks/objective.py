@@ -1,4 +1,4 @@
-"""What the objectives cost: their share of a training step, and the memory of GKD's divergence.
+"""Measures the objectives: their share of a training step, and the memory of GKD's divergence.
 
     python benchmarks/objective.py share              # every objective on the embedded task
     python benchmarks/objective.py memory             # 4,096 tokens x 151,936 ids; about 5 GiB
@@ -8,7 +8,7 @@
 its backward pass down to the log-probs) over the seconds of the step. Not for gkd and sft, whose
 cost is in the models' passes.
 
-``memory``: each variant in a process of its own. Counted is the peak above the inputs and above
+``memory``: each variant in a separate process. Measures the peak above the inputs and above
 the gradients themselves, as a ratio to the chunk of logits held at once (student's and teacher's).
 """
 
@@ -68,7 +68,7 @@ class Stopwatch:
 
 
 def share(name: str, steps: int) -> None:
-    from common import demo_config, demo_session
+    from common import demo_config, demo_loop
 
     folder = Path(tempfile.mkdtemp())
     overrides = ["optimizer.lr=1e-12"]  # every step then has the same kind of episodes
@@ -76,15 +76,15 @@ def share(name: str, steps: int) -> None:
         overrides.append("objective.switch_step=1")  # refinement: a threshold and both masks
     if name == "grpo":
         overrides += ["objective.curiosity=0.5", "objective.call_penalty=0.05"]
-    session = demo_session(demo_config(f"objective={name}", *overrides), folder)
-    watch, kind = Stopwatch(), type(session.objective)
+    loop = demo_loop(demo_config(f"objective={name}", *overrides), folder)
+    watch, kind = Stopwatch(), type(loop.objective)
     kind.terms = watch.terms(kind.terms)  # type: ignore[method-assign]
     for method in ("threshold", "advantages", "informative"):
         setattr(kind, method, watch.counted(getattr(kind, method)))
     shares, seconds, position = [], [], 0
     for step in range(steps + 1):
         watch.own = watch.extra = 0.0
-        position = session._step(step, position)
+        position = loop.step(step, position)
         row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         if step:  # the first step warms up
             shares.append(watch.own / (row["time/step"] - watch.extra))
@@ -108,11 +108,13 @@ def states(tokens: int, vocabulary: int, width: int, teacher: int) -> tuple[torc
     )
 
 
-def plain(own: Any, own_weight: Any, his: Any, his_weight: Any, beta: float) -> torch.Tensor:
-    student = torch.log_softmax((own @ own_weight.T).float(), dim=-1)
+def plain(
+    student: Any, student_weight: Any, teacher: Any, teacher_weight: Any, beta: float
+) -> torch.Tensor:
+    student_logp = torch.log_softmax((student @ student_weight.T).float(), dim=-1)
     with torch.no_grad():
-        teacher = torch.log_softmax((his @ his_weight.T).float(), dim=-1)
-    return generalised_jsd(student, teacher, beta)
+        teacher_logp = torch.log_softmax((teacher @ teacher_weight.T).float(), dim=-1)
+    return generalised_jsd(student_logp, teacher_logp, beta)
 
 
 def peak_bytes() -> int:
@@ -123,21 +125,21 @@ def compute(
     variant: str, mode: str, beta: float, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """The divergence and, with mode ``backward``, the gradients of its sum."""
-    own, own_weight, his, his_weight, _ = inputs
+    student, student_weight, teacher, teacher_weight, _ = inputs
     train = mode == "backward"
-    own.requires_grad_(train)
-    own_weight.requires_grad_(train)
+    student.requires_grad_(train)
+    student_weight.requires_grad_(train)
     with torch.set_grad_enabled(train):
         if variant == "plain":
-            divergence = plain(own, own_weight, his, his_weight, beta)
+            divergence = plain(student, student_weight, teacher, teacher_weight, beta)
         else:
             divergence, _ = divergence_of_states(*inputs, beta)
-    gradients = torch.autograd.grad(divergence.sum(), (own, own_weight)) if train else ()
+    gradients = torch.autograd.grad(divergence.sum(), (student, student_weight)) if train else ()
     return divergence.detach(), gradients
 
 
 def measure(variant: str, mode: str, options: argparse.Namespace) -> None:
-    # Once in small, so that the libraries' code is in memory; its pages count as resident.
+    # Once with small inputs, so that the libraries' code is in memory; its pages count as resident.
     compute(variant, mode, options.beta, states(256, 4096, 256, 256))
     inputs = states(options.tokens, options.vocabulary, options.hidden, options.teacher_hidden)
     base, started, worked = peak_bytes(), time.perf_counter(), time.process_time()

@@ -1,4 +1,4 @@
-"""How much of a step's parts happens at the same time with `policy=vllm`.
+"""Measures how far the parts of a step overlap with `policy=vllm`.
 
     python benchmarks/overlap.py [--steps 12] [episodes and other settings as for training]
 
@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import demo_config, demo_session
+from common import demo_config, demo_loop
 
-from reopold_agent.engines.collect import step_episodes
 from reopold_agent.tracking.metrics import read_metrics
+from reopold_agent.train.collect import step_episodes
+from reopold_agent.train.rows import Row
 
 WARM_UP = 2
 
@@ -37,27 +38,27 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     config = demo_config("policy=vllm", *options.settings)
-    session: Any = demo_session(config, folder)
+    loop: Any = demo_loop(config, folder)
     alone: dict[str, list[float]] = {"generate": [], "teacher": []}
     position = 0
     try:
         for step in range(options.steps + WARM_UP):
-            position = session._step(step, position)
-            # Other tasks than the step's, whose pictures vLLM would remember.
+            position = loop.step(step, position)
+            # Not the tasks of the step, whose pictures vLLM has cached.
             later = [position + 10**5 + k for k in range(config.batch.prompts)]
-            tasks = [session.collector.order[k] for k in later]
+            tasks = [loop.collector.order[k] for k in later]
             episodes = step_episodes(tasks, config.batch.samples)
             begun = time.perf_counter()
-            played = session.train_runner.run(
-                session.roles.sampler, episodes, session.sampling, (config.seed, 1, step)
+            played = loop.collector.runner.run(
+                loop.roles.sampler, episodes, loop.collector.sampling, (config.seed, 1, step)
             )
             alone["generate"].append(time.perf_counter() - begun)
             begun = time.perf_counter()
-            session.scoring.finish([t for t in played if t.trainable], step)
+            loop.scoring.finish([Row(t) for t in played if t.trainable], step)
             alone["teacher"].append(time.perf_counter() - begun)
-            session.roles.sync()  # the next step finds empty caches, as always
+            loop.roles.sync()  # the next step finds empty caches, as always
     finally:
-        session.close()
+        loop.close()
     rows = [r for r in read_metrics(folder) if r["kind"] == "train"][WARM_UP:]
     generate, teacher = (np.array(alone[name][WARM_UP:]) for name in ("generate", "teacher"))
     whole = np.array([row["time/step"] for row in rows])

@@ -19,19 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import demo_config, demo_session
+from common import demo_config, demo_loop
 
-from reopold_agent.engines.session import Session
 from reopold_agent.policies.batch import TrajectoryBatch
+from reopold_agent.train.loop import TrainingLoop
 from reopold_agent.types import Trajectory
 
 
-def static_generate(session: Session, trajectories: list[Trajectory], number: int) -> None:
+def static_generate(loop: TrainingLoop, trajectories: list[Trajectory], number: int) -> None:
     """The ``number``-th turn of all episodes that have one, as one left-padded batch."""
     part = [t for t in trajectories if len(t.turns) > number]
     if not part:
         return
-    adapter = session.student.adapter
+    adapter = loop.roles.trainer.adapter
     prompts = [t.ids[: t.turns[number].start] for t in part]
     longest = max(t.turns[number].end - t.turns[number].start for t in part)
     width = max(map(len, prompts))
@@ -60,7 +60,7 @@ def static_generate(session: Session, trajectories: list[Trajectory], number: in
         top_k=0,
         max_new_tokens=longest,
         min_new_tokens=longest,
-        suppress_tokens=session.student.banned.tolist(),
+        suppress_tokens=loop.roles.trainer.banned.tolist(),
         pad_token_id=0,
     )
 
@@ -79,14 +79,14 @@ def forward(model: Any, adapter: Any, batch: TrajectoryBatch) -> torch.Tensor:
     return logp.gather(1, batch.ids_BT[batch.row_N, batch.column_N, None])[:, 0]
 
 
-def bare_parts(session: Session, trajectories: list[Trajectory]) -> dict[str, float]:
-    student, teacher = session.student.adapter, session.teacher.adapter
+def bare_parts(loop: TrainingLoop, trajectories: list[Trajectory]) -> dict[str, float]:
+    student, teacher = loop.roles.trainer.adapter, loop.roles.teacher.adapter
     seconds = {}
     student.model.eval()
     started = time.perf_counter()
     with torch.inference_mode():
         for number in range(max(len(t.turns) for t in trajectories)):
-            static_generate(session, trajectories, number)
+            static_generate(loop, trajectories, number)
     seconds["generate"] = time.perf_counter() - started
     started = time.perf_counter()
     with torch.no_grad():
@@ -94,7 +94,7 @@ def bare_parts(session: Session, trajectories: list[Trajectory]) -> dict[str, fl
     seconds["teacher"] = time.perf_counter() - started
     started = time.perf_counter()
     student.model.train()
-    optimizer = session.updater.optimizer
+    optimizer = loop.updater.optimizer
     optimizer.zero_grad(set_to_none=True)
     logp = forward(student.model, student, TrajectoryBatch.build(student, trajectories))
     loss = -((target - logp.detach()) * torch.exp(logp - logp.detach())).mean()
@@ -111,22 +111,22 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     # A learning rate of almost nothing: every step then has the same kind of episodes.
-    session = demo_session(demo_config("optimizer.lr=1e-12"), folder)
+    loop = demo_loop(demo_config("optimizer.lr=1e-12"), folder)
     kept: list[Trajectory] = []
-    score = session.teacher.score
+    score = loop.roles.teacher.score
 
     def remember(trajectories: Any, **kwargs: Any) -> Any:
         kept[:] = trajectories
         return score(trajectories, **kwargs)
 
-    session.teacher.score = remember  # type: ignore[method-assign]
+    loop.roles.teacher.score = remember  # type: ignore[method-assign]
     ours: list[dict[str, float]] = []
     bare: list[dict[str, float]] = []
     position = 0
     for step in range(options.repeats + 1):
-        position = session._step(step, position)
+        position = loop.step(step, position)
         row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-        parts = bare_parts(session, list(kept))
+        parts = bare_parts(loop, list(kept))
         if step:  # the first step warms up
             ours.append({k[5:]: v for k, v in row.items() if k.startswith("time/")})
             bare.append(parts)
@@ -138,7 +138,7 @@ def main() -> None:
     print(
         f"ratio step / sum of bare parts: median {statistics.median(ratios):.2f} "
         f"({min(ratios):.2f} to {max(ratios):.2f}), {len(ratios)} steps of "
-        f"{session.config.batch.prompts} episodes, one thread"
+        f"{loop.config.batch.prompts} episodes, one thread"
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from reopold_agent.tools import EpisodeState, Isolation, Tool, ToolResult, crop_image
-from reopold_agent.tools.base import Runs, on_thread
+from reopold_agent.tools.base import ToolRunner, on_thread
 from reopold_agent.tools.processes import ToolProcesses
 from reopold_agent.types import Task
 
@@ -43,7 +43,7 @@ def milliseconds(function: Callable[[], object]) -> float:
     return 1000 * (time.perf_counter() - started)
 
 
-def crop_twice(pixels: np.ndarray, share: float, run: Runs) -> tuple[float, float]:
+def crop_twice(pixels: np.ndarray, share: float, run: ToolRunner) -> tuple[float, float]:
     """A new episode's first call and its second one."""
     state = EpisodeState(Task("t", "Which?", ("1",)), [Image.fromarray(pixels)])
     box = {"bbox_2d": [0.3, 0.3, 0.3 + share, 0.3 + share], "target_image": 1}

@@ -6,8 +6,8 @@ verl-tool at 980962b), so that `tools.py` can compare with it: FastAPI on uvicor
 pictures as JPEG data URLs; the server keeps the decoded pictures of a trajectory, crops in a
 thread pool, resizes, and sends the part back as a JPEG data URL.
 
-Left out, all in its favour: the router process in front of its workers, its hash of every request
-for deduplication, its log of sizes, Ray.
+Left out, which makes it faster: the router process in front of its workers, its hash of every
+request for deduplication, its log of sizes, Ray.
 """
 
 import asyncio

@@ -7,7 +7,7 @@ runs the call on its thread, and the part is resized for the model. Theirs: `too
 VerlTool's own server that listens at --server, asked by an asyncio client with kept connections.
 Both end with the resized picture in the trainer's process; each has the two cores to itself in
 turn. Printed: calls per second, medians over the repeats, and their ratio; the same for CPU
-seconds (of all processes), which a busy machine changes less; then what tools take of a training
+seconds (of all processes), which a busy machine changes less; then the share of tools in a training
 step of the embedded task.
 """
 
@@ -28,14 +28,15 @@ from typing import Any
 
 import aiohttp
 import numpy as np
-from common import demo_config, demo_session
+from common import demo_config, demo_loop
 from PIL import Image
 from tool_server import MAX_PIXELS, MIN_PIXELS, decode_image_url, encode_image_url
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.demo.tasks import ArrayImage, _photographs
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.workers import Worker
 from reopold_agent.types import Task
 
@@ -130,7 +131,7 @@ async def theirs(
                 ]
             )
 
-        # Connections are there before the clock starts.
+        # Connections are open before the clock starts.
         warm = [encode_image_url(pictures[0]) for pictures in opened]
         await asyncio.gather(*[call(i, [warm[i]], actions[i][0], True) for i in range(len(tasks))])
         started, cpu = time.perf_counter(), cpu_seconds(pid)
@@ -139,7 +140,7 @@ async def theirs(
 
 
 def cpu_seconds(pid: int | None) -> float:
-    """Of this process, and of another one if given."""
+    """Returns the CPU seconds of this process, and of another one if given."""
     total = time.process_time()
     if pid is not None:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -181,8 +182,8 @@ def compare(repeats: int, url: str, *, pid: int | None) -> None:
 def share_of_a_step(repeats: int) -> None:
     folder = Path(tempfile.mkdtemp())
     # A learning rate of almost nothing: every step then has the same kind of episodes.
-    session = demo_session(demo_config("optimizer.lr=1e-12"), folder)
-    collect = session.collector.collect
+    loop = demo_loop(demo_config("optimizer.lr=1e-12"), folder)
+    collect = loop.collector.collect
     calls: list[Any] = []
 
     def remember(*arguments: Any, **named: Any) -> Any:
@@ -190,19 +191,19 @@ def share_of_a_step(repeats: int) -> None:
         calls[:] = [call for t in collected.trajectories for call in t.tool_calls]
         return collected
 
-    session.collector.collect = remember  # type: ignore[method-assign]
+    loop.collector.collect = remember  # type: ignore[method-assign]
     waits, tools, numbers = [], [], []
     position = 0
     for step in range(repeats + 1):
-        position = session._step(step, position)
+        position = loop.step(step, position)
         row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         if step:
             waits.append(row["time/environment"] / row["time/step"])
             tools.append(sum(call.seconds for call in calls) / row["time/step"])
             numbers.append(len(calls))
-    session.close()
+    loop.close()
     print(
-        f"a step of the embedded task ({session.config.batch.prompts} episodes, median "
+        f"a step of the embedded task ({loop.config.batch.prompts} episodes, median "
         f"{statistics.median(numbers):.0f} tool calls): tools take median "
         f"{statistics.median(tools):.2%} (highest {max(tools):.2%}) of its time, waiting for "
         f"environments, resets included, {statistics.median(waits):.2%} (highest {max(waits):.2%})"

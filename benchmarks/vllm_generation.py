@@ -2,9 +2,9 @@
 
     python benchmarks/vllm_generation.py [--episodes 32] [--repeats 5] [--large]
 
-Needs the extra `vllm`. ``--large`` gives the model 100 million parameters that change nothing it
-says: layers whose output projections are zero and wider MLPs likewise, so that the episodes stay
-what they are and a forward pass costs what one of a small real model does.
+Needs the extra `vllm`. ``--large`` gives the model 100 million parameters that do not change
+its outputs: layers whose output projections are zero, and wider MLPs likewise. The episodes stay
+the same, and a forward pass costs as much as in a small real model.
 
 Both play the same episodes of the embedded task with the same weights; only the policy behind the
 rollout differs. Printed: seconds in generation, best of the repeats (the first, in which vLLM
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import demo_config, demo_session
+from common import demo_config, demo_loop
 
 from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.rollout.runner import EpisodeSpec
@@ -43,20 +43,20 @@ def main() -> None:
         settings.append(f"model.teacher.path={folder / 'model'}")
     started = time.perf_counter()
     config = demo_config(*settings)
-    session = demo_session(config, folder / "run")
+    loop = demo_loop(config, folder / "run")
     print(f"vLLM's start: {time.perf_counter() - started:.0f} s")
     # The teacher: it plays the episodes that a trained student plays, two turns with a tool call.
     model = load_model(ModelSpec(config.model.teacher.path), "teacher", torch.device("cpu"))
     own = model.policy(
-        forbidden_ids=session.train_runner.chat.forbidden_ids,
-        stop_ids=session.train_runner.chat.stop_ids,
+        forbidden_ids=loop.collector.runner.chat.forbidden_ids,
+        stop_ids=loop.collector.runner.chat.stop_ids,
         max_tokens_per_pass=config.engine.max_tokens_per_pass,
     )
-    vllm: Any = session.teacher
+    vllm: Any = loop.roles.teacher
     try:
-        compare({"vLLM": vllm, "transformers": own}, session, options)
+        compare({"vLLM": vllm, "transformers": own}, loop, options)
         episodes = [EpisodeSpec("eval", i) for i in range(options.episodes)]
-        played = session.eval_runner.run(vllm, episodes, Sampling(), (0,))
+        played = loop.evaluation.runner.run(vllm, episodes, Sampling(), (0,))
         pairs = zip(played, own.score(played), strict=True)
         gaps = np.concatenate([np.abs(t.logp - s.logp)[t.loss_mask] for t, s in pairs])
         print(f"log-prob difference: mean {gaps.mean():.1e}, max {gaps.max():.1e}")
@@ -68,7 +68,7 @@ def main() -> None:
                 seconds.append(time.perf_counter() - begun)
             print(f"scoring with {name}: {min(seconds):.3f} s")
     finally:
-        session.close()
+        loop.close()
 
 
 def enlarge(folder: Path, layers: int = 16, width: int = 32768) -> None:
@@ -95,13 +95,13 @@ def enlarge(folder: Path, layers: int = 16, width: int = 32768) -> None:
     print(f"{count / 1e6:.0f} million parameters")
 
 
-def compare(policies: dict[str, Any], session: Any, options: argparse.Namespace) -> None:
+def compare(policies: dict[str, Any], loop: Any, options: argparse.Namespace) -> None:
     episodes = [EpisodeSpec("eval", i) for i in range(options.episodes)]
     seconds: dict[str, list[float]] = {name: [] for name in policies}
     for _ in range(options.repeats + 1):
         for name, policy in policies.items():
-            played = session.eval_runner.run(policy, episodes, Sampling(), (0,))
-            seconds[name].append(session.eval_runner.stats.generate_seconds)
+            played = loop.evaluation.runner.run(policy, episodes, Sampling(), (0,))
+            seconds[name].append(loop.evaluation.runner.stats.generate_seconds)
     turns, tokens = sum(len(t.turns) for t in played), sum(t.response_tokens for t in played)
     print(f"{options.episodes} episodes, {turns} turns, {tokens} sampled tokens")
     for name, values in seconds.items():

@@ -13,9 +13,9 @@
 #   sbatch --nodes=2 --gpus-per-node=8 deploy/slurm.sh RUN recipe=paper_agentic [setting=value ...]
 #
 # RUN is the run folder, on a file system that all nodes share. The script starts a Ray head on the
-# first node and a worker on each other, waits until all are in, runs the driver on the first node,
+# first node and a worker on each other, waits until all have joined, runs the driver on the first node,
 # and ends the cluster with it. A driver that fails gets a new cluster and resumes from its newest
-# checkpoint, REOPOLD_TRIES times in all (3); exit status 2, a setting to mend, ends the job at once.
+# checkpoint, REOPOLD_TRIES times in all (3); exit status 2 (a setting to correct) ends the job at once.
 # A lost node ends the whole job; SLURM queues it again (--requeue) and it resumes too.
 #
 # Environment: VIRTUAL_ENV is activated where it is set; REOPOLD_GPUS is the number of GPUs per node
@@ -38,7 +38,7 @@ if [ -n "${VIRTUAL_ENV:-}" ]; then
   . "$VIRTUAL_ENV/bin/activate"
 fi
 
-# Without a token anyone who reaches the cluster's ports can run code in it. srun hands both on.
+# Without a token anyone who reaches the cluster's ports can run code in it. srun passes both on.
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}
 export RAY_AUTH_TOKEN
@@ -61,7 +61,7 @@ trap stop_cluster EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
 
-start_raylet() { # NODE, then what is to be said to `ray start`
+start_raylet() { # NODE, then the arguments of `ray start`
   local node=$1
   shift
   srun --nodes=1 --ntasks=1 --overlap --nodelist="$node" \
@@ -79,7 +79,7 @@ start_cluster() { # called where `set -e` does not hold: every failure is passed
   wait_for "${#nodes[@]}"
 }
 
-# Waits until so many nodes with so many GPUs each are in; status 1 when they do not come in time.
+# Waits until all nodes have joined with all GPUs; status 1 if they do not join in time.
 waiter='
 import sys, time
 import ray
@@ -92,11 +92,11 @@ while True:
         there = [n for n in ray.nodes() if n["Alive"] and n["Resources"].get("GPU", 0) >= gpus]
         if len(there) >= nodes:
             break
-        told = f"{len(there)} of {nodes} nodes are in"
-    except Exception as error:  # no head yet; what it was is told at the end
-        told = f"no head at {address}: {error}"
+        seen = f"{len(there)} of {nodes} nodes have joined"
+    except Exception as error:  # no head yet; the last error is printed at the end
+        seen = f"no head at {address}: {error}"
     if time.monotonic() > end:
-        sys.exit(f"reopold: gave up after {seconds} s: {told}")
+        sys.exit(f"reopold: gave up after {seconds} s: {seen}")
     time.sleep(2)
 '
 wait_for() { # COUNT
@@ -105,7 +105,7 @@ wait_for() { # COUNT
 }
 
 for try in $(seq 1 "$tries"); do
-  echo "reopold: try $try of $tries on ${#nodes[@]} nodes, Ray at $address"
+  echo "reopold: attempt $try of $tries on ${#nodes[@]} nodes, Ray at $address"
   status=0
   start_cluster || status=$?
   if [ "$status" -eq 0 ]; then

@@ -1,28 +1,28 @@
-"""A run's configuration, typed. Hydra composes it; this module checks and holds it."""
+"""The typed configuration of a run. Hydra composes the values; this module validates them."""
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from types import UnionType
 from typing import Any, TypeVar, get_type_hints
 
-from reopold_agent.errors import ConfigError
+from reopold_agent.errors import ConfigError, suggestion
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EnvConfig:
-    """Which environment.
+    """The environment.
 
     Attributes:
-        name: as after ``env=``.
-        id: Gymnasium's.
-        kwargs: go to `gymnasium.make`.
-        takes_data: the run's ``data`` section goes there too (key ``data``).
+        name: the name after ``env=``.
+        id: Gymnasium id.
+        kwargs: arguments of `gymnasium.make`.
+        takes_data: whether the environment also gets the run's ``data`` section (as ``data``).
     """
 
     name: str
@@ -33,15 +33,15 @@ class EnvConfig:
 
 @dataclass(frozen=True)
 class DataChecks:
-    """What is done about doubtful rows and pictures, before training starts.
+    """Checks of rows and pictures before training starts.
 
     Attributes:
-        duplicates: rows whose id occurred before: ``keep`` (and report), ``skip`` or ``fail``.
-        pictures: which pictures are opened to see whether they can be: ``none``, ``sample`` (of 64
-            tasks) or ``all``.
-        allow_urls: download pictures that rows name by an http(s) URL.
-        allow_private_urls: also from this machine and its own network.
-        url_max_bytes, url_seconds: limits of one such picture.
+        duplicates: what to do with rows whose id occurred before: ``keep`` (and report), ``skip``
+            or ``fail``.
+        pictures: which pictures to open as a test: ``none``, ``sample`` (of 64 tasks) or ``all``.
+        allow_urls: download pictures that rows reference by an http(s) URL.
+        allow_private_urls: also from this machine and its private network.
+        url_max_bytes, url_seconds: limits per downloaded picture.
     """
 
     duplicates: str = "keep"
@@ -59,14 +59,15 @@ class DataChecks:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tasks come from, one specification per split; see `reopold_agent.data.load_tasks`.
+    """Data sources, one specification per split; see `reopold_agent.data.load_tasks`.
 
     Attributes:
-        train, eval: what is trained on, and what is held out.
+        train, eval: training and held-out tasks.
         demonstrations: an expert's recorded conversations, for ``objective=sft
             objective.source=recorded`` (see `reopold_agent.data.demonstrations`).
-        env_kwargs: settings of the environment that belong to this data.
-        checks: of rows and pictures.
+        env_kwargs: environment settings that belong to this data.
+        checks: checks of rows and pictures.
+        left_out: positions of tasks to leave out, by split; the checks before training fill it.
     """
 
     train: dict[str, Any] | None = None
@@ -74,9 +75,10 @@ class DataConfig:
     demonstrations: dict[str, Any] | None = None
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     checks: DataChecks = field(default_factory=DataChecks)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
 
     def specification(self, split: str) -> dict[str, Any] | None:
-        """What `reopold_agent.data.load_tasks` is given for ``train`` or ``eval``; None without."""
+        """Returns the split's argument of `reopold_agent.data.load_tasks`; None without data."""
         spec: dict[str, Any] | None = getattr(self, split)
         if spec is None or self.checks == DataChecks():
             return spec
@@ -85,10 +87,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PixelConfig:
-    """Size limits of a picture after the resize, in pixels (784 per token).
+    """Size limits of a picture after resizing (784 pixels per token).
 
     Attributes:
-        min_pixels, max_pixels: height x width.
+        min_pixels, max_pixels: bounds on height x width; for the pictures that exceed them see
+            `reopold_agent.common.pixels.PixelLimits`.
     """
 
     min_pixels: int
@@ -97,11 +100,11 @@ class PixelConfig:
 
 @dataclass(frozen=True)
 class PixelsConfig:
-    """Limits of pictures' sizes.
+    """Size limits of all pictures.
 
     Attributes:
-        prompt: of the question's pictures.
-        observation: of those that tools return.
+        prompt: limits for the question's pictures.
+        observation: limits for pictures that tools return.
     """
 
     prompt: PixelConfig
@@ -110,12 +113,12 @@ class PixelsConfig:
 
 @dataclass(frozen=True)
 class BatchConfig:
-    """What one step rolls out and how it is split into updates.
+    """Episodes per step and how they are split into updates.
 
     Attributes:
         prompts: tasks per step.
-        samples: episodes per task (the group).
-        mini_batch: tasks per update; ``prompts / mini_batch`` updates per step.
+        samples: episodes per task (the group size).
+        mini_batch: tasks per update; there are ``prompts / mini_batch`` updates per step.
     """
 
     prompts: int = 128
@@ -135,12 +138,12 @@ class RolloutConfig:
     """Budgets of one episode; see `reopold_agent.rollout.runner.RolloutLimits`.
 
     Attributes:
-        max_response_tokens: everything after the prompt: turns, observations, separators.
-        max_turn_tokens: one assistant turn.
-        max_turns: assistant turns, the answer included.
-        env_seconds: wall-clock bound on one ``reset`` or ``step`` of an environment.
+        max_response_tokens: tokens after the prompt: turns, observations and separators.
+        max_turn_tokens: tokens of one assistant turn.
+        max_turns: assistant turns, including the answer.
+        env_seconds: time limit of one ``reset`` or ``step`` of an environment.
         concurrency: episodes in flight at once.
-        stop_at_tool_call: a turn ends with its first tool call.
+        stop_at_tool_call: whether a turn ends with its first tool call.
     """
 
     max_response_tokens: int = 8192
@@ -160,7 +163,7 @@ class SamplingConfig:
     """How episodes are sampled.
 
     Attributes:
-        temperature, top_p: at anything but 1 the recorded log-probs are not those of the
+        temperature, top_p: unless both are 1, the recorded log-probs are not those of the
             distribution that was sampled from.
     """
 
@@ -175,17 +178,18 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class ToolsConfig:
-    """Where tools run and what they may do; docs/tools.md, `reopold_agent.tools.Isolation`.
+    """Where tools run and what they may access; see `reopold_agent.tools.Isolation`.
 
     Attributes:
-        isolation: ``none``: on threads; ``plugins``: other packages' tools in worker processes;
-            ``process``: all tools; ``auto``: ``plugins`` with ``engine=verl``, else ``none``.
-        memory_mb: of a worker process, beyond what it has once the tool is imported.
-        workers: processes at most, per process that plays episodes; null: one per processor, from
-            2 to 8.
-        read: files and folders that tools in processes may read, beside Python's and the data's.
-        network: whether they may use TCP.
-        environment: variables that they may see although the name sounds like a secret's.
+        isolation: which tools run in worker processes instead of threads: ``none``, ``plugins``
+            (those of other packages), ``process`` (all), or ``auto``: ``plugins`` with
+            ``engine=verl``, else ``none``.
+        memory_mb: memory limit of a worker process, beyond what importing the tool takes.
+        workers: most worker processes per process that plays episodes; null: one per CPU, but 2
+            to 8.
+        read: files and folders that these tools may read besides Python's and the data's.
+        network: whether these tools may use TCP.
+        environment: variables that these tools may see although their names look like secrets.
     """
 
     isolation: str = "auto"
@@ -205,13 +209,13 @@ class ToolsConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW.
+    """AdamW and its schedule.
 
     Attributes:
         lr: learning rate.
-        beta1, beta2, eps, weight_decay: AdamW's.
-        warmup_steps: updates over which the rate rises from 0; afterwards it is constant.
-        max_grad_norm: longer gradients are cut to this norm.
+        beta1, beta2, eps, weight_decay: parameters of AdamW.
+        warmup_steps: updates over which the learning rate rises from 0; then it is constant.
+        max_grad_norm: gradients are clipped to this norm.
     """
 
     lr: float = 1e-6
@@ -232,13 +236,14 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out success.
+    """Evaluation on held-out tasks.
 
     Attributes:
-        tasks: episodes before and after training, sampled and greedy each.
-        every: steps between points of the curve; 0 for none.
+        tasks: tasks before and after training, played once sampled and once greedily; 0 leaves out
+            every held-out evaluation, the curve's and the teacher's too.
+        every: steps between points of the curve; 0 for no curve.
         curve_tasks: sampled episodes per point of the curve.
-        teacher: also evaluate the teacher, once.
+        teacher: whether to evaluate the teacher too, once.
         max_turns: assistant turns (the paper trains with 2 and evaluates with 5).
     """
 
@@ -249,8 +254,16 @@ class EvaluationConfig:
     max_turns: int = 5
 
     def __post_init__(self) -> None:
-        _positive(self, "evaluation", "tasks", "curve_tasks", "max_turns")
+        _positive(self, "evaluation", "curve_tasks", "max_turns")
+        if self.tasks < 0:
+            raise ConfigError(
+                f"evaluation.tasks must not be negative, got {self.tasks}.\n"
+                "evaluation.tasks=0 leaves out the held-out evaluation."
+            )
         _not_negative(self, "evaluation", "every")
+        if self.tasks == 0:
+            object.__setattr__(self, "every", 0)
+            object.__setattr__(self, "teacher", False)
 
 
 @dataclass(frozen=True)
@@ -258,8 +271,8 @@ class CheckpointConfig:
     """Checkpoints of a run.
 
     Attributes:
-        every: steps between two; 0 for one at the end and on Ctrl-C only.
-        keep: how many, the newest.
+        every: steps between checkpoints; 0 saves only at the end and on Ctrl-C.
+        keep: how many of the newest to keep.
     """
 
     every: int = 20
@@ -272,11 +285,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Which trajectories are written out.
+    """Which trajectories are written to ``trajectories.jsonl``.
 
     Attributes:
-        trajectories: of a step.
-        every: steps between two that are written.
+        trajectories: trajectories per logged step.
+        every: steps between logged steps.
     """
 
     trajectories: int = 4
@@ -291,10 +304,10 @@ class ServerConfig:
     """vLLM servers of one model (``engine=verl``).
 
     Attributes:
-        tensor_parallel: GPUs of one server; there are as many servers as the GPUs allow.
-        memory_share: of each GPU's memory.
-        max_sequences: requests that one server works on at once.
-        eager: do without CUDA graphs (slower, starts sooner).
+        tensor_parallel: GPUs per server; there are as many servers as the GPUs allow.
+        memory_share: share of each GPU's memory.
+        max_sequences: concurrent requests per server.
+        eager: run without CUDA graphs (slower, but starts sooner).
     """
 
     tensor_parallel: int = 1
@@ -306,34 +319,37 @@ class ServerConfig:
         _positive(self, "engine server", "tensor_parallel", "max_sequences")
         if not 0 < self.memory_share <= 1:
             raise ConfigError(
-                f"a server's memory_share must lie in (0, 1], got {self.memory_share}"
+                f"memory_share of a server must lie in (0, 1], got {self.memory_share}"
             )
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Who trains: ``local`` (one process) or ``verl`` (Ray, FSDP, vLLM servers).
+    """The training engine: ``local`` (one process) or ``verl`` (Ray, FSDP, vLLM servers).
 
     Attributes:
         name: ``local`` or ``verl``.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (the last for ``local`` only).
         precision: ``auto`` (bfloat16 on a GPU, else float32), ``float32`` or ``bfloat16``.
-        threads: CPU threads of PyTorch; null leaves its default.
-        max_tokens_per_pass: rows x tokens of one forward pass without gradient.
-        max_tokens_per_micro_batch: the same with gradient. Neither changes any result.
-        old_logp: ``rollout`` uses the log-probs that came with the samples, ``recompute`` runs
-            the model once more before the update, ``auto`` recomputes unless in float32.
+        threads: CPU threads of PyTorch; null keeps its default.
+        max_tokens_per_pass: rows x tokens of one forward pass without gradient. Neither this nor
+            the next setting changes any result.
+        max_tokens_per_micro_batch: rows x tokens of one forward pass with gradient.
+        max_prompt_tokens: longest prompt; null means what the models' contexts leave beside
+            ``rollout.max_response_tokens`` (with ``verl`` at most 8,192).
+        old_logp: ``rollout`` uses the log-probs recorded while sampling, ``recompute`` runs the
+            model once more before the update, ``auto`` recomputes unless in float32.
 
-    The others are for ``verl``:
-        nodes, gpus_per_node: machines, and GPUs of each for student and teacher together.
-        teacher_gpus_per_node: of those, the teacher's.
-        student_server, teacher_server: their vLLM servers.
+    The other attributes apply to ``verl`` only:
+        nodes, gpus_per_node: machines, and GPUs per machine for student and teacher together.
+        teacher_gpus_per_node: how many of these serve the teacher.
+        student_server, teacher_server: settings of the vLLM servers.
         rollout_workers: processes that play episodes, each ``rollout.concurrency`` at once.
-        max_prompt_tokens: longest prompt; null takes 8,192 or what the models' context leaves.
-        ray_address: of a running cluster; null takes ``RAY_ADDRESS``, else starts one here.
+        ray_address: address of a running cluster; null uses ``RAY_ADDRESS`` or else starts one
+            on this machine.
         attention: ``sdpa``, or ``flash_attention_2``, which packs sequences without padding.
         offload: keep weights, gradients and optimizer on the CPU between uses.
-        overrides: verl's own settings by dotted key, applied last.
+        overrides: verl settings by dotted key, applied last.
     """
 
     name: str = "local"
@@ -342,6 +358,7 @@ class EngineConfig:
     threads: int | None = None
     max_tokens_per_pass: int = 16384
     max_tokens_per_micro_batch: int = 8192
+    max_prompt_tokens: int | None = None
     old_logp: str = "auto"
     nodes: int = 1
     gpus_per_node: int = 1
@@ -349,7 +366,6 @@ class EngineConfig:
     student_server: ServerConfig = field(default_factory=ServerConfig)
     teacher_server: ServerConfig = field(default_factory=ServerConfig)
     rollout_workers: int = 1
-    max_prompt_tokens: int | None = None
     ray_address: str | None = None
     attention: str = "sdpa"
     offload: bool = False
@@ -378,12 +394,12 @@ class ModelConfig:
     """One checkpoint; see `reopold_agent.policies.loading.ModelSpec`.
 
     Attributes:
-        path: a folder, a hub id ``org/name``, or ``demo:NAME`` of the embedded ones.
+        path: a folder, a hub id ``org/name``, or ``demo:NAME`` for an embedded model.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: dtype of the weights: ``float32``, ``bfloat16`` or ``float16``.
         attention: ``sdpa`` or ``eager``.
-        trust_remote_code: run code that comes with the checkpoint.
-        lora: settings of `peft.LoraConfig`; null trains all weights.
+        trust_remote_code: whether to run code that the checkpoint contains.
+        lora: arguments of `peft.LoraConfig`; null trains all weights.
         gradient_checkpointing: recompute activations in the backward pass.
     """
 
@@ -402,12 +418,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig(ModelConfig):
-    """A checkpoint that teaches; with ``follow`` its weights then follow the student's.
+    """The teacher's checkpoint; with ``follow`` its weights follow the student's.
 
     Attributes:
         follow: after every ``follow_every`` steps the teacher becomes ``follow * teacher +
-            (1 - follow) * student``: an average of the student's past (self-distillation), with
-            0 its state of that moment. None: the teacher stays as it is.
+            (1 - follow) * student``: a moving average of the student (self-distillation); 0
+            copies the student. None: the teacher does not change.
+        follow_every: steps between these updates of the teacher.
     """
 
     follow: float | None = None
@@ -429,8 +446,11 @@ class TeacherConfig(ModelConfig):
 
 @dataclass(frozen=True)
 class ModelsConfig:
-    """Student and teacher. Objectives that need no teacher (grpo, sft on recorded conversations)
-    do without one: ``model.teacher=null evaluation.teacher=false``."""
+    """Student and teacher.
+
+    Objectives that need no teacher (grpo, sft on recorded conversations) run without one:
+    ``model.teacher=null evaluation.teacher=false``.
+    """
 
     student: ModelConfig
     teacher: TeacherConfig | None = None
@@ -445,11 +465,11 @@ class ModelsConfig:
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """Who generates and who scores, by role: ``name`` and the settings of that kind of policy
-    (``transformers``, ``vllm``, ``server`` or a plugin's; `reopold_agent.policies.registry`).
+    """Which policy generates for the student and which scores for the teacher.
 
     Attributes:
-        student, teacher: of that role.
+        student, teacher: ``name`` of the kind of policy (``transformers``, ``vllm``, ``server``
+            or a plugin's, see `reopold_agent.policies.registry`) and its settings.
     """
 
     student: dict[str, Any] = field(default_factory=lambda: {"name": "transformers"})
@@ -458,23 +478,23 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         for role in ("student", "teacher"):
             if not isinstance(getattr(self, role).get("name"), str):
-                raise ConfigError(f"policy.{role}.name must be set; policy=transformers does so")
+                raise ConfigError(f"policy.{role}.name must be set, e.g. policy=transformers")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything about a training run.
-
-    ``objective`` holds ``name`` and the settings of that objective, which
-    `reopold_agent.objectives.make_objective` checks: a plugin's may have any. ``tracking`` holds
-    each tracker's settings by its name (`reopold_agent.tracking.trackers`). ``on_nonfinite`` says
-    what to do about numbers that are NaN or infinite: ``fail``, or ``skip`` what cannot be used.
+    """The complete configuration of a training run.
 
     Attributes:
-        seed: of everything that is drawn.
-        steps: of the run.
-        resume: ``auto`` continues the run in the folder if there is one, ``never`` refuses,
+        objective: ``name`` and the settings of that objective, which
+            `reopold_agent.objectives.make_objective` validates, since plugins define their own.
+        seed: seed of all random numbers.
+        steps: training steps; 0 only evaluates (``engine=local``).
+        resume: ``auto`` continues the run in the folder if there is one, ``never`` refuses to,
             ``must`` requires one.
+        tracking: each tracker's settings by its name (`reopold_agent.tracking.trackers`).
+        on_nonfinite: what to do about NaN and infinite numbers: ``fail``, or ``skip`` what
+            cannot be used.
     """
 
     env: EnvConfig
@@ -499,48 +519,76 @@ class TrainConfig:
     on_nonfinite: str = "fail"
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps must be at least 1, got {self.steps}")
+        if self.steps < 0:
+            raise ConfigError(
+                f"steps must not be negative, got {self.steps}.\nsteps=0 only evaluates."
+            )
+        if self.steps == 0 and self.engine.name == "verl":
+            raise ConfigError(
+                "engine=verl cannot run without training steps.\nUse engine=local, or `reopold "
+                f"evaluate env={self.env.name} model=DIR`."
+            )
+        if self.steps == 0 and self.evaluation.tasks == 0:
+            raise ConfigError(
+                "steps=0 only evaluates, and evaluation.tasks=0 evaluates nothing.\n"
+                "Set one of them to at least 1."
+            )
         if self.seed < 0:
             raise ConfigError(f"seed must not be negative, got {self.seed}")
         _one_of("resume", self.resume, ("auto", "never", "must"))
         _one_of("on_nonfinite", self.on_nonfinite, ("fail", "skip"))
         if not isinstance(self.objective.get("name"), str):
-            raise ConfigError("objective.name must be set; objective=reopold selects one")
+            raise ConfigError("objective.name must be set, e.g. objective=reopold")
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits whose tasks the run uses."""
+        return ("train", "eval") if self.evaluation.tasks else ("train",)
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """Makes a configuration dataclass from nested mappings.
+    """Builds a configuration dataclass from nested mappings.
+
+    Args:
+        kind: the dataclass.
+        values: its settings.
+        where: prefix of the keys in messages, such as ``batch.``.
 
     Raises:
-        ConfigError: an unknown or missing key, or a value of the wrong type; names the key.
+        ConfigError: a key is unknown or missing, or a value has the wrong type.
     """
     hints = get_type_hints(kind)
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # T is a dataclass
     for key in values:
         if key not in known:
-            close = difflib.get_close_matches(str(key), list(known), n=1)
-            hint = f" Did you mean '{where}{close[0]}'?" if close else ""
-            raise ConfigError(f"unknown setting '{where}{key}'.{hint}")
+            hint = suggestion(str(key), known, prefix=where)
+            raise ConfigError(f"unknown setting '{where}{key}'. {hint}".rstrip())
     arguments: dict[str, Any] = {}
+    missing: list[str] = []
     for name, spec in known.items():
         if name in values:
             arguments[name] = _convert(hints[name], values[name], f"{where}{name}")
         elif spec.default is MISSING and spec.default_factory is MISSING:
-            raise ConfigError(f"the setting '{where}{name}' is missing")
+            missing.append(f"'{where}{name}'")
+    if missing:
+        many = len(missing) > 1
+        named = f"settings {', '.join(missing)} are" if many else f"setting {missing[0]} is"
+        raise ConfigError(f"the {named} missing")
     try:
         return kind(**arguments)
     except ConfigError:
         raise
     except ValueError as error:
-        # Messages of objectives begin with their setting, whose key is longer here.
-        told = str(error).split(" ", 1)[0] in known
-        raise ConfigError(f"{where if told else ''}{error}") from error
+        # An objective's message begins with the setting's name; users know it by the longer key.
+        names_setting = str(error).split(" ", 1)[0] in known
+        raise ConfigError(f"{where if names_setting else ''}{error}") from error
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     options = getattr(hint, "__args__", ())
-    origin = next((o for o in options if o is not type(None)), hint) if _is_optional(hint) else hint
+    union = _is_optional(hint) or isinstance(hint, UnionType)
+    kinds = [each for each in options if each is not type(None)] if union else [hint]
+    origin = kinds[0]
     if value is None:
         if _is_optional(hint):
             return None
@@ -550,13 +598,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"'{where}' must be a group of settings, got {value!r}")
         return build(origin, value, f"{where}.")
-    wanted = getattr(origin, "__origin__", origin)
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+    expected = tuple(getattr(each, "__origin__", each) for each in kinds)
+    if expected == (float,) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"'{where}' must be a finite number, got {value}")
-    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-        raise ConfigError(f"'{where}' must be {wanted.__name__}, got {value!r}")
+    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+        names = " or ".join(each.__name__ for each in expected)
+        raise ConfigError(f"'{where}' must be {names}, got {value!r}")
     return value
 
 
@@ -578,16 +627,20 @@ def _not_negative(owner: Any, where: str, *names: str) -> None:
 
 def _one_of(where: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        close = difflib.get_close_matches(value, allowed, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ConfigError(f"{where} must be one of {', '.join(allowed)}; got '{value}'.{hint}")
+        told = f"{where} must be one of {', '.join(allowed)}; got '{value}'. "
+        raise ConfigError((told + suggestion(value, allowed)).rstrip())
 
 
 def config_differences(
     saved: Mapping[str, Any], current: Mapping[str, Any], free: Sequence[str]
 ) -> list[str]:
-    """Lines ``key: saved -> current`` for settings that differ, except in the sections ``free``."""
-    old, new = _flatten(saved), _flatten(current)
+    """Lists settings that differ as ``key: saved -> current``.
+
+    Args:
+        saved, current: nested settings.
+        free: sections that may differ.
+    """
+    old, new = flatten(saved), flatten(current)
     return [
         f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
         for key in sorted({*old, *new})
@@ -595,11 +648,17 @@ def config_differences(
     ]
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested settings by their dotted keys; an empty group stays as a value.
+
+    Args:
+        values: nested settings.
+        prefix: of the keys.
+    """
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -1,4 +1,4 @@
-"""Every error a user can meet. Each also subclasses the standard type it refines."""
+"""All errors that users can encounter; each also subclasses the built-in type it refines."""
 
 from __future__ import annotations
 
@@ -7,12 +7,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
+def suggestion(name: str, known: Iterable[str], *, prefix: str = "", cutoff: float = 0.6) -> str:
+    """Returns "Did you mean 'NAME'? ", with a space at its end, or "" if no name is close.
+
+    Args:
+        name: the unknown name.
+        known: the names that there are.
+        prefix: what stands before the suggested name.
+        cutoff: how similar a name must be, from 0 to 1 (`difflib.get_close_matches`).
+    """
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f"Did you mean '{prefix}{close[0]}'? " if close else ""
+
+
 class ReopoldError(Exception):
-    """Base of all errors whose message is written for the user; `train` prints it bare."""
+    """Base of all errors with a message for users; commands print it without a traceback."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM asked for what Ctrl-C does; the exit status tells them apart."""
+    """SIGTERM was received; handled like Ctrl-C, but with another exit status."""
 
 
 class ConfigError(ReopoldError, ValueError):
@@ -20,21 +33,20 @@ class ConfigError(ReopoldError, ValueError):
 
 
 class UnknownNameError(ReopoldError, KeyError):
-    """A registry has no such name; the message lists what exists and the closest match."""
+    """A registry has no such name; the message lists the known names and the closest match."""
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         self.kind, self.name, self.known = kind, name, sorted(known)
         super().__init__(kind, name, self.known)
 
     def __str__(self) -> str:
-        close = difflib.get_close_matches(self.name, self.known, n=1, cutoff=0.5)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        hint = suggestion(self.name, self.known, cutoff=0.5)
         listed = ", ".join(self.known) or "none"
-        return f"no {self.kind} is called '{self.name}'.{hint} Known: {listed}."
+        return f"no {self.kind} is called '{self.name}'. {hint}Known: {listed}."
 
 
 class MissingExtraError(ReopoldError, ImportError):
-    """An optional dependency is absent; the message is the pip command that installs it."""
+    """An optional dependency is not installed; the message gives the pip command for it."""
 
     def __init__(self, package: str, extra: str, why: str) -> None:
         self.package, self.extra, self.why = package, extra, why
@@ -43,7 +55,7 @@ class MissingExtraError(ReopoldError, ImportError):
     def __str__(self) -> str:
         return (
             f"{self.why} needs the package '{self.package}', which is not installed. "
-            f'Run: pip install "reopold-agent[{self.extra}]"'
+            f'Run in the clone: pip install -e ".[{self.extra}]"'
         )
 
 
@@ -60,15 +72,15 @@ class VocabularyMismatchError(ModelError):
 
 
 class ModelServerError(ReopoldError, RuntimeError):
-    """A model's server did not answer, or not usefully, after all retries."""
+    """A model server gave no usable answer after all retries."""
 
 
 class PolicyRequestError(ModelServerError):
     """Some of the trajectories of one call could not be scored, after all retries.
 
     Attributes:
-        failed: the reason for each, by its position in the call.
-        scores: the others' `TokenScores` in the order of the call; None for those that failed.
+        failed: the reason for each failed trajectory, by its position in the call.
+        scores: `TokenScores` in the order of the call; None for trajectories that failed.
     """
 
     def __init__(self, failed: Mapping[int, str], scores: Sequence[Any]) -> None:
@@ -81,11 +93,11 @@ class PolicyRequestError(ModelServerError):
 
 
 class CheckpointError(ReopoldError, RuntimeError):
-    """A run folder cannot be resumed as asked."""
+    """A run folder cannot be resumed as requested."""
 
 
 class StorageError(ReopoldError, OSError):
-    """A file of a run cannot be written: the disk is full, or it is not allowed."""
+    """A run's file cannot be written: the disk is full or permission is missing."""
 
 
 class NonFiniteError(ReopoldError, ArithmeticError):
@@ -93,7 +105,7 @@ class NonFiniteError(ReopoldError, ArithmeticError):
 
 
 class ToolError(ReopoldError, ValueError):
-    """Raised by a tool to tell the model what was wrong with its call; never ends an episode."""
+    """A tool call was invalid; the message is shown to the model and the episode continues."""
 
 
 class ToolTimeoutError(ToolError, TimeoutError):
@@ -101,14 +113,17 @@ class ToolTimeoutError(ToolError, TimeoutError):
 
 
 class ToolResultError(ReopoldError, ValueError):
-    """A tool returned something that cannot be shown; the message says what, for model and log."""
+    """A tool returned something that cannot be shown; the message says what."""
 
 
 class ToolProcessError(ReopoldError, RuntimeError):
-    """A tool's worker process ended, or took more than it may; the message says which."""
+    """A tool's worker process died or exceeded a limit; the message says which."""
 
 
 def first_line(error: BaseException | None) -> str:
-    """What an error says, without the lines that libraries add for developers; else its class."""
+    """Returns the first line of an error's message, or its class name when it has none.
+
+    Libraries put what went wrong on the first line and details for developers below it.
+    """
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__

@@ -1,8 +1,8 @@
-"""Names to things, open to other packages.
+"""Name registry that plugins extend.
 
-A registry is filled by decorators of this package and by entry points of installed packages. An
-entry point's module is imported when its name, or the list of names, is first needed; one that
-fails is reported by name and does not stop the others.
+This package registers things with decorators, other packages through entry points. Entry points
+are imported when an unknown name, or the list of names, is first asked for; one that fails is
+reported by name and does not stop the others.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 
 
 class Registry(Generic[T]):
-    """A set of named things.
+    """Maps names to things of one type.
 
     Args:
-        kind: what they are, for messages ("tool").
-        group: entry-point group of third parties. An entry point may point to a thing, or to a
-            module whose import registers things.
-        of: their type; an entry point to anything else but a module is a failed plugin.
+        kind: what the things are, for messages ("tool").
+        group: entry-point group for plugins. An entry point refers to a thing, or to a module
+            whose import registers things.
+        of: type of the things; a plugin whose entry point refers to anything else fails.
     """
 
     def __init__(self, kind: str, group: str, of: type[T]) -> None:
@@ -36,7 +36,7 @@ class Registry(Generic[T]):
         self._things: dict[str, T] = {}
         self._aliases: dict[str, str] = {}
         self._loaded = False
-        # Environments are made on threads; a second one must wait for the first one's imports.
+        # Environments are made on several threads; all must wait for the first one's imports.
         self._lock = threading.RLock()
         self.failures: dict[str, str] = {}
 
@@ -44,29 +44,29 @@ class Registry(Generic[T]):
         """Adds a thing.
 
         Raises:
-            ConfigError: the name or an alias is taken by another thing.
+            ConfigError: another thing has this name or alias.
         """
         for each in (name, *aliases):
             taken = self._things.get(self._aliases.get(each, each))
             if taken is not None and taken is not thing:
                 raise ConfigError(
                     f"two {self.kind}s are called '{each}'; rename one of them or uninstall the "
-                    "package that brings it"
+                    "package that provides it"
                 )
         self._things[name] = thing
         self._aliases.update(dict.fromkeys(aliases, name))
         return thing
 
     def add(self, name: str, *, aliases: tuple[str, ...] = ()) -> Callable[[T], T]:
-        """Decorator form of `register`."""
+        """Returns a decorator that registers what it decorates."""
         return lambda thing: self.register(name, thing, aliases=aliases)
 
     def get(self, name: str) -> T:
-        """The thing of that name or alias.
+        """Returns the thing with that name or alias.
 
         Raises:
-            UnknownNameError: lists what exists and the closest match; names of plugins that
-                failed to import are among the log's warnings.
+            UnknownNameError: no such name; the message lists the known names and the closest
+                match. Plugins that failed to import are named in the log's warnings.
         """
         if self._aliases.get(name, name) not in self._things:
             self.load_plugins()
@@ -76,7 +76,7 @@ class Registry(Generic[T]):
         return found
 
     def names(self) -> list[str]:
-        """All names, without aliases, sorted."""
+        """Returns all names, sorted, without aliases."""
         self.load_plugins()
         return sorted(self._things)
 
@@ -88,7 +88,7 @@ class Registry(Generic[T]):
         return name in self._things or name in self._aliases
 
     def load_plugins(self) -> None:
-        """Imports the entry points of the group, once."""
+        """Imports the group's entry points, once."""
         with self._lock:
             if not self._loaded:
                 self._loaded = True
@@ -97,8 +97,8 @@ class Registry(Generic[T]):
     def _load_all(self) -> None:
         for point in metadata.entry_points(group=self.group):
             try:
-                self._take(point.name, point.load())
-            # Third-party code (a module may even call sys.exit): named, and the others go on.
+                self._add_loaded(point.name, point.load())
+            # Third-party code may raise anything, even call sys.exit; the other plugins still load.
             except (Exception, SystemExit) as error:
                 self.failures[point.name] = f"{type(error).__name__}: {error}"
                 _log.warning(
@@ -110,9 +110,9 @@ class Registry(Generic[T]):
                     error,
                 )
 
-    def _take(self, name: str, thing: object) -> None:
+    def _add_loaded(self, name: str, thing: object) -> None:
         if isinstance(thing, ModuleType):
-            return  # by being imported it has registered what it has
+            return  # its import has registered its things
         if not isinstance(thing, self._of):
             raise TypeError(
                 f"it points to a {type(thing).__name__}; it must point to a {self._of.__name__}, "

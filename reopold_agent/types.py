@@ -1,4 +1,4 @@
-"""The words of this project, as types: read this file first.
+"""The types of this project, and its vocabulary: read this file before the others.
 
 What flows where::
 
@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from reopold_agent.compat import StrEnum
+from reopold_agent.common.compat import StrEnum
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -74,7 +74,18 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class Task:
-    """One question with its pictures. ``answers`` are the acceptable strings."""
+    """One question with its pictures.
+
+    Attributes:
+        id: its name.
+        question: the user's words. An `IMAGE_MARK` stands where a picture goes, if here and in
+            ``history`` there is one for each picture; otherwise the pictures come first.
+        answers: the acceptable strings.
+        images: pictures, or the frames of a video, in order.
+        is_video: whether they are frames.
+        metadata: how the answer is graded, and more.
+        history: earlier turns of the conversation, the user's first.
+    """
 
     id: str
     question: str
@@ -82,6 +93,7 @@ class Task:
     images: tuple[ImageSource, ...] = ()
     is_video: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    history: tuple[tuple[Role, str], ...] = ()
 
 
 _image_keys = itertools.count()
@@ -123,7 +135,7 @@ class StopReason(StrEnum):
 
 @dataclass(frozen=True)
 class Region:
-    """The part of an earlier picture that a tool showed, for people who read the episode.
+    """The part of an earlier picture that a tool showed, for viewers of the episode.
 
     Attributes:
         image: number of the picture, counted from 1 as the model counts.
@@ -136,8 +148,11 @@ class Region:
 
 @dataclass
 class ToolCall:
-    """One tool call of the student and how it went. ``error`` is what the model was told;
-    ``regions`` where its pictures come from, one or none per picture."""
+    """One tool call of the student and its result.
+
+    ``error`` is the message that the model got; ``regions`` says where the returned pictures come
+    from, one per picture or none at all.
+    """
 
     name: str
     arguments: Mapping[str, Any]
@@ -200,7 +215,7 @@ class Trajectory:
 
     @property
     def trainable(self) -> bool:
-        """Whether there is something to learn from: no failure, and tokens of the student."""
+        """Whether it can be trained on: no failure, and at least one token of the student."""
         failed = self.stop_reason in (StopReason.ENV_ERROR, StopReason.POLICY_ERROR)
         return not failed and self.response_tokens > 0
 
@@ -217,7 +232,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. Training uses temperature 1 and top_p 1: then the recorded log-probs are
+    """Sampling settings. Training uses temperature 1 and top_p 1: then the recorded log-probs are
     those of the distribution that was sampled from. ``temperature=0`` is greedy."""
 
     temperature: float = 1.0
@@ -265,7 +280,7 @@ class Request:
 class Completion:
     """The sampled continuation of a `Request`; the three sequences have equal length.
 
-    With ``error`` set there is none: the policy gave the turn up, and that is the reason.
+    With ``error`` set there is no turn: the policy gave up, and ``error`` is the reason.
     """
 
     key: int

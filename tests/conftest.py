@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 # Before the hub's client is imported: a test that would download must fail, not wait.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported, and for the processes that tests start: the tiny models are fastest so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+from real_data import VARIABLE, real_data
+from torch import Tensor
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerFast,
@@ -27,10 +30,13 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from reopold_agent.demo.tokenizer import train_tokenizer
+from examples.embedded_models.tokenizer import train_tokenizer
+from reopold_agent.common.pixels import PixelLimits
+from reopold_agent.objectives import chunks, divergence
+from reopold_agent.policies import logprobs
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.types import EncodedImage, StopReason, Trajectory, Turn
 
@@ -41,7 +47,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("reopold")
 
-QWEN_TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "data" / "qwen_tokenizer"
 PADDED_ROWS = 13
 """Rows of the tiny model's vocabulary that no id of its tokenizer uses (real models have some)."""
 
@@ -53,6 +58,29 @@ _TEXTS = (
 )
 
 
+@pytest.fixture
+def logit_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all logits that the test computes a slice or block at a time, in order."""
+    sizes: list[int] = []
+    original = chunks.make_logits
+
+    def watched(hidden: Tensor, weight: Tensor, banned: Tensor | None) -> Tensor:
+        logits = original(hidden, weight, banned)
+        sizes.append(logits.numel())
+        return logits
+
+    for module in (chunks, divergence, logprobs):
+        monkeypatch.setattr(module, "make_logits", watched)
+    return sizes
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", ())
+    count = sum(VARIABLE in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.write_line(f"{count} tests skipped: they need {VARIABLE}=DIR")
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """Qwen's control tokens and chat format over about 400 byte-level ids."""
@@ -62,9 +90,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def qwen_tokenizer() -> Any:
     """The real Qwen2.5-VL vocabulary and chat template."""
-    if not (QWEN_TOKENIZER / "tokenizer.json").is_file():
-        pytest.skip(f"the real Qwen tokenizer is not at {QWEN_TOKENIZER}")
-    return AutoTokenizer.from_pretrained(QWEN_TOKENIZER)
+    return AutoTokenizer.from_pretrained(real_data("qwen_tokenizer"))
 
 
 @pytest.fixture(scope="session")

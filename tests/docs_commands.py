@@ -1,4 +1,4 @@
-"""Checks commands as far as they go without starting anything; run as a process of its own.
+"""Checks commands without starting them; runs as a separate process.
 
 Standard input is a JSON list of [place, words]; standard output a JSON list of [place, command,
 what is wrong]. Configurations are composed and checked by the commands' own functions, plans are
@@ -22,7 +22,10 @@ from unittest import mock
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
 from packaging.requirements import Requirement
+
+from reopold_agent.cli.commands import module_of
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,11 +38,11 @@ HYDRA_FLAGS = ("--help", "--cfg", "job", "-m", "--multirun")
 
 
 class ParsedError(Exception):
-    """A parser of options was content: stop there."""
+    """Raised once a parser has accepted all options, to stop there."""
 
 
 def check(words: Sequence[str]) -> None:
-    """Raises what is wrong with a command."""
+    """Raises an error if a command is invalid."""
     program, *rest = words
     if program == "pip":
         return check_pip(rest)
@@ -56,17 +59,14 @@ def check(words: Sequence[str]) -> None:
     if program.startswith("reopold-"):
         entry = PROJECT["scripts"][program].partition(":")[0]
         return check_module(entry, rest)
-    from reopold_agent.cli import COMMANDS
-
     name = rest[0] if rest else "--help"
     if name.startswith("-") or name == "completion":
-        return ends_well("reopold_agent.cli", rest)
-    module = COMMANDS[name].module.removesuffix(".__main__")
-    return check_module(f"reopold_agent.{module}", rest[1:])
+        return ends_well("reopold_agent.cli.__main__", rest)
+    return check_module(module_of(name).removesuffix(".__main__"), rest[1:])
 
 
 def check_pip(words: Sequence[str]) -> None:
-    """Extras exist, and so do folders."""
+    """Checks that the extras and folders of a command exist."""
     if words[:1] != ["install"]:
         return
     for word in words[1:]:
@@ -84,7 +84,7 @@ def check_pip(words: Sequence[str]) -> None:
 
 
 def check_module(module: str, words: Sequence[str]) -> None:
-    """By the command's own means."""
+    """Checks the command with its own parser."""
     words = [substituted(word) for word in words]
     if "--config-dir" in words:  # a folder of the reader's: what follows may be options in it
         words = words[: words.index("--config-dir")]
@@ -95,6 +95,7 @@ def check_module(module: str, words: Sequence[str]) -> None:
     special: dict[str, Callable[[list[str]], Any]] = {
         "reopold_agent.train": check_train,
         "reopold_agent.evaluate": check_evaluate,
+        "reopold_agent.judge": check_judge,
         "reopold_agent.serve": check_serve,
         "reopold_agent.study": check_study,
         "reopold_agent.plan": check_plan,
@@ -114,49 +115,53 @@ def substituted(word: str) -> str:
 
 def check_train(words: list[str]) -> None:
     from reopold_agent.objectives import make_objective
-    from reopold_agent.plan import compose_run
+    from reopold_agent.train.settings import compose_run
 
     config = compose_run([word for word in words if not word.startswith("hydra.")])
     settings = dict(config.objective)
     make_objective(settings.pop("name"), settings)
 
 
-def composed(name: str, words: list[str]) -> dict[str, Any]:
-    from reopold_agent.command import plain_values
-
-    ours = [re.sub(r"^model=", "checkpoint=", word) for word in words]
+def composed(name: str, words: list[str]) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_module("reopold_agent.configs", version_base="1.3"):
-        return plain_values(compose(name, [w for w in ours if not w.startswith("hydra.")]))
+        return compose(name, [word for word in words if not word.startswith("hydra.")])
 
 
 def check_evaluate(words: list[str]) -> None:
-    from reopold_agent.config import build
-    from reopold_agent.eval.benchmarks import select
-    from reopold_agent.eval.run import EvaluateConfig
+    from reopold_agent.evaluate.benchmarks import select
+    from reopold_agent.evaluate.run import load_config
+    from reopold_agent.evaluate.words import prepared_words
 
-    raw = composed("evaluate", words)
-    if isinstance(raw.get("benchmark"), str):
-        raw["benchmark"] = [raw["benchmark"]]
-    config = build(EvaluateConfig, raw)
+    config, _ = load_config(composed("evaluate", prepared_words(words)))
     select(config.benchmarks, config.benchmark, config.suite)
 
 
-def check_serve(words: list[str]) -> None:
+def check_judge(words: list[str]) -> None:
+    from reopold_agent.cli.hydra import plain_values
     from reopold_agent.config import build
-    from reopold_agent.serve import ServeConfig
+    from reopold_agent.judge.__main__ import CheckConfig, prepared_words
 
-    build(ServeConfig, composed("serve", words))
+    build(CheckConfig, plain_values(composed("judge", prepared_words(words))))
+
+
+def check_serve(words: list[str]) -> None:
+    from reopold_agent.cli.hydra import plain_values
+    from reopold_agent.config import build
+    from reopold_agent.serve.serving import ServeConfig
+
+    ours = [re.sub(r"^model=", "checkpoint=", word) for word in words]
+    build(ServeConfig, plain_values(composed("serve", ours)))
 
 
 def check_study(words: list[str]) -> None:
-    from reopold_agent.study.__main__ import parse
+    from reopold_agent.study.options import parse
 
     parse(words)
 
 
 def check_plan(words: list[str]) -> None:
-    from reopold_agent.plan import paper_plans, plan_run
+    from reopold_agent.plan.compose import paper_plans, plan_run
 
     settings = [w for w in words if not w.startswith(("-", "measured="))]
     if set(words) - set(settings) - {"--json", "--paper"} and not any(
@@ -170,18 +175,18 @@ def check_plan(words: list[str]) -> None:
 
 
 def check_play(words: list[str]) -> None:
-    from reopold_agent.plan import compose_run
-    from reopold_agent.play import split_words
+    from reopold_agent.play.options import split_words
+    from reopold_agent.train.settings import compose_run
 
     compose_run(split_words(words)[1])
 
 
 def check_doctor(words: list[str]) -> None:
-    from reopold_agent.doctor import examined
+    from reopold_agent.doctor.examine import parse
 
     if [word for word in words if word.startswith("-") and word != "--json"]:
         raise ValueError(f"unknown options among {words}")
-    examined([word for word in words if word != "--json"])
+    parse([word for word in words if word != "--json"])
 
 
 def ends_well(module: str, words: Sequence[str]) -> None:
@@ -194,8 +199,11 @@ def ends_well(module: str, words: Sequence[str]) -> None:
 
 def options_only(module: str, words: Sequence[str]) -> None:
     """Runs a command up to where its parser has taken all options."""
-    if importlib.util.find_spec(module) is None:
+    found = importlib.util.find_spec(module)
+    if found is None:
         raise ModuleNotFoundError(module)
+    if found.submodule_search_locations is not None:
+        module = f"{module}.__main__"
     original = argparse.ArgumentParser.parse_args
 
     def stop(self: argparse.ArgumentParser, *given: Any, **named: Any) -> None:

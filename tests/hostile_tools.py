@@ -24,7 +24,7 @@ from reopold_agent.types import IMAGE_MARK, Region
 LEAK: list[bytearray] = []
 
 
-# What a thread can bear too
+# Tools that are safe on a thread
 
 
 def says_no(state: EpisodeState) -> ToolResult:
@@ -115,7 +115,7 @@ def sleeps(state: EpisodeState) -> ToolResult:
     return ToolResult("too late")
 
 
-# What needs a process
+# Tools that need a process
 
 
 def holds_the_lock(state: EpisodeState) -> ToolResult:
@@ -290,7 +290,7 @@ def tells_its_metadata(state: EpisodeState) -> ToolResult:
 
 
 def looks_at_everything(state: EpisodeState) -> ToolResult:
-    """Every way of Pillow to get at pixels, and all that the state says."""
+    """Reads pixels in every way that Pillow offers, and all of the state."""
     first = state.images[0]
     task = state.task
     again = task.images[0].open()

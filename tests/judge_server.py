@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 
@@ -26,7 +27,7 @@ class Seen:
 
 @dataclass
 class Reply:
-    """What to answer. ``body`` may be raw bytes."""
+    """A scripted reply. ``body`` may be raw bytes."""
 
     body: Any = None
     status: int = 200
@@ -67,7 +68,7 @@ class Server:
             request_queue_size = 256
 
             def handle_error(self, *_: Any) -> None:
-                pass  # clients of these tests hang up in the middle
+                pass  # clients of these tests disconnect in the middle
 
         self.http = HttpServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
@@ -90,7 +91,7 @@ class Server:
             reply = self.script(seen, number)
             time.sleep(0 if reply.reset else reply.delay)
         finally:
-            # Before the reply leaves: whoever has it may ask again at once.
+            # Before the reply is sent: its receiver may send another request at once.
             with self.lock:
                 self.in_flight -= 1
         send_reply(handler, reply)
@@ -146,7 +147,7 @@ def gemini_text(text: str, finish: str = "STOP", **more: Any) -> Reply:
 
 USAGE: dict[str, Any] = {
     "usageMetadata": {"promptTokenCount": 101, "candidatesTokenCount": 7, "totalTokenCount": 108},
-    "modelVersion": "gemini-2.0-flash-001",
+    "modelVersion": "gemini-3.8-flash-001",
 }
 
 
@@ -167,4 +168,26 @@ def chat_text(text: str | None, finish: str = "stop") -> Reply:
             "choices": [{"index": 0, "message": message, "finish_reason": finish}],
             "usage": {"prompt_tokens": 55, "completion_tokens": 6, "total_tokens": 61},
         }
+    )
+
+
+def install_judge(folder: Path, answer: str) -> None:
+    """Writes a package with a judge that always gives this answer, as pip would install it."""
+    (folder / "their_judge.py").write_text(
+        "from reopold_agent.judges.llm import LLM_JUDGES, Completion, JudgeMaker, judge_of\n"
+        "class Mine:\n"
+        "    name, model = 'mine', 'v1'\n"
+        "    def settings(self): return {}\n"
+        "    def describe(self): return {}\n"
+        f'    def ask(self, prompt, timeout): return Completion(\'{{"answer": "{answer}"}}\')\n'
+        "    def close(self): pass\n"
+        "make = lambda settings: judge_of(Mine(), settings, concurrency=2)\n"
+        "LLM_JUDGES.register('mine', JudgeMaker('mine', make))\n"
+        "MAKER = JudgeMaker('maker', make)\n"
+    )
+    info = folder / "their_judge-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-judge\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[reopold_agent.judges]\nwhole = their_judge\nmaker = their_judge:MAKER\n"
     )

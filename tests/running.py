@@ -16,8 +16,8 @@ from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.engines.local import LocalEngine
-from reopold_agent.train import load_config
+from reopold_agent.train.settings import load_config
+from reopold_agent.train.setup import LocalEngine
 
 SMALL = (
     "steps=4",
@@ -39,7 +39,7 @@ TIMINGS = ("time/", "tokens_per_second", "seconds", "env_seconds")
 
 
 def composed(*overrides: str) -> tuple[TrainConfig, dict[str, Any]]:
-    """What ``python -m reopold_agent.train`` composes from these words."""
+    """Composes the configuration as ``python -m reopold_agent.train`` does."""
     with initialize_config_module("reopold_agent.configs", version_base="1.3"):
         return load_config(compose("train", list(overrides)))
 
@@ -59,7 +59,7 @@ def environment() -> dict[str, str]:
 
 
 def words(folder: Path, *overrides: str) -> list[str]:
-    """The words of the training command."""
+    """Returns the training command as a list of words."""
     module = [sys.executable, "-m", "reopold_agent.train"]
     return [*module, *SMALL, *overrides, f"hydra.run.dir={folder}"]
 
@@ -67,7 +67,7 @@ def words(folder: Path, *overrides: str) -> list[str]:
 def command(
     arguments: Sequence[str] | str, cwd: Path, **settings: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command to its end; text of both streams."""
+    """Runs a command to its end; returns the text of both streams."""
     return subprocess.run(
         arguments,
         cwd=cwd,
@@ -80,8 +80,8 @@ def command(
     )
 
 
-def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
-    """Starts a command in a process of its own."""
+def start(arguments: Sequence[str], cwd: Path, **settings: Any) -> subprocess.Popen[str]:
+    """Starts a command in a new process."""
     return subprocess.Popen(
         arguments,
         cwd=cwd,
@@ -89,6 +89,7 @@ def start(arguments: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        **settings,
     )
 
 
@@ -128,7 +129,7 @@ def without_timings(value: Any) -> Any:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """Everything a run computed, but for timings."""
+    """Returns everything that a run computed, except timings."""
     return {
         name: without_timings(lines(folder / name))
         for name in ("metrics.jsonl", "trajectories.jsonl")
@@ -141,7 +142,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
-    """Bit for bit."""
+    """Asserts that two sets of weights are equal bit for bit."""
     first, second = weights(one), weights(other)
     assert first.keys() == second.keys()
     different = [name for name in first if not torch.equal(first[name], second[name])]
@@ -149,7 +150,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Content of every file of a run but its log and lock."""
+    """Returns the content of every file of a run except its log and lock."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))

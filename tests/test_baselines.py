@@ -1,4 +1,4 @@
-"""The other objectives against plain versions of their formulas, limits and exact gradients."""
+"""The baseline objectives against plain versions of their formulas, limits and exact gradients."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def token_batch(values: dict[str, Any], rows: Any = slice(None), dtype: Any = to
 
 
 def plain_loss(name: str, values: dict[str, Any], settings: dict[str, Any], step: int) -> Any:
-    """The spec, one token at a time: the loss, and its gradient by ``logp`` or ``divergence``."""
+    """The definition, token by token: the loss and its gradient by ``logp`` or ``divergence``."""
     mixture = settings.get("mixture", 0.1)
     floor = math.log(mixture) / (1 - mixture)
     tokens = [index for index in np.ndindex(ROWS, TIME) if values["loss_mask"][index]]
@@ -140,7 +140,7 @@ def plain_loss(name: str, values: dict[str, Any], settings: dict[str, Any], step
 
 
 def gradient_of(loss: Tensor, leaves: list[Tensor]) -> Tensor:
-    """By the one of the two leaves that the objective uses."""
+    """Gradient by the leaf that the objective uses."""
     found = [g for g in torch.autograd.grad(loss, leaves, allow_unused=True) if g is not None]
     assert len(found) == 1
     return found[0]
@@ -631,7 +631,11 @@ def test_informative_groups_are_those_whose_outcomes_differ() -> None:
     plain, dropping = GRPO(), GRPO(drop_equal_groups=True, rounds=3, curiosity=0.5)
     assert plain.informative(result).tolist() == [True] * 10
     assert dropping.informative(result).tolist() == [True] * 2 + [False] * 8
-    assert (plain.roll_outs, dropping.roll_outs, GRPO(rounds=3).roll_outs) == (1, 3, 1)
+    assert (
+        plain.max_rollout_rounds,
+        dropping.max_rollout_rounds,
+        GRPO(rounds=3).max_rollout_rounds,
+    ) == (1, 3, 1)
     # Curiosity makes rewards differ; DAPO looks at the outcome.
     assert dropping.advantages(result)[2:4].abs().min() > 0.1
 
@@ -785,7 +789,7 @@ def test_an_objective_says_what_it_does_not_have() -> None:
         ("gkd", {"topk": 5}, "Did you mean 'objective.top_k'"),
         ("grpo", {"clip_low": 0.0}, r"^objective.clip_low .*got 0.0"),
         ("grpo", {"clip_high": -0.1}, r"clip_high above 0"),
-        ("grpo", {"aggregate": "mean"}, r"^objective.aggregate .*sequence, token, budget"),
+        ("grpo", {"aggregate": "mean"}, r"^objective.aggregate must be sequence, token or budget"),
         ("grpo", {"curiosity": -0.5}, r"^objective.curiosity must be >= 0, got -0.5"),
         ("grpo", {"call_penalty": -1.0}, r"^objective.call_penalty"),
         ("grpo", {"overlong_buffer": -1}, r"^objective.overlong_buffer"),
@@ -793,7 +797,7 @@ def test_an_objective_says_what_it_does_not_have() -> None:
         ("grpo", {"rounds": 0}, r"^objective.rounds"),
         ("grpo", {"token_budget": 0}, "token_budget"),
         ("grpo", {"normalize": True}, "Did you mean 'objective.normalise'"),
-        ("sft", {"source": "me"}, r"^objective.source is 'teacher' or 'recorded', got 'me'"),
+        ("sft", {"source": "me"}, r"^objective.source must be 'teacher' or 'recorded', got 'me'"),
         ("sft", {"only_success": True}, "Did you mean 'objective.only_successes'"),
     ],
 )

@@ -347,7 +347,7 @@ def test_a_template_that_writes_an_image_twice_is_an_error(
 def test_a_template_that_rewrites_earlier_turns_is_an_error(tokenizer: Any, template: str) -> None:
     chat = ChatRenderer(with_template(tokenizer, template))  # one turn works
     assert chat.prompt([Message("user", ("q",))])[0]
-    with pytest.raises(ModelError, match="changes earlier turns"):
+    with pytest.raises(ModelError, match="rewrites earlier turns"):
         chat.continuation(Message("user", ("x",)), chat.turn_end_id)
 
 

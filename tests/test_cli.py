@@ -19,16 +19,19 @@ from pathlib import Path
 import pytest
 from running import SMALL, environment, lines, start, train_rows, wait_until, words
 
-from reopold_agent import cli
-from reopold_agent.completion import candidates
-from reopold_agent.user_errors import split
+from reopold_agent.cli.commands import COMMANDS
+from reopold_agent.cli.completion import candidates
+from reopold_agent.cli.messages import split_message
 
-SHIM = f"#!{sys.executable}\nimport sys\nfrom reopold_agent.cli import main\nsys.exit(main())\n"
+SHIM = (
+    f"#!{sys.executable}\nimport sys\n"
+    "from reopold_agent.cli.__main__ import main\nsys.exit(main())\n"
+)
 
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which ``reopold`` is what the entry point would be."""
+    """An environment in which ``reopold`` runs the entry point."""
     place = tmp_path_factory.mktemp("bin")
     (place / "reopold").write_text(SHIM)
     (place / "reopold").chmod(0o755)
@@ -57,23 +60,23 @@ def reopold(
 def test_the_entry_point_is_this_module() -> None:
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8")
     scripts = project.split("[project.scripts]\n")[1].split("\n\n")[0]
-    assert scripts == 'reopold = "reopold_agent.cli:main"'
+    assert scripts == 'reopold = "reopold_agent.cli.__main__:main"'
 
 
 def test_help_lists_every_command_and_imports_nothing_slow(shell: dict[str, str]) -> None:
     plain = reopold(shell)
     assert plain.returncode == 0
     assert reopold(shell, "--help").stdout == plain.stdout
-    for name, command in cli.COMMANDS.items():
+    for name, command in COMMANDS.items():
         (line,) = [each for each in plain.stdout.splitlines() if each.startswith(f"  {name} ")]
         assert command.summary in line
         assert line.endswith(command.example)
         assert command.example.startswith((f"reopold {name}", "eval"))
-    slow = ("torch", "hydra", "omegaconf", "numpy", "rich", "yaml")
+    slow = ("torch", "hydra", "omegaconf", "numpy", "rich", "yaml", "scipy")
     code = f"""
 import sys
 sys.argv = ["reopold"]
-from reopold_agent.cli import main
+from reopold_agent.cli.__main__ import main
 main()
 assert not set({slow!r}) & set(sys.modules), sys.modules.keys()
 """
@@ -88,7 +91,7 @@ def test_every_command_has_a_module_and_a_help(shell: dict[str, str]) -> None:
         return name, reopold(shell, name, "--help")
 
     with ThreadPoolExecutor(3) as pool:
-        answers = dict(pool.map(ask, cli.COMMANDS))
+        answers = dict(pool.map(ask, COMMANDS))
     for name, done in answers.items():
         assert done.returncode == 0, (name, done.stderr)
         assert re.search(rf"reopold_agent\.{name}|reopold {name}", done.stdout), name
@@ -96,6 +99,7 @@ def test_every_command_has_a_module_and_a_help(shell: dict[str, str]) -> None:
     for name, groups in {
         "train": ("env", "model", "objective", "engine", "policy", "tracking", "recipe", "data"),
         "evaluate": ("judge", "policy", "tracking"),
+        "judge": ("judge",),
         "serve": ("policy",),
     }.items():
         text = answers[name].stdout
@@ -119,7 +123,7 @@ def test_version(shell: dict[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A command line, what is said to be wrong, and what is advised."""
+    """A command line, the problem that the message names, and its advice."""
 
     command: str
     wrong: str
@@ -144,10 +148,28 @@ MISTAKES = [
     Mistake("train tracking=[wandb,mlflo]", "no tracker is called 'mlflo'.", "mean 'mlflow'?"),
     Mistake("train recipe=null", "no recipe is called 'null'.", "Known: paper_agentic"),
     Mistake("train hydra/launcher=x", "has no option 'x'.", "Known: basic"),
-    Mistake("train pixel_reasoner", "'pixel_reasoner' is no key=value.", "'env=pixel_reasoner'?"),
+    Mistake("train pixel_reasoner", "'pixel_reasoner' is not key=value.", "'env=pixel_reasoner'?"),
     Mistake("train --mutirun", "there is no flag '--mutirun'.", "mean '--multirun'?"),
     Mistake("train steps=many", "'steps' must be int, got 'many'", "--help"),
-    Mistake("train seed=1,2", "seed=1,2 has several values.", "seed=[1,2]' for a list, or add --m"),
+    Mistake("train seed=1,2", "seed=1,2 has several values.", "  Add --multirun to run once"),
+    Mistake("train env=math,geometry", "has several values.", "  Add --multirun to run once with"),
+    Mistake("train tools.read=a,b", "has several values.", "'tools.read=[a,b]' for a list, or add"),
+    Mistake("train tracking=wandb,mlflow", "several values.", "tracking=[wandb,mlflow]' for"),
+    *[
+        Mistake(f"{start}={value}", f"'{start.split()[-1]}' takes one option, got {value}", "once")
+        for start, value in (
+            ("train env", "[math,geometry]"),
+            ("train model", "[demo,figures]"),
+            ("train objective", "[grpo,rkl]"),
+            ("plan recipe", "[paper_agentic,paper_math_7b]"),
+            ("evaluate judge", "[gemini,local]"),
+            ("evaluate model", "[a,b]"),
+            ("evaluate env=math data", "[demo,verl]"),
+            ("serve policy", "[vllm,server]"),
+            ("serve model", "[a,b]"),
+            ("study name=ablation -- env", "[math,geometry]"),
+        )
+    ],
     Mistake("train seed=[1", "'seed=[1' cannot be read", "needs quotes"),
     Mistake("train steps=${foo}", "steps: Interpolation key 'foo' not found", "--help"),
     Mistake("train hydra.run.dir=${no}", "hydra.run.dir: Interpolation key 'no'", EVERY),
@@ -158,14 +180,26 @@ MISTAKES = [
     Mistake("train tracking=wandb", "tracking=wandb has no API key.", "wandb login", True),
     Mistake(
         "train model.student.path=some/where",
-        "the student 'some/where' is neither a folder here nor",
+        "the student 'some/where' is neither a local folder nor",
         "hf download some/where",
         True,
     ),
     Mistake("evaluate benchmark=demoo", "no benchmark is called 'demoo'.", "mean 'demo'?"),
+    Mistake(
+        "evaluate agentic.env=nonsense", "agentic.env=nonsense: ", "Known: reopold/Geometry-v0"
+    ),
+    Mistake("evaluate env=math env.id=math", "env.id=math: ", "Did you mean 'reopold/Math-v0'?"),
+    Mistake(
+        "train env.id=nonsense/X-v0", "env.id=nonsense/X-v0: Namespace", "Known: reopold/", True
+    ),
     Mistake("serve port=99999", "port must be from 0 to 65535, got 99999", "reopold serve --help"),
     Mistake("serve port=PORT model=demo:student", "cannot listen on 127.0.0.1:PORT", "port=N"),
     Mistake("compare nosuch", "nosuch has no results.json", "finished evaluation?"),
+    Mistake("judge chek", "no command 'chek' of judge.", "Did you mean 'check'?"),
+    Mistake("judge check nosuch.jsonl", "nosuch.jsonl: No such file", "Give a file of labelled"),
+    Mistake("judge check FILE", "FILE, line 1: not JSON", "A line is one JSON object"),
+    Mistake("judge check judge=gemni", "no judge is called 'gemni'.", "mean 'gemini'?"),
+    Mistake("judge check outptu=x", "unknown setting 'outptu'.", "Did you mean 'output'?"),
     Mistake("plan gpus=x", "gpus must be a number, got 'x'", "reopold plan --help"),
     Mistake("plan envv=math", "unknown setting 'envv'.", "mean 'env'?"),
     Mistake("study name=abl", "no study is called 'abl'.", "mean 'ablation'?"),
@@ -178,7 +212,7 @@ MISTAKES = [
 def answers(
     shell: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, subprocess.CompletedProcess[str]]:
-    """What is said to each mistake; a few processes at a time, for each takes seconds."""
+    """Messages for each mistake, from a few processes at a time, because each takes seconds."""
     place = tmp_path_factory.mktemp("mistakes")
     (place / "FILE").write_text("not a folder")
     with socket.socket() as taken:
@@ -199,7 +233,7 @@ def answers(
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.command)
-def test_a_mistake_is_told_in_two_lines(
+def test_a_mistake_is_reported_in_two_lines(
     mistake: Mistake, answers: dict[str, subprocess.CompletedProcess[str]]
 ) -> None:
     done = answers[mistake.command]
@@ -226,9 +260,9 @@ def test_debug_shows_the_traceback_too(shell: dict[str, str]) -> None:
 
 RAISES = """
 import errno, sys
-from reopold_agent.command import errors_for_people
+from reopold_agent.cli.hydra import report_errors
 sys.argv = ["reopold train"]
-with errors_for_people("Stopped.", "train"):
+with report_errors("Stopped.", "train"):
     {}
 """
 
@@ -245,17 +279,17 @@ with errors_for_people("Stopped.", "train"):
         (
             "import huggingface_hub.errors as e; raise e.OfflineModeIsEnabled('no network')",
             2,
-            ["error: the Hugging Face hub gave no answer: no network", "model.student.path=DIR"],
+            ["error: the Hugging Face hub did not answer: no network", "model.student.path=DIR"],
         ),
         (
             "raise OSError(errno.ENOSPC, 'No space left on device', 'RUN/x')",
             2,
-            ["error: No space left on device: RUN/x", "Make room"],
+            ["error: No space left on device: RUN/x", "Free space"],
         ),
         (
             "raise RuntimeError('deep') from PermissionError(13, 'Permission denied', '/x')",
             2,
-            ["error: Permission denied: /x", "Choose a place where you may write"],
+            ["error: Permission denied: /x", "Choose a folder that you may write to"],
         ),
         (
             "raise OSError(errno.EADDRINUSE, 'Address already in use')",
@@ -272,7 +306,7 @@ with errors_for_people("Stopped.", "train"):
         ("raise FileNotFoundError(2, 'No such file', 'ours')", 1, ["Traceback"]),
     ],
 )
-def test_what_is_told_of_errors_from_below(
+def test_messages_of_errors_from_libraries(
     code: str, status: int, told: list[str], shell: dict[str, str]
 ) -> None:
     done = subprocess.run(
@@ -309,7 +343,7 @@ def test_head_of_the_output_is_no_error(shell: dict[str, str]) -> None:
     ],
 )
 def test_messages_in_two_parts(message: str, parts: tuple[str, str]) -> None:
-    assert split(message) == parts
+    assert split_message(message) == parts
 
 
 # Stopped
@@ -344,7 +378,7 @@ def test_sigterm_saves_and_has_its_own_status(tmp_path: Path) -> None:
     ("line", "some", "none"),
     [
         ("reopold tr", ["train"], ["evaluate"]),
-        ("reopold ", [*cli.COMMANDS], []),
+        ("reopold ", [*COMMANDS], []),
         ("reopold train env=pix", ["env=pixel_reasoner"], ["env=math"]),
         ("reopold train env=", ["env=geometry", "env=math", "env=pixel_reasoner"], []),
         ("reopold train batch.pro", ["batch.prompts="], ["batch.samples="]),
@@ -361,6 +395,17 @@ def test_sigterm_saves_and_has_its_own_status(tmp_path: Path) -> None:
         ),
         ("reopold evaluate benchmark=vs", ["benchmark=vstar"], ["benchmark=demo"]),
         ("reopold evaluate model=d", [], ["model=demo"]),
+        ("reopold evaluate env=ma", ["env=math"], ["env=geometry"]),
+        ("reopold evaluate env=math sam", ["samples=", "sampling."], []),
+        (
+            "reopold evaluate env=math rollout.max_t",
+            ["rollout.max_turn_tokens="],
+            ["rollout.max_turns="],
+        ),
+        ("reopold judge ", ["check"], ["judge=", "file="]),
+        ("reopold judge check judge=", ["judge=gemini", "judge=none"], []),
+        ("reopold judge check FILE judge=gemini judge.mo", ["judge.model="], []),
+        ("reopold judge check FILE ", ["all=", "output=", "judge="], ["env=", "check"]),
         ("reopold serve po", ["policy=", "port="], ["model="]),
         ("reopold plan gpu", ["gpu=", "gpus="], []),
         ("reopold play env=pixel_reasoner split=", ["split=train", "split=eval"], []),
@@ -382,7 +427,7 @@ def test_candidates(line: str, some: list[str], none: list[str]) -> None:
 
 
 def type_into(shell: dict[str, str], program: list[str], keys: list[str], until: str) -> str:
-    """What an interactive shell on a terminal shows; waits for ``until`` after the last keys."""
+    """Returns an interactive shell's output; waits for ``until`` after the last keys."""
     process, terminal = pty.fork()
     if process == 0:
         os.execvpe(program[0], program, {**shell, "TERM": "dumb", "PS1": "$ "})

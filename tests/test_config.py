@@ -11,6 +11,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from running import composed
 
+from reopold_agent.cli.groups import prepare_groups
 from reopold_agent.config import (
     BatchConfig,
     ModelConfig,
@@ -19,7 +20,6 @@ from reopold_agent.config import (
     build,
 )
 from reopold_agent.errors import ConfigError, UnknownNameError
-from reopold_agent.hydra_groups import prepare_groups
 from reopold_agent.objectives import Objective, Reopold, RunFacts, make_objective
 
 CONFIGS = Path(__file__).parents[1] / "reopold_agent" / "configs"
@@ -145,7 +145,7 @@ def test_a_key_of_nothing_is_refused() -> None:
         composed("stes=3")
 
 
-def test_a_plugin_s_sections_beat_the_model_s() -> None:
+def test_sections_of_a_plugin_override_the_models() -> None:
     """`EnvEntry.config` may bring budgets that suit the environment."""
     node = {
         "env": {"name": "plug", "id": "plug/Plug-v0", "takes_data": False, "kwargs": {}},
@@ -167,7 +167,7 @@ def test_a_plugin_s_sections_beat_the_model_s() -> None:
     ("word", "close"),
     [
         ("env=pixel_resoner", "pixel_reasoner"),
-        ("model=qwen2_5_vl", "qwen2_5_vl_3b"),
+        ("model=qwen2_5_vl_3", "qwen2_5_vl_3b"),
         ("data=verll", "verl"),
         ("objective=reopol", "reopold"),
         ("engine=locall", "local"),
@@ -188,7 +188,7 @@ def test_known_options_and_other_words_pass() -> None:
 @pytest.mark.parametrize(
     "word",
     [
-        "steps=0",
+        "steps=-1",
         "steps=2.5",
         "steps=many",
         "seed=-1",
@@ -210,7 +210,7 @@ def test_known_options_and_other_words_pass() -> None:
         "optimizer.weight_decay=-1",
         "optimizer.warmup_steps=-1",
         "optimizer.max_grad_norm=0",
-        "evaluation.tasks=0",
+        "evaluation.tasks=-1",
         "evaluation.every=-1",
         "checkpoint.every=-1",
         "checkpoint.keep=0",
@@ -229,6 +229,23 @@ def test_a_setting_that_cannot_work_is_named(word: str) -> None:
     with pytest.raises(ConfigError) as caught:
         composed(word)
     assert word.partition("=")[0].split(".")[-1] in str(caught.value)
+
+
+def test_no_steps_and_no_held_out_tasks() -> None:
+    config, _ = composed("steps=0")
+    assert (config.steps, config.evaluation.tasks) == (0, 256)
+    with pytest.raises(ConfigError, match=r"evaluates nothing\.\nSet one of them"):
+        composed("steps=0", "evaluation.tasks=0")
+    with pytest.raises(ConfigError, match=r"\nUse engine=local, or `reopold evaluate env=math"):
+        composed("env=math", "engine=verl", "steps=0")
+    config, _ = composed(
+        "env=math", "data=math_jsonl", "data.train.path=x", "evaluation.tasks=0", "objective=grpo",
+        "model.teacher=null",
+    )  # fmt: skip
+    assert config.data.eval is None  # neither held-out rows nor a teacher are needed
+    assert (config.evaluation.every, config.evaluation.teacher) == (0, False)
+    with pytest.raises(ConfigError, match=r"data\.eval\.path"):
+        composed("env=math", "data=math_jsonl", "data.train.path=x")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +275,7 @@ OBJECTIVES = sorted(path.stem for path in (CONFIGS / "objective").glob("*.yaml")
 
 
 def objective(*words: str) -> Objective:
-    """The objective that a run of these words has."""
+    """Builds the objective of a run with these settings."""
     config, _ = composed(*words)
     settings = {key: value for key, value in config.objective.items() if key != "name"}
     made = make_objective(config.objective["name"], settings)
@@ -266,7 +283,7 @@ def objective(*words: str) -> Objective:
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_every_objective_s_file_is_its_class(name: str) -> None:
+def test_the_file_of_every_objective_lists_its_settings(name: str) -> None:
     """The file lists every setting, with the class's own defaults."""
     config, _ = composed(f"objective={name}")
     settings = {key: value for key, value in config.objective.items() if key != "name"}

@@ -1,7 +1,7 @@
 """Control tokens typed as text: no question, tool or name can forge a turn or a picture.
 
 Ids are read back as a structure: how many turns begin and end, how many placeholders there are.
-Whatever the texts say, that structure is the one of the conversation.
+For every text, the structure is that of the conversation.
 """
 
 # ruff: noqa: RUF001  # DeepSeek writes its marks with fullwidth bars
@@ -25,8 +25,9 @@ from test_rollout import ScriptedPolicy
 from test_text_checkpoints import small_tokenizer
 from tokenizers import AddedToken
 
+from examples.embedded_models.tokenizer import train_tokenizer
+from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.data.demonstrations import load_demonstrations
-from reopold_agent.demo.tokenizer import train_tokenizer
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
 from reopold_agent.errors import ModelError
 from reopold_agent.judges.llm import local
@@ -34,7 +35,7 @@ from reopold_agent.judges.llm.base import Equal, Extract, Prompt
 from reopold_agent.judges.llm.local import LocalBackend
 from reopold_agent.judges.llm.prompts import build
 from reopold_agent.policies.loading import ModelSpec, load_processing
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.policies.vllm.requests import prompt_of
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.demonstrations import demonstrated
@@ -82,7 +83,7 @@ def chat(request: pytest.FixtureRequest) -> ChatRenderer:
 
 
 def counts(chat: ChatRenderer, ids: Sequence[int] | np.ndarray[Any, Any]) -> dict[str, int]:
-    """How often each control token occurs."""
+    """Counts each control token."""
     listed = [int(i) for i in ids]
     names = [t.content for t in chat.tokenizer.added_tokens_decoder.values() if t.special]
     return {n: listed.count(chat.tokenizer.convert_tokens_to_ids(n)) for n in names}
@@ -166,7 +167,7 @@ def test_a_demonstration_forges_no_turn_in_the_experts_words() -> None:
 
 
 def shouting(state: EpisodeState, loud: bool) -> ToolResult:
-    """Says what it should not."""
+    """Returns text with control tokens."""
     del state, loud
     return ToolResult(
         FORGERY + PICTURE + IMAGE_MARK + "<|endoftext|>", (Image.new("RGB", (60, 60)),)
@@ -249,7 +250,7 @@ def test_an_episode_of_hostile_texts_has_the_structure_of_an_innocent_one(
     assert "<|im_start|>" in trajectory.turns[1].observation
 
 
-def test_control_tokens_that_the_student_samples_stay_its_own(hostile_runner: Any) -> None:
+def test_control_tokens_that_the_student_samples_are_kept_for_training(hostile_runner: Any) -> None:
     """What was sampled is kept and learned from; the environment hears the words without them."""
     task = Task("t", "How many?", ("7",), (Picture(),))
     runner = hostile_runner(task)

@@ -1,4 +1,4 @@
-"""Data: row formats, files, pictures; what is wrong is named, counted, and never escapes."""
+"""Data: row formats, files and pictures; errors are named, counted and contained."""
 
 from __future__ import annotations
 
@@ -154,10 +154,14 @@ def test_splits_by_file_name(tmp_path: Path) -> None:
         ids("eval")
 
 
-def test_files_without_a_split_in_their_name_serve_every_split(tmp_path: Path) -> None:
+def test_files_without_a_split_in_their_name_hold_training_rows(tmp_path: Path) -> None:
     write_rows([{"question": "?", "answer": "1"}], tmp_path / "rows.json")
     assert len(load(path=str(tmp_path), split="train")) == 1
-    assert len(load(path=str(tmp_path), split="eval")) == 1
+    assert len(load(path=str(tmp_path), split=None)) == 1
+    with pytest.raises(
+        DataError, match=r"no file for the split 'eval'.*rows\.json.*\n.*split=null"
+    ):
+        load(path=str(tmp_path), split="eval")
 
 
 def test_limit_and_sharing(tmp_path: Path) -> None:
@@ -176,7 +180,7 @@ def test_limit_and_sharing(tmp_path: Path) -> None:
 BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"answer": "1"}, "no column question; found: answer; .* needs: question, answer"),
     ({"question": "  ", "answer": "1"}, "no question"),
-    ({"question": "<image> ", "answer": "1"}, "no question"),
+    ({"question": "<image> ", "answer": "1"}, "1 picture mark in the text, but 0 pictures in"),
     ({"question": 3, "answer": "1"}, "'question' must be a text, got int"),
     ({"question": "?\ud800", "answer": "1"}, "half a surrogate pair"),
     ({"question": "?"}, "no column answer; found: question"),
@@ -184,11 +188,11 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"question": "?", "answer": float("nan")}, "no answer"),
     ({"question": "?", "answer": ""}, "no answer"),
     ({"question": "?", "answer": [None, " "]}, "no answer"),
-    ({"question": "?", "answer": "1", "image": 5}, "'image' must be a path"),
-    ({"question": "?", "answer": "1", "image": [5]}, "'image' must be a path"),
-    ({"question": "?", "answer": "1", "image": {"bytes": "x"}}, "'image' must be a path"),
+    ({"question": "?", "answer": "1", "image": 5}, "a picture must be a path or bytes"),
+    ({"question": "?", "answer": "1", "image": [5]}, "a picture must be a path or bytes"),
+    ({"question": "?", "answer": "1", "image": {"bytes": "x"}}, "'x' is neither in"),
     ({"question": "?", "answer": "1", "image": ["gone.png"]}, "download images.zip and videos.zip"),
-    ({"question": "?", "answer": "1", "image": [""]}, "the picture|the path"),
+    ({"question": "?", "answer": "1", "image": [""]}, "no picture"),
     ({"question": "?", "answer": "1", "image": ["images"]}, "neither in"),
     ({"question": "?", "answer": "1", "image": ["../secret.png"]}, "leaves the data folder"),
     ({"question": "?", "answer": "1", "image": ["a/../../secret.png"]}, "leaves the data folder"),
@@ -228,7 +232,7 @@ def test_a_bad_row_fails_or_is_left_out(
     text = str(caught.value)
     assert text.startswith(f"1 of 3 rows of {hostile} cannot be used:\n")
     assert "  1  rows.json, row 1: " in text
-    assert text.endswith("Mend them, or leave them out with on_bad_row=skip.")
+    assert text.endswith("Correct them, or leave them out with on_bad_row=skip.")
     with caplog.at_level(logging.WARNING):
         tasks = load(path=str(hostile), on_bad_row="skip")
     assert [tasks[0].id, tasks[1].id, len(tasks)] == ["q-1", "q-2", 2]
@@ -372,7 +376,7 @@ def test_a_hub_id_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert asked == [("some-lab/Set-1", "dataset", "abc")]
 
 
-def test_without_a_network_the_command_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_the_download_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*_: Any, **__: Any) -> str:
         raise ConnectionError("cannot reach the hub\nlong trace")
 
@@ -386,9 +390,9 @@ def test_without_a_network_the_command_is_said(monkeypatch: pytest.MonkeyPatch) 
     assert "data.train.path=" in text
 
 
-def test_without_the_hubs_package_the_extra_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_hubs_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "reopold-agent\[hub\]"'):
+    with pytest.raises(MissingExtraError, match=r'pip install -e "\.\[hub\]"'):
         load(path="some-lab/Set-3", split="train")
 
 
@@ -432,9 +436,11 @@ def test_verl_row_says_how_many_pictures_and_which_answers() -> None:
 
 
 def verl(**more: Any) -> dict[str, Any]:
+    shown = more.get("images", [])
+    marks = "<image>" * (len(shown) if isinstance(shown, list) else 1)
     return {
         "data_source": "pixel",
-        "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "<image>Q?"}],
+        "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": f"{marks}Q?"}],
         "reward_model": {"style": "rule", "ground_truth": "7"},
         **more,
     }
@@ -460,7 +466,7 @@ def test_pictures_of_verl_rows_by_path_and_by_bytes(tmp_path: Path) -> None:
         assert all(same(p, photo(s)) for p, s in zip(pictures, seeds, strict=True))
     assert [tasks[i].id for i in range(5)] == ["0", "0", "0", "3", "x"]
     assert tasks[4].is_video
-    assert tasks[0].metadata == {"data_source": "pixel"}
+    assert tasks[0].metadata == {"data_source": "pixel", "system_message": "S"}
     # bytes, as datasets' Image feature writes them, and bare
     write_rows([verl(images=[{"bytes": data, "path": None}])], tmp_path / "a.parquet")
     write_rows([verl(images=[data])], tmp_path / "b.parquet")
@@ -477,7 +483,7 @@ def test_pictures_of_verl_rows_by_path_and_by_bytes(tmp_path: Path) -> None:
         ({"prompt": "Q?"}, "'prompt' must be a list of messages"),
         ({"prompt": []}, "no user message"),
         ({"prompt": [{"role": "assistant", "content": "A"}]}, "no user message"),
-        ({"prompt": ["Q?"]}, "no user message"),
+        ({"prompt": ["Q?"]}, "a message must have the role"),
         ({"reward_model": {}}, "no answer"),
         ({"reward_model": "7"}, "'reward_model' must be an object"),
         ({"extra_info": "7"}, "'extra_info' must be an object"),
@@ -486,9 +492,9 @@ def test_pictures_of_verl_rows_by_path_and_by_bytes(tmp_path: Path) -> None:
         ({"images": [{"image": "/etc/hostname"}]}, "leaves the data folder"),
         ({"images": [{"image": "file:///etc/hostname"}]}, "leaves the data folder"),
         ({"images": [{"image": "link.png"}]}, "by a link"),
-        ({"images": [{"path": None}]}, "a path or bytes, got NoneType"),
+        ({"images": [{"path": None}]}, "1 picture mark in the text, but 0 pictures"),
         ({"images": [3]}, "a path or bytes, got int"),
-        ({"images": 3}, "'images' must be a list"),
+        ({"images": 3}, "a picture must be a path or bytes, got int"),
     ],
 )
 def test_bad_verl_rows(hostile: Path, change: dict[str, Any], message: str) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,25 +15,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_data import real_data
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from reopold_agent.demo import tasks as demo_tasks
-from reopold_agent.demo.build import LIMITS, TINY, Workshop, build
-from reopold_agent.demo.experts import (
+from examples.embedded_models.__main__ import main as recipes_command
+from examples.embedded_models.builder import WEIGHTS
+from examples.embedded_models.digits.build import LIMITS, TINY, DigitsBuilder, build
+from examples.embedded_models.digits.prompts import make_env, prompt_texts
+from examples.embedded_models.digits.scripts import (
     OBSERVATION_LIMITS,
     PROMPT_LIMITS,
     Careless,
     expert,
     record,
 )
-from reopold_agent.demo.setting import make_env, prompt_texts
+from examples.embedded_models.tokenizer import CONTROL_TOKENS, TOOL_TOKENS
+from reopold_agent.demo import tasks as demo_tasks
 from reopold_agent.demo.tasks import CARD, CELL, SIDE, TRAIN_COLUMNS, DemoTasks, card, digit_indices
-from reopold_agent.demo.tokenizer import CONTROL_TOKENS, TOOL_TOKENS
-from reopold_agent.demo.workshop import WEIGHTS
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.types import Sampling, Task
 
-QWEN = Path(__file__).parents[2] / "shared" / "data" / "qwen_tokenizer"
 MEGABYTE = 1_000_000
 
 
@@ -48,8 +53,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def shop(tokenizer: PreTrainedTokenizerFast) -> Workshop:
-    return Workshop(tokenizer)
+def builder(tokenizer: PreTrainedTokenizerFast) -> DigitsBuilder:
+    return DigitsBuilder(tokenizer)
 
 
 # Tasks
@@ -167,9 +172,7 @@ def test_digits_are_single_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_chat_template_is_qwens(tokenizer: PreTrainedTokenizerFast) -> None:
-    if not QWEN.is_dir():
-        pytest.skip(f"needs Qwen's tokenizer in {QWEN}")
-    qwen = AutoTokenizer.from_pretrained(QWEN)
+    qwen = AutoTokenizer.from_pretrained(real_data("qwen_tokenizer"))
     question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " hi\n"}]}
     rest = [
         question,
@@ -211,24 +214,24 @@ def test_shipped_models_know_the_present_prompts() -> None:
     note = json.loads((WEIGHTS / "recipe.json").read_text())
     assert note["prompts"] == prompt_texts().fingerprint(), (
         "the system message, tools or guidelines have changed since the demo's models were made; "
-        "run python -m reopold_agent.demo.build"
+        "run python -m examples.embedded_models digits"
     )
 
 
-def test_the_gap_between_the_shipped_models(shop: Workshop) -> None:
+def test_the_gap_between_the_shipped_models(builder: DigitsBuilder) -> None:
     results = {}
     for name in ("student", "teacher"):
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(WEIGHTS / name)
-        results[name] = shop.held_out(model, 128, temperature=1.0)
+        results[name] = builder.evaluate(model, 128, temperature=1.0)
     assert results["student"]["success"] <= 0.30
     assert results["teacher"]["success"] >= 0.75
     assert results["teacher"]["tool_rate"] > results["student"]["tool_rate"]
 
 
-def test_the_expert_solves_every_kind_of_task(shop: Workshop) -> None:
+def test_the_expert_solves_every_kind_of_task(builder: DigitsBuilder) -> None:
     for split in ("train", "eval"):
         tasks = DemoTasks(split, video_share=0.6, small_share=0.5)
-        traces = shop.traces(tasks, range(30), expert, 0)
+        traces = builder.traces(tasks, range(30), expert, 0)
         assert {len(trace.tool_calls) for trace in traces} == {1, 2}
         for trace in traces:
             assert trace.success
@@ -239,15 +242,15 @@ def test_the_expert_solves_every_kind_of_task(shop: Workshop) -> None:
 
 
 def test_the_system_message_costs_tens_of_tokens(
-    tokenizer: PreTrainedTokenizerFast, shop: Workshop
+    tokenizer: PreTrainedTokenizerFast, builder: DigitsBuilder
 ) -> None:
-    [trace] = shop.traces(DemoTasks("eval", video_share=0.0), [0], expert, 0)
+    [trace] = builder.traces(DemoTasks("eval", video_share=0.0), [0], expert, 0)
     picture_tokens = trace.images[0].tokens
     assert picture_tokens == 16
     assert trace.prompt_length - picture_tokens < 120
 
 
-def test_careless_habits_have_the_stated_shares(shop: Workshop) -> None:
+def test_careless_habits_have_the_stated_shares(builder: DigitsBuilder) -> None:
     tasks = DemoTasks("train", video_share=0.0)
     script, count, at_once, right = Careless(), 400, 0, 0
     for index in range(count):
@@ -257,26 +260,26 @@ def test_careless_habits_have_the_stated_shares(shop: Workshop) -> None:
         right += turns == expert(task, np.random.default_rng(0))
     assert abs(at_once / count - script.at_once) < 0.08
     assert abs(right / count - (1 - script.at_once - script.astray)) < 0.08
-    shop.traces(tasks, range(20), script, 0)  # and the environment accepts every one
+    builder.traces(tasks, range(20), script, 0)  # and the environment accepts every one
 
 
-def test_a_recorded_trace_is_what_a_rollout_records(shop: Workshop) -> None:
+def test_a_recorded_trace_is_what_a_rollout_records(builder: DigitsBuilder) -> None:
     tasks = DemoTasks("eval")
     runner = RolloutRunner(
         lambda: make_env(DemoTasks("train"), tasks),
-        shop.chat,
-        shop.vision,
+        builder.chat,
+        builder.vision,
         prompt_pixels=PROMPT_LIMITS,
         observation_pixels=OBSERVATION_LIMITS,
         limits=LIMITS,
     )
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(WEIGHTS / "teacher")
     specs = [EpisodeSpec("eval", index) for index in range(12)]
-    episodes = runner.run(shop.policy(model), specs, Sampling(temperature=0), (0,))
+    episodes = runner.run(builder.policy(model), specs, Sampling(temperature=0), (0,))
     runner.close()
     for episode in episodes:
         turns = [turn.text for turn in episode.turns]
-        trace = record(shop.env, tasks[episode.index], turns, shop.chat, shop.vision)
+        trace = record(builder.env, tasks[episode.index], turns, builder.chat, builder.vision)
         assert trace.ids.tolist() == episode.ids.tolist()
         assert trace.loss_mask.tolist() == episode.loss_mask.tolist()
         assert (trace.success, trace.reward) == (episode.success, episode.reward)
@@ -305,3 +308,35 @@ def test_the_recipe_runs_repeats_itself_and_loads_again(tmp_path: Path) -> None:
     shipped = json.loads((WEIGHTS / "student" / "config.json").read_text())
     fresh = json.loads((tmp_path / "a" / "student" / "config.json").read_text())
     assert fresh == shipped, "the shipped weights are not of the present recipe"
+
+
+def embedded_models(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "examples.embedded_models", *arguments],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_the_recipes_command_lists_what_it_makes_and_refuses_other_names() -> None:
+    listed = embedded_models("--help")
+    assert listed.returncode == 0
+    assert "{digits,arithmetic,figures}" in listed.stdout
+    unknown = embedded_models("letters")
+    assert unknown.returncode == 2
+    assert "invalid choice: 'letters'" in unknown.stderr
+
+
+@pytest.mark.parametrize("name", ["digits", "arithmetic", "figures"])
+def test_the_recipes_command_has_an_option_for_every_number(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["embedded_models", name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        recipes_command()
+    shown = capsys.readouterr().out
+    recipe = importlib.import_module(f"examples.embedded_models.{name}.build").Recipe
+    options = [f.name.replace("_", "-") for f in dataclasses.fields(recipe)]
+    assert all(f"--{option}" in shown for option in ["out", *options])

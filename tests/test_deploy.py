@@ -1,4 +1,4 @@
-"""deploy/ and docs/cluster.md: what the files say holds, and the SLURM script runs a cluster."""
+"""deploy/ and docs/cluster.md: their claims hold, and the SLURM script runs a cluster."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import yaml
 from running import composed
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.engines.verl.records import to_row
+from reopold_agent.train.verl.records import to_row
 from reopold_agent.types import EncodedImage, StopReason, Trajectory
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ SCONTROL = "#!/usr/bin/env bash\n[ \"$1 $2\" = 'show hostnames' ] && printf 'nod
 
 
 def overrides(command: str) -> list[str]:
-    """What a written-down command hands to ``reopold_agent.train``."""
+    """Returns the settings that a documented command passes to ``reopold_agent.train``."""
     words = shlex.split(command.replace("\\\n", " "), comments=True)
     assert "reopold_agent.train" in words, command
     return words[words.index("reopold_agent.train") + 1 :]

@@ -1,10 +1,11 @@
-"""README and documentation: the site builds, links lead somewhere, commands and code work."""
+"""README and documentation: the site builds, links resolve, commands and code work."""
 
 from __future__ import annotations
 
 import html.parser
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from docs_pages import PAGES, ROOT, SHELL, Block, all_blocks, blocks, commands
+from docs_pages import PAGES, ROOT, SHELL, Block, all_blocks, blocks, commands, with_files
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = all_blocks()
@@ -41,7 +42,7 @@ needs_mkdocs = pytest.mark.skipif(
 
 def runs(block: Block) -> bool:
     # A block that shows a file of the repository is that file's tests' business.
-    return block.skip is None and '--8<-- "' not in block.text
+    return block.skip is None and block.file is None
 
 
 # The reader itself
@@ -54,6 +55,7 @@ def test_blocks_are_read_with_their_marks_and_indentation(tmp_path: Path) -> Non
         "```python\n1\n```\n\n```bash\nA=1 python -m a c='d'; reopold plan && ls # no python -m\n"
         "```\n"
         "<!-- test: skip (too far away) -->\ntext\n```\nreopold-plan\n```\n"
+        "<!-- file: a/b.py -->\n```python\n2\n```\n"
     )
     page.write_text(text, "utf-8")
     found = list(blocks(page, tmp_path))
@@ -62,7 +64,9 @@ def test_blocks_are_read_with_their_marks_and_indentation(tmp_path: Path) -> Non
         ("python", 7, "why"),
         ("bash", 11, None),
         ("", 16, None),
+        ("python", 20, None),
     ]
+    assert [b.file for b in found] == [None, None, None, None, "a/b.py"]
     words = [[command.words for command in commands(block)] for block in found]
     assert words[0] == [("pip", "install", "x", "y")]
     assert words[2] == [("python", "-m", "a", "c=d"), ("reopold", "plan")]
@@ -156,7 +160,7 @@ def python_pages() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("document", python_pages())
 def test_python_of_a_page_runs(document: str, plugins: dict[str, str], tmp_path: Path) -> None:
-    """All blocks of a page in order, in one namespace, in a process of its own."""
+    """All blocks of a page in order, in one namespace, in a separate process."""
     ours = [b for b in BLOCKS if b.page == document and b.language == "python" and runs(b)]
     # Empty lines in front, so that a traceback names the line of the page.
     parts = [
@@ -194,6 +198,63 @@ def test_settings_in_toml_and_json_can_be_read() -> None:
         elif block.language == "json" and runs(block):
             json.loads(block.text)
     assert seen >= 3
+
+
+# What GitHub shows, where the site adds nothing
+
+
+def sections(text: str) -> Iterator[tuple[str, str, bool]]:
+    """Each heading of a page, what stands below it, and whether a deeper heading follows."""
+    prose = re.sub(r"```.*?```", "(a block of code)", text, flags=re.DOTALL)
+    parts = re.split(r"^(#+) (.+)$", prose, flags=re.MULTILINE)
+    depths = [len(mark) for mark in parts[1::3]]
+    for number, (heading, body) in enumerate(zip(parts[2::3], parts[3::3], strict=True)):
+        yield heading, body, depths[number + 1 : number + 2] > [depths[number]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_section_says_something_on_github(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert text.startswith(("# ", "<!--")), "a page begins with its title"
+    for heading, body, parent in sections(text):
+        assert not re.search(r"^(:::|--8<--)", body, re.MULTILINE), f"{heading}: for the site only"
+        visible = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+        assert parent or len(visible.split()) >= 3, f"{heading}: empty on GitHub"
+
+
+def test_blocks_that_show_files_are_those_files() -> None:
+    shown = [block for block in BLOCKS if block.file is not None]
+    assert len(shown) >= 5
+    for block in shown:
+        file = ROOT / str(block.file)
+        assert block.text == file.read_text("utf-8"), "python tests/docs_pages.py copies it anew"
+
+
+def test_files_are_copied_into_their_blocks_again(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("NEW = 1\n", "utf-8")
+    page = "# A\n<!-- file: a.py -->\n```python\nOLD = 1\n```\n```python\nKEPT = 1\n```\n"
+    assert with_files(page, tmp_path) == page.replace("OLD", "NEW")
+
+
+def test_reference_entries_name_their_object_and_its_source() -> None:
+    seen = 0
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for heading, body, _ in sections(page.read_text("utf-8")):
+            for name in re.findall(r"<!-- (?:api|members): (\S+) -->", body):
+                seen += 1
+                module, _, last = name.rpartition(".")
+                found = getattr(importlib.import_module(module), last, None)
+                found = importlib.import_module(name) if found is None else found
+                where = getattr(found, "__module__", name).replace(".", "/") + ".py"
+                assert f"[Source](../../{where})" in body, f"{page.name}: {name} is in {where}"
+                if "<!-- api:" in body:
+                    assert heading == f"`{last}`"
+                else:
+                    named = set(re.findall(r"`(\w+)`", body))
+                    own = {k for k, v in vars(found).items() if inspect.isclass(v)}
+                    own -= {k for k in own if getattr(found, k).__module__ != name}
+                    assert {k for k in own if k[0] != "_"} - named == set(), page.name
+    assert seen > 60
 
 
 # README
@@ -238,10 +299,9 @@ def anchors(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     "document",
-    [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
-     ROOT / "reopold_agent" / "demo" / "README.md"],
+    [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"],
     ids=lambda path: str(path.relative_to(ROOT)),
-)  # fmt: skip
+)
 def test_links_work_on_github(document: Path) -> None:
     for link in links(document):
         if re.match(r"[a-z]+:", link):
@@ -358,7 +418,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
 @pytest.mark.slow
 def test_every_setting_is_explained_with_its_defaults(site: Path) -> None:
     page = re.sub(r"<[^>]+>", " ", (site / "reference/settings/index.html").read_text("utf-8"))
-    row = re.search(r"max_tokens_per_micro_batch\s+the same with gradient[^`]*?int\s+(\d+)", page)
+    row = re.search(r"max_tokens_per_micro_batch\s+rows x tokens of one[^`]*?int\s+(\d+)", page)
     assert row is not None
     assert row[1] == "8192"
     rates = re.search(r"lr\s+learning rate\.\s+float\s+(\S+)\s+(\S+)", page)
@@ -393,8 +453,9 @@ def small_project(folder: Path, page: str) -> Path:
         ("[x](../../code/none.py)", "code/none.py"),
         ("[x](../nothing.md)", "nothing.md"),
         ("[x](../index.md#nowhere)", "nowhere"),
-        ('--8<-- "code/none.py"', "none.py"),
         ("::: reopold_agent.nothing", "reopold_agent.nothing"),
+        ("## `nothing`\nText.\n<!-- api: reopold_agent.nothing -->", "reopold_agent.nothing"),
+        ("<!-- members: reopold_agent.nothing -->", "reopold_agent.nothing"),
         ("<!-- settings: reopold_agent.config:Nothing -->", "Nothing"),
     ],
 )
@@ -428,7 +489,7 @@ def test_links_out_of_the_pages_become_pages(tmp_path: Path) -> None:
 
 
 def test_one_gpu_says_what_the_plan_says() -> None:
-    from reopold_agent.plan import plan_run
+    from reopold_agent.plan.compose import plan_run
 
     page = (ROOT / "docs" / "one_gpu.md").read_text("utf-8")
     agentic = ["env=pixel_reasoner", "model=qwen2_5_vl_3b"]
@@ -451,3 +512,15 @@ def test_one_gpu_says_what_the_plan_says() -> None:
         found = re.search(row, page)
         assert found is not None, row
         assert (found[1], found[2]) == (f"{most / 2**30:.1f}", f"{plan.gpu.memory / 2**30:.1f}")
+
+
+def test_eight_gpus_from_zero_says_what_the_plan_says() -> None:
+    from reopold_agent.plan.compose import plan_run
+
+    page = (ROOT / "docs" / "verl.md").read_text("utf-8")
+    plan = plan_run(["recipe=paper_agentic", "gpus=8"])
+    most = [max(sum(p.values()) for p in dict(role.phases).values()) for role in plan.memory]
+    student, teacher = (f"{each / 2**30:.1f} GiB" for each in most)
+    hours = plan.gpu_hours
+    for words in (f"{student}, {teacher} of", f"{hours / 8:.1f} hours, {hours:.1f} GPU-hours"):
+        assert words in page, words

@@ -1,4 +1,4 @@
-"""docs/objective.md: what it names exists, and its commands run."""
+"""docs/objective.md: the names in it exist, and its commands run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from PIL import Image
 from running import composed, train, train_rows
 
 import reopold_agent
-from reopold_agent.engines import run_state, session
 from reopold_agent.objectives import OBJECTIVES
+from reopold_agent.train import finish, resume
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "objective.md").read_text("utf-8")
@@ -33,8 +33,8 @@ def commands() -> list[list[str]]:
 @pytest.fixture(autouse=True)
 def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plots; global random state kept."""
-    monkeypatch.setattr(session, "make_plots", lambda folder: None)
-    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    monkeypatch.setattr(resume, "make_plots", lambda folder: None)
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -50,10 +50,10 @@ def test_the_tests_it_names_exist() -> None:
 
 
 def test_the_functions_it_names_exist() -> None:
-    named = set(re.findall(r"`((?:pieces|divergence|grpo|engines|distillation)\.[\w.]+)`", PAGE))
+    named = set(re.findall(r"`((?:pieces|divergence|grpo|train|distillation)\.[\w.]+)`", PAGE))
     assert len(named) > 10
     for name in named:
-        where = name if name.startswith("engines") else f"objectives.{name}"
+        where = name if name.startswith("train") else f"objectives.{name}"
         parts = f"{reopold_agent.__name__}.{where}".split(".")
         module = next(
             ".".join(parts[:n])

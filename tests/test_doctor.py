@@ -1,4 +1,4 @@
-"""The doctor: every broken situation is simulated, and no secret comes out."""
+"""The doctor: every problem is simulated, and no secret is printed."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ import pytest
 from rich.console import Console
 from running import composed, environment
 
-from reopold_agent.checks import base, gpu, hub, judges, machine, packages, run
-from reopold_agent.checks.base import Check, Finding, run_checks
-from reopold_agent.checks.report import as_json, cleaned, show
-from reopold_agent.checks.secrets import HIDDEN, Redactor
+from reopold_agent.common import memory
+from reopold_agent.common.secrets import HIDDEN, Redactor
 from reopold_agent.config import TrainConfig
-from reopold_agent.doctor import checks_of, examined, main
+from reopold_agent.doctor import base, gpu, hub, judges, machine, packages, run
+from reopold_agent.doctor.__main__ import main
+from reopold_agent.doctor.base import Check, Finding, run_checks
+from reopold_agent.doctor.examine import checks_for, parse
+from reopold_agent.doctor.report import as_json, cleaned, show
 from reopold_agent.envs import ENVS
 from reopold_agent.errors import ConfigError, DataError
-from reopold_agent.planning.architecture import find_architecture
-from reopold_agent.planning.hardware import GIB
+from reopold_agent.plan.hardware import GIB
+from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.policies.loading import resolve_path
 
 Usage = namedtuple("Usage", "total used free")
@@ -44,7 +46,7 @@ def config(*words: str) -> TrainConfig:
 
 
 def told(findings: Any, status: str, *words: str) -> Finding:
-    """The one finding of that status that has all the words."""
+    """Returns the only finding of that status that contains all the words."""
     found = list(findings)
     hits = [f for f in found if f.status == status and all(w in f.text + f.advice for w in words)]
     assert len(hits) == 1, "\n".join(map(str, found))
@@ -53,7 +55,7 @@ def told(findings: Any, status: str, *words: str) -> Finding:
 
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No answers of earlier tests, and none of this machine's keys."""
+    """Clears cached answers of earlier tests and hides this machine's keys."""
     for name in (*judges.KEY_VARIABLES, "HF_TOKEN", "HF_ENDPOINT", "HF_HUB_OFFLINE", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy"):
@@ -130,7 +132,7 @@ def test_all_checks_together_have_a_limit() -> None:
     found = run_checks([slow, Check("late", lambda: late.append("ran") or [])], 0.1)
     assert [f.area for f in found] == ["slow", "late"]
     assert "no result" in found[0].text
-    assert "not looked at" in found[1].text
+    assert "not checked" in found[1].text
     assert not late
 
 
@@ -139,16 +141,16 @@ def test_all_checks_together_have_a_limit() -> None:
 
 def test_this_environment_is_sound() -> None:
     told(packages.python(), "ok", "Python 3.")
-    told(packages.core(), "ok", "have the versions that are needed")
+    told(packages.core(), "ok", "have the required versions")
     told(packages.conflicts(), "ok")
 
 
-def test_a_python_that_is_too_old_is_told(site: Path) -> None:
+def test_a_python_that_is_too_old_is_reported(site: Path) -> None:
     package(site, "reopold-agent", "9", "Requires-Python: >=3.99")
-    told(packages.python(), "problem", "needed is >=3.99", "uv venv")
+    told(packages.python(), "problem", "required is >=3.99", "uv venv")
 
 
-def test_missing_and_misfitting_packages_are_told_with_the_command(site: Path) -> None:
+def test_missing_and_incompatible_packages_are_reported_with_the_command(site: Path) -> None:
     package(site, "reopold-agent", "9", "Requires-Dist: numpy<2,>=1.2", "Requires-Dist: no-such>=3",
             'Requires-Dist: neither; python_version < "3"', "Requires-Dist: pillow",
             'Requires-Dist: nor; extra == "x"')  # fmt: skip
@@ -182,24 +184,24 @@ def test_extras_are_whole_partly_there_or_absent(site: Path) -> None:
     told(found, "ok", "lora: installed (model.student.lora)")
     told(found, "ok", "dev: installed")
     absent = told(found, "info", "verl: not installed (engine=verl: many GPUs)")
-    assert absent.advice == 'pip install "reopold-agent[verl]"'
+    assert absent.advice == 'pip install -e ".[verl]"'
     told(found, "warning", "video: partly", "numpy", "does not fit <1; lacks no-av")
     told(found, "info", "track: partly", "lacks tensorboard-no")
-    told(found, "info", "hub: not for this Python and platform")
+    told(found, "info", "hub: not available for this Python and platform")
     needed = list(packages.extras(config("engine=verl", "tracking=tensorboard")))
     told(needed, "problem", "verl: not installed", "engine=verl needs it")
     told(needed, "problem", "track: partly", "tracking=tensorboard needs it")
     told(packages.extras(config("tracking=wandb")), "info", "track: partly")
 
 
-def test_packages_that_cannot_live_together_are_told(site: Path) -> None:
+def test_conflicting_packages_are_reported(site: Path) -> None:
     package(site, "verl", "0.9.1", "Requires-Dist: transformers<5.1,!=5.0",
             "Requires-Dist: no-such", "Requires-Dist: rich<1")  # fmt: skip
     package(site, "trl", "1.2.0")
     found = list(packages.conflicts())
-    verl = told(found, "problem", "verl 0.9.1 was made for transformers!=5.0,<5.1")
+    verl = told(found, "problem", "verl 0.9.1 requires transformers!=5.0,<5.1")
     assert verl.advice == 'pip install "verl" "transformers!=5.0,<5.1"'
-    assert told(found, "problem", "trl 1.2.0 beside verl").advice == "pip uninstall trl"
+    assert told(found, "problem", "trl 1.2.0 with verl").advice == "pip uninstall trl"
     assert len(found) == 2
     shutil.rmtree(site / "trl-1.2.0.dist-info")
     package(site, "trl", "0.24.0")
@@ -218,19 +220,19 @@ def test_flash_attention_is_looked_for_where_it_is_asked_for(site: Path) -> None
 # PyTorch and GPUs
 
 
-def test_a_torchvision_for_another_torch_is_told(site: Path) -> None:
+def test_a_torchvision_for_another_torch_is_reported(site: Path) -> None:
     code = "raise RuntimeError('operator torchvision::nms does not exist')"
     package(site, "torchvision", "0.20.1", "Requires-Dist: torch (==2.5.1)", code=code)
     found = list(gpu.torchvision(config()))
-    finding = told(found, "warning", "0.20.1 (made for torch==2.5.1) beside torch 2.")
+    finding = told(found, "warning", "0.20.1 (built for torch==2.5.1) with torch 2.")
     assert "operator torchvision::nms does not exist" in finding.text
     assert "pip install --force-reinstall torch torchvision" in finding.advice
     assert "whl/cpu" in finding.advice  # this torch is the CPU build
     told(gpu.torchvision(config("policy=vllm")), "problem", "does not exist")
-    told(packages.conflicts(), "problem", "torchvision 0.20.1 was made for torch==2.5.1")
+    told(packages.conflicts(), "problem", "torchvision 0.20.1 requires torch==2.5.1")
 
 
-def test_a_torchvision_that_kills_the_process_or_hangs_is_told(
+def test_a_torchvision_that_crashes_or_hangs_is_reported(
     site: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package(site, "torchvision", "1", code="import os; os.kill(os.getpid(), 11)")
@@ -240,7 +242,7 @@ def test_a_torchvision_that_kills_the_process_or_hangs_is_told(
     told(gpu.torchvision(config()), "warning", "no answer within 1 seconds")
 
 
-def test_a_torch_that_does_not_load_is_told(site: Path) -> None:
+def test_a_torch_that_does_not_load_is_reported(site: Path) -> None:
     (site / "torch").mkdir()
     (site / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.13: cannot open')")
     told(gpu.torch_and_gpus(None), "problem", "PyTorch does not load", "libcudart.so.13")
@@ -254,17 +256,19 @@ def fake_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
 
 
-def test_a_gpu_that_a_cpu_build_cannot_use_is_told(
+def test_a_gpu_that_a_cpu_build_cannot_use_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu, "ask_torch", lambda: gpu.Torch(version="2.13.0+cpu"))
     fake_nvidia_smi(tmp_path, monkeypatch, "echo 'NVIDIA L4, 23034 MiB, 8.9, 550.54'")
-    found = told(gpu.torch_and_gpus(config()), "problem", "CPU only", "NVIDIA L4", "unused")
+    found = told(gpu.torch_and_gpus(config()), "problem", "CPU only", "NVIDIA L4", "cannot use")
     assert found.advice.startswith("pip install --force-reinstall torch")
     assert gpu.ask_driver().version == "550.54"
 
 
-def test_a_driver_whose_tools_fail_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_whose_tools_fail_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gpu, "ask_torch", lambda: gpu.Torch(version="2.13.0", cuda="13.0"))
     fake_nvidia_smi(tmp_path, monkeypatch, "echo 'Driver/library version mismatch' >&2; exit 18")
     told(
@@ -292,12 +296,18 @@ def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
     told(found, "ok", "torch 2.13.0 (CUDA 13.0), driver 580.1")
     told(found, "ok", "GPU 0: NVIDIA X, 80 GiB, 79 free, compute capability 9.0")
     told(found, "warning", "GPU 1", "others use it")
-    told(found, "warning", "GPU 2: Tesla V100", "no bfloat16", "engine.precision=float32")
+    told(
+        found,
+        "warning",
+        "GPU 2: Tesla V100",
+        "does not support bfloat16",
+        "engine.precision=float32",
+    )
     single = config("engine.precision=float32")
     assert not [f for f in gpu.torch_and_gpus(single) if "bfloat16" in f.text]
 
 
-def test_a_gpu_that_is_asked_for_and_absent_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_requested_gpu_that_is_absent_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ask_driver", lambda: gpu.Driver(False))
     monkeypatch.setattr(gpu, "ask_torch", lambda: gpu.Torch(version="2.13.0", cuda="13.0"))
     told(gpu.torch_and_gpus(config("engine.device=cuda")), "problem", "there is no GPU")
@@ -307,10 +317,12 @@ def test_a_gpu_that_is_asked_for_and_absent_is_told(monkeypatch: pytest.MonkeyPa
 # The machine
 
 
-def test_limits_that_are_too_low_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_that_are_too_low_are_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 524288))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(64 * 2**20, 0, 64 * 2**20))
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(machine, "CGROUP", tmp_path)
     monkeypatch.setattr(machine, "_affinity", lambda: range(16))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -319,7 +331,7 @@ def test_limits_that_are_too_low_are_told(tmp_path: Path, monkeypatch: pytest.Mo
     found = list(machine.limits(config(free)))
     told(found, "warning", "at most 1024", "ulimit -n 65536")
     told(found, "info", "/dev/shm has 64 MiB")
-    told(found, "warning", "2.5 of 64 are ours", "would start 16 threads", "engine.threads=2")
+    told(found, "warning", "2.5 of 64 usable", "would start 16 threads", "engine.threads=2")
     told(machine.limits(config("policy=vllm")), "problem", "docker run --shm-size=16g")
     told(machine.limits(config("engine.threads=2")), "ok", "PyTorch starts 2 threads")
     monkeypatch.setenv("OMP_NUM_THREADS", "32,2")
@@ -334,19 +346,19 @@ def test_memory_is_what_the_container_leaves(
     whole = machine.usable_memory()
     assert whole is not None
     assert whole > 0
-    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("1000000\n")
     assert machine.usable_memory() == 2_000_000
 
 
-def test_a_clock_in_the_past_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_in_the_past_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     told(machine.clock(), "ok")
     monkeypatch.setattr(time, "time", lambda: 86400.0)
     told(machine.clock(), "problem", "1970-01-02", "set-ntp")
 
 
-def test_a_ray_cluster_that_does_not_answer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ray_cluster_that_does_not_answer_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(machine.ray_cluster(config())) == []
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -375,7 +387,7 @@ def test_disks_are_compared_with_what_the_run_writes(
     told([f for f in found if f.area == "cache"], "ok", "about 120.0 GiB to download (org/name)")
 
 
-def test_a_folder_that_cannot_be_written_is_told(
+def test_a_folder_that_cannot_be_written_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**_: Any) -> Any:
@@ -411,11 +423,24 @@ def test_memory_on_a_machine_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> N
     told(machine.memory(["env=math"], config("env=math")), "ok", "(this machine's memory)")
 
 
-def test_too_few_gpus_for_the_recipe_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_planned_where_pytorch_does_not_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def imports_torch(*_: Any) -> Any:
+        pytest.fail("the plan imports PyTorch to count parameters")
+
+    monkeypatch.setattr(machine, "ask_torch", lambda: gpu.Torch(error="ended by signal 11"))
+    monkeypatch.setattr(machine, "plan_run", imports_torch)
+    monkeypatch.setattr(machine, "find_architecture", imports_torch)
+    told(machine.memory([], config()), "info", "not planned: PyTorch does not load")
+    told(machine.disks(config(), tmp_path, []), "info", "the model's size is unknown")
+
+
+def test_too_few_gpus_for_the_recipe_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["recipe=paper_agentic"]
     monkeypatch.setattr(machine, "ask_torch", seen(card(), card()))
     found = list(machine.memory(words, config(*words)))
-    told(found, "problem", "wants 8 GPUs on each of 1 machines; here are 2")
+    told(found, "problem", "needs 8 GPUs on each of 1 machines; this one has 2")
     told(found, "ok", "student, rollout", "teacher, score")
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")  # the GPUs are elsewhere
     assert not [f for f in machine.memory(words, config(*words)) if "here are" in f.text]
@@ -444,12 +469,12 @@ def with_models(student: Path, **teacher: Any) -> TrainConfig:
 
 def test_whole_models_that_agree_are_ok(student: Path) -> None:
     found = list(run.models(with_models(student)))
-    told(found, "ok", f"student {student}: whole")
-    told(found, "ok", "teacher demo:teacher: whole")
+    told(found, "ok", f"student {student}: complete")
+    told(found, "ok", "teacher demo:teacher: complete")
     told(found, "ok", "map the same ids to the same tokens")
 
 
-def test_what_a_model_lacks_is_told(student: Path) -> None:
+def test_missing_files_of_a_model_are_reported(student: Path) -> None:
     shard = "model-00002-of-00002.safetensors"
     index = {"weight_map": {"a": "model.safetensors", "b": shard}}
     (student / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -457,7 +482,7 @@ def test_what_a_model_lacks_is_told(student: Path) -> None:
     told(
         found, "problem", "the student's folder", f"the first is {shard}", "download is incomplete"
     )
-    told(found, "ok", "teacher demo:teacher: whole")  # the one does not hide the other
+    told(found, "ok", "teacher demo:teacher: complete")  # the one does not hide the other
     (student / "model.safetensors.index.json").unlink()
     (student / "preprocessor_config.json").unlink()
     told(run.models(with_models(student)), "problem", "cannot load the student", "preprocessor")
@@ -465,7 +490,7 @@ def test_what_a_model_lacks_is_told(student: Path) -> None:
     told(run.models(with_models(student)), "problem", "lacks a tokenizer")
 
 
-def test_tokenizers_that_disagree_are_told(student: Path) -> None:
+def test_tokenizers_that_disagree_are_reported(student: Path) -> None:
     file = student / "tokenizer.json"
     text = file.read_text("utf-8")
     values = json.loads(text)
@@ -477,7 +502,7 @@ def test_tokenizers_that_disagree_are_told(student: Path) -> None:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does, by the name that is asked for."""
+    """Answers as the hub does, by the requested name."""
 
     def do_HEAD(self) -> None:
         self.server.asked.append((self.path, self.headers.get("Authorization")))  # type: ignore[attr-defined]
@@ -495,7 +520,7 @@ class Hub(BaseHTTPRequestHandler):
         key = self.headers.get("x-goog-api-key") or self.headers.get("Authorization") or ""
         self.server.asked.append((self.path, key))  # type: ignore[attr-defined]
         body = b'{"models": []}'
-        self.send_response(200 if "good" in key else 400)
+        self.send_response(400 if "good" not in key else 404 if "gone" in self.path else 200)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -539,7 +564,9 @@ def test_models_of_the_hub_are_asked_for(
     assert web.asked == [(f"/{name}/resolve/main/config.json", "Bearer hf_planted_token")]
 
 
-def test_no_network_is_told_with_the_way_out(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_network_is_reported_with_a_remedy(
+    web: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = with_models(Path(resolve_path("demo:student")), path="org/name")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     told(run.models(made), "problem", "the hub does not answer: [Errno 111] Connection refused")
@@ -557,7 +584,7 @@ def test_models_in_the_cache_must_be_whole(
     (folder / "refs" / "main").write_text("abc")
     shutil.copytree(student, folder / "snapshots" / "abc")
     made = with_models(student, path="org/name")
-    told(run.models(made), "ok", "teacher org/name: whole", "the cache")
+    told(run.models(made), "ok", "teacher org/name: complete", "the cache")
     assert run.downloads(made) == []
     (folder / "snapshots" / "abc" / "model.safetensors").unlink()
     broken = told(run.models(made), "problem", "the teacher's folder", "lacks weights")
@@ -573,7 +600,7 @@ def test_a_remote_teacher_needs_no_weights_but_its_server(student: Path) -> None
         urls = f"policy.teacher.urls=[http://127.0.0.1:{port},http://127.0.0.1:1]"
         made = config("env=pixel_reasoner", "policy=server", urls)
         remote = replace(with_models(student, path=str(teacher)), policy=made.policy)
-        told(run.models(remote), "ok", f"teacher {teacher}: whole")
+        told(run.models(remote), "ok", f"teacher {teacher}: complete")
         found = list(run.servers(remote))
     told(found, "ok", f"http://127.0.0.1:{port} answers")
     told(found, "problem", "http://127.0.0.1:1 does not answer", "reopold_agent.serve")
@@ -589,7 +616,7 @@ def test_data_of_the_hub_is_asked_for_and_never_fetched(web: Any) -> None:
         "/datasets/org/there/resolve/main/README.md",
         "/datasets/org/gone/resolve/main/README.md",
     ]
-    told(run.environment(asked), "info", "not tried: org/there is not here yet")
+    told(run.environment(asked), "info", "not checked: org/there is not cached")
     assert len(web.asked) == 2
 
 
@@ -601,7 +628,7 @@ def rows(folder: Path, picture: bytes | None) -> None:
         (folder / "a.png").write_bytes(picture)
 
 
-def test_an_environment_that_cannot_start_is_told(tmp_path: Path) -> None:
+def test_an_environment_that_cannot_start_is_reported(tmp_path: Path) -> None:
     rows(tmp_path / "d", b"no picture")
     words = (f"data.train.path={tmp_path / 'd'}", f"data.eval.path={tmp_path / 'absent'}")
     broken = config("env=pixel_reasoner", "data=pixel_reasoner_rl", *words)
@@ -645,24 +672,32 @@ def test_plugins_are_loaded_and_named_by_their_makers(
 def test_keys_are_set_or_not(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gemini = {"name": "gemini", "endpoint": web.address}
     told(run.keys({"name": "none"}, config(), False), "info", "GEMINI_API_KEY and GOOGLE_API_KEY")
-    told(run.keys(gemini, config(), True), "problem", "would ask nobody", "aistudio.google.com")
+    told(run.keys(gemini, config(), True), "problem", "would not ask Gemini", "aistudio.google.com")
     assert web.asked == []
     monkeypatch.setenv("GOOGLE_API_KEY", "good-planted-key")
-    told(run.keys(gemini, config(), False), "ok", "GOOGLE_API_KEY is set")
+    found = list(run.keys(gemini, config(), False))
+    told(found, "ok", "GOOGLE_API_KEY is set")
+    told(found, "info", "Gemini was not asked whether it serves 'gemini-flash-latest'")
     assert web.asked == []
     found = list(run.keys(gemini, config(), True))
-    told(found, "ok", "Gemini answers and takes the key")
+    told(found, "ok", "Gemini accepts the key and serves 'gemini-flash-latest'")
     told(found, "info", "Hugging Face token: set")
     monkeypatch.setenv("GEMINI_API_KEY", "other")
-    told(run.keys(gemini, config(), True), "problem", "HTTP 400", "Check what GEMINI_API_KEY holds")
-    assert [key for _, key in web.asked] == ["good-planted-key", "other"]
+    told(
+        run.keys(gemini, config(), True), "problem", "HTTP 400", "Check the value of GEMINI_API_KEY"
+    )
+    gone = {**gemini, "model": "gemini-gone"}
+    monkeypatch.setenv("GEMINI_API_KEY", "good")
+    bad = told(run.keys(gone, config(), True), "problem", "does not serve the model 'gemini-gone'")
+    assert "judge.model=gemini-flash-latest" in bad.advice
+    assert [key for _, key in web.asked] == ["good-planted-key", "other", "good"]
 
 
 def test_other_judges_and_trackers(web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = {"name": "openai_compatible", "base_url": f"{web.address}/v1", "key_env": "MY_KEY"}
     told(run.keys(chat, config(), False), "info", "MY_KEY is not set")
     monkeypatch.setenv("MY_KEY", "good")
-    told(run.keys(chat, config(), True), "ok", "answers and takes the key")
+    told(run.keys(chat, config(), True), "ok", "answers and accepts the key")
     assert web.asked == [("/v1/models", "Bearer good")]
     down = {**chat, "base_url": "http://127.0.0.1:1/v1"}
     told(run.keys(down, config(), True), "problem", "does not answer", "refused")
@@ -692,11 +727,13 @@ def test_secrets_are_hidden_wherever_they_stand() -> None:
     redact = Redactor(SECRETS)
     text = " ".join(f"{name}={value}" for name, value in SECRETS.items())
     text += " planted-proxy planted%20wandb%2Fkey http://u:short@h/x?key=abc&y=1&access_token=zz"
+    text += " https://bucket/x.png?X-Amz-Credential=cc/2026&X-Amz-Date=1&X-Amz-Signature=ff"
     hidden = redact(text)
-    for secret in ("planted", "short", "abc", "zz", "me:"):
+    for secret in ("planted", "short", "abc", "zz", "me:", "cc/2026", "ff"):
         assert secret not in hidden
     assert f"http://{HIDDEN}@h/x?key={HIDDEN}&y=1" in hidden
     assert "127.0.0.1:1" in hidden
+    assert "X-Amz-Date=1" in hidden
     plain = "numpy 2.1 does not fit <2; see https://a.b/c?page=1, true"
     assert Redactor({"KEY": "true", "TOKENIZERS_PARALLELISM": "false"})(plain) == plain
 
@@ -748,10 +785,10 @@ def test_problems_are_the_exit_status(
         (["env=pixel_resoner"], "Did you mean 'pixel_reasoner'"),
         (["judge=gemni"], "gemini"),
         (["judge.nothing=1"], "nothing"),
-        (["online=perhaps"], "online is true or false"),
+        (["online=perhaps"], "online must be true or false"),
         (["seconds=x"], "seconds must be a number"),
         (["--jsn"], "unknown option --jsn"),
-        (["steps=0"], "steps must be at least 1"),
+        (["steps=-1"], "steps must not be negative"),
     ],
 )
 def test_wrong_words_end_before_any_check(
@@ -763,17 +800,17 @@ def test_wrong_words_end_before_any_check(
     assert message in capsys.readouterr().err
 
 
-def test_words_of_the_doctor_are_told_from_the_runs() -> None:
+def test_settings_of_the_doctor_are_separated_from_the_runs() -> None:
     words = ["env=math", "judge=gemini", "judge.timeout=3", "online=true", "seconds=9",
              "hydra.run.dir=/x"]  # fmt: skip
-    asked = examined(words)
+    asked = parse(words)
     assert asked.words == ("env=math",)
     assert (asked.judge["name"], asked.judge["timeout"]) == ("gemini", 3)
     assert (asked.online, asked.seconds, asked.folder) == (True, 9.0, Path("/x"))
-    areas = [check.area for check in checks_of(asked)]
+    areas = [check.area for check in checks_for(asked)]
     assert len(areas) == len(set(areas))
     with pytest.raises(ConfigError):
-        examined(["online=1"])
+        parse(["online=1"])
 
 
 class Tty(io.StringIO):

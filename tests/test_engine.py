@@ -29,14 +29,11 @@ from running import (
 )
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from step_rows import make_updates
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Config
 
+from reopold_agent.common import files
 from reopold_agent.config import OptimizerConfig, config_differences
-from reopold_agent.engines import collect, local, run_state, session
-from reopold_agent.engines.data_order import DataOrder
-from reopold_agent.engines.run_state import FREE_TO_CHANGE
-from reopold_agent.engines.session import Session
-from reopold_agent.engines.update import Updater, UpdateStats
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import (
     CheckpointError,
@@ -57,8 +54,14 @@ from reopold_agent.policies.loading import (
 )
 from reopold_agent.policies.registry import reads_weights
 from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.tracking import files
 from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.train import collect, finish, loop, recovery, resume, setup
+from reopold_agent.train.data_order import DataOrder
+from reopold_agent.train.evaluation import HeldOutEvaluation
+from reopold_agent.train.resume import FREE_TO_CHANGE
+from reopold_agent.train.rows import trajectories_of
+from reopold_agent.train.step_log import StepLog
+from reopold_agent.train.update import Updater, UpdateStats
 from reopold_agent.types import Trajectory
 
 CPU = torch.device("cpu")
@@ -80,12 +83,6 @@ def parameters(policy: TransformersPolicy) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in policy.adapter.model.parameters()])
 
 
-def behaviour(
-    batch: Sequence[Trajectory],
-) -> tuple[dict[int, Any], dict[int, Any]]:
-    return {id(t): t.logp for t in batch}, {id(t): t.entropy for t in batch}
-
-
 @pytest.fixture
 def updated(
     make_policy: Callable[..., TransformersPolicy], make_model: Callable[..., Any]
@@ -103,8 +100,7 @@ def updated(
         policy = make_policy(make_model(seed=1))
         objective = Reopold(switch_step=switch_step, top_share=top_share)
         updater = Updater(policy, objective, linear(**settings), max_tokens=max_tokens)
-        everything = [t for batch in mini_batches for t in batch]
-        stats = updater.step(mini_batches, 0, *behaviour(everything))
+        stats = make_updates(updater, mini_batches, 0)
         return parameters(policy), stats
 
     return run
@@ -233,11 +229,11 @@ def test_a_loss_that_is_not_finite_changes_nothing(
     broken[3].teacher_logp[broken[3].loss_mask] = bad
     step = 0 if np.isinf(bad) else 5
     with pytest.raises(NonFiniteError, match="not made"):
-        Updater.step(updater, [broken], step, *behaviour(broken))
+        make_updates(updater, [broken], step)
     assert torch.equal(parameters(policy), before)
     assert not updater.optimizer.state
     # And the updater is as good as new.
-    updater.step([trajectories], 0, *behaviour(trajectories))
+    make_updates(updater, [trajectories], 0)
     assert torch.isfinite(parameters(policy)).all()
     assert not torch.equal(parameters(policy), before)
 
@@ -254,7 +250,7 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
         layer = loaded.adapter.model.model.language_model.layers[0].self_attn
         layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
         updater = Updater(policy, Reopold(switch_step=5), linear(), max_tokens=10**6)
-        updater.step([trajectories], 0, *behaviour(trajectories))
+        make_updates(updater, [trajectories], 0)
         after.append(parameters(policy))
         calls.append(count[0])
     assert calls == [1, 2]
@@ -286,19 +282,20 @@ class Recorded:
         original = Updater.step
 
         def step(
-            updater: Updater, mini_batches: Any, step: int, logp_old: Any, entropy: Any
+            updater: Updater, mini_batches: Any, step: int, threshold: float | None
         ) -> UpdateStats:
-            everything = [t for batch in mini_batches for t in batch]
+            rows = [row for batch in mini_batches for row in batch]
+            everything = trajectories_of(rows)
             scores = updater.policy.score(everything, with_entropy=True)
             call = {
-                "indices": [[t.index for t in batch] for batch in mini_batches],
-                "old": [logp_old[id(t)] for t in everything],
-                "entropy": [entropy[id(t)] for t in everything],
+                "indices": [[row.trajectory.index for row in batch] for batch in mini_batches],
+                "old": [row.old_logp for row in rows],
+                "entropy": [row.entropy for row in rows],
                 "sampled": [t.logp for t in everything],
                 "scored": [s.logp for s in scores],
                 "scored_entropy": [s.entropy for s in scores],
             }
-            call["stats"] = original(updater, mini_batches, step, logp_old, entropy)
+            call["stats"] = original(updater, mini_batches, step, threshold)
             call["updates"] = int(next(iter(updater.optimizer.state.values()))["step"])
             self.calls.append(call)
             return call["stats"]  # type: ignore[no-any-return]
@@ -314,8 +311,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 @pytest.fixture(autouse=True)
 def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plots (a second each; the command's tests look at them); global random state kept."""
-    monkeypatch.setattr(session, "make_plots", lambda folder: None)
-    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    monkeypatch.setattr(resume, "make_plots", lambda folder: None)
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -420,14 +417,14 @@ def test_teacher_scores_that_are_not_finite_end_the_run_before_the_update(
 
 def crash_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The process is lost when this step has been rolled out and nothing of it is written."""
-    original = Session._write_trajectories
+    original = StepLog.write_trajectories
 
-    def dying(self: Session, at: int, trajectories: Any) -> None:
-        original(self, at, trajectories)
+    def dying(self: StepLog, at: int, rows: Any) -> None:
+        original(self, at, rows)
         if at == step:
             raise SystemExit("lost")
 
-    monkeypatch.setattr(Session, "_write_trajectories", dying)
+    monkeypatch.setattr(StepLog, "write_trajectories", dying)
 
 
 RESUMED = ("data.train.size=8", "checkpoint.every=2", "steps=5", "optimizer.warmup_steps=4")
@@ -490,16 +487,16 @@ def test_a_run_lost_after_its_last_step_evaluates_what_is_missing(
 ) -> None:
     whole = train(tmp_path / "whole", *SHORT)
     folder = tmp_path / "broken"
-    original = Session._evaluate
+    original = HeldOutEvaluation._evaluate
     with monkeypatch.context() as patch:
 
-        def dying(self: Session, who: str, policy: Any, step: int, *a: Any, **k: Any) -> Any:
-            result = original(self, who, policy, step, *a, **k)
+        def dying(self: HeldOutEvaluation, who: str, step: int, *a: Any, **k: Any) -> Any:
+            result = original(self, who, step, *a, **k)
             if step == 1:
                 raise SystemExit("lost")
             return result
 
-        patch.setattr(Session, "_evaluate", dying)
+        patch.setattr(HeldOutEvaluation, "_evaluate", dying)
         with pytest.raises(SystemExit):
             train(folder, *SHORT)
     summary = train(folder, *SHORT)
@@ -514,7 +511,7 @@ def test_a_finished_run_is_not_trained_again(
     folder = tmp_path / "run"
     first = train(folder, *SHORT)
     before = snapshot(folder)
-    monkeypatch.setattr(local, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(setup, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
     capsys.readouterr()
     assert train(folder, *SHORT) == first
     assert snapshot(folder) == before
@@ -607,7 +604,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
 ) -> None:
     folder = tmp_path / "run"
     settings = (*SHORT, "steps=3", "checkpoint.every=1")
-    save = session.save_checkpoint
+    save = recovery.save_checkpoint
 
     def failing(*arguments: Any, step: int, **settings: Any) -> Path:
         if step < 2:
@@ -622,7 +619,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(
             return save(*arguments, step=step, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "save_checkpoint", failing)
+        patch.setattr(recovery, "save_checkpoint", failing)
         with pytest.raises(
             CheckpointError, match=r"last good checkpoint is .*step-000001"
         ) as caught:
@@ -677,21 +674,21 @@ def test_an_interrupt_finishes_the_step_and_saves(
     folder = tmp_path / "a run"
     settings = (*SHORT, "steps=3", "checkpoint.every=0")
     before = signal.getsignal(number)
-    original = Session._behaviour
+    original = loop.set_behaviour
 
-    def interrupted(self: Session, *arguments: Any) -> Any:
+    def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), number)
-        return original(self, *arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "_behaviour", interrupted)
+        patch.setattr(loop, "set_behaviour", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(folder, *settings)
     assert signal.getsignal(number) == before
     assert [row["step"] for row in train_rows(folder)] == [0]
     assert os.listdir(folder / "checkpoints") == ["step-000001"]
     error = capsys.readouterr().err
-    assert "Finishing this step" in error
+    assert "Finishing this step, then saving" in error
     assert f"'hydra.run.dir={folder}'" in error  # quoted: there is a space in it
     if number == signal.SIGINT:
         train(folder, *settings)
@@ -928,7 +925,7 @@ def test_pictures_must_be_prepared_alike(
         (["config.json", "tokenizer.json"], r"lacks config\.json, a tokenizer"),
     ],
 )
-def test_what_a_folder_lacks_is_said(folder: Path, missing: list[str], words: str) -> None:
+def test_missing_files_of_a_folder_are_named(folder: Path, missing: list[str], words: str) -> None:
     check_available(ModelSpec(str(folder)), "teacher")
     for name in missing:
         (folder / name).unlink()
@@ -952,7 +949,7 @@ def test_where_a_server_has_the_weights_a_folder_need_not(folder: Path) -> None:
         load_processing(spec, "teacher", weights=False)
 
 
-def test_an_incomplete_download_is_said(folder: Path) -> None:
+def test_an_incomplete_download_is_reported(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     shards = {"model-00001-of-00002.safetensors": names[::2]}
@@ -982,14 +979,14 @@ def test_weights_that_are_absent_or_cut_off_are_not_replaced_by_random_ones(fold
         load_model(ModelSpec(str(folder)), "student", CPU)
 
 
-def test_a_checkpoint_without_its_picture_processor_is_said(folder: Path) -> None:
+def test_a_checkpoint_without_its_picture_processor_is_reported(folder: Path) -> None:
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(ModelError, match="cannot load the student"):
         load_model(ModelSpec(str(folder)), "student", CPU)
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./no/such", "a/b/c", "plain"])
-def test_a_folder_that_is_not_there(path: str) -> None:
+def test_a_missing_folder_is_refused(path: str) -> None:
     with pytest.raises(ModelError, match=r"does not exist; set model\.student\.path"):
         check_available(ModelSpec(path), "student")
 
@@ -1026,18 +1023,18 @@ def test_another_vision_model_is_refused(folder: Path) -> None:
 def test_everything_is_looked_at_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
-    monkeypatch.setattr(local, "checked_tasks", lambda *a, **k: pytest.fail("read the data"))
+    monkeypatch.setattr(setup, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(setup, "checked_run", lambda *a, **k: pytest.fail("read the data"))
     with pytest.raises(ModelError, match="the teacher's folder '/nowhere' does not exist"):
         train(tmp_path / "run", "model.teacher.path=/nowhere")
     monkeypatch.undo()
-    monkeypatch.setattr(local, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
+    monkeypatch.setattr(setup, "load_model", lambda *a, **k: pytest.fail("loaded a model"))
     with pytest.raises(Exception, match="data path /nowhere does not exist"):
         train(tmp_path / "run", "data=verl", "data.train.path=/nowhere", "data.eval.path=/")
     assert not (tmp_path / "run/config.yaml").exists()
 
 
-def test_a_gpu_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_gpu_is_reported(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(Exception, match="PyTorch sees none"):
@@ -1048,6 +1045,8 @@ def test_the_configuration_of_a_run_is_what_it_ran(tmp_path: Path) -> None:
     train(tmp_path / "run", *SHORT, "seed=3")
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text("utf-8"))
     _, raw = composed(*[*SMALL, *SHORT, "seed=3"])
+    # Resolved, so that a run that goes on for more steps does not explore again.
+    raw["objective"]["switch_step"] = int(raw["objective"]["switch_share"] * raw["steps"] + 0.5)
     assert saved == raw
 
 

@@ -1,4 +1,4 @@
-"""Every objective through the local engine: what it is given, and that it learns."""
+"""Every objective in the local engine: its inputs, and that it learns."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ from running import (
     train,
     train_rows,
 )
+from step_rows import make_updates
 
+from examples.embedded_models.digits.scripts import expert_turns, record
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.data.demonstrations import load_demonstrations
-from reopold_agent.demo.experts import expert_turns, record
 from reopold_agent.demo.tasks import DemoTasks
-from reopold_agent.engines import run_state, session
-from reopold_agent.engines.environments import make_env
-from reopold_agent.engines.session import Session
-from reopold_agent.engines.update import Updater, UpdateStats
 from reopold_agent.envs.base import ToolEnv
+from reopold_agent.envs.from_config import make_env
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.objectives import GKD, GRPO, OBJECTIVES, Objective
 from reopold_agent.policies.batch import TrajectoryBatch
@@ -40,6 +38,10 @@ from reopold_agent.policies.loading import ModelSpec, load_model, resolve_path
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.plots import make_plots
+from reopold_agent.train import finish, resume
+from reopold_agent.train.rows import trajectories_of
+from reopold_agent.train.step_log import StepLog
+from reopold_agent.train.update import Updater, UpdateStats
 from reopold_agent.types import IMAGE_MARK, Task, Trajectory
 
 STUDENT = Path(resolve_path("demo:student"))
@@ -53,8 +55,8 @@ BUILT_IN = ("gkd", "grpo", "reopold", "rkl", "rkl_sg", "rkl_sg_clip", "rkl_sg_cl
 @pytest.fixture(autouse=True)
 def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plots but where a test makes them; global random state kept."""
-    monkeypatch.setattr(session, "make_plots", lambda folder: None)
-    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    monkeypatch.setattr(resume, "make_plots", lambda folder: None)
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -66,7 +68,7 @@ def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Updater, list[list[Tr
     original = Updater.step
 
     def step(self: Updater, mini_batches: Any, *arguments: Any) -> UpdateStats:
-        calls.append((self, [list(batch) for batch in mini_batches]))
+        calls.append((self, [trajectories_of(batch) for batch in mini_batches]))
         return original(self, mini_batches, *arguments)
 
     monkeypatch.setattr(Updater, "step", step)
@@ -93,14 +95,14 @@ def coin(task: str, words: str) -> float:
 
 def crash_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The process is lost when this step has been rolled out and nothing of it is written."""
-    original = Session._write_trajectories
+    original = StepLog.write_trajectories
 
-    def dying(self: Session, at: int, trajectories: Any) -> None:
-        original(self, at, trajectories)
+    def dying(self: StepLog, at: int, rows: Any) -> None:
+        original(self, at, rows)
         if at == step:
             raise SystemExit("lost")
 
-    monkeypatch.setattr(Session, "_write_trajectories", dying)
+    monkeypatch.setattr(StepLog, "write_trajectories", dying)
 
 
 def resumes(monkeypatch: pytest.MonkeyPatch, place: Path, *words: str) -> Path:
@@ -295,7 +297,7 @@ def test_dynamic_sampling_resumes_bit_for_bit(
     assert states(folder)[-1] > 8
 
 
-def test_a_step_in_which_nothing_teaches_makes_no_update_and_the_run_goes_on(
+def test_a_step_without_usable_tokens_makes_no_update_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -333,19 +335,20 @@ def test_the_teacher_plays_and_the_student_learns_its_tokens(
     original = Updater.step
     with pytest.MonkeyPatch.context() as patch:
 
-        def step(self: Updater, mini_batches: Any, at: int, old: Any, entropy: Any) -> UpdateStats:
-            (batch,) = mini_batches
+        def step(self: Updater, mini_batches: Any, at: int, threshold: Any) -> UpdateStats:
+            (rows,) = mini_batches
+            batch = trajectories_of(rows)
             assert self.teacher is not None
-            his, own = (p.score(batch) for p in (self.teacher, self.policy))
-            for t, teacher, student in zip(batch, his, own, strict=True):
+            taught, own = (p.score(batch) for p in (self.teacher, self.policy))
+            for row, t, teacher, student in zip(rows, batch, taught, own, strict=True):
                 assert np.abs(teacher.logp - t.logp).max() < 1e-4
                 assert np.abs(student.logp - t.logp).max() > 1e-2
                 assert np.array_equal(t.teacher_logp, t.logp)  # its own: not computed again
                 # The policy before the update, for the logs.
-                assert np.array_equal(old[id(t)], student.logp)
+                assert np.array_equal(row.old_logp, student.logp)
                 scored.append(True)
             total = sum(float(s.logp.sum()) for s in own)
-            stats = original(self, mini_batches, at, old, entropy)
+            stats = original(self, mini_batches, at, threshold)
             count = sum(t.response_tokens for t in batch)
             assert stats.loss == pytest.approx(-total / count, rel=1e-4)
             return stats
@@ -524,7 +527,9 @@ def test_recorded_conversations_that_do_not_fit_are_refused_before_the_first_ste
     with pytest.raises(ConfigError, match="needs a path"):
         train(tmp_path, *RECORDED, "+data.demonstrations={limit: 3}")
     next((path.parent / "images").iterdir()).unlink()
-    with pytest.raises(DataError, match=r"expert\.jsonl, row \d: the picture 'images/.*' is n"):
+    with pytest.raises(
+        DataError, match=r"expert\.jsonl, row \d: message \d: the picture 'images/.*' is n"
+    ):
         train(tmp_path, *RECORDED, where)
     assert train_rows(tmp_path) == []
 
@@ -542,19 +547,20 @@ def said(*roles: str) -> list[dict[str, Any]]:
         ({"messages": said("assistant")}, "must take turns"),
         ({"messages": said("system")}, "must take turns"),
         ({"messages": said("user", "user", "assistant")}, "must take turns"),
-        ({"messages": said("user", "tool")}, r"needs a role \(system, user or assistant\)"),
+        ({"messages": said("user", "tool")}, "must take turns, got user, tool"),
+        ({"messages": said("user", "critic")}, "the role must be one of system, .*, got 'critic'"),
         ({"messages": [{"role": "user", "content": "<image>?"}]}, "more <image> marks than images"),
-        ({"messages": said("user", "assistant"), "images": ["a.png"]}, "1 images more than"),
+        ({"messages": said("user", "assistant"), "images": ["a.png"]}, "1 more images than"),
         ({"messages": [{"role": "user", "content": [{"image": "../a.png"}]}]}, "a.png"),
         (
             {"messages": [{"role": "user", "content": [{"image": "a.png", "text": "Here"}]}]},
-            "both 'text' and 'image'",
+            "both 'text' and 'image'; which comes first",
         ),
-        ({"messages": [{"role": "user", "content": [{"audio": "a.wav"}]}]}, "must have 'text'"),
+        ({"messages": [{"role": "user", "content": [{"audio": "a.wav"}]}]}, "'audio' cannot be"),
         ({"messages": [{"role": "user", "content": None}]}, "must be a text or a list"),
     ],
 )
-def test_a_row_that_is_no_conversation_is_named(
+def test_a_row_without_a_conversation_is_named(
     tmp_path: Path, row: dict[str, Any], words: str
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
@@ -564,7 +570,7 @@ def test_a_row_that_is_no_conversation_is_named(
     with pytest.raises(DataError, match=rf"rows\.jsonl, row 1: .*{words}"):
         load_demonstrations({"path": str(path)})
     (kept,) = load_demonstrations({"path": str(path), "limit": 1})
-    assert kept.turns == (("user", ("?",)), ("assistant", ("?",)))
+    assert [(t.role, t.parts) for t in kept.turns] == [("user", ("?",)), ("assistant", ("?",))]
     with pytest.raises(ConfigError, match="takes path, split, revision, limit"):
         load_demonstrations({"path": str(path), "pth": 1})
 
@@ -627,8 +633,7 @@ def test_micro_batches_do_not_change_the_update(
     def updated(trajectories: list[Trajectory], most: int) -> tuple[torch.Tensor, UpdateStats]:
         policy, teacher = make_policy(make_model(seed=1)), make_policy(make_model(seed=2))
         updater = Updater(policy, objective, linear(), max_tokens=most, teacher=teacher)
-        old = {id(t): t.logp for t in trajectories}
-        stats = updater.step([trajectories], 0, old, {id(t): t.entropy for t in trajectories})
+        stats = make_updates(updater, [trajectories], 0)
         assert all(p.grad is None for p in teacher.adapter.model.parameters())
         flat = [p.detach().flatten() for p in policy.adapter.model.parameters()]
         return torch.cat(flat), stats
@@ -667,9 +672,7 @@ def test_the_loss_of_grpo_by_hand(
         total += gain.sum() / {"sequence": len(gain), "token": 1, "budget": 30}[aggregate]
     objective = GRPO(aggregate=aggregate, token_budget=30)
     updater = Updater(policy, objective, linear(), max_tokens=60)
-    stats = updater.step(
-        [batch], 0, {id(t): t.logp for t in batch}, {id(t): t.entropy for t in batch}
-    )
+    stats = make_updates(updater, [batch], 0)
     count = sum(lengths) if aggregate == "token" else 4
     assert len(set(lengths)) > 2
     assert stats.loss == pytest.approx(-total / count, rel=1e-4)
@@ -707,9 +710,7 @@ def test_the_loss_of_gkd_by_hand(
                 each = beta * kl(his, middle) + (1 - beta) * kl(own, middle)
             total, count = total + float(each.sum()), count + t.response_tokens
     updater = Updater(student, GKD(beta=beta), linear(), max_tokens=60, teacher=teacher)
-    stats = updater.step(
-        [batch], 0, {id(t): t.logp for t in batch}, {id(t): t.entropy for t in batch}
-    )
+    stats = make_updates(updater, [batch], 0)
     assert stats.loss == pytest.approx(total / count, rel=1e-4)
 
 
@@ -723,4 +724,4 @@ def test_an_update_without_what_its_objective_needs_is_refused(
     for objective, words in ((GRPO(), "no advantage"), (GKD(), "needs the teacher")):
         updater = Updater(make_policy(make_model(seed=1)), objective, linear(), max_tokens=100)
         with pytest.raises(ValueError, match=words):
-            updater.step([[bare]], 0, {id(bare): bare.logp}, {id(bare): bare.entropy})
+            make_updates(updater, [[bare]], 0)

@@ -24,6 +24,7 @@ import reopold_agent.envs  # noqa: F401  # registers
 from reopold_agent.demo.tasks import ArrayImage
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
+from reopold_agent.envs.registration import make_found
 from reopold_agent.envs.spaces import Pictures, UnicodeText
 from reopold_agent.errors import ConfigError, DataError, ToolError, UnknownNameError
 from reopold_agent.judges import Judge, Verdict
@@ -251,6 +252,19 @@ def test_a_missing_picture_is_a_data_error_of_reset() -> None:
         ToyEnv().reset(options={"task": Task("t", "q", ("1",), (Gone(),))})
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_the_state_holds_rgb_whatever_a_picture_opens_as(mode: str) -> None:
+    class Odd:
+        def open(self) -> Image.Image:
+            return Image.new(mode, (40, 30))
+
+    env = ToyEnv()
+    observation, _ = env.reset(options={"task": Task("t", "q", ("1",), (Odd(),))})
+    assert observation["images"][0].shape == (30, 40, 3)
+    assert env.episode is not None
+    assert env.episode.images[0].mode == "RGB"
+
+
 # Observations
 
 
@@ -277,7 +291,7 @@ def test_a_crop_of_a_crop() -> None:
     assert np.array_equal(observation["images"][0], big.pixels[30:50, 60:90])
 
 
-def test_a_video_question_counts_its_frames_and_a_crop_is_none_of_them() -> None:
+def test_a_video_question_counts_its_frames_but_no_crops() -> None:
     env = PixelReasonerEnv()
     frames = [picture(64, 64, seed) for seed in range(3)]
     observation, _ = env.reset(options={"task": task(*frames, is_video=True)})
@@ -442,7 +456,7 @@ def started_after(turn: str, lengths: dict[str, Any]) -> ToyEnv:
     return env
 
 
-def test_budgets_begin_anew_with_every_episode() -> None:
+def test_budgets_are_reset_for_every_episode() -> None:
     env = ToyEnv(max_turns=2, max_response_tokens=100, count_tokens=len, tool_time_limit_s=0.5)
     for _ in range(3):
         started(env)
@@ -461,7 +475,7 @@ def test_the_tools_of_an_episode_have_a_time_limit_together() -> None:
     assert not info["tool_call"].ok
 
 
-def test_a_tool_over_its_own_limit_is_a_message_and_the_episode_goes_on() -> None:
+def test_a_tool_over_its_time_limit_is_a_message_and_the_episode_continues() -> None:
     slow = Tool("nap", nap, "Sleeps.", timeout_s=0.1)
     env = started(ToyEnv(tools=[slow]))
     observation, _, terminated, truncated, info = env.step(call("nap", {"seconds": 1.0}))
@@ -514,7 +528,7 @@ def test_a_turn_with_a_call_and_a_box_is_a_call() -> None:
         (call("show", {"count": 10**7}), "The result has"),
     ],
 )
-def test_whatever_goes_wrong_is_a_message_and_the_episode_goes_on(text: str, error: str) -> None:
+def test_any_failure_is_a_message_and_the_episode_continues(text: str, error: str) -> None:
     if "10000000" in text:
         text, error = call("show", {"count": 65}), "The result has 65 images; 64 can be shown."
     env = started(ToyEnv())
@@ -710,7 +724,7 @@ def test_a_process_ends_promptly_in_spite_of_a_hung_tool_in_an_episode() -> None
 
 def test_no_tool_thread_is_left_behind() -> None:
     deadline = time.perf_counter() + 5
-    while any(t.name == "reopold-tool" for t in threading.enumerate()):
+    while any(t.name == "reopold-bounded" for t in threading.enumerate()):
         assert time.perf_counter() < deadline
         time.sleep(0.05)
 
@@ -784,3 +798,31 @@ def test_a_tool_in_the_words_of_a_checkpoint() -> None:
     assert not info["tool_call"].ok  # checked against the signature, not the shown schema
     with pytest.raises(ConfigError, match="bbox_2d, target_image"):
         PixelReasonerEnv(tools=[{"name": "crop_image", "parameters": {"properties": {}}}])
+
+
+@pytest.mark.parametrize(
+    ("id", "said"),
+    [
+        ("nonsense", "single.env=nonsense: Environment `nonsense` doesn't exist\n"),
+        ("math", "\nDid you mean 'reopold/Math-v0'? Known: reopold/Geometry-v0, "),
+        ("reopold/Maths-v0", "\nDid you mean 'reopold/Math-v0'? "),
+        ("reopold/Math-v7", "single.env=reopold/Math-v7: "),
+        ("no such", "single.env=no such: Malformed environment ID"),
+        ("nosuchmodule:X-v0", "single.env=nosuchmodule:X-v0: "),
+        ("CartPole-v1", "got an unexpected keyword argument 'data'\nTake an environment"),
+    ],
+)
+def test_an_id_that_cannot_be_is_explained(id: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_found(id, "single.env", data={})
+    assert said in str(caught.value)
+    assert "\n" in str(caught.value)
+
+
+def test_an_error_inside_an_environment_is_not_taken_for_one_of_the_setting() -> None:
+    def broken(data: object) -> None:
+        int(data=1)  # type: ignore[call-overload]
+
+    gymnasium.register(id="tests/Broken-v0", entry_point=broken)
+    with pytest.raises(TypeError):
+        make_found("tests/Broken-v0", "env.id", data={})

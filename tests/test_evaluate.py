@@ -15,29 +15,26 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
 from PIL import Image
+from real_data import real_data
 
-from reopold_agent.compare import comparison_table, main, paired_lines, question_means
+from reopold_agent.compare.__main__ import main
+from reopold_agent.compare.tables import comparison_table, paired_lines, question_means
 from reopold_agent.data.row_formats import FORMATS
-from reopold_agent.errors import ConfigError, DataError, UnknownNameError
-from reopold_agent.eval.benchmarks import Benchmark, load_benchmark, select
-from reopold_agent.eval.judging import judge_rows
-from reopold_agent.eval.paper import PAPER_TABLES
-from reopold_agent.eval.plots import make_plots
-from reopold_agent.eval.report import markdown, write_page
-from reopold_agent.eval.results import benchmark_results
+from reopold_agent.errors import CheckpointError, ConfigError, DataError, UnknownNameError
+from reopold_agent.evaluate.benchmarks import Benchmark, load_benchmark, select
+from reopold_agent.evaluate.judging import judge_rows
+from reopold_agent.evaluate.paper import PAPER_TABLES
+from reopold_agent.evaluate.plots import make_plots
+from reopold_agent.evaluate.report import markdown, write_page
+from reopold_agent.evaluate.results import benchmark_results
+from reopold_agent.evaluate.run import Evaluation, load_config
+from reopold_agent.evaluate.words import prepared_words
 from reopold_agent.judges.llm import How, JudgeReply
 from reopold_agent.policies.loading import model_path
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 REPOSITORY = Path(__file__).parents[1]
-
-
-def shared(*parts: str) -> Path:
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    return path
 
 
 def entry(name: str, **changes: Any) -> Benchmark:
@@ -88,19 +85,19 @@ def wrong(index: int, sample: int = 0, said: str = "8", **changes: Any) -> dict[
 def test_real_rows_of_the_math_files() -> None:
     expected = {"aime24.jsonl": 30, "amc23.jsonl": 40, "math500.jsonl": 500}
     for name, count in expected.items():
-        loaded = load_benchmark(entry("m", path=str(shared("math", name))))
+        loaded = load_benchmark(entry("m", path=str(real_data("math", name))))
         assert len(loaded.tasks) == count
         assert all(loaded.tasks[i].answers[0] for i in range(count))
         assert len(next(iter(loaded.files.values()))) == 64
-    minerva = load_benchmark(entry("m", path=str(shared("math", "minerva_math.sample.jsonl"))))
+    minerva = load_benchmark(entry("m", path=str(real_data("math", "minerva_math.sample.jsonl"))))
     assert all("boxed" not in task.answers[0] for task in map(minerva.tasks.__getitem__, range(5)))
-    gsm = load_benchmark(entry("m", path=str(shared("math", "gsm8k_test.jsonl"))))
+    gsm = load_benchmark(entry("m", path=str(real_data("math", "gsm8k_test.jsonl"))))
     assert gsm.tasks[0].answers == ("18",)
 
 
 def test_real_rows_of_the_pictured_benchmarks() -> None:
     vision = load_benchmark(
-        entry("v", format="mathvision", path=str(shared("mathvision")), split=None)
+        entry("v", format="mathvision", path=str(real_data("mathvision")), split=None)
     )
     assert len(vision.tasks) == 32
     letters = [t for t in map(vision.tasks.__getitem__, range(32)) if t.metadata["options"]]
@@ -109,17 +106,17 @@ def test_real_rows_of_the_pictured_benchmarks() -> None:
     assert vision.tasks[0].images[0].open().mode == "RGB"
     assert "<image1>" not in vision.tasks[0].question
     hallusion = load_benchmark(
-        entry("h", format="hallusionbench", path=str(shared("hallusionbench")))
+        entry("h", format="hallusionbench", path=str(real_data("hallusionbench")))
     )
     assert [hallusion.tasks[i].answers[0] for i in range(2)] == ["no", "yes"]
     figures = {hallusion.tasks[i].metadata["figure"] for i in range(2)}
     assert len(figures) == 1
     geometry = load_benchmark(
-        entry("g", format="geometry3k_intergps", path=str(shared("geometry3k")))
+        entry("g", format="geometry3k_intergps", path=str(real_data("geometry3k")))
     )
     source = [
         json.loads(line)
-        for line in shared("geometry3k", "sample.jsonl").read_text().splitlines()
+        for line in real_data("geometry3k", "sample.jsonl").read_text().splitlines()
         if line
     ]
     for number, raw in enumerate(source):
@@ -127,7 +124,9 @@ def test_real_rows_of_the_pictured_benchmarks() -> None:
 
 
 def test_luffy_rows() -> None:
-    loaded = load_benchmark(entry("l", format="verl", path=str(shared("luffy", "valid.parquet"))))
+    loaded = load_benchmark(
+        entry("l", format="verl", path=str(real_data("luffy", "valid.parquet")))
+    )
     assert len(loaded.tasks) == 2019
     assert loaded.tasks[0].metadata["category"]
 
@@ -203,18 +202,62 @@ def test_names_suites_and_what_is_missing(tmp_path: Path) -> None:
     }
     assert [b.name for b in select(entries, ["two", "one"], None)] == ["two", "one"]
     assert [b.name for b in select(entries, [], "a")] == ["one", "two"]
+    assert [b.name for b in select(entries, ["three", "two"], "a")] == ["one", "two", "three"]
     with pytest.raises(UnknownNameError, match="Did you mean 'three'"):
         select(entries, ["tree"], None)
     with pytest.raises(UnknownNameError, match="suite"):
         select(entries, [], "c")
-    with pytest.raises(DataError, match=r"x\.jsonl does not exist.*benchmarks\.one\.path"):
+    with pytest.raises(DataError, match=r"(?s)x\.jsonl does not exist.*benchmarks\.one\.path"):
         load_benchmark(select(entries, ["one"], None)[0])
     with pytest.raises(ConfigError, match=r"benchmarks\.two\.path"):
         load_benchmark(select(entries, ["two"], None)[0])
     assert len(load_benchmark(select(entries, ["three"], None)[0]).tasks) == 3
 
 
-def test_a_run_folder_stands_for_its_student(tmp_path: Path) -> None:
+def test_a_benchmark_of_ones_own_needs_a_path_and_a_format(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n')
+    entries: dict[str, Any] = {"mine": {"path": str(rows), "format": "math_jsonl"}}
+    (mine,) = select(entries, ["mine"], None)
+    found = (mine.suite, mine.play, mine.kind, mine.metric, mine.samples, mine.limit)
+    assert found == ("own", "single", "auto", "accuracy", 1, None)
+    assert load_benchmark(mine).tasks[0].answers == ("2",)
+    assert select(entries, [], "own") == select(entries, [], None) == [mine]
+    tools: dict[str, Any] = {"mine": {"path": "DIR", "format": "pixel_reasoner"}}
+    assert select(tools, ["mine"], None)[0].play == "agentic"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "x"}, r"'mine' has no format\.\n.*path: DIR, format: FORMAT.*math_jsonl"),
+        (None, "'mine' has no format"),
+        ({"format": "math_json"}, "Did you mean 'math_jsonl'"),
+        ({"format": "math_jsonl", "metrics": "anls"}, r"Did you mean 'benchmarks\.mine\.metric'"),
+        ({"format": "math_jsonl", "metric": "accurracy"}, "Did you mean 'accuracy'"),
+        ({"format": "math_jsonl", "kind": "nubmer"}, "Did you mean 'number'"),
+        ({"format": "math_jsonl", "play": "multi"}, "'agentic' or 'single'"),
+    ],
+)
+def test_a_wrong_setting_of_a_benchmark_suggests_the_right_one(settings: Any, message: str) -> None:
+    with pytest.raises((ConfigError, UnknownNameError), match=message):
+        select({"mine": settings}, ["mine"], None)
+
+
+def test_a_new_benchmark_is_added_with_a_plus() -> None:
+    with pytest.raises(ConfigError, match=r"\+benchmarks\.mine=\{path: DIR, format: FORMAT\}"):
+        prepared_words(["benchmarks.mine.path=x"])
+    with pytest.raises(ConfigError, match=r"Did you mean 'benchmarks\.vstar'"):
+        prepared_words(["benchmarks.vstr.path=x"])
+    added = ["+benchmarks.mine={path: x}", "benchmarks.mine.limit=2", "benchmarks.vstar.path=y"]
+    assert prepared_words([*added, "model=m"]) == [*added, "checkpoint=m"]
+    lacking = ["benchmark=vstar", "benchmarks.vstar.pixels.prompt.max_pixels=9"]
+    assert prepared_words(lacking) == [lacking[0], f"++{lacking[1]}"]
+    with pytest.raises(ConfigError, match=r"\nAdd benchmark=\[vstar\]"):
+        prepared_words(["benchmarks.vstar.path=x"])
+
+
+def test_a_run_folder_means_its_student(tmp_path: Path) -> None:
     assert model_path("org/name") == "org/name"
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match="neither"):
@@ -226,6 +269,10 @@ def test_a_run_folder_stands_for_its_student(tmp_path: Path) -> None:
     assert model_path(str(tmp_path)).endswith("step-000010/model")
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "config.json").touch()
+    assert model_path(str(tmp_path)) == str(tmp_path / "final")
+    (tmp_path / "config.yaml").touch()
+    assert model_path(str(tmp_path)).endswith("step-000010/model")  # it goes on for more steps
+    (tmp_path / "summary.json").touch()
     assert model_path(str(tmp_path)) == str(tmp_path / "final")
 
 
@@ -274,11 +321,42 @@ def test_other_metrics(metric: str, rows: list[Any], expected: dict[str, float])
     assert found["extra"] == pytest.approx(expected)
 
 
+def test_answers_to_other_questions_are_not_continued(tmp_path: Path) -> None:
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    words = [f"+benchmarks.mine={{path: {rows}, format: math_jsonl}}", "benchmark=[mine]",
+             "checkpoint=demo:arithmetic_student", "single.max_response_tokens=4",
+             "engine.device=cpu"]  # fmt: skip
+
+    def evaluated(*questions: str) -> dict[str, Any]:
+        rows.write_text(
+            "".join(json.dumps({"question": q, "answer": "2"}) + "\n" for q in questions)
+        )
+        with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+            config, raw = load_config(compose("evaluate", words))
+        return Evaluation(config, raw, run).run()["benchmarks"]["mine"]
+
+    assert evaluated("1 + 1?", "3 - 1?")["questions"] == 2
+    with pytest.raises(CheckpointError, match=r"number 0 was '1 \+ 1\?', now it is '9 - 7\?'"):
+        evaluated("9 - 7?", "3 - 1?")
+    assert evaluated("1 + 1?")["questions"] == 1  # the second question is gone
+
+
+def test_hallusionbench_also_over_the_rows_that_the_paper_scores() -> None:
+    groups: list[Any] = [{"figure": "f1", "question": "q0"}, {"figure": None, "question": "q1"}]
+    rows = [right(0, group=groups[0]), wrong(1, group=groups[1])]
+    found = benchmark_results(rows, entry("b", metric="hallusionbench"), ks=[1], seed=0)
+    assert found["accuracy"] == found["extra"]["aAcc"] == 0.5
+    assert (found["extra"]["aAcc_pictured"], found["extra"]["pictured"]) == (1, 1)
+    result = {"benchmarks": {"hallusionbench": found}, "model": {"path": "m"}}
+    header, cells = comparison_table(["run"], [result], "visual")
+    assert cells[0][header.index("hallusionbench")] == "100.0 of 1 pictured"
+
+
 # Judging
 
 
 class ScriptedJudge:
-    """Says what the test wants, and remembers what it was shown."""
+    """Returns scripted replies and records its prompts."""
 
     name = "scripted:1"
 
@@ -360,7 +438,7 @@ def test_embedded_tasks_of_one_turn_are_benchmarks_too(
 
 
 @pytest.mark.slow
-def test_an_evaluation_leaves_what_was_promised(finished: tuple[Path, str]) -> None:
+def test_an_evaluation_writes_the_documented_files(finished: tuple[Path, str]) -> None:
     folder, out = finished
     results = json.loads((folder / "results.json").read_text())
     figures = results["benchmarks"]["demo"]
@@ -420,12 +498,12 @@ def test_other_settings_on_the_same_folder_are_refused(finished: tuple[Path, str
 
 
 @pytest.mark.slow
-def test_what_is_missing_is_said_before_a_model_is_loaded(tmp_path: Path) -> None:
+def test_missing_files_are_reported_before_a_model_is_loaded(tmp_path: Path) -> None:
     process = evaluate(tmp_path / "a", "benchmark=[demo,aime24]", "model=/does/not/exist")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "aime24" in err
-    assert "Qwen2.5-Math" in err
+    assert "sources.luffy=FILE" in err
     process = evaluate(tmp_path / "b", "benchmark=dem")
     _, err = process.communicate(timeout=120)
     assert "Did you mean 'demo'" in err
@@ -457,7 +535,7 @@ def test_hostile_words_are_text_on_the_page(tmp_path: Path) -> None:
     assert json.loads(data)["rows"][1]["response"] == hostile
 
 
-def test_a_picture_that_is_gone_or_damaged_costs_no_page(
+def test_a_missing_or_damaged_picture_does_not_break_the_page(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
@@ -496,6 +574,9 @@ def test_markdown_and_plots(tmp_path: Path) -> None:
     text = markdown(results)
     assert "| b | 2 x 2 | 0.750 [" in text
     assert "asked about 3 answers" in text
+    assert "failed" not in text
+    broken = small_results([right(0), wrong(0, 1, error="ValueError: no picture")])
+    assert "b: 1 of 2 episodes failed and count as wrong; responses.jsonl" in markdown(broken)
     (made,) = make_plots(results, tmp_path)
     assert Image.open(made).size[0] > 400
 
@@ -525,7 +606,32 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main([str(tmp_path / "none")])
 
 
-def test_the_paper_s_figures_are_marked_as_such() -> None:
+def test_compare_says_what_to_use_for_training_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two, three, four = (tmp_path / name for name in ("one", "two", "three", "four"))
+    for folder, name in ((one, "metrics"), (two, "metrics"), (three, "responses"), (four, "x")):
+        folder.mkdir()
+        (folder / f"{name}.jsonl").touch()
+    (four / "results.json").write_text(json.dumps(small_results([right(0), right(0, 1)])))
+
+    def told(*runs: Path) -> list[str]:
+        with pytest.raises(SystemExit, match="2"):
+            main([str(run) for run in runs])
+        return capsys.readouterr().err.splitlines()
+
+    what, advice = told(one, two)
+    assert what == f"error: {one}, {two} are training runs; `compare` takes evaluations."
+    assert f"`reopold view {one} {two}`" in advice
+    assert f"`reopold evaluate env=NAME model={one}" in advice
+    what, advice = told(four, two)
+    assert f"{two} is a training run" in what
+    assert "view" not in advice
+    assert f"hydra.run.dir={three}" in told(four, three)[1]
+    assert "Give folders of `reopold evaluate`" in told(four, tmp_path)[1]
+
+
+def test_the_papers_figures_are_marked() -> None:
     header, rows = comparison_table([], [], "agentic")
     assert header == ["", "pixel", "vstar", "infovqa", "tallyqa"]
     assert rows[-1] == ["Reopold (paper's)", "57.00", "77.43", "63.12", "65.43"]

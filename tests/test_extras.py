@@ -9,6 +9,7 @@ import http.server
 import importlib.metadata
 import importlib.util
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+
+from reopold_agent.errors import MissingExtraError
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -214,3 +217,16 @@ def test_our_ranges_hold_what_this_environment_has() -> None:
     for name, requirement in {**requirements(), **requirements("vllm")}.items():
         found = importlib.metadata.version(name).split("+")[0]
         assert requirement.specifier.contains(found), (name, found)
+
+
+def test_extras_are_installed_from_the_clone() -> None:
+    """The package is on no index, so ``pip install "reopold-agent[...]"`` would fail."""
+    files = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("docker/*")]
+    files += [
+        path for name in ("reopold_agent", "examples") for path in (ROOT / name).rglob("*.py")
+    ]
+    wrong = [
+        str(path) for path in files if re.search(r"reopold[-_]agent\[", path.read_text("utf-8"))
+    ]
+    assert wrong == []
+    assert str(MissingExtraError("peft", "lora", "x")).endswith('pip install -e ".[lora]"')

@@ -1,4 +1,4 @@
-"""Kills, full disks, locks, signals and damaged checkpoints: what is promised in reliability.md."""
+"""Kills, full disks, locks, signals and damaged checkpoints: the promises of reliability.md."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from running import (
     words,
 )
 
-import reopold_agent.eval.run as eval_run
-from reopold_agent.engines import run_state, session
-from reopold_agent.engines.checkpoint import check_files, newest_checkpoint
-from reopold_agent.engines.session import Session
+import reopold_agent.evaluate.run as eval_run
+from reopold_agent.common.files import replaced_folder, write_bytes_atomic
 from reopold_agent.errors import CheckpointError, ReopoldError, StorageError
-from reopold_agent.tracking.files import replaced_folder, write_bytes_atomic
 from reopold_agent.tracking.metrics import JsonLines, read_json_lines
 from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.train import evaluation, finish, recovery, resume, step_log
+from reopold_agent.train.checkpoint import check_files, newest_checkpoint
+from reopold_agent.train.step_log import StepLog
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 KILLS = int(os.environ.get("REOPOLD_TEST_KILLS", "8"))
@@ -59,7 +59,7 @@ def nothing_left_over(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_comes_to_the_same(tmp_path: Path) -> None:
+def test_a_run_killed_repeatedly_has_the_same_result(tmp_path: Path) -> None:
     """``REOPOLD_TEST_KILLS=50`` for the whole proof; the figures are in docs/reliability.md."""
     figures = tmp_path / "figures.json"
     script = str(REPOSITORY / "benchmarks" / "faults.py")
@@ -140,6 +140,7 @@ def test_a_second_command_on_the_folder_is_refused_and_touches_nothing(
     try:
         wait_until(begun, owner)
         os.kill(owner.pid, signal.SIGSTOP)  # so that all that changes is the second's doing
+        wait_until(lambda: is_stopped(owner.pid), owner)  # a thread may still be writing
         before = {
             p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.suffix != ".log"
         }
@@ -156,6 +157,12 @@ def test_a_second_command_on_the_folder_is_refused_and_touches_nothing(
     finally:
         owner.kill()
         owner.communicate()
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether every thread of a process is stopped; also true where /proc cannot tell."""
+    threads = list(Path(f"/proc/{pid}/task").glob("*/stat"))
+    return all(each.read_text().rsplit(")", 1)[1].split()[0] == "T" for each in threads)
 
 
 def evaluate_words(folder: Path, *overrides: str) -> list[str]:
@@ -200,7 +207,7 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that nobody disturbed."""
+    """An undisturbed run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     train(folder, *SHORT)
     return folder
@@ -230,16 +237,16 @@ def two_lines_about(error: ReopoldError, path: str) -> None:
 
 
 PLACES = {
-    "trajectories and pictures": (Session, "_write_trajectories", 3, "run/", 2),
-    "checkpoint": (session, "save_checkpoint", 3, "step-000003", 2),
-    "final": (session, "save_final", 1, "final", 4),
-    "summary": (session, "write_json_atomic", 1, "summary.json", 4),
-    "plots": (session, "make_plots", 1, "plots", 4),
+    "trajectories and pictures": (StepLog, "write_trajectories", 3, "run/", 2),
+    "checkpoint": (recovery, "save_checkpoint", 3, "step-000003", 2),
+    "final": (finish, "save_final", 1, "final", 4),
+    "summary": (finish, "write_json_atomic", 1, "summary.json", 4),
+    "plots": (finish, "make_plots", 1, "plots", 4),
 }
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_full_disk_is_said_and_the_run_goes_on_later(
+def test_a_full_disk_is_reported_and_the_run_continues_later(
     whole: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     owner, name, call, told, kept = PLACES[place]
@@ -274,7 +281,7 @@ def test_a_row_of_metrics_that_does_not_fit_ends_the_run(
     folder = disk.path / "run"
     with monkeypatch.context() as patch:
         # Rows alone are written: the first may still fit its page, the next one does not.
-        full_at(patch, Session, "_row", 3, disk)
+        full_at(patch, step_log, "training_metrics", 3, disk)
         with pytest.raises(StorageError) as caught:
             train(folder, *SHORT, "checkpoint.every=2", "logging.trajectories=0")
     two_lines_about(caught.value, "metrics.jsonl")
@@ -315,7 +322,7 @@ def test_a_full_disk_in_an_evaluation(
     disk: Disk, monkeypatch: pytest.MonkeyPatch, owner: str, name: str, call: int, told: str
 ) -> None:
     folder = disk.path / "run"
-    module = {"run": eval_run, "play": sys.modules["reopold_agent.eval.play"]}[owner]
+    module = {"run": eval_run, "play": sys.modules["reopold_agent.evaluate.answers"]}[owner]
     with monkeypatch.context() as patch:
         full_at(patch, module, name, call, disk)
         with pytest.raises(StorageError) as caught:
@@ -334,19 +341,14 @@ def test_a_full_disk_in_an_evaluation(
 
 def evaluate(folder: Path) -> dict[str, Any]:
     from hydra import compose, initialize_config_module
-    from omegaconf import OmegaConf
-
-    from reopold_agent.config import build
 
     with initialize_config_module("reopold_agent.configs", version_base="1.3"):
         composed = compose("evaluate", [*EVALUATION, "samples=2", "ks=[1,2]"])
-    raw: Any = OmegaConf.to_container(composed, resolve=True)
-    raw["benchmark"] = [raw["benchmark"]]
-    config = build(eval_run.EvaluateConfig, raw)
+    config, raw = eval_run.load_config(composed)
     return eval_run.Evaluation(config, raw, folder).run()
 
 
-def test_a_read_only_run_folder_is_said(whole: Path, disk: Disk) -> None:
+def test_a_read_only_run_folder_is_reported(whole: Path, disk: Disk) -> None:
     folder = disk.path / "run"
     shutil.copytree(whole, folder)
     subprocess.run(["mount", "-o", "remount,ro", str(disk.path)], check=True)
@@ -463,15 +465,15 @@ def test_sigterm_ends_training_as_ctrl_c_does(tmp_path: Path) -> None:
 
 SLOW = """
 import sys, time
-from reopold_agent.engines.session import Session
-from reopold_agent.train import main
-step = Session._step
+from reopold_agent.train.loop import TrainingLoop
+from reopold_agent.train.__main__ import main
+step = TrainingLoop.step
 def slow(self, number, position):
     if number == 1:
         print("in the step", flush=True)
         time.sleep(600)
     return step(self, number, position)
-Session._step = slow
+TrainingLoop.step = slow
 main()
 """
 
@@ -490,18 +492,18 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, number: signal.Signals) ->
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == (143 if number == signal.SIGTERM else 130), error
-    assert "once more to stop at once" in error
+    assert "press Ctrl-C again to stop at once" in error
     assert "Traceback" not in error
 
 
 def test_a_signal_in_an_evaluation_loses_no_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It breaks off at once: the step before it is saved, the evaluation is made on resuming."""
+    """It stops at once: the step before it is saved, and resuming repeats the evaluation."""
     settings = (*SHORT, "evaluation.every=2", "evaluation.curve_tasks=3")
     train(tmp_path / "whole", *settings)
     folder = tmp_path / "run"
-    original = session.evaluate_policy
+    original = evaluation.evaluate_policy
     played: list[int] = []
 
     def interrupted(*arguments: Any, on_done: Callable[[Any], None], **others: Any) -> Any:
@@ -514,7 +516,7 @@ def test_a_signal_in_an_evaluation_loses_no_step(
         return original(*arguments, on_done=count, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "evaluate_policy", interrupted)
+        patch.setattr(evaluation, "evaluate_policy", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(folder, *settings)
     curve = [r for r in lines(folder / "metrics.jsonl") if r["kind"] == "eval" and r["curve"]]
@@ -545,7 +547,7 @@ def test_sigterm_ends_an_evaluation_as_ctrl_c_does(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_is_left_alone(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
+    monkeypatch.setattr(resume, "make_plots", lambda folder: None)
     before = snapshot(whole)
     train(whole, *SHORT)
     assert snapshot(whole) == before

@@ -5,21 +5,20 @@ Needs the environment that ``.ci/run`` builds: ``pytest -m full_env``.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from real_data import real_data
 
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.common.pixels import PixelLimits
+from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.types import Message
 
 pytestmark = pytest.mark.full_env
 
-TOKENIZER = Path(__file__).parents[2] / "shared" / "data" / "qwen_tokenizer"
-PHOTOS = Path(__file__).parents[2] / "shared" / "data" / "photos"
 LIMITS = PixelLimits(256 * 28 * 28, 1280 * 28 * 28)
 
 
@@ -29,9 +28,8 @@ def qwen_vl_utils() -> Any:
 
 
 def photos() -> list[Image.Image]:
-    if not PHOTOS.is_dir():
-        pytest.skip(f"no {PHOTOS}")
-    found = [Image.open(p).convert("RGB") for p in sorted(PHOTOS.iterdir()) if p.suffix != ".jsonl"]
+    files = sorted(p for p in real_data("photos").iterdir() if p.suffix != ".jsonl")
+    found = [Image.open(file).convert("RGB") for file in files]
     return [*found, found[0].resize((300, 41)), found[0].resize((33, 700))]
 
 
@@ -82,9 +80,7 @@ def test_prompt_ids_agree_with_the_real_processor(qwen_vl_utils: Any) -> None:
         Qwen2VLVideoProcessor,
     )
 
-    if not TOKENIZER.is_dir():
-        pytest.skip(f"no {TOKENIZER}")
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer = AutoTokenizer.from_pretrained(real_data("qwen_tokenizer"))
     size = {"shortest_edge": LIMITS.min_pixels, "longest_edge": LIMITS.max_pixels}
     processor = Qwen2_5_VLProcessor(
         Qwen2VLImageProcessor(size=size),

@@ -1,7 +1,7 @@
 """Hostile turns against the real environments: nothing but a valid answer leaves `step`.
 
-``REOPOLD_FUZZ=20000 pytest tests/test_fuzz.py -s`` plays that many cases and says how long they
-took (docs/reliability.md); without it there are about three thousand.
+``REOPOLD_FUZZ=20000 pytest tests/test_fuzz.py -s`` plays that many cases and prints their
+duration (docs/reliability.md); without it there are about three thousand.
 """
 
 # ruff: noqa: RUF001  # look-alike letters are the point
@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from reopold_agent.common.files import dump_json
 from reopold_agent.demo.arithmetic.tasks import ArithmeticTasks
 from reopold_agent.demo.figures.tasks import FigureTasks
 from reopold_agent.envs.base import ToolEnv
@@ -32,7 +33,6 @@ from reopold_agent.errors import ToolError
 from reopold_agent.judges.rules import KINDS, grade
 from reopold_agent.rollout.chat import observation_message
 from reopold_agent.tools.parse import MAX_DEPTH, ParsedCall, find_tool_call
-from reopold_agent.tracking.files import dump_json
 from reopold_agent.types import IMAGE_MARK, EncodedImage, Task, ToolCall
 
 CASES = int(os.environ.get("REOPOLD_FUZZ", "3000"))
@@ -56,7 +56,7 @@ def cases(share: float) -> Any:
 
 @dataclass
 class Figures:
-    """What the run was like, for the record."""
+    """Figures of a run, for the documentation."""
 
     cases: int = 0
     steps: int = 0
@@ -72,7 +72,7 @@ FIGURES = Figures()
 
 @pytest.fixture(scope="module", autouse=True)
 def told() -> Iterator[None]:
-    """Says the figures of a long run."""
+    """Prints the figures of a long run."""
     started = time.perf_counter()
     yield
     if "REOPOLD_FUZZ" in os.environ:

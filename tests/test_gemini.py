@@ -1,4 +1,4 @@
-"""The Gemini judge: both of Google's SDKs for real, against a local server with its wire format."""
+"""The Gemini judge: both of Google's SDKs against a local server with its wire format."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from judge_server import USAGE, Reply, Script, Server, gemini_text, google_error, serving
 
+from reopold_agent.common.secrets import HIDDEN
 from reopold_agent.errors import ConfigError, MissingExtraError
 from reopold_agent.judges.llm import Extract, How, JudgeError, LlmJudge, NoJudge, make_judge
 
 KEY = "AIzaSyTEST-0123456789_abcdefghijklmnopqr"
-MODEL = "gemini-2.0-flash-001"
+MODEL = "gemini-flash-latest"
 # The older SDK sends enums as numbers ("enum-encoding=int"); the service takes both.
 TYPES: dict[str, dict[str, object]] = {
     "google-genai": {
@@ -198,10 +199,10 @@ UNDECIDED = {
     ),
     "blank": (gemini_text("  \n"), How.EMPTY, "no text"),
     "cut off": (gemini_text('{"answer": "12', "MAX_TOKENS"), How.TRUNCATED, "max_output_tokens"),
-    "not JSON at all": (Reply(b"<html>proxy</html>"), How.MALFORMED, "not the API's"),
-    "half a body": (Reply(b'{"candidates": [{"content"'), How.MALFORMED, "not the API's"),
-    "a JSON list": (Reply([1, 2]), How.MALFORMED, "not the API's"),
-    "wrong types": (Reply({"candidates": "seven"}), How.MALFORMED, "not the API's"),
+    "not JSON at all": (Reply(b"<html>proxy</html>"), How.MALFORMED, "not in the API's form"),
+    "half a body": (Reply(b'{"candidates": [{"content"'), How.MALFORMED, "not in the API's form"),
+    "a JSON list": (Reply([1, 2]), How.MALFORMED, "not in the API's form"),
+    "wrong types": (Reply({"candidates": "seven"}), How.MALFORMED, "not in the API's form"),
     "prose": (gemini_text("The answer is B."), How.MALFORMED, "not one JSON object"),
     "other field": (gemini_text('{"verdict": "correct"}'), How.MALFORMED, "one field"),
     "one field more": (gemini_text('{"answer": "B", "x": 1}'), How.MALFORMED, "one field"),
@@ -237,6 +238,20 @@ def test_null_is_an_answer_of_the_judge(start: Start) -> None:
     assert (reply.extracted, reply.how, reply.undecided) == (None, How.NO_ANSWER, False)
 
 
+@pytest.mark.parametrize("fence", ["```json\n{}\n```", "```\n{}\n```\n", " ```JSON\n{}```"])
+def test_a_reply_in_a_code_fence_is_read(start: Start, fence: str) -> None:
+    judge, _ = start(gemini_text(fence.format('{"answer": "B"}')))
+    assert judge.extract("q", "r").extracted == "B"
+
+
+def test_the_version_that_answered_is_recorded(start: Start, sdk: str, tmp_path: Path) -> None:
+    judge, _ = start(answer("B"), cache=str(tmp_path / "cache.sqlite"))
+    first, second = judge.extract("q", "r"), judge.extract("q", "r")
+    assert second.cached
+    assert first.version == second.version == "gemini-3.8-flash-001"
+    assert judge.counters()["versions"] == {"gemini-3.8-flash-001": 2}
+
+
 def test_tokens_and_cost_are_counted(start: Start) -> None:
     price = {"input_per_million": 1.0, "output_per_million": 10.0, "currency": "EUR"}
     judge, _ = start(answer("1"), price=price)
@@ -263,7 +278,7 @@ def test_tokens_and_cost_are_counted(start: Start) -> None:
         (400, "INVALID_ARGUMENT", "Invalid value at 'x'", "settings"),
         (401, "UNAUTHENTICATED", "Request had invalid credentials.", "GEMINI_API_KEY"),
         (403, "PERMISSION_DENIED", "Generative Language API is disabled.", "GEMINI_API_KEY"),
-        (404, "NOT_FOUND", "models/x is not found", "model"),
+        (404, "NOT_FOUND", "models/x is not found", "judge.model=gemini-flash-latest"),
     ],
 )
 def test_refusals_stop_the_judge_and_say_what_to_do(
@@ -282,7 +297,7 @@ def test_refusals_stop_the_judge_and_say_what_to_do(
     assert len(server.seen) < (90 if repeated else 40), "after a refusal nothing more is sent"
 
 
-def test_a_prompt_that_is_too_long_costs_only_its_row(start: Start) -> None:
+def test_a_prompt_that_is_too_long_loses_only_its_row(start: Start) -> None:
     message = (
         "The input token count (2000000) exceeds the maximum number of tokens allowed (1048576)."
     )
@@ -326,7 +341,7 @@ def test_lasting_failures_leave_the_row_undecided(start: Start, case: str) -> No
     assert judge.extract("q", "r").extracted == "7", "it is not remembered as undecided"
 
 
-def test_nobody_listens(start: Start) -> None:
+def test_a_server_that_is_absent(start: Start) -> None:
     judge, server = start(answer("7"), attempts=2)
     server.http.server_close()
     server.http.shutdown()
@@ -338,19 +353,18 @@ def test_nobody_listens(start: Start) -> None:
 @pytest.mark.parametrize("where", ["header", "date", "details"])
 def test_retry_after_is_kept_to(start: Start, where: str) -> None:
     wait = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "1.0s"}
-    more: dict[str, Any] = {
-        "header": {"headers": {"Retry-After": "1"}},
-        "date": {
-            "headers": {
-                "Retry-After": time.strftime(
-                    "%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2)
-                )
-            }
-        },
-        "details": {"details": [{"@type": "x"}, wait]},
-    }[where]
-    sent = google_error(429, "Resource exhausted", "RESOURCE_EXHAUSTED", **more)
-    judge, server = start(lambda _, number: sent if number == 0 else answer("7"))
+
+    def refusal() -> Reply:
+        # Made when it is asked for: a date has whole seconds, and an SDK takes time to start.
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 2))
+        more: dict[str, Any] = {
+            "header": {"headers": {"Retry-After": "1"}},
+            "date": {"headers": {"Retry-After": date}},
+            "details": {"details": [{"@type": "x"}, wait]},
+        }[where]
+        return google_error(429, "Resource exhausted", "RESOURCE_EXHAUSTED", **more)
+
+    judge, server = start(lambda _, number: refusal() if number == 0 else answer("7"))
     assert judge.extract("q", "r").extracted == "7"
     waited = server.seen[1].at - server.seen[0].at
     assert 0.95 <= waited < 4
@@ -466,14 +480,14 @@ def test_the_key_is_nowhere(
             written += ["".join(traceback.format_exception(error)), *chain(error)]
         assert server.seen[0].headers["x-goog-api-key"] == KEY
         written += [repr(judge.counters()), repr(judge.describe()), repr(vars(judge))]
-        written += [repr(vars(judge.backend)), repr(judge.backend._transport)]  # type: ignore[attr-defined]
+        written += [repr(vars(judge.backend)), repr(judge.backend._client)]  # type: ignore[attr-defined]
         judge.close()
     out, err = capfd.readouterr()
     written += [out, err, caplog.text, *(repr(vars(record)) for record in caplog.records)]
     written += [path.read_bytes().decode("latin-1") for path in tmp_path.iterdir()]
     assert len(caplog.records) > 5, "the SDK's loggers were heard"
     assert not [text for text in written if KEY in text]
-    assert any("[key]" in text for text in written), "what would have held it was looked at"
+    assert any(HIDDEN in text for text in written), "what would have held it was looked at"
 
 
 def chain(error: BaseException | None) -> list[str]:
@@ -568,4 +582,4 @@ def test_the_older_sdk_is_used_alone() -> None:
 def test_without_any_sdk_the_command_is_named() -> None:
     said = in_a_process(MAKE, "google.genai", "google.generativeai", "google")
     assert said.startswith(MissingExtraError.__name__)
-    assert 'pip install "reopold-agent[judge]"' in said
+    assert 'pip install -e ".[judge]"' in said

@@ -15,21 +15,21 @@ import running
 import torch
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
+from real_data import real_data
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from reopold_agent import configs
-from reopold_agent.demo.figures.build import (
+from examples.embedded_models.builder import WEIGHTS
+from examples.embedded_models.figures.build import (
     LIMITS,
     PIXELS,
     PREFIX,
     TINY,
-    Workshop,
+    FiguresBuilder,
     build,
     fingerprint,
     make_env,
 )
-from reopold_agent.demo.figures.drawing import SIDE, Point
-from reopold_agent.demo.figures.scripts import (
+from examples.embedded_models.figures.scripts import (
     _WRONG_RULES,
     Careless,
     equations,
@@ -37,16 +37,16 @@ from reopold_agent.demo.figures.scripts import (
     expert,
     worked,
 )
+from reopold_agent import configs
+from reopold_agent.demo.figures.drawing import SIDE, Point
 from reopold_agent.demo.figures.shapes import UNKNOWN, Measure
 from reopold_agent.demo.figures.tasks import KINDS, FigureTasks, Problem, draw, problems
-from reopold_agent.demo.workshop import WEIGHTS
 from reopold_agent.envs.single_turn import SingleTurnEnv
 from reopold_agent.errors import ConfigError
 from reopold_agent.policies.loading import resolve_path
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.types import IMAGE_MARK, Sampling, Task
 
-GEOMETRY3K = Path(__file__).parents[2] / "shared" / "data" / "geometry3k"
 MODELS = ("student", "teacher")
 MEGABYTE = 1_000_000
 
@@ -318,11 +318,10 @@ def test_the_papers_setting_composes(size: str) -> None:
 
 
 def test_real_problems_with_their_pictures_are_playable() -> None:
-    if not GEOMETRY3K.is_dir():
-        pytest.skip(f"needs InterGPS's sample in {GEOMETRY3K}")
-    for row in map(json.loads, (GEOMETRY3K / "sample.jsonl").read_text().splitlines()):
+    folder = real_data("geometry3k")
+    for row in map(json.loads, (folder / "sample.jsonl").read_text().splitlines()):
         answer = row["precise_value"]["ABCD".index(row["answer"])]
-        file = GEOMETRY3K / row["image"]
+        file = folder / row["image"]
         task = Task(str(row["id"]), row["compact_text"], (f"{answer:g}",), (FileImage(file),))
         env = gymnasium.make("reopold/Geometry-v0", data={"train": [task]})
         observation, _ = env.reset(options={"index": 0})
@@ -349,8 +348,8 @@ class FileImage:
 
 
 @pytest.fixture(scope="module")
-def shop() -> Workshop:
-    return Workshop(AutoTokenizer.from_pretrained(WEIGHTS / f"{PREFIX}student"))
+def builder() -> FiguresBuilder:
+    return FiguresBuilder(AutoTokenizer.from_pretrained(WEIGHTS / f"{PREFIX}student"))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -376,48 +375,48 @@ def test_shipped_models_know_the_present_prompts() -> None:
     note = json.loads((WEIGHTS / "figures.json").read_text())
     assert note["prompts"] == fingerprint(make_env()), (
         "the questions or the guideline have changed since the figures' models were made; "
-        "run python -m reopold_agent.demo.figures.build"
+        "run python -m examples.embedded_models figures"
     )
 
 
-def test_the_gap_between_the_shipped_models(shop: Workshop) -> None:
+def test_the_gap_between_the_shipped_models(builder: FiguresBuilder) -> None:
     results = {}
     for name in MODELS:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(WEIGHTS / f"{PREFIX}{name}")
-        results[name] = shop.held_out(model, 128, temperature=1.0)
+        results[name] = builder.evaluate(model, 128, temperature=1.0)
     assert results["student"]["success"] <= 0.35
     assert results["teacher"]["success"] >= 0.75
 
 
-def test_a_recorded_trace_is_what_a_rollout_records(shop: Workshop) -> None:
+def test_a_recorded_trace_is_what_a_rollout_records(builder: FiguresBuilder) -> None:
     tasks = FigureTasks("eval")
     runner = RolloutRunner(
         make_env,
-        shop.chat,
-        shop.vision,
+        builder.chat,
+        builder.vision,
         prompt_pixels=PIXELS,
         observation_pixels=PIXELS,
         limits=LIMITS,
     )
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(WEIGHTS / f"{PREFIX}teacher")
     specs = [EpisodeSpec("eval", index) for index in range(8)]
-    episodes = runner.run(shop.policy(model), specs, Sampling(temperature=0), (0,))
+    episodes = runner.run(builder.policy(model), specs, Sampling(temperature=0), (0,))
     runner.close()
     for episode in episodes:
         said = episode.turns[0].text
-        trace = shop.trace(tasks, episode.index, lambda problem, rng, said=said: said)
+        trace = builder.trace(tasks, episode.index, lambda problem, rng, said=said: said)
         assert trace.ids.tolist() == episode.ids.tolist()
         assert trace.loss_mask.tolist() == episode.loss_mask.tolist()
         assert np.array_equal(trace.images[0].pixels, episode.images[0].pixels)
 
 
-def test_the_picture_is_read_not_guessed(shop: Workshop) -> None:
+def test_the_picture_is_read_not_guessed(builder: FiguresBuilder) -> None:
     """With another figure's picture the teacher gives the other figure's numbers."""
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(WEIGHTS / f"{PREFIX}teacher")
     tasks = FigureTasks("eval", kind="third_angle")
-    policy = shop.policy(model)
-    own = [shop.trace(tasks, index, expert) for index in range(12)]
-    swapped = [shop.trace(tasks, index, expert) for index in range(12)]
+    policy = builder.policy(model)
+    own = [builder.trace(tasks, index, expert) for index in range(12)]
+    swapped = [builder.trace(tasks, index, expert) for index in range(12)]
     for trace, other in zip(swapped, [*own[1:], own[0]], strict=True):
         trace.images = list(other.images)
     right, wrong = (

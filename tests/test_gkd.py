@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reopold_agent.objectives import GKD, DivergenceSettings, TokenBatch, whole_loss
-from reopold_agent.objectives import divergence as module
 from reopold_agent.objectives.divergence import (
     divergence_of_states,
     generalised_jsd,
@@ -80,26 +79,29 @@ def test_gradient_equals_finite_differences(beta: float) -> None:
 
 
 def test_by_hand() -> None:
-    own, his = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    student, teacher = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
     forward = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
     reverse = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
-    assert generalised_jsd(own, his, 0.0).item() == pytest.approx(forward, rel=1e-5)
-    assert generalised_jsd(own, his, 1.0).item() == pytest.approx(reverse, rel=1e-5)
+    assert generalised_jsd(student, teacher, 0.0).item() == pytest.approx(forward, rel=1e-5)
+    assert generalised_jsd(student, teacher, 1.0).item() == pytest.approx(reverse, rel=1e-5)
     # beta belongs to the teacher, in the mixture and before its KL.
     mixed = [0.2 * 0.9 + 0.8 * 0.5, 0.2 * 0.1 + 0.8 * 0.5]
     wanted = 0.2 * (0.9 * math.log(0.9 / mixed[0]) + 0.1 * math.log(0.1 / mixed[1]))
     wanted += 0.8 * (0.5 * math.log(0.5 / mixed[0]) + 0.5 * math.log(0.5 / mixed[1]))
-    assert generalised_jsd(own, his, 0.2).item() == pytest.approx(wanted, rel=1e-5)
+    assert generalised_jsd(student, teacher, 0.2).item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_limits_of_the_scaled_divergence() -> None:
     logits, teacher = distributions(1)
-    own = torch.log_softmax(logits.detach(), -1)
-    forward, reverse = generalised_jsd(own, teacher, 0.0), generalised_jsd(own, teacher, 1.0)
+    student = torch.log_softmax(logits.detach(), -1)
+    forward, reverse = (
+        generalised_jsd(student, teacher, 0.0),
+        generalised_jsd(student, teacher, 1.0),
+    )
     assert (forward - reverse).abs().max() > 0.1
     for small in (1e-3, 1e-5):
-        near_zero = generalised_jsd(own, teacher, small) / small
-        near_one = generalised_jsd(own, teacher, 1 - small) / small
+        near_zero = generalised_jsd(student, teacher, small) / small
+        near_one = generalised_jsd(student, teacher, 1 - small) / small
         assert (near_zero - forward).abs().max() < 30 * small
         assert (near_one - reverse).abs().max() < 30 * small
 
@@ -111,12 +113,14 @@ def test_limits_of_the_scaled_divergence() -> None:
 )
 def test_it_is_a_divergence(seed: int, beta: float, scale: float) -> None:
     logits, teacher = distributions(seed, scale)
-    own = torch.log_softmax(logits.detach(), -1)
-    found = generalised_jsd(own, teacher, beta)
+    student = torch.log_softmax(logits.detach(), -1)
+    found = generalised_jsd(student, teacher, beta)
     assert (found >= -1e-12).all()
     same = generalised_jsd(teacher, teacher, beta)
     assert same.abs().max() < 1e-12
-    torch.testing.assert_close(found, generalised_jsd(teacher, own, 1 - beta), atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(
+        found, generalised_jsd(teacher, student, 1 - beta), atol=1e-9, rtol=1e-9
+    )
     if 0 < beta < 1:  # the entropy of the choice between the two bounds it
         assert (found <= -math.log(beta) * beta - math.log1p(-beta) * (1 - beta) + 1e-12).all()
 
@@ -154,20 +158,24 @@ def states(
 
 
 def reference(
-    own: Tensor, own_weight: Tensor, his: Tensor, his_weight: Tensor, banned: Tensor | None
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    banned: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of both over the allowed ids, whole and in float64."""
-    allowed = [i for i in range(len(own_weight)) if banned is None or i not in banned.tolist()]
+    allowed = [i for i in range(len(student_weight)) if banned is None or i not in banned.tolist()]
     return tuple(  # type: ignore[return-value]
         torch.log_softmax((h.double() @ w.double().T)[:, allowed], -1)
-        for h, w in ((own, own_weight), (his, his_weight))
+        for h, w in ((student, student_weight), (teacher, teacher_weight))
     )
 
 
-def chosen(own_logps: Tensor, targets: Tensor, banned: Tensor | None) -> Tensor:
+def chosen(student_logps: Tensor, targets: Tensor, banned: Tensor | None) -> Tensor:
     allowed = [i for i in range(VOCABULARY) if banned is None or i not in banned.tolist()]
     places = torch.tensor([allowed.index(int(t)) for t in targets])
-    return own_logps.gather(1, places[:, None])[:, 0]
+    return student_logps.gather(1, places[:, None])[:, 0]
 
 
 def upstream(seed: int = 1, tokens: int = TOKENS) -> Tensor:
@@ -182,27 +190,29 @@ def gradients(values: Tensor, weights: Tensor, *leaves: Tensor) -> tuple[Tensor,
 @pytest.mark.parametrize("banned", [None, BANNED_IDS])
 @pytest.mark.parametrize("rows", [1, 2, 5, TOKENS, 50])
 def test_chunks_equal_the_plain_divergence(beta: float, banned: Any, rows: int) -> None:
-    own, own_weight, his, his_weight, targets = states()
+    student, student_weight, teacher, teacher_weight, targets = states()
     divergence, logp = divergence_of_states(
-        own,
-        own_weight,
-        his,
-        his_weight,
+        student,
+        student_weight,
+        teacher,
+        teacher_weight,
         targets,
         beta,
         banned,
         slice_elements=rows * VOCABULARY + 3,
     )
-    own_logps, his_logps = reference(own, own_weight, his, his_weight, banned)
-    wanted = generalised_jsd(own_logps, his_logps, beta)
+    student_logps, teacher_logps = reference(
+        student, student_weight, teacher, teacher_weight, banned
+    )
+    wanted = generalised_jsd(student_logps, teacher_logps, beta)
     assert divergence.dtype == logp.dtype == torch.float32
     assert not logp.requires_grad
     torch.testing.assert_close(divergence.double(), wanted, rtol=1e-5, atol=2e-6)
     torch.testing.assert_close(
-        logp.double(), chosen(own_logps, targets, banned).detach(), rtol=1e-5, atol=1e-5
+        logp.double(), chosen(student_logps, targets, banned).detach(), rtol=1e-5, atol=1e-5
     )
-    found = gradients(divergence, upstream(), own, own_weight)
-    exact = gradients(wanted, upstream(), own, own_weight)
+    found = gradients(divergence, upstream(), student, student_weight)
+    exact = gradients(wanted, upstream(), student, student_weight)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     if banned is not None:
@@ -211,13 +221,13 @@ def test_chunks_equal_the_plain_divergence(beta: float, banned: Any, rows: int) 
 
 @pytest.mark.parametrize("beta", BETAS)
 def test_bfloat16_weights_compute_as_bfloat16_logits_do(beta: float) -> None:
-    own, own_weight, his, his_weight, targets = states(dtype=torch.bfloat16)
+    student, student_weight, teacher, teacher_weight, targets = states(dtype=torch.bfloat16)
     for rows in (2, 100):
         divergence, logp = divergence_of_states(
-            own,
-            own_weight,
-            his,
-            his_weight,
+            student,
+            student_weight,
+            teacher,
+            teacher_weight,
             targets,
             beta,
             BANNED_IDS,
@@ -226,15 +236,15 @@ def test_bfloat16_weights_compute_as_bfloat16_logits_do(beta: float) -> None:
         allowed = [i for i in range(VOCABULARY) if i not in BANNED_IDS.tolist()]
         both = [
             torch.log_softmax((h @ w.T).float()[:, allowed], -1)
-            for h, w in ((own, own_weight), (his, his_weight))
+            for h, w in ((student, student_weight), (teacher, teacher_weight))
         ]
         assert divergence.dtype == logp.dtype == torch.float32
         torch.testing.assert_close(
             divergence, generalised_jsd(both[0], both[1], beta), rtol=1e-5, atol=2e-6
         )
-        found = gradients(divergence, upstream(), own, own_weight)
-        exact_logps = reference(own, own_weight, his, his_weight, BANNED_IDS)
-        exact = gradients(generalised_jsd(*exact_logps, beta), upstream(), own, own_weight)
+        found = gradients(divergence, upstream(), student, student_weight)
+        exact_logps = reference(student, student_weight, teacher, teacher_weight, BANNED_IDS)
+        exact = gradients(generalised_jsd(*exact_logps, beta), upstream(), student, student_weight)
         for one, other in zip(found, exact, strict=True):
             assert one.dtype == torch.bfloat16
             assert (one.double() - other.double()).norm() / other.double().norm() < 0.03
@@ -242,20 +252,26 @@ def test_bfloat16_weights_compute_as_bfloat16_logits_do(beta: float) -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_autocast_computes_in_its_dtype_and_gives_float32_gradients(beta: float) -> None:
-    own, own_weight, his, his_weight, targets = states()
+    student, student_weight, teacher, teacher_weight, targets = states()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        divergence, _ = divergence_of_states(own, own_weight, his, his_weight, targets, beta)
+        divergence, _ = divergence_of_states(
+            student, student_weight, teacher, teacher_weight, targets, beta
+        )
         both = [
             torch.log_softmax((h @ w.T).float(), -1)
-            for h, w in ((own, own_weight), (his, his_weight))
+            for h, w in ((student, student_weight), (teacher, teacher_weight))
         ]
     torch.testing.assert_close(
         divergence, generalised_jsd(both[0], both[1], beta), rtol=1e-5, atol=2e-6
     )
-    exact = generalised_jsd(*reference(own, own_weight, his, his_weight, None), beta)
+    exact = generalised_jsd(
+        *reference(student, student_weight, teacher, teacher_weight, None), beta
+    )
     assert (divergence - exact).abs().max() > 1e-4  # it really was bfloat16
-    found = gradients(divergence, upstream(), own, own_weight)
-    for one, other in zip(found, gradients(exact, upstream(), own, own_weight), strict=True):
+    found = gradients(divergence, upstream(), student, student_weight)
+    for one, other in zip(
+        found, gradients(exact, upstream(), student, student_weight), strict=True
+    ):
         assert one.dtype == torch.float32
         assert (one - other).norm() / other.norm() < 0.03
 
@@ -264,16 +280,25 @@ def test_autocast_computes_in_its_dtype_and_gives_float32_gradients(beta: float)
 @pytest.mark.parametrize("banned", [None, BANNED_IDS])
 def test_extreme_logits_stay_finite_and_right(beta: float, banned: Any) -> None:
     # Logits differ by hundreds: most probabilities are 0 in float32.
-    own, own_weight, his, his_weight, targets = states(scale=40.0)
-    assert (own @ own_weight.T).std() > 90
+    student, student_weight, teacher, teacher_weight, targets = states(scale=40.0)
+    assert (student @ student_weight.T).std() > 90
     divergence, _ = divergence_of_states(
-        own, own_weight, his, his_weight, targets, beta, banned, slice_elements=3 * VOCABULARY
+        student,
+        student_weight,
+        teacher,
+        teacher_weight,
+        targets,
+        beta,
+        banned,
+        slice_elements=3 * VOCABULARY,
     )
-    own_logps, his_logps = reference(own, own_weight, his, his_weight, banned)
-    wanted = generalised_jsd(own_logps, his_logps, beta)
+    student_logps, teacher_logps = reference(
+        student, student_weight, teacher, teacher_weight, banned
+    )
+    wanted = generalised_jsd(student_logps, teacher_logps, beta)
     torch.testing.assert_close(divergence.double(), wanted, rtol=1e-4, atol=1e-4)
-    found = gradients(divergence, upstream(), own, own_weight)
-    exact = gradients(wanted, upstream(), own, own_weight)
+    found = gradients(divergence, upstream(), student, student_weight)
+    exact = gradients(wanted, upstream(), student, student_weight)
     for one, other in zip(found, exact, strict=True):
         assert torch.isfinite(one).all()
         assert (one - other).abs().max() / other.abs().max() < 1e-3
@@ -282,77 +307,81 @@ def test_extreme_logits_stay_finite_and_right(beta: float, banned: Any) -> None:
 @pytest.mark.parametrize("beta", BETAS)
 def test_certain_and_opposed_models(beta: float) -> None:
     weight = torch.tensor([[100.0], [0.0], [-100.0]])
-    own = torch.ones(1, 1, requires_grad=True)
+    student = torch.ones(1, 1, requires_grad=True)
     for direction in (1.0, -1.0):
-        his = torch.full((1, 1), direction)
-        divergence, _ = divergence_of_states(own, weight, his, weight, torch.tensor([0]), beta)
+        teacher = torch.full((1, 1), direction)
+        divergence, _ = divergence_of_states(
+            student, weight, teacher, weight, torch.tensor([0]), beta
+        )
         entropy = -math.log(max(beta, 1e-9)) * beta - math.log1p(-min(beta, 0.999999)) * (1 - beta)
         most = 200.0 if beta in (0, 1) else entropy
         wanted = 0.0 if direction == 1 else most
         assert divergence.item() == pytest.approx(wanted, rel=1e-5, abs=1e-6)
-        (gradient,) = torch.autograd.grad(divergence.sum(), own)
+        (gradient,) = torch.autograd.grad(divergence.sum(), student)
         assert torch.isfinite(gradient).all()
 
 
 def test_equal_models_have_no_divergence_and_no_gradient() -> None:
-    own, own_weight, _, _, targets = states()
+    student, student_weight, _, _, targets = states()
     for beta in BETAS:
         divergence, _ = divergence_of_states(
-            own, own_weight, own.detach(), own_weight.detach(), targets, beta, BANNED_IDS
+            student,
+            student_weight,
+            student.detach(),
+            student_weight.detach(),
+            targets,
+            beta,
+            BANNED_IDS,
         )
         assert divergence.abs().max() < 1e-6
-        for gradient in gradients(divergence, torch.ones(TOKENS), own, own_weight):
+        for gradient in gradients(divergence, torch.ones(TOKENS), student, student_weight):
             assert gradient.abs().max() < 1e-5
 
 
 def test_small_divergences_are_exact_enough() -> None:
     # Two models that nearly agree: the divergence is far below float32's steps at 1.
-    own, own_weight, _, _, targets = states(tokens=200)
+    student, student_weight, _, _, targets = states(tokens=200)
     generator = torch.Generator().manual_seed(3)
-    his = own.detach() + 1e-2 * torch.randn(own.shape, generator=generator)
+    teacher = student.detach() + 1e-2 * torch.randn(student.shape, generator=generator)
     for beta in BETAS:
-        found, _ = divergence_of_states(own, own_weight, his, own_weight, targets, beta)
-        wanted = generalised_jsd(*reference(own, own_weight, his, own_weight, None), beta)
+        found, _ = divergence_of_states(
+            student, student_weight, teacher, student_weight, targets, beta
+        )
+        wanted = generalised_jsd(
+            *reference(student, student_weight, teacher, student_weight, None), beta
+        )
         assert (found - wanted).abs().max() < 2e-6
 
 
-def test_slices_never_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    original = module.make_logits
-
-    def watched(hidden: Tensor, weight: Tensor, banned: Tensor | None) -> Tensor:
-        logits = original(hidden, weight, banned)
-        sizes.append(logits.numel())
-        return logits
-
-    monkeypatch.setattr(module, "make_logits", watched)
-    own, *others = states()
-    divergence, _ = divergence_of_states(own, *others, 0.5, slice_elements=5 * VOCABULARY + 3)
+def test_slices_never_exceed_the_limit(logit_sizes: list[int]) -> None:
+    student, *others = states()
+    divergence, _ = divergence_of_states(student, *others, 0.5, slice_elements=5 * VOCABULARY + 3)
     divergence.sum().backward()
-    assert max(sizes) <= 5 * VOCABULARY + 3
-    assert sum(sizes) == 2 * 2 * TOKENS * VOCABULARY  # forward and backward, two models
+    assert max(logit_sizes) <= 5 * VOCABULARY + 3
+    assert sum(logit_sizes) == 2 * 2 * TOKENS * VOCABULARY  # forward and backward, two models
 
 
-def test_backward_works_only_on_rows_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    own, own_weight, his, his_weight, targets = states()
+def test_backward_works_only_on_rows_with_a_gradient(logit_sizes: list[int]) -> None:
+    student, student_weight, teacher, teacher_weight, targets = states()
     weights = upstream()
     weights[::3] = 0
-    wanted = generalised_jsd(*reference(own, own_weight, his, his_weight, None), 0.3)
-    exact = gradients(wanted, weights, own, own_weight)
+    wanted = generalised_jsd(
+        *reference(student, student_weight, teacher, teacher_weight, None), 0.3
+    )
+    exact = gradients(wanted, weights, student, student_weight)
     for rows in (1, 4, 100):
         divergence, _ = divergence_of_states(
-            own, own_weight, his, his_weight, targets, 0.3, slice_elements=rows * VOCABULARY
+            student,
+            student_weight,
+            teacher,
+            teacher_weight,
+            targets,
+            0.3,
+            slice_elements=rows * VOCABULARY,
         )
-        sizes: list[int] = []
-        original = module.make_logits
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                module,
-                "make_logits",
-                lambda h, w, b, o=original, c=sizes: c.append(len(h) * len(w)) or o(h, w, b),
-            )
-            found = gradients(divergence, weights, own, own_weight)
-        assert sum(sizes) == 2 * int((weights != 0).sum()) * VOCABULARY
+        logit_sizes.clear()
+        found = gradients(divergence, weights, student, student_weight)
+        assert sum(logit_sizes) == 2 * int((weights != 0).sum()) * VOCABULARY
         for one, other in zip(found, exact, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         assert not found[0][::3].any()
@@ -360,47 +389,55 @@ def test_backward_works_only_on_rows_with_a_gradient(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("leaf", [0, 1])
 def test_one_of_states_and_weight_may_be_frozen(leaf: int) -> None:
-    own, own_weight, his, his_weight, targets = states()
-    leaves = [own.detach(), own_weight.detach()]
+    student, student_weight, teacher, teacher_weight, targets = states()
+    leaves = [student.detach(), student_weight.detach()]
     leaves[leaf].requires_grad_()
-    divergence, _ = divergence_of_states(*leaves, his, his_weight, targets, 0.7, BANNED_IDS)
-    wanted = generalised_jsd(*reference(*leaves, his, his_weight, BANNED_IDS), 0.7)
+    divergence, _ = divergence_of_states(*leaves, teacher, teacher_weight, targets, 0.7, BANNED_IDS)
+    wanted = generalised_jsd(*reference(*leaves, teacher, teacher_weight, BANNED_IDS), 0.7)
     (found,) = gradients(divergence, upstream(), leaves[leaf])
     (exact,) = gradients(wanted, upstream(), leaves[leaf])
     torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
 
 
 def test_no_gradient_reaches_the_teacher() -> None:
-    own, own_weight, his, his_weight, targets = states()
-    his.requires_grad_()
-    his_weight.requires_grad_()
-    divergence, _ = divergence_of_states(own, own_weight, his, his_weight, targets, 0.5)
+    student, student_weight, teacher, teacher_weight, targets = states()
+    teacher.requires_grad_()
+    teacher_weight.requires_grad_()
+    divergence, _ = divergence_of_states(
+        student, student_weight, teacher, teacher_weight, targets, 0.5
+    )
     divergence.sum().backward()
-    assert own.grad is not None
-    assert own.grad.any()
-    assert his.grad is None
-    assert his_weight.grad is None
+    assert student.grad is not None
+    assert student.grad.any()
+    assert teacher.grad is None
+    assert teacher_weight.grad is None
 
 
 def test_no_tokens_and_no_gradient() -> None:
-    own, own_weight, his, his_weight, targets = states(tokens=0)
-    divergence, logp = divergence_of_states(own, own_weight, his, his_weight, targets, 0.5)
+    student, student_weight, teacher, teacher_weight, targets = states(tokens=0)
+    divergence, logp = divergence_of_states(
+        student, student_weight, teacher, teacher_weight, targets, 0.5
+    )
     assert divergence.shape == logp.shape == (0,)
-    for gradient in gradients(divergence, torch.zeros(0), own, own_weight):
+    for gradient in gradients(divergence, torch.zeros(0), student, student_weight):
         assert not gradient.any()
-    own, own_weight, his, his_weight, targets = states()
-    divergence, _ = divergence_of_states(own, own_weight, his, his_weight, targets, 0.5)
-    for gradient in gradients(divergence, torch.zeros(TOKENS), own, own_weight):
+    student, student_weight, teacher, teacher_weight, targets = states()
+    divergence, _ = divergence_of_states(
+        student, student_weight, teacher, teacher_weight, targets, 0.5
+    )
+    for gradient in gradients(divergence, torch.zeros(TOKENS), student, student_weight):
         assert not gradient.any()
     with torch.no_grad():
-        divergence, _ = divergence_of_states(own, own_weight, his, his_weight, targets, 0.5)
+        divergence, _ = divergence_of_states(
+            student, student_weight, teacher, teacher_weight, targets, 0.5
+        )
     assert not divergence.requires_grad
 
 
 def test_vocabularies_of_different_width_are_refused() -> None:
-    own, own_weight, his, his_weight, targets = states()
-    with pytest.raises(ValueError, match="29 rows and the teacher 28"):
-        divergence_of_states(own, own_weight, his, his_weight[:-1], targets, 0.5)
+    student, student_weight, teacher, teacher_weight, targets = states()
+    with pytest.raises(ValueError, match="29 rows and the teacher's 28"):
+        divergence_of_states(student, student_weight, teacher, teacher_weight[:-1], targets, 0.5)
 
 
 @given(
@@ -432,9 +469,9 @@ def test_any_slicing_gives_the_same(
 
 
 def test_top_tokens_are_the_likeliest() -> None:
-    own, weight, *_ = states()
-    ids, logps = top_tokens(own, weight, 5, BANNED_IDS, slice_elements=4 * VOCABULARY)
-    logits = (own @ weight.T).index_fill(1, BANNED_IDS, -torch.inf)
+    student, weight, *_ = states()
+    ids, logps = top_tokens(student, weight, 5, BANNED_IDS, slice_elements=4 * VOCABULARY)
+    logits = (student @ weight.T).index_fill(1, BANNED_IDS, -torch.inf)
     wanted = torch.log_softmax(logits, -1).topk(5)
     assert torch.equal(ids, wanted.indices)
     torch.testing.assert_close(logps, wanted.values, rtol=1e-5, atol=1e-5)
@@ -442,9 +479,9 @@ def test_top_tokens_are_the_likeliest() -> None:
 
 
 def test_no_more_top_tokens_than_there_are_allowed_ids() -> None:
-    own, weight, *_ = states()
+    student, weight, *_ = states()
     for banned, count in ((None, VOCABULARY), (BANNED_IDS, VOCABULARY - 4)):
-        ids, logps = top_tokens(own, weight, 1000, banned)
+        ids, logps = top_tokens(student, weight, 1000, banned)
         assert ids.shape == (TOKENS, count)
         assert logps.exp().sum(-1).tolist() == pytest.approx([1.0] * TOKENS, abs=1e-5)
         assert not set(ids.flatten().tolist()) & set(() if banned is None else banned.tolist())
@@ -452,10 +489,10 @@ def test_no_more_top_tokens_than_there_are_allowed_ids() -> None:
 
 def top_k_of_states(beta: float, top_k: int, rest: bool, inputs: Any) -> Tensor:
     """What `TransformersPolicy.divergence` does."""
-    own, own_weight, his, his_weight, _ = inputs
-    ids, his_logps = top_tokens(his, his_weight, top_k, BANNED_IDS)
-    own_logps, _ = token_logprobs(own, own_weight, ids, BANNED_IDS)
-    return topk_divergence(own_logps, his_logps, beta, rest=rest)
+    student, student_weight, teacher, teacher_weight, _ = inputs
+    ids, teacher_logps = top_tokens(teacher, teacher_weight, top_k, BANNED_IDS)
+    student_logps, _ = token_logprobs(student, student_weight, ids, BANNED_IDS)
+    return topk_divergence(student_logps, teacher_logps, beta, rest=rest)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -483,13 +520,13 @@ def test_coarser_outcomes_diverge_no_more(seed: int, top_k: int, beta: float) ->
 
 
 def test_without_the_rest_it_may_be_negative() -> None:
-    own, his = torch.tensor([[0.9, 0.05]]).log(), torch.tensor([[0.3, 0.3]]).log()
-    assert topk_divergence(own[:, :1], his[:, :1], 0.0, rest=False).item() < 0
-    assert topk_divergence(own[:, :1], his[:, :1], 0.0, rest=True).item() > 0
+    student, teacher = torch.tensor([[0.9, 0.05]]).log(), torch.tensor([[0.3, 0.3]]).log()
+    assert topk_divergence(student[:, :1], teacher[:, :1], 0.0, rest=False).item() < 0
+    assert topk_divergence(student[:, :1], teacher[:, :1], 0.0, rest=True).item() > 0
     forward = 0.3 * math.log(0.3 / 0.9) + 0.3 * math.log(0.3 / 0.05)
-    found = topk_divergence(own, his, 0.0, rest=False)
+    found = topk_divergence(student, teacher, 0.0, rest=False)
     assert found.item() == pytest.approx(forward, rel=1e-5)
-    found = topk_divergence(own, his, 0.0, rest=True)
+    found = topk_divergence(student, teacher, 0.0, rest=True)
     assert found.item() == pytest.approx(forward + 0.4 * math.log(0.4 / 0.05), rel=1e-4)
 
 
@@ -505,20 +542,22 @@ def test_the_rest_makes_a_distribution_again() -> None:
 def test_top_k_gradient_equals_autograds(beta: float, rest: bool) -> None:
     inputs = states(2)
     found = gradients(top_k_of_states(beta, 5, rest, inputs), upstream(), *inputs[:2])
-    own_logps, his_logps = reference(*inputs[:4], BANNED_IDS)
-    ids = his_logps.topk(5).indices
-    own, his = own_logps.gather(1, ids).exp(), his_logps.gather(1, ids).exp()
+    student_logps, teacher_logps = reference(*inputs[:4], BANNED_IDS)
+    ids = teacher_logps.topk(5).indices
+    student, teacher = student_logps.gather(1, ids).exp(), teacher_logps.gather(1, ids).exp()
     if rest:
-        own, his = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (own, his))
-        wanted = plain_divergence(own, his, beta)
+        student, teacher = (
+            torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (student, teacher)
+        )
+        wanted = plain_divergence(student, teacher, beta)
     elif beta == 0:
-        wanted = (his * (his.log() - own.log())).sum(-1)
+        wanted = (teacher * (teacher.log() - student.log())).sum(-1)
     else:
-        mixed = (beta * his + (1 - beta) * own).log()
-        wanted = beta * (his * (his.log() - mixed)).sum(-1)
-        wanted = wanted + (1 - beta) * (own * (own.log() - mixed)).sum(-1)
+        mixed = (beta * teacher + (1 - beta) * student).log()
+        wanted = beta * (teacher * (teacher.log() - mixed)).sum(-1)
+        wanted = wanted + (1 - beta) * (student * (student.log() - mixed)).sum(-1)
         if beta == 1:
-            wanted = (own * (own.log() - his.log())).sum(-1)
+            wanted = (student * (student.log() - teacher.log())).sum(-1)
     for one, other in zip(found, gradients(wanted, upstream(), *inputs[:2]), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-5)
 
@@ -527,7 +566,7 @@ def test_top_k_gradient_equals_autograds(beta: float, rest: bool) -> None:
 
 
 def test_several_targets_with_repeated_ids() -> None:
-    own, weight, *_ = states(4)
+    student, weight, *_ = states(4)
     generator = torch.Generator().manual_seed(4)
     targets = torch.randint(7, 20, (TOKENS, 6), generator=generator)
     targets[:, 3] = targets[:, 0]
@@ -535,33 +574,33 @@ def test_several_targets_with_repeated_ids() -> None:
     weights = torch.randn(TOKENS, 6, generator=generator)
     weights[5], weights[6, :3] = 0, 0
     exact_all = torch.log_softmax(
-        (own.double() @ weight.double().T).index_fill(1, BANNED_IDS, -torch.inf), -1
+        (student.double() @ weight.double().T).index_fill(1, BANNED_IDS, -torch.inf), -1
     )
     wanted = exact_all.gather(1, targets)
-    exact = gradients(wanted, weights, own, weight)
+    exact = gradients(wanted, weights, student, weight)
     for rows in (1, 4, 100):
         logp, _ = token_logprobs(
-            own, weight, targets, BANNED_IDS, slice_elements=rows * VOCABULARY + 1
+            student, weight, targets, BANNED_IDS, slice_elements=rows * VOCABULARY + 1
         )
         assert logp.shape == targets.shape
         torch.testing.assert_close(logp.double(), wanted, rtol=1e-5, atol=1e-5)
-        found = gradients(logp, weights, own, weight)
+        found = gradients(logp, weights, student, weight)
         for one, other in zip(found, exact, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
         assert not found[0][5].any()
 
 
 def test_one_column_of_targets_equals_a_plain_list() -> None:
-    own, weight, _, _, targets = states(5)
-    one, one_entropy = token_logprobs(own, weight, targets, with_entropy=True)
-    column, entropy = token_logprobs(own, weight, targets[:, None], with_entropy=True)
+    student, weight, _, _, targets = states(5)
+    one, one_entropy = token_logprobs(student, weight, targets, with_entropy=True)
+    column, entropy = token_logprobs(student, weight, targets[:, None], with_entropy=True)
     assert torch.equal(column[:, 0], one)
     assert one_entropy is not None
     assert entropy is not None
     assert torch.equal(one_entropy, entropy)
     for a, b in zip(
-        gradients(one, upstream(), own, weight),
-        gradients(column[:, 0], upstream(), own, weight),
+        gradients(one, upstream(), student, weight),
+        gradients(column[:, 0], upstream(), student, weight),
         strict=True,
     ):
         assert torch.equal(a, b)
@@ -569,11 +608,11 @@ def test_one_column_of_targets_equals_a_plain_list() -> None:
 
 def test_gradients_that_cancel_still_count() -> None:
     # The sum over a row's targets is zero; the row has a gradient nevertheless.
-    own, weight, *_ = states(6)
+    student, weight, *_ = states(6)
     targets = torch.tensor([[1, 2]]).expand(TOKENS, 2)
     weights = torch.tensor([[1.0, -1.0]]).expand(TOKENS, 2)
-    logp, _ = token_logprobs(own, weight, targets)
-    found = gradients(logp, weights, own, weight)
+    logp, _ = token_logprobs(student, weight, targets)
+    found = gradients(logp, weights, student, weight)
     torch.testing.assert_close(found[0], (weight[1] - weight[2]).expand(TOKENS, -1))
 
 

@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_data import real_data
 
 import reopold_agent
 from reopold_agent.errors import ConfigError
+from reopold_agent.judge.agreement import SHIPPED, compare, read_cases, total
 from reopold_agent.judges import KINDS, equivalent, extract_boxed, grade
-from reopold_agent.judges.agreement import compare, main, read_cases
 from reopold_agent.judges.extract import find_answer
 from reopold_agent.judges.math import MathPool, same_expression
 from reopold_agent.judges.numbers import parse_quantity
@@ -32,22 +33,41 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 HANGS = "9^{9^{9^{9}}}"
 
 
-def shared(name: str) -> Path:
-    """A file of ``../shared/data``, beside the repository."""
-    path = REPOSITORY.parent / "shared" / "data" / name
-    if not path.is_file():
-        pytest.skip(f"no real data at {path}")
-    return path
-
-
 def json_lines(name: str) -> list[dict[str, Any]]:
-    lines = shared(name).read_text(encoding="utf-8").splitlines()
+    lines = real_data(name).read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines if line.strip()]
 
 
 SAME = """
+\\emptyset | \\text{No solution}  ;  \\varnothing | Empty set
+\\text{No real solutions} | \\emptyset
+\\frac{4}{11} | 0.\\dot{3}\\dot{6}  ;  \\mathbb{R} | \\text{all real numbers}
+\\mathbb{R} | (-\\infty, \\infty)
+\\text{does not exist} | \\text{DNE}  ;  6 hours 15 minutes | 6 hours and 15 minutes
+8 | 8^\\mathrm{th}
+\\frac{\\pi}{2} | arcsin(1)  ;  (a+b)^2 | a**2+b**2+2*a*b
+\\tan\\theta | tanθ  ;  \\sqrt2 | 根号2
+x^{2/3} | \\sqrt[3]{x^2}  ;  2\\ln x | \\ln(x^2)  ;  \\sqrt{x^2} | |x|
+a+b | \\frac{a^2-b^2}{a-b}
+\\sqrt{ab} | \\sqrt{a}\\sqrt{b}  ;  \\sqrt{x-10} | (x-10)^{1/2}  ;  2\\sin x\\cos x | \\sin 2x
+(-1)^n | \\cos(n\\pi)  ;  \\frac{\\pi}{2} | \\arcsin x+\\arccos x  ;  \\cos x+i\\sin x | e^{ix}
+\\tan\\frac{\\theta}{2} | \\frac{1-\\cos\\theta}{\\sin\\theta}  ;  2-\\sqrt3 | \\tan 15^\\circ
+\\sin\\frac{\\pi x}{180} | \\sin x^\\circ  ;  \\frac{x}{2} | 0.5x  ;  x+y=2 | 2x+2y=4
+\\frac13 | 0.333...  ;  \\frac13 | 0.(3)  ;  \\frac16 | 0.1666\\ldots  ;  \\frac{2}{11} | 0.181818…
+\\sqrt2 | 1.41421…  ;  \\pi | 3.1415...
 x=1, x=2 | x=2, x=1  ;  10^\\circ\\text{C} | 10  ;  100 | 100m2  ;  10 | 10th  ;  1:2 | 1/2
 \\begin{cases} x=1 \\\\ y=2 \\end{cases} | y=2, x=1  ;  \\emptyset | \\varnothing  ;  i | \\sqrt{-1}
+36\\pi | 36\\pi\\text{ cm}^2  ;  36\\pi | 36π cm²  ;  3e8 | 3\\times10⁸  ;  5 | 5 = x
+1<x<2 | x > 1 \\text{ and } x < 2  ;  1<x<2 | x<2, x>1
+y=x^2 | f(x)=x^2  ;  12 | 十二  ;  \\frac{3}{5} | 5分之3
+6 | 6mm  ;  6 | 6kg  ;  6 | 6m²  ;  \\emptyset | \\{\\}
+\\emptyset | \\text{no solution}  ;  \\frac13 | 0.\\overline{3}
+\\frac{1}{6} | 0.1\\bar{6}  ;  60 | 60^o  ;  (1,2) | \\langle 1,2\\rangle
+\\{1,2\\} | \\{1,1,2\\}  ;  (-\\infty,3) | (-oo, 3)  ;  \\frac12 | \\sin 30^\\circ  ;  12 | 12 元
+12 | 12厘米  ;  20\\sqrt2 | 20√{2}海里
+\\begin{pmatrix}1 \\\\ \\frac12\\end{pmatrix} | \\begin{pmatrix}1\\\\\\frac12\\end{pmatrix}
+12 | 12\\\\  ;  \\$5 | 5\\text{ dollars}
+1000.99 | 1.000,99  ;  1000000 | 1.000.000  ;  24 | two dozen
 0.5 | \\frac{1}{2}  ;  1\\frac{4}{5} | 9/5  ;  7/2 | 3.5  ;  10{,}000 | 10000
 10,\\!080 | 10080  ;  1 000 | 1000  ;  12\\% | 0.12  ;  12\\% | 12 percent  ;  0.25 | 25\\%
 \\$18.90 | 18.9 dollars  ;  45^\\circ | 45 degrees  ;  45° | 45  ;  5 \\text{ cm} | 5
@@ -66,6 +86,16 @@ k=n+1 | n+1  ;  a+b=0 | b+a=0  ;  1,2,3 | 3, 2 and 1  ;  \\{1,2\\} | 2,1
 \\begin{pmatrix}1\\\\2\\end{pmatrix} | \\begin{bmatrix} 1 \\\\ 2 \\end{bmatrix}
 """
 DIFFERENT = """
+3 | y=5, x=3  ;  \\mathbb{R} | (0,\\infty)  ;  \\text{DNE} | 0
+6 hours 15 minutes | 6 hours and 50 minutes
+\\frac{4}{11} | 0.\\dot{3}\\dot{7}  ;  \\tan\\theta | \\cosθ/sinθ  ;  24\\pi | S=24\\pi=\\pi r l
+x | \\sqrt{x^2}  ;  x | x+10^{-30}  ;  \\frac{x}{3} | 0.33x  ;  x+y=3 | 2x+2y=4  ;  n^2 | n^2+1
+\\frac{\\sqrt5-1}{4} | \\cos 36^\\circ  ;  x | |x|  ;  f(x)+1 | f(x+1)  ;  \\lfloor x\\rfloor | x
+\\pi | 3.1425...  ;  0.34 | 0.33...  ;  \\frac13 | 0.(4)  ;  (x-1)^2 | (x+1)^2
+1<x<2 | x \\ge 1, x < 2
+3^{100} | 3^{100}+1  ;  100! | 100!+1  ;  2^{2023} | 2^{2023}-1  ;  1 | 1-\\frac{1}{2^{100}}
+\\$5 | 5 cents  ;  12 米 | 12厘米  ;  \\emptyset | 0
+1.5 | 1.500.000  ;  3 | three or four  ;  7 | three and four
 x=1, y=2 | x=5, y=2  ;  a=1 | b=1  ;  x=1 \\text{ or } x=2 | x=2  ;  AB=5 | CD=5  ;  \\mathbb{R} | R
 0.333 | \\frac13  ;  -1 | 1  ;  2 | 20  ;  3.61e-10 | 1e-10  ;  5 \\text{ cm} | 5 \\text{ m}
 6m | 6  ;  100 | 100x  ;  7 | 7 or 8  ;  16386.16 | 16386.20  ;  5 | 5 and 6
@@ -81,7 +111,7 @@ even | odd  ;  red | dark red  ;  x^2 | x^3  ;  p - q | q-p  ;  x>5 | x \\ge 5
 def pairs(table: str) -> list[tuple[str, str]]:
     """Reference answer and answer: "gold | answer", separated by semicolons between spaces."""
     cells = [cell for line in table.strip().splitlines() for cell in line.split("  ;  ")]
-    return [(gold, answer) for gold, answer in (cell.split(" | ") for cell in cells)]
+    return [(gold, answer) for gold, answer in (cell.split(" | ", 1) for cell in cells)]
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(SAME))
@@ -92,6 +122,300 @@ def test_same(gold: str, answer: str) -> None:
     assert not verdict.undecided
     assert grade(f"Thus \\boxed{{{answer}}}", f"$\\boxed{{{gold}}}$").correct
     assert grade(f"\\boxed{{{answer}}}", ["no such thing", gold]).correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("5 January 2021", "January 5, 2021", True),
+        ("5th Jan 2021", "Jan 5, 2021", True),
+        ("January 5, 2021", "January 6, 2021", False),
+        ("6 January 2021", "January 5, 2021", False),
+        ("2nd", "second", True),
+        ("2nd", "third", False),
+        ("18-24", "18-24 years", True),
+        ("18-24", "18-25 years", False),
+        ("10 seconds", "second", False),
+    ],
+)
+def test_dates_ordinals_and_ranges_in_texts(gold: str, answer: str, right: bool) -> None:
+    assert grade(answer, gold, "text").correct == right
+
+
+def test_the_end_of_a_chain_of_equations_is_the_answer() -> None:
+    assert grade(r"\boxed{S = \pi r l = 24\pi\ \text{cm}^2}", r"24\pi").correct
+    assert not grade(r"\boxed{S = 24\pi = \pi r l}", r"12\pi").correct
+    assert grade("∴ AB = 4√3", r"4\sqrt{3}").correct
+
+
+def test_the_box_of_other_models_and_other_names_of_fields() -> None:
+    assert grade("<|begin_of_box|>1+x<|end_of_box|>", "x+1").correct
+    assert grade('{"reason": "2+2", "short answer": 4}', "4").correct
+    assert not grade('{"reason": "4", "short answer": 5}', "4").correct
+    assert grade("The final answer is #### 1,234.56.", "1234.56").correct
+
+
+def test_a_function_is_not_an_option() -> None:
+    said = "Hence the option is:\n\nD. They solve $f(t)=g(t)$."
+    verdict = grade(said, "D", "option")
+    assert verdict.correct or verdict.undecided
+    assert verdict.extracted != "T"
+
+
+def test_three_backslashes_before_a_command_are_one() -> None:
+    assert grade(r"\boxed{\\\frac{1}{2}}", "0.5").correct
+    assert grade(r"\boxed{\\\sqrt{2}}", r"\sqrt2").correct
+    assert not grade(r"\boxed{\\\frac{1}{3}}", "0.5").correct
+
+
+UNION = r"(-\infty,-2]\cup[3,\infty)"
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        (UNION, r"x \le -2 \text{ or } x \ge 3"),
+        (UNION, "x<=-2 or x>=3"),
+        (UNION, r"x\geqslant3\quad\text{or}\quad x\leqslant-2"),
+        (UNION, r"x \leq -2\text{或}x \geq 3"),
+        (UNION, r"x \le -2 \lor 3 \le x"),
+        (UNION, "x \\le -2, x \\ge 3"),
+        (UNION, r"]-\infty;-2]\cup[3;+\infty["),
+        (UNION, r"(-\infty,-2] \text{ and } [3,\infty)"),
+        (UNION, r"\left\{x \in \mathbb{R} \,\middle|\, x \le -2 \text{ or } x \ge 3\right\}"),
+        (UNION, r"|x - \frac12| \ge \frac52"),
+        ("(-1,2]", r"-1<k\le 2"),
+        ("(-1,2]", r"2 \ge x > -1"),
+        ("(-1,2]", r"x>-1 \text{ 且 } x \le 2"),
+        ("(0,1)", r"0<x \land x<1"),
+        (r"x \neq 2", r"(-\infty,2)\cup(2,\infty)"),
+        (r"x \neq 2", r"\mathbb{R}\setminus\{2\}"),
+        (r"x \neq \pm2", r"(-\infty,-2)\cup(-2,2)\cup(2,\infty)"),
+        (r"x<3, x\ne 1", r"(-\infty,1)\cup(1,3)"),
+        ("(0,3)", r"0<x<1 \text{ or } 1 \le x<3"),
+        (r"(1-\sqrt{2},\infty)", r"x>1-\sqrt2"),
+        (r"(a,\infty)", "x>a"),
+        ("x<3", r"-\infty<x<3"),
+        (r"[0,2\pi)", r"0 \le \theta < 2\pi"),
+    ],
+)
+def test_the_same_set_of_numbers(gold: str, answer: str) -> None:
+    assert grade(f"\\boxed{{{answer}}}", gold).correct
+    assert grade(f"\\boxed{{{gold}}}", answer, "math").correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        (UNION, r"x < -2 \text{ or } x > 3"),
+        (UNION, r"x \le -2 \text{ and } x \ge 3"),
+        (UNION, r"x \le 3 \text{ or } x \ge -2"),
+        ("(-1,2]", "-1<x<2"),
+        ("(-1,2]", "x>-1"),
+        ("-1<x<2", "-1<y<2"),
+        ("x>2", "(2,3)"),
+        (r"(-1,2)\cup(3,4)", "(-1,2),(3,4)"),
+        (r"x \ne 2", "x=2"),
+        ("(1,2)", "[1,2]"),
+    ],
+)
+def test_another_set_of_numbers(gold: str, answer: str) -> None:
+    for mine, wanted in ((answer, gold), (gold, answer)):
+        verdict = grade(f"\\boxed{{{mine}}}", wanted, "math")
+        assert (verdict.correct, verdict.undecided) == (False, False)
+
+
+@pytest.mark.parametrize("answer", ["x^2<4", "f(x)>0 \\text{ for } x>-2", "2x>-4"])
+def test_inequalities_that_are_not_read(answer: str) -> None:
+    assert grade(f"\\boxed{{{answer}}}", "(-2,2)").undecided
+    assert grade(f"\\boxed{{{answer}}}", "-2<x<2").undecided
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("(3,-2,1)", r"3\mathbf{i}-2\mathbf{j}+\mathbf{k}"),
+        (r"\begin{pmatrix}3\\-2\\1\end{pmatrix}", "3i - 2j + k"),
+        (r"\langle 3,-2,1\rangle", r"\hat{k}+3\hat{\imath}-2\hat{\jmath}"),
+        ("(3,-2,1)", "3î - 2ĵ + k̂"),
+        ("(3,-2)", r"\vec{v} = 3\hat{\mathbf{i}}-2\hat{\mathbf{j}}\ \text{N}"),
+        ("(0,-2,\\frac12)", r"-2\vec{j}+\frac{1}{2}\vec{k}"),
+        ("(\\frac35,\\frac45)", r"\frac{3\mathbf{i}+4\mathbf{j}}{5}"),
+        ("(\\frac35,\\frac45)", r"\frac15(3\mathbf{i}+4\mathbf{j})"),
+        (r"(1+\sqrt2,-1)", r"(1+\sqrt2)\mathbf i-\mathbf j"),
+        (r"2\mathbf{i}+3\mathbf{j}", "3j+2i"),
+        ("(-1,0,0)", r"-\mathbf{i}"),
+    ],
+)
+def test_sums_of_unit_vectors(gold: str, answer: str) -> None:
+    assert grade(f"\\boxed{{{answer}}}", gold, "math").correct
+    assert grade(f"\\boxed{{{gold}}}", answer, "math").correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("(3,-2,1)", r"3\mathbf{i}+2\mathbf{j}+\mathbf{k}"),
+        ("(3,-2)", "3-2i"),
+        ("(5,0)", "5i"),
+        ("(1,1)", "i^2+j"),
+        ("(1,2)", r"\mathbf{i}+2\mathbf{k}"),
+        ("(1,2)", "1+2j"),
+        ("3+2i", r"3\hat{i}+2\hat{j}"),
+    ],
+)
+def test_other_sums(gold: str, answer: str) -> None:
+    assert not grade(f"\\boxed{{{answer}}}", gold, "math").correct
+
+
+@pytest.mark.parametrize(
+    ("gold", "response", "outcome"),
+    [
+        ("3.5", "Die Antwort ist 3,5.", "right"),
+        ("3.6", "Die Antwort ist 3,5.", "wrong"),
+        ("3.5", r"Nous divisons par deux. La moyenne est donc $\boxed{3,5}$ mètres.", "right"),
+        ("12.5", r"La respuesta es \boxed{12,5 \text{ cm}}", "right"),
+        ("2.75", "Таким образом, ответ: 2,75", "right"),
+        ("0.4", "Portanto, a resposta é 0,4.", "right"),
+        ("0.125", r"Das Ergebnis ist \boxed{0,125}", "right"),
+        ("1234", r"Das Ergebnis ist \boxed{1.234}", "right"),
+        ("1234", r"Das Ergebnis ist \boxed{1,234}", "right"),
+        ("1.234", r"Das Ergebnis ist \boxed{1,234}", "right"),
+        ("(1.5,2)", r"Le point est donc \boxed{(1,5 ; 2)}.", "right"),
+        ("1.5", r"Le point est donc \boxed{(1,5)}.", "wrong"),
+        ("3, 5", r"Die Lösungen sind \boxed{3,5} und das ist alles.", "right"),
+        ("3.5", r"\boxed{3{,}5}", "right"),
+        ("(3,5)", r"\boxed{3{,}5}", "wrong"),
+        ("\\frac18", r"\boxed{0{,}125}", "right"),
+        ("1234", r"\boxed{1{,}234}", "right"),
+        ("1234567", r"\boxed{1{,}234{,}567}", "right"),
+        ("3.5", r"So the answer is \boxed{3,5}.", "undecided"),
+        ("3,5", r"So the answer is \boxed{3.5}.", "undecided"),
+        ("3.5", r"So the answer is \boxed{(3,5)}.", "wrong"),
+        ("7", r"So the answer is \boxed{3,5}.", "wrong"),
+        ("(3,5)", r"So the answer is \boxed{3,5}.", "right"),
+        ("1234", r"So the sum is \boxed{1.234}.", "wrong"),
+    ],
+)
+def test_decimal_commas(gold: str, response: str, outcome: str) -> None:
+    verdict = grade(response, gold, "math")
+    mine = "undecided" if verdict.undecided else "right" if verdict.correct else "wrong"
+    assert mine == outcome, verdict
+
+
+@pytest.mark.parametrize(
+    ("response", "count"),
+    [
+        ("drei", 3),
+        ("zwölf Hunde", 12),
+        ("Trois", 3),
+        ("dix-sept", 17),
+        ("Três", 3),
+        ("veinte", 20),
+        ("пять", 5),
+        ("дві", 2),
+        ("dua belas", 12),
+        ("mười hai", 12),
+        ("ثلاثة", 3),
+        ("Keine", 0),
+        ("没有", 0),
+        ("三", 3),
+        ("两个", 2),
+        ("十五辆", 15),
+        ("3個", 3),
+        ("三つ", 3),
+        ("세 개", 3),
+        ("答えは五人です。", 5),
+        ("三匹の猫がいます。", 3),
+        ("고양이가 세 마리 있습니다.", 3),
+        ("图中共有三个苹果。", 3),
+        ("Es sind drei Hunde zu sehen.", 3),
+        ("Il y a trois chats sur la photo.", 3),
+        ("Hay cuatro sillas en la imagen.", 4),
+        ("На картинке пять яблок.", 5),  # noqa: RUF001
+        ("Die Antwort ist drei.", 3),
+        ("\\boxed{\\text{三个}}", 3),
+    ],
+)
+def test_counts_in_other_languages(response: str, count: int) -> None:
+    assert grade(response, str(count), "count").correct
+    other = grade(response, str(count + 1), "count")
+    assert (other.correct, other.undecided) == (False, False)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "至少三个",
+        "3个以上",
+        "三四个",
+        "约三个",
+        "三角形",
+        "第三个",
+        "blau",
+        "vielleicht drei",
+        "drei oder vier",
+        "Es sind mindestens drei Hunde.",
+        "Hay más de tres perros.",
+        "Hay tres perros y dos gatos.",
+        "Il y a une voiture et un camion.",
+        "图中有三只狗和两只猫。",
+        "siebenundzwanzig",
+    ],
+)
+def test_no_count_in_other_languages(response: str) -> None:
+    for gold in ("1", "2", "3", "5", "34"):
+        assert grade(response, gold, "count").undecided
+
+
+@pytest.mark.parametrize(
+    ("response", "gold", "kind", "outcome"),
+    [
+        ("final answer -> 12", "12", "math", "right"),
+        ("Answer → 12", "12", "math", "right"),
+        ("so our final answer would be 12", "12", "math", "right"),
+        ("ans: 12", "12", "math", "right"),
+        ("3*4\nresult = 12", "12", "math", "right"),
+        ("The answer is\n12", "12", "math", "right"),
+        ("**Final Answer**\n\n12", "12", "math", "right"),
+        ("Thus the area is\n\\[\n\\frac{1}{2}\\cdot 6\\cdot 8 = 24\n\\]", "24", "math", "right"),
+        ("The answer is 10. Actually, that is incorrect. The answer is 12.", "12", "math", "right"),
+        ("The answer is 10. Actually, that is incorrect. The answer is 12.", "10", "math", "wrong"),
+        ("The answer is 12. But that's wrong, we counted twice.", "12", "math", "undecided"),
+        ("The answer is 12... scratch that", "12", "math", "undecided"),
+        ("The answer is 12. Wait, let me recompute. 3*5=15", "12", "math", "undecided"),
+        ("The answer is 12. To check: 12/4=3, which is correct.", "12", "math", "right"),
+        ("The answer is B. Wait, no, that's not right.", "B", "option", "undecided"),
+        ("correct answer -> D", "D", "option", "right"),
+        ("Answer - B", "B", "option", "right"),
+        ("Of the choices, only C satisfies both conditions.", "C", "option", "right"),
+        ("A and B contradict the figure, leaving C as the only one.", "C", "option", "right"),
+        ("B does not match.", "B", "option", "undecided"),
+        ("A satisfies the first condition, B both, C the second.", "C", "option", "undecided"),
+        ("Based on the image, the statement is **false**.", "no", "yes_no", "right"),
+        ("Therefore the claim is not correct.", "no", "yes_no", "right"),
+        ("If the statement is true, then x=2.", "yes", "yes_no", "undecided"),
+        ("The color of the umbrella is red.", "red", "text", "right"),
+        ("The color of the umbrella is red.", "blue", "text", "undecided"),
+        ("The color of the umbrella is not red.", "red", "text", "undecided"),
+        ("The color of the umbrella is red or blue.", "red", "text", "undecided"),
+        ('The sign says "STOP".', "stop", "text", "right"),
+        ("The brand shown is **Coca-Cola**.", "coca cola", "text", "right"),
+        ("3 red cars and 2 blue cars, for a total of 5 cars.", "5", "count", "right"),
+        ("There are 3 cats and 2 dogs.", "5", "count", "undecided"),
+        (r"\boxed{60^\circ}", r"\frac{\pi}{3}", "math", "right"),
+        (r"\boxed{30^\circ}", r"\frac{\pi}{3}", "math", "wrong"),
+        (r"\boxed{60}", r"\frac{\pi}{3}", "math", "wrong"),
+        (r"\boxed{\approx 3.1416}", r"\pi", "math", "right"),
+        (r"\boxed{C(10,3)}", "120", "math", "right"),
+        (r"\boxed{C_{10}^{3}}", "120", "math", "right"),
+        (r"\boxed{^{10}C_4}", "120", "math", "wrong"),
+    ],
+)
+def test_ways_of_stating_an_answer(response: str, gold: str, kind: str, outcome: str) -> None:
+    verdict = grade(response, gold, kind)
+    mine = "undecided" if verdict.undecided else "right" if verdict.correct else "wrong"
+    assert mine == outcome, verdict
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(DIFFERENT))
@@ -117,8 +441,9 @@ def test_how(answer: str, gold: str, kind: str, how: str) -> None:
 
 
 def test_kinds_change_what_counts() -> None:
-    assert not grade("\\boxed{10cm}", "10").correct  # mathematics: 10 times c times m
-    assert grade("\\boxed{10cm}", "10", "number").correct
+    assert grade("\\boxed{10cm}", "10").correct  # nobody writes 10 times c times m
+    assert not grade("\\boxed{10m}", "10").correct  # mathematics: 10 times m
+    assert grade("\\boxed{10m}", "10", "number").correct
     assert grade("\\boxed{2.001}", "2", "number", tolerance=0.01).correct
     assert not grade("\\boxed{2.001}", "2", "count", tolerance=0.01).correct
     assert not grade("\\boxed{1,2}", "2,1", "ordered").correct
@@ -128,8 +453,6 @@ def test_kinds_change_what_counts() -> None:
     assert grade("\\boxed{2\\sqrt3}", "3.4641", "number").correct
     assert not grade("\\boxed{2+1}", "3", "count").correct
     assert grade("\\boxed{0.33}", "1/3", precision=2).correct
-    assert not grade("\\boxed{-2 \\le x \\le 7}", "x \\in [-2,7]").correct
-    assert grade("\\boxed{-2 \\le x \\le 7}", "x \\in [-2,7]", set_relation=True).correct
     assert grade("\\boxed{f(y)}", "f(x)", strict=False).correct
     assert not grade("\\boxed{f(y)}", "f(x)").correct
     with pytest.raises(ConfigError, match="one of auto, option"):
@@ -367,7 +690,7 @@ def test_a_killed_program_leaves_no_worker(tmp_path: Path) -> None:
     )
     pids = [int(pid) for pid in done.stdout.split()]
     assert pids
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60  # its 6 s of processor time take longer on a busy machine
     while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(alive(pid) for pid in pids)
@@ -395,31 +718,26 @@ def test_a_forked_process_has_workers_of_its_own() -> None:
 
 
 def test_agreement_with_labelled_pairs() -> None:
-    compared = compare(read_cases(shared("grader/cases.jsonl")))
+    compared = compare(read_cases(real_data("grader/cases.jsonl")))
     agreed = sum(each.agrees for each in compared)
     assert len(compared) == 172
-    # docs/grading.md names the two on which this grader keeps to its own rules.
-    assert {each.case["id"] for each in compared if not each.agrees} <= {172, 258}
+    # docs/grading.md names the four on which this grader keeps to its own rules.
+    assert {each.case["id"] for each in compared if not each.agrees} <= {172, 258, 316, 337}
     assert agreed / len(compared) >= 0.97
 
 
-def test_the_agreement_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "cases.jsonl"
-    rows = [
-        {"id": 1, "gold": "1/2", "pred": "0.5", "expected": 1, "source": "here"},
-        {"id": 2, "gold": "1/2", "pred": "0.6", "expected": 1, "source": "here", "note": "why"},
-    ]
-    file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    assert main([str(file)]) == 0
-    assert main([str(file), "--at-least", "0.97"]) == 1
-    shown = capsys.readouterr().out
-    assert "50.0%" in shown
-    assert "id 2: label 1, here 0" in shown
-    assert "note: why" in shown
-    assert main([str(tmp_path / "none.jsonl")]) == 2
-    file.write_text('{"gold": "1"}\n', encoding="utf-8")
-    assert main([str(file)]) == 2
-    assert "line 1" in capsys.readouterr().err
+def test_agreement_with_pairs_from_the_field() -> None:
+    counts = total(compare(read_cases(real_data("grader/field_cases.jsonl"))))
+    assert counts.pairs == 372
+    assert counts.share >= 0.95
+    assert counts.wrong <= 0.02 * counts.pairs
+
+
+def test_agreement_with_pairs_that_the_rules_were_not_written_for() -> None:
+    counts = total(compare(read_cases(SHIPPED)))
+    assert counts.pairs == 459
+    assert counts.share >= 0.96
+    assert counts.wrong <= 0.01 * counts.pairs
 
 
 def test_recorded_verdicts_on_real_responses() -> None:
@@ -449,7 +767,7 @@ def test_reference_answers_against_themselves() -> None:
 
 def luffy_answers() -> list[str]:
     parquet = pytest.importorskip("pyarrow.parquet")
-    rows = parquet.read_table(shared("luffy/valid.parquet")).to_pylist()
+    rows = parquet.read_table(real_data("luffy/valid.parquet")).to_pylist()
     return [row["reward_model"]["ground_truth"] for row in rows]
 
 

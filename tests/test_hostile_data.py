@@ -1,4 +1,4 @@
-"""Data from strangers: counted and told before training, never followed, never run."""
+"""Untrusted data: errors are counted before training; nothing in it is followed or run."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ from running import composed, train
 from test_rollout import ScriptedPolicy
 
 import reopold_agent
+from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.config import DataChecks, build
-from reopold_agent.data import load_tasks, rows, urls
+from reopold_agent.data import load_tasks, rows
 from reopold_agent.data.checks import BadRowsError, CheckedTasks, checked_task
 from reopold_agent.data.demonstrations import load_demonstrations
-from reopold_agent.data.formats import PictureFolder
 from reopold_agent.data.images import BytesImage
+from reopold_agent.data.pictures import PictureFolder
 from reopold_agent.data.row_formats import COLUMNS, FORMATS
 from reopold_agent.data.urls import UrlImage, UrlRules
-from reopold_agent.engines.checkpoint import restore
-from reopold_agent.engines.environments import checked_tasks
+from reopold_agent.envs.from_config import checked_tasks
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
 from reopold_agent.errors import CheckpointError, ConfigError, DataError, ModelError
-from reopold_agent.eval.benchmarks import Benchmark, load_benchmark
+from reopold_agent.evaluate.benchmarks import Benchmark, load_benchmark
 from reopold_agent.judges.llm.local import LocalBackend, LocalSettings
 from reopold_agent.policies.loading import ModelSpec, check_available, load_model, resolve_path
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
+from reopold_agent.train.checkpoint import restore
 from reopold_agent.types import Sampling, StopReason, Task
 
 PACKAGE = Path(reopold_agent.__file__).parent
@@ -140,13 +141,35 @@ def test_everything_that_is_wrong_is_counted_by_kind_in_one_table(
     )
     assert sum(line.startswith("  path                  2  ") for line in lines) == 1
     assert "secret" not in "".join(line for line in lines if "https:" in line)
-    assert lines[-1] == "Mend them, or leave them out with on_bad_row=skip."
+    assert lines[-1] == "Correct them, or leave them out with on_bad_row=skip."
     with caplog.at_level(logging.WARNING):
         tasks = load(mixed, on_bad_row="skip")
     assert [task.id for task in tasks] == ["a", "a"]
     assert tasks.report.record()["problems"]["path"]["rows"] == 2
     assert "8 of 10 rows" in caplog.text
     assert json.loads(json.dumps(tasks.report.record())) == tasks.report.record()
+
+
+def test_references_that_no_rule_can_compare_are_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prose = "The two triangles have the same height and base"
+    folder = write(
+        tmp_path / "rows",
+        [
+            good("a"),
+            good("b", answer=prose),
+            good("c", answer=prose),
+            good("d", answer=[prose, "7"]),
+        ],
+    )
+    with caplog.at_level(logging.WARNING):
+        tasks = load(folder)
+    assert len(tasks) == 4  # they are used: a response may repeat the reference
+    assert len(caplog.records) == 1
+    assert "2 of 4 rows" in caplog.text
+    assert f"the reference is a sentence       2  rows.jsonl, row 1: {prose}" in caplog.text
+    assert tasks.report.record()["references"]["the reference is a sentence"]["rows"] == 2
 
 
 def test_ids_that_repeat_are_kept_skipped_or_refused(mixed: Path) -> None:
@@ -202,7 +225,7 @@ def test_settings_that_do_not_exist_are_refused(word: str, message: str) -> None
 
 def test_a_benchmark_counts_its_rows_the_same_way(mixed: Path) -> None:
     with pytest.raises(BadRowsError, match=r"benchmark mine: 8 of 10 rows") as caught:
-        load_benchmark(Benchmark("mine", "s", "pixel_reasoner", "agentic", path=str(mixed)))
+        load_benchmark(Benchmark("mine", "pixel_reasoner", "s", "agentic", path=str(mixed)))
     expected = {kind: count for kind, count in KINDS.items() if kind != "duplicate id"}
     assert {k: p.rows for k, p in caught.value.report.problems.items()} == expected
 
@@ -347,7 +370,7 @@ def test_a_sample_of_the_pictures_is_spread_over_all(tmp_path: Path) -> None:
     assert caught.value.report.problems["unreadable picture"].rows == 2  # the first and the last
 
 
-def test_a_picture_that_vanishes_during_training_costs_its_episode_only(
+def test_a_picture_that_vanishes_during_training_loses_its_episode_only(
     damaged: Path, tokenizer: Any, vision: VisionProcessor, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = {"source": "pixel_reasoner", "path": str(damaged), "split": "train"}
@@ -380,7 +403,7 @@ def test_a_picture_that_vanishes_during_training_costs_its_episode_only(
 
 
 class Site(BaseHTTPRequestHandler):
-    """A server with bad manners."""
+    """A server that misbehaves in many ways."""
 
     protocol_version = "HTTP/1.0"
     seen: list[str]
@@ -496,7 +519,7 @@ def test_an_allowed_picture_is_downloaded_once(
         ("/nowhere", {}, "more than 3 redirects"),
         ("/to/file:///etc/hostname", {}, "only http and https"),
         ("/to/ftp://127.0.0.1/x", {}, "only http and https"),
-        ("/cut", {}, "the connection ended early"),
+        ("/cut", {}, "closed connection without sending complete"),
         ("/drip", {"seconds": 1.0}, "took too long"),
         ("/drip_without_end", {"seconds": 1.0}, "took too long"),
         ("/dripping_head", {"seconds": 1.0}, "took too long|too long|cannot download"),
@@ -530,7 +553,7 @@ def test_addresses_of_this_network_are_refused(
     def connect(*_: Any, **__: Any) -> socket.socket:
         pytest.fail("connected")
 
-    monkeypatch.setattr(urls.socket, "create_connection", connect)
+    monkeypatch.setattr(socket, "create_connection", connect)
     with pytest.raises(DataError, match=r"its own network|cannot download"):
         UrlImage(f"http://{host}:80/x.png", rules(tmp_path, allow_private=False)).open()
 
@@ -557,8 +580,8 @@ def test_names_are_looked_up_once_and_redirects_are_checked_again(
         assert address[0] == "93.184.215.14"  # a number: nobody can change its meaning
         return real(("127.0.0.1", port), *more)
 
-    monkeypatch.setattr(urls.socket, "getaddrinfo", look_up)
-    monkeypatch.setattr(urls.socket, "create_connection", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(socket, "create_connection", connect)
     strict = rules(tmp_path, allow_private=False)
     assert UrlImage("http://pictures.example/ok", strict).open().size == (60, 60)
     assert numbers.count("pictures.example") == 1
@@ -701,7 +724,7 @@ def test_a_checkpoint_with_code_of_its_own_is_refused_by_name(tmp_path: Path) ->
     with pytest.raises(ModelError) as caught:
         check_available(ModelSpec(str(folder)), "student")
     assert "model.student.trust_remote_code=true" in str(caught.value)
-    assert "Python code of its own, which is refused" in str(caught.value)
+    assert "contains Python code, which is not run by default" in str(caught.value)
     with pytest.raises(ModelError):
         LocalBackend(LocalSettings(str(folder)))._load()
     assert not marker.exists()

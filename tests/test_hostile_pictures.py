@@ -1,4 +1,4 @@
-"""Pictures at load: a right RGB picture or a `DataError` and nothing else, in bounded memory."""
+"""Pictures at load: either a correct RGB picture or a `DataError`, in bounded memory."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 
 def png(width: int, height: int, body: bytes, *, depth: int = 8, colour: int = 0) -> bytes:
-    """A PNG file of these compressed rows, whatever they are."""
+    """Makes a PNG file of these compressed rows, valid or not."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -280,7 +280,7 @@ def png(width: int, height: int, body: bytes, *, depth: int = 8, colour: int = 0
 
 
 def zeros(size: int) -> bytes:
-    """So many zeros, compressed, without ever holding them."""
+    """Compresses this many zeros without holding them in memory."""
     packer = zlib.compressobj(6)
     block = bytes(1 << 20)
     parts = [packer.compress(block) for _ in range(size >> 20)]

@@ -6,15 +6,14 @@ import itertools
 import json
 import time
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_data import real_data
 
 from reopold_agent.judges import JUDGES, Verdict, equivalent, extract_boxed, grade
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 many = settings(max_examples=1500)
 
 
@@ -34,6 +33,10 @@ many = settings(max_examples=1500)
         ("{ \\boxed{4} ", "4"),
         ("\\boxed{line\nbreak}", "line\nbreak"),
         ("\\boxed{x} {y}", "x"),
+        ("\\fbox{7}", "7"),
+        ("\\framebox{7}", "7"),
+        ("\\boxed 12", "12"),
+        ("\\boxed7", "7"),
     ],
 )
 def test_the_last_complete_box_is_the_answer(text: str, answer: str) -> None:
@@ -42,7 +45,7 @@ def test_the_last_complete_box_is_the_answer(text: str, answer: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "7", "boxed{7}", "\\boxed7", "\\boxed{7", "\\boxed", "{7}", "\\fbox{7}", "\\boxed}7{"],
+    ["", "7", "boxed{7}", "\\boxed{7", "\\boxed", "{7}", "\\fbox7{", "\\boxed}7{"],
 )
 def test_no_box_no_answer(text: str) -> None:
     assert extract_boxed(text) is None
@@ -224,9 +227,7 @@ def test_a_student_that_repeats_itself_is_graded_at_once(text: str) -> None:
 
 def test_obvious_answers_of_real_data() -> None:
     """GSM8K's own answers, as themselves, with commas, and off by one."""
-    rows = SHARED / "math" / "gsm8k_test.jsonl"
-    if not rows.is_file():
-        pytest.skip(f"no real data at {rows}")
+    rows = real_data("math", "gsm8k_test.jsonl")
     graded = 0
     for line in rows.read_text(encoding="utf-8").splitlines():
         gold = json.loads(line)["answer"].rsplit("####", 1)[1].strip()
@@ -240,9 +241,7 @@ def test_obvious_answers_of_real_data() -> None:
 
 
 def test_the_answers_that_real_solutions_box_match_themselves() -> None:
-    rows = SHARED / "math" / "math500.jsonl"
-    if not rows.is_file():
-        pytest.skip(f"no real data at {rows}")
+    rows = real_data("math", "math500.jsonl")
     found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     right = sum(grade(row["solution"], [row["answer"]]).correct for row in found)
     assert (right, len(found)) == (500, 500)

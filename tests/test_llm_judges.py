@@ -23,9 +23,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from judge_server import Reply, chat_text, serving
+from judge_server import Reply, chat_text, install_judge, serving
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from reopold_agent.common.secrets import HIDDEN, Secret, public_address
 from reopold_agent.errors import ConfigError, ModelError, UnknownNameError
 from reopold_agent.judges.llm import (
     LLM_JUDGES,
@@ -44,11 +45,10 @@ from reopold_agent.judges.llm import (
 )
 from reopold_agent.judges.llm.cache import ReplyCache
 from reopold_agent.judges.llm.failures import retry_after_seconds
-from reopold_agent.judges.llm.gemini import retry_delay
+from reopold_agent.judges.llm.gemini_types import retry_delay
 from reopold_agent.judges.llm.limits import Limits, TokenBucket, backoff_seconds
 from reopold_agent.judges.llm.local import LocalBackend, LocalSettings
 from reopold_agent.judges.llm.prompts import build, read_reply
-from reopold_agent.judges.llm.redact import Secret, public_address
 
 
 class FakeClock:
@@ -336,7 +336,7 @@ def test_retry_after() -> None:
 # --- many at once
 
 
-def test_a_run_that_is_given_up_does_not_fail_another_that_waits_for_it() -> None:
+def test_an_abandoned_run_does_not_fail_another_that_waits_for_it() -> None:
     both_read = threading.Event()
 
     def source() -> Iterator[Extract]:
@@ -543,7 +543,7 @@ def test_a_damaged_entry_is_not_believed(tmp_path: Path) -> None:
         assert judge.extract("q", "r").how is How.MALFORMED
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_database_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     path.write_text("hello " * 500)
     with pytest.raises(JudgeError, match=r"c\.sqlite.*judge\.cache"):
@@ -595,7 +595,7 @@ list(cached_judge(Path(sys.argv[1]), FakeBackend(script), concurrency=1).run(man
 """
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_a_killed_run_continues_where_it_was(tmp_path: Path) -> None:
     path = tmp_path / "c.sqlite"
     folder = str(Path(__file__).parent)
     done = subprocess.run([sys.executable, "-c", KILLED, str(path), folder], check=False)
@@ -900,24 +900,7 @@ def test_an_unknown_judge_lists_the_known_ones() -> None:
 
 
 def test_a_judge_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "their_judge.py").write_text(
-        "from reopold_agent.judges.llm import LLM_JUDGES, Completion, JudgeMaker, judge_of\n"
-        "class Mine:\n"
-        "    name, model = 'mine', 'v1'\n"
-        "    def settings(self): return {}\n"
-        "    def describe(self): return {}\n"
-        '    def ask(self, prompt, timeout): return Completion(\'{"answer": "42"}\')\n'
-        "    def close(self): pass\n"
-        "make = lambda settings: judge_of(Mine(), settings, concurrency=2)\n"
-        "LLM_JUDGES.register('mine', JudgeMaker('mine', make))\n"
-        "MAKER = JudgeMaker('maker', make)\n"
-    )
-    info = tmp_path / "their_judge-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-judge\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[reopold_agent.judges]\nwhole = their_judge\nmaker = their_judge:MAKER\n"
-    )
+    install_judge(tmp_path, "42")
     code = (
         "from reopold_agent.judges.llm import LLM_JUDGES, make_judge\n"
         "from reopold_agent.judges import JUDGES\n"
@@ -942,7 +925,7 @@ def test_a_judge_of_another_package(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_a_secret_does_not_show_itself() -> None:
     secret = Secret("sk-0123456789")
     assert "0123456789" not in repr(secret) + str(secret) + f"{secret}" + repr([secret])
-    assert secret.redact("a sk-0123456789 b") == "a [key] b"
+    assert secret.redact("a sk-0123456789 b") == f"a {HIDDEN} b"
     assert Secret("EMPTY").redact("the box is EMPTY") == "the box is EMPTY"
     with pytest.raises(TypeError, match="not pickled"):
         pickle.dumps(secret)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reopold_agent.objectives.chunks import BANNED
-from reopold_agent.policies import logprobs
 from reopold_agent.policies.logprobs import token_logprobs
 
 TOKENS, VOCABULARY, WIDTH = 23, 37, 16
@@ -80,25 +79,16 @@ def test_a_slice_smaller_than_the_vocabulary_still_works() -> None:
     torch.testing.assert_close(logp.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_slices_never_exceed_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    original = logprobs.make_logits
-
-    def watched(hidden: Tensor, weight: Tensor, banned: Tensor | None) -> Tensor:
-        logits = original(hidden, weight, banned)
-        sizes.append(logits.numel())
-        return logits
-
-    monkeypatch.setattr(logprobs, "make_logits", watched)
+def test_slices_never_exceed_the_limit(logit_sizes: list[int]) -> None:
     hidden, weight, targets = inputs()
     logp, _ = token_logprobs(hidden, weight, targets, slice_elements=5 * VOCABULARY + 3)
     logp.sum().backward()
-    assert max(sizes) <= 5 * VOCABULARY + 3
-    assert max(sizes[: -(-TOKENS // 5)]) == 5 * VOCABULARY  # the forward pass
-    assert sum(sizes) == 2 * TOKENS * VOCABULARY
+    assert max(logit_sizes) <= 5 * VOCABULARY + 3
+    assert max(logit_sizes[: -(-TOKENS // 5)]) == 5 * VOCABULARY  # the forward pass
+    assert sum(logit_sizes) == 2 * TOKENS * VOCABULARY
 
 
-def test_backward_works_only_on_rows_with_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backward_works_only_on_rows_with_a_gradient(logit_sizes: list[int]) -> None:
     hidden, weight, targets = inputs()
     upstream = torch.randn(TOKENS, generator=torch.Generator().manual_seed(2))
     upstream[::2] = 0
@@ -108,16 +98,9 @@ def test_backward_works_only_on_rows_with_a_gradient(monkeypatch: pytest.MonkeyP
         logp, _ = token_logprobs(
             hidden, weight, targets, BANNED_IDS, slice_elements=rows * VOCABULARY
         )
-        calls = []
-        original = logprobs.make_logits
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                logprobs,
-                "make_logits",
-                lambda h, w, b, o=original, c=calls: c.append(len(h) * len(w)) or o(h, w, b),
-            )
-            found = gradients(logp, upstream, hidden, weight)
-        assert sum(calls) == TOKENS // 2 * VOCABULARY
+        logit_sizes.clear()
+        found = gradients(logp, upstream, hidden, weight)
+        assert sum(logit_sizes) == TOKENS // 2 * VOCABULARY
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
         assert not found[0][::2].any()

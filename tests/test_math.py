@@ -16,42 +16,35 @@ import torch
 from conftest import random_picture
 from gymnasium.utils.env_checker import check_env
 from PIL import Image
+from real_data import real_data
 from running import composed, train, train_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from reopold_agent.data import load_tasks
-from reopold_agent.data.rows import read_rows
-from reopold_agent.demo.arithmetic.build import (
+from examples.embedded_models.arithmetic.build import (
     PREFIX,
     TINY,
-    Workshop,
+    ArithmeticBuilder,
     build,
     fingerprint,
     make_env,
 )
-from reopold_agent.demo.arithmetic.scripts import Careless, Talkative, expert
+from examples.embedded_models.arithmetic.scripts import Careless, Talkative, expert
+from examples.embedded_models.builder import WEIGHTS
+from reopold_agent.data import load_tasks
+from reopold_agent.data.rows import read_rows
 from reopold_agent.demo.arithmetic.tasks import ArithmeticTasks, Operation, Problem
-from reopold_agent.demo.workshop import WEIGHTS
 from reopold_agent.envs.single_turn import SingleTurnEnv
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.judges import grade
 from reopold_agent.policies.loading import resolve_path
 from reopold_agent.types import Task
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
 NAMES = ("teacher", "student", "far")
 
 
-def shared(*parts: str) -> Path:
-    path = SHARED.joinpath(*parts)
-    if not path.exists():
-        pytest.skip(f"no {path}")
-    return path
-
-
 @pytest.fixture(scope="module")
-def shop() -> Workshop:
-    return Workshop(AutoTokenizer.from_pretrained(WEIGHTS / f"{PREFIX}student"))
+def builder() -> ArithmeticBuilder:
+    return ArithmeticBuilder(AutoTokenizer.from_pretrained(WEIGHTS / f"{PREFIX}student"))
 
 
 # Tasks
@@ -154,16 +147,16 @@ def test_shipped_models_know_the_present_prompts() -> None:
     note = json.loads((WEIGHTS / "arithmetic.json").read_text())
     assert note["prompts"] == fingerprint(make_env()), (
         "the guideline or the tasks' words have changed since the models were made; run "
-        "python -m reopold_agent.demo.arithmetic.build"
+        "python -m examples.embedded_models arithmetic"
     )
 
 
 @pytest.mark.slow
-def test_the_gap_between_the_shipped_models(shop: Workshop) -> None:
+def test_the_gap_between_the_shipped_models(builder: ArithmeticBuilder) -> None:
     results = {}
     for name in NAMES:
         model = AutoModelForCausalLM.from_pretrained(WEIGHTS / f"{PREFIX}{name}").eval()
-        results[name] = shop.held_out(model, 128, temperature=1.0)
+        results[name] = builder.evaluate(model, 128, temperature=1.0)
     assert results["teacher"]["success"] >= 0.8
     assert 0.08 <= results["student"]["success"] <= 0.32
     assert results["far"]["success"] <= 0.1
@@ -187,11 +180,11 @@ def test_the_recipe_runs_repeats_itself_and_loads_again(tmp_path: Path) -> None:
             shipped / file
         ).read_bytes(), "the shipped weights are not of the present recipe"
     # transformers cuts words its own way for this model type; the recipe must cut likewise.
-    shop, tasks = Workshop(tokenizers[0]), ArithmeticTasks("eval")
+    builder, tasks = ArithmeticBuilder(tokenizers[0]), ArithmeticTasks("eval")
     words = [expert(tasks.problem(i), np.random.default_rng(0)) for i in range(20)]
     for index, text in enumerate(words):
-        trace = shop.trace(tasks, index, lambda problem, rng, text=text: text)
-        assert shop.chat.text(trace.ids[trace.loss_mask].tolist()) == text
+        trace = builder.trace(tasks, index, lambda problem, rng, text=text: text)
+        assert builder.chat.text(trace.ids[trace.loss_mask].tolist()) == text
         assert trace.response_tokens < 60
 
 
@@ -343,7 +336,7 @@ def test_openr1_rows(tmp_path: Path) -> None:
 
 
 def test_luffys_valid_parquet() -> None:
-    path = shared("luffy", "valid.parquet")
+    path = real_data("luffy", "valid.parquet")
     tasks = load_tasks({"source": "verl", "path": str(path), "limit": 40})
     assert len(tasks) == 40
     row = next(iter(read_rows(path)))
@@ -361,7 +354,7 @@ def test_luffys_valid_parquet() -> None:
     ],
 )
 def test_math_jsonl(name: str, count: int, answer: str | None) -> None:
-    [path] = shared("math").glob(f"{name}*.jsonl") or pytest.skip(f"no {name}")
+    [path] = real_data("math").glob(f"{name}*.jsonl") or pytest.skip(f"no {name}")
     tasks = load_tasks({"source": "math_jsonl", "path": str(path)})
     assert len(tasks) == count
     if answer is not None:
@@ -423,7 +416,7 @@ def test_intergps_folders(tmp_path: Path) -> None:
 
 
 def test_intergps_sample() -> None:
-    path = shared("geometry3k")
+    path = real_data("geometry3k")
     tasks = load_tasks({"source": "geometry3k_intergps", "path": str(path)})
     assert len(tasks) == 6
     assert (tasks[0].id, tasks[0].answers) == ("11", ("80",))

@@ -12,14 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reopold_agent.eval.metrics import (
+from reopold_agent.common.statistics import bootstrap_interval, mcnemar_exact
+from reopold_agent.evaluate.metrics import (
     anls,
     avg_at_k,
-    bootstrap_interval,
     hallusionbench_scores,
     levenshtein,
     maj_at_k,
-    mcnemar_exact,
     multi_answer_accuracy,
     paired_comparison,
     pass_at_k,
@@ -153,6 +152,16 @@ def test_paired_comparison() -> None:
         ("", ["a"], 0),
         ("a", [""], 0),
         ("a", [], 0),
+        # The answer of a box is LaTeX; the accepted ones are not.
+        ("40\\%", ["40%"], 1),
+        ("\\$40", ["$40"], 1),
+        ("$40", ["$40"], 1),
+        ("$40$", ["40"], 1),
+        ("\\text{Red car}", ["red car"], 1),
+        ("\\textbf{Q\\&A}", ["q&a"], 1),
+        ("\\frac{1}{2}", ["1/2"], 1),
+        ("25^\\circ", ["25°"], 1),
+        ("3 \\times 4", ["3 \u00d7 4"], 1),
     ],
 )
 def test_anls(answer: str, accepted: list[str], score: float) -> None:

@@ -1,4 +1,4 @@
-"""NaN, infinities and garbage: no update is made of them, they are named, and a run can go on."""
+"""NaN, infinities and garbage: no update uses them, messages name them, and a run can continue."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ import numpy as np
 import pytest
 import torch
 from running import assert_same_weights, lines, results, train, train_rows
+from step_rows import make_updates, rows_of, update_rows
 
 from reopold_agent.config import OptimizerConfig
-from reopold_agent.engines import run_state, session
-from reopold_agent.engines.checkpoint import save_checkpoint
-from reopold_agent.engines.nonfinite import NOTE, Suspects, unusable_entropy, unusable_logp
-from reopold_agent.engines.session import Session
-from reopold_agent.engines.teaching import Scoring
-from reopold_agent.engines.update import Updater
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import ConfigError, ModelError, ModelServerError, NonFiniteError
 from reopold_agent.objectives import LossTerms, Reopold, TokenBatch
 from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.train import finish, loop, resume
+from reopold_agent.train.checkpoint import save_checkpoint
+from reopold_agent.train.loop import TrainingLoop
+from reopold_agent.train.nonfinite import NOTE, NonFiniteGuard, invalid_entropy, invalid_logp
+from reopold_agent.train.rows import Row, trajectories_of
+from reopold_agent.train.scoring import Scoring
+from reopold_agent.train.update import Updater
 from reopold_agent.types import TokenScores, Trajectory
 
 
 @pytest.fixture(autouse=True)
 def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(session, "make_plots", lambda folder: None)
-    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    monkeypatch.setattr(resume, "make_plots", lambda folder: None)
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -65,7 +67,7 @@ GARBAGE: dict[str, tuple[Callable[[Any, Trajectory], Any], str]] = {
     "nan": (lambda v, t: _with(v, t, np.nan), r"not finite \(nan at id {last}, 1 in all\)"),
     "inf": (lambda v, t: _with(v, t, np.inf), r"not finite \(inf"),
     "-inf": (lambda v, t: _with(v, t, -np.inf), r"not finite \(-inf"),
-    "positive": (lambda v, t: _with(v, t, 0.5), "0.5 at id {last} is a probability above 1"),
+    "positive": (lambda v, t: _with(v, t, 0.5), "0.5 at id {last} is above 0"),
     "zeros": (lambda v, t: np.zeros_like(v), "all 20 are 0"),
     "constant": (lambda v, t: np.where(t.loss_mask, np.float32(-2), v), "all 20 are -2"),
 }
@@ -78,14 +80,14 @@ def _with(values: Any, trajectory: Trajectory, value: float) -> Any:
 
 
 @pytest.mark.parametrize("kind", GARBAGE)
-def test_garbage_is_told_from_log_probs(random_trajectory: Any, kind: str) -> None:
+def test_garbage_is_distinguished_from_log_probs(random_trajectory: Any, kind: str) -> None:
     trajectory = lengthened(random_trajectory(0), 20)
     values = scores_for(trajectory)
-    assert unusable_logp(values, trajectory, "teacher's") is None
+    assert invalid_logp(values, trajectory, "teacher's") is None
     spoil, words = GARBAGE[kind]
     length = len(trajectory.ids)
     words = words.format(L=length, less=length - 1, more=length + 1, last=length - 1)
-    found = unusable_logp(spoil(values, trajectory), trajectory, "teacher's")
+    found = invalid_logp(spoil(values, trajectory), trajectory, "teacher's")
     assert found is not None
     assert found.startswith("the teacher's log-probs are ")
     assert re.search(words, found), found
@@ -94,24 +96,24 @@ def test_garbage_is_told_from_log_probs(random_trajectory: Any, kind: str) -> No
 def test_what_rounding_and_short_answers_make_is_no_garbage(random_trajectory: Any) -> None:
     trajectory = lengthened(random_trajectory(0), 20)
     rounded = _with(scores_for(trajectory), trajectory, 1e-6)
-    assert unusable_logp(rounded, trajectory, "teacher's") is None
+    assert invalid_logp(rounded, trajectory, "teacher's") is None
     collapsed = lengthened(trajectory, 40)  # its student, then its teacher: nothing is open
     collapsed.logp = np.full(len(collapsed.ids), -1e-3, np.float32)
     zeros = np.zeros(len(collapsed.ids), np.float32)
-    assert unusable_logp(zeros, collapsed, "teacher's") is None
-    assert unusable_logp(zeros - 2, collapsed, "teacher's") is not None
+    assert invalid_logp(zeros, collapsed, "teacher's") is None
+    assert invalid_logp(zeros - 2, collapsed, "teacher's") is not None
     short = lengthened(trajectory, 15)  # a sure teacher of a few tokens
-    assert unusable_logp(np.zeros(len(short.ids), np.float32), short, "teacher's") is None
+    assert invalid_logp(np.zeros(len(short.ids), np.float32), short, "teacher's") is None
 
 
 def test_entropies_are_looked_at_where_they_count(random_trajectory: Any) -> None:
     trajectory = lengthened(random_trajectory(0), 4)
     entropy = np.ones(len(trajectory.ids), np.float32)
     entropy[0] = np.nan  # of the prompt
-    assert unusable_entropy(entropy, trajectory) is None
+    assert invalid_entropy(entropy, trajectory) is None
     entropy[-1] = np.inf
-    assert "not finite (inf at id" in str(unusable_entropy(entropy, trajectory))
-    assert unusable_entropy(entropy[1:], trajectory) is not None
+    assert "not finite (inf at id" in str(invalid_entropy(entropy, trajectory))
+    assert invalid_entropy(entropy[1:], trajectory) is not None
 
 
 # A teacher that is no good
@@ -154,11 +156,11 @@ def test_a_teacher_s_garbage_is_named_and_the_rest_kept(
     for each in trajectories:
         each.teacher_logp = None
     scoring = Scoring(kind(answer), "vllm, big-model")
-    scored = scoring.finish(trajectories, 3)
+    problems = scoring.finish(rows_of(trajectories), 3)
     scoring.close()
-    assert scored.failed == []
-    ((who, what),) = scored.garbage
-    assert who is trajectories[1]
+    assert problems.failed == []
+    ((who, what),) = problems.invalid
+    assert who.trajectory is trajectories[1]
     assert what.startswith("the teacher's (vllm, big-model) log-probs are ")
     for each in (trajectories[0], trajectories[2]):
         np.testing.assert_array_equal(each.teacher_logp, scores_for(each))
@@ -166,14 +168,12 @@ def test_a_teacher_s_garbage_is_named_and_the_rest_kept(
 
 @pytest.mark.parametrize("answer", [None, 3, "no scores"])
 @pytest.mark.parametrize("kind", [Teacher, BesideTeacher])
-def test_an_answer_that_is_no_score_at_all(
-    random_trajectory: Any, kind: type[Teacher], answer: Any
-) -> None:
+def test_an_answer_without_scores(random_trajectory: Any, kind: type[Teacher], answer: Any) -> None:
     trajectory = random_trajectory(0)
     scoring = Scoring(kind(lambda t: answer))
-    ((who, what),) = scoring.finish([trajectory], 0).garbage
+    ((who, what),) = scoring.finish(rows_of([trajectory]), 0).invalid
     scoring.close()
-    assert who is trajectory
+    assert who.trajectory is trajectory
     assert type(answer).__name__ in what
 
 
@@ -184,7 +184,7 @@ def test_fewer_scores_than_trajectories_are_refused(random_trajectory: Any) -> N
 
     trajectories = [random_trajectory(n) for n in range(3)]
     with pytest.raises(ModelError, match=r"step 5: the teacher's \(me\) scores are 2 for 3"):
-        Scoring(Lazy(sound), "me").finish(trajectories, 5)
+        Scoring(Lazy(sound), "me").finish(rows_of(trajectories), 5)
 
 
 def test_a_teacher_that_raises_is_named(random_trajectory: Any) -> None:
@@ -195,13 +195,13 @@ def test_a_teacher_that_raises_is_named(random_trajectory: Any) -> None:
 
     scoring = Scoring(BesideTeacher(broken), "mine")
     with pytest.raises(
-        ModelError, match=r"teacher's \(mine\) scores of task .* \(index .*KeyError: 'logits'"
+        ModelError, match=r"teacher's \(mine\) scoring of task .* \(index .*KeyError: 'logits'"
     ):
-        scoring.finish([trajectory], 0)
+        scoring.finish(rows_of([trajectory]), 0)
     scoring.close()
 
 
-def test_a_server_that_gives_numbers_that_are_none_is_garbage_not_failure(
+def test_invalid_numbers_of_a_server_are_garbage_not_failure(
     random_trajectory: Any,
 ) -> None:
     trajectories = [lengthened(random_trajectory(n), 20) for n in range(3)]
@@ -214,11 +214,11 @@ def test_a_server_that_gives_numbers_that_are_none_is_garbage_not_failure(
         return sound(trajectory)
 
     scoring = Scoring(BesideTeacher(answer))
-    scored = scoring.finish(trajectories, 0)
+    problems = scoring.finish(rows_of(trajectories), 0)
     scoring.close()
-    assert scored.failed == [trajectories[1]]
-    ((who, what),) = scored.garbage
-    assert who is trajectories[0]
+    assert trajectories_of(problems.failed) == [trajectories[1]]
+    ((who, what),) = problems.invalid
+    assert who.trajectory is trajectories[0]
     assert "http://gpu2:8100" in what
 
 
@@ -264,12 +264,8 @@ def new_updater(make_policy: Any, make_model: Any) -> Callable[..., Updater]:
     return make
 
 
-def behaviour(trajectories: Sequence[Trajectory]) -> tuple[dict[int, Any], dict[int, Any]]:
-    return {id(t): t.logp for t in trajectories}, {id(t): t.entropy for t in trajectories}
-
-
 class NanGradient(Reopold):
-    """A finite loss whose gradient is none: the derivative of a root at 0."""
+    """A finite loss without a finite gradient: the derivative of a root at 0."""
 
     def terms(self, batch: TokenBatch, step: int, threshold: float | None) -> LossTerms:
         made = super().terms(batch, step, threshold)
@@ -289,13 +285,13 @@ def test_a_bad_mini_batch_changes_nothing_and_reaches_no_other(
 ) -> None:
     first, bad, last = scored[:2], scored[2:4], scored[4:]
     spoil_loss(bad)
-    numbers = behaviour(scored)
+    first_rows, bad_rows, last_rows = rows_of(first), rows_of(bad), rows_of(last)
     # Fail: the first update was made, the second was not, the third is not tried.
     failing = new_updater(max_tokens=max_tokens)
     alone = new_updater(max_tokens=max_tokens)
-    alone.step([first], 0, *behaviour(first))
+    make_updates(alone, [first], 0)
     with pytest.raises(NonFiniteError, match=r"step 0, task .*not made") as caught:
-        failing.step([first, bad, last], 0, *numbers)
+        make_updates(failing, [first, bad, last], 0)
     assert bad[1].task_id in str(caught.value)
     assert first[0].task_id not in str(caught.value)
     assert failing.updates == 1
@@ -305,8 +301,8 @@ def test_a_bad_mini_batch_changes_nothing_and_reaches_no_other(
     # Skip: as if the second had not been there at all.
     skipping = new_updater(max_tokens=max_tokens, skip_nonfinite=True)
     without = new_updater(max_tokens=max_tokens)
-    stats = skipping.step([first, bad, last], 0, *numbers)
-    expected = without.step([first, last], 0, *numbers)
+    stats = update_rows(skipping, [first_rows, bad_rows, last_rows], 0)
+    expected = make_updates(without, [first, last], 0)
     assert_same_state(state_of(skipping), state_of(without))
     assert stats.skipped == 1
     assert (stats.loss, stats.grad_norm, stats.lr) == (
@@ -314,13 +310,14 @@ def test_a_bad_mini_batch_changes_nothing_and_reaches_no_other(
         expected.grad_norm,
         expected.lr,
     )
-    assert {id(t) for t, _ in skipping.blamed} <= {id(t) for t in bad}
-    # Found before it is in a gradient, and no more are blamed than shared its pass.
-    assert all("the loss of its micro-batch is" in what for _, what in skipping.blamed)
-    assert set(skipping.uses) == {id(t) for t in [*first, *last]}
+    assert {row for row, _ in skipping.rejected} <= set(bad_rows)
+    # Found before it is in a gradient, and no more are rejected than shared its pass.
+    assert all("the loss of its micro-batch is" in what for _, what in skipping.rejected)
+    assert all(row.use is not None for row in [*first_rows, *last_rows])
+    assert all(row.use is None for row in bad_rows)
 
 
-def test_a_gradient_that_is_not_finite_blames_its_mini_batch(
+def test_a_gradient_that_is_not_finite_names_its_mini_batch(
     scored: list[Trajectory], make_policy: Any, make_model: Any
 ) -> None:
     policy = make_policy(make_model(seed=1))
@@ -328,11 +325,11 @@ def test_a_gradient_that_is_not_finite_blames_its_mini_batch(
         policy, NanGradient(switch_step=5), LINEAR, max_tokens=10_000, skip_nonfinite=True
     )
     before = state_of(updater)
-    stats = updater.step([scored[:3]], 0, *behaviour(scored))
+    stats = make_updates(updater, [scored[:3]], 0)
     assert stats.skipped == 1
     assert np.isnan(stats.loss)
-    assert [id(t) for t, _ in updater.blamed] == [id(t) for t in scored[:3]]
-    assert all("gradient norm of its mini-batch is nan" in what for _, what in updater.blamed)
+    assert [id(row.trajectory) for row, _ in updater.rejected] == [id(t) for t in scored[:3]]
+    assert all("gradient norm of its mini-batch is nan" in what for _, what in updater.rejected)
     assert_same_state(state_of(updater), before)
 
 
@@ -354,9 +351,9 @@ def test_the_student_s_own_nan_is_found_where_it_is(
     # In refinement every kept token counts; NaN is above no floor in exploration.
     for trajectory in scored[:3]:
         trajectory.entropy = np.ones_like(trajectory.entropy)
-    updater.step([scored[:3]], 5, *behaviour(scored[:3]))
-    ((who, what),) = updater.blamed
-    assert who is scored[1]
+    make_updates(updater, [scored[:3]], 5)
+    ((who, what),) = updater.rejected
+    assert who.trajectory is scored[1]
     assert "the student's log-probs in the update are not finite (1 of" in what
 
 
@@ -392,7 +389,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3.0])
-def test_fail_saves_what_is_good_and_names_who_is_to_blame(
+def test_fail_saves_what_is_good_and_names_the_cause(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     folder = tmp_path / "run"
@@ -426,7 +423,7 @@ def test_fail_saves_what_is_good_and_names_who_is_to_blame(
     assert_same_weights(folder / "final", whole / "final")
 
 
-def test_a_failed_run_goes_on_with_skip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_run_continues_with_skip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "run"
     bad: list[int] = []
 
@@ -464,18 +461,18 @@ def test_skip_changes_nothing_where_all_is_well(whole: Path, tmp_path: Path) -> 
 def test_the_student_s_numbers_before_the_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, mode: str
 ) -> None:
-    original = Session._behaviour
+    original = loop.set_behaviour
     bad: list[Trajectory] = []
 
-    def behaviour(self: Session, rolled: Any) -> Any:
+    def behaviour(rows: Any, *arguments: Any) -> Any:
         if not bad:
-            bad.append(rolled.chosen[2])
+            bad.append(rows[2].trajectory)
             values = getattr(bad[0], what).copy()
             values[np.flatnonzero(bad[0].loss_mask)[0]] = np.nan
             setattr(bad[0], what, values)
-        return original(self, rolled)
+        return original(rows, *arguments)
 
-    monkeypatch.setattr(Session, "_behaviour", behaviour)
+    monkeypatch.setattr(loop, "set_behaviour", behaviour)
     folder, settings = tmp_path / "run", (*RUN, "steps=1", f"on_nonfinite={mode}")
     if mode == "fail":
         with pytest.raises(NonFiniteError, match=r"step 0, task .*the student's .* not finite"):
@@ -502,7 +499,7 @@ GRPO = (
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("mode", ["fail", "skip"])
-def test_a_reward_that_is_none(
+def test_an_invalid_reward_is_refused_or_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, value: float
 ) -> None:
     original = ToolEnv.step
@@ -516,14 +513,14 @@ def test_a_reward_that_is_none(
         return observation, reward, terminated, truncated, info
 
     armed: list[int] = []
-    collect = session.Collector.collect
+    collect = loop.Collector.collect
 
     def collected(self: Any, *arguments: Any) -> Any:
         armed.append(1)
         return collect(self, *arguments)
 
     monkeypatch.setattr(ToolEnv, "step", step)
-    monkeypatch.setattr(session.Collector, "collect", collected)
+    monkeypatch.setattr(loop.Collector, "collect", collected)
     folder, settings = tmp_path / "run", (*GRPO, f"on_nonfinite={mode}")
     if mode == "fail":
         with pytest.raises(NonFiniteError, match=r"step 0, task .*reward \((nan|inf)\) is not fin"):
@@ -543,7 +540,7 @@ def test_a_reward_that_is_none(
 def test_a_later_mini_batch_that_is_bad(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Its step cannot be taken back, so the last checkpoint stands; with skip the run goes on."""
+    """Its step cannot be taken back, so the last checkpoint is valid; skip continues."""
     original = Updater._gradient
     seen: list[int] = []
 
@@ -558,7 +555,7 @@ def test_a_later_mini_batch_that_is_bad(
     folder = tmp_path / "run"
     settings = (*RUN, "batch.mini_batch=2", "checkpoint.every=1", f"on_nonfinite={mode}")
     if mode == "fail":
-        with pytest.raises(NonFiniteError, match="the last checkpoint stands"):
+        with pytest.raises(NonFiniteError, match="the last checkpoint is valid"):
             train(folder, *settings)
         assert os.listdir(folder / "checkpoints") == ["step-000001"]
         return
@@ -587,7 +584,7 @@ def test_the_saved_state_is_the_one_before(tmp_path: Path, monkeypatch: pytest.M
     spoiled_scores(monkeypatch, np.nan, lambda call, t: call == 2)
     before: list[Path] = []
 
-    def saving(self: Session, step: int, position: int) -> Any:
+    def saving(self: TrainingLoop, step: int, position: int) -> Any:
         if step == 1:
             before.append(
                 save_checkpoint(
@@ -595,15 +592,15 @@ def test_the_saved_state_is_the_one_before(tmp_path: Path, monkeypatch: pytest.M
                     step=step,
                     position=position,
                     phase="",
-                    student=self.student_model,
+                    student=self.recovery._student,
                     updater=self.updater,
                     keep=1,
                 )
             )
         return original(self, step, position)
 
-    original = Session._step
-    monkeypatch.setattr(Session, "_step", saving)
+    original = TrainingLoop.step
+    monkeypatch.setattr(TrainingLoop, "step", saving)
     with pytest.raises(NonFiniteError):
         train(tmp_path / "run", *RUN)
     saved = tmp_path / "run/checkpoints/step-000001"
@@ -619,11 +616,11 @@ def test_the_setting_has_two_values(tmp_path: Path) -> None:
 
 
 def test_many_are_named_and_counted(random_trajectory: Any) -> None:
-    suspects = Suspects("fail")
-    suspects.begin(2)
-    found = [(random_trajectory(n), "the x is y") for n in range(9)]
+    guard = NonFiniteGuard("fail")
+    guard.begin(2)
+    found = [(Row(random_trajectory(n)), "the x is y") for n in range(9)]
     with pytest.raises(NonFiniteError) as caught:
-        suspects.left_out(found)
+        guard.reject(found)
     said = str(caught.value)
     assert said.count("(index ") == 6
     assert "and 3 more; the update was not made" in said

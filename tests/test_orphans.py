@@ -1,4 +1,4 @@
-"""A child that follows its parent, as vLLM's engine processes do."""
+"""Child processes: a pool of them, and one that follows its parent as vLLM's engines do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from reopold_agent.orphans import SWITCH
+from reopold_agent.common.bounded import DeadlineError
+from reopold_agent.common.processes import SWITCH, ChildProcess, ProcessPool
 
 PARENT = """
 import multiprocessing, sys, time
-from reopold_agent.orphans import follow_parent
+from reopold_agent.common.processes import follow_parent
 
 def child(path):
     follow_parent()
@@ -58,3 +59,56 @@ def test_the_child_of_a_killed_parent_ends_if_asked_to(tmp_path: Path, switch: s
     finally:
         if alive(child):
             os.kill(child, signal.SIGKILL)
+
+
+ECHO = "import sys\nfor line in sys.stdin: print(line, end='', flush=True)"
+
+
+class Echo(ChildProcess):
+    def __init__(self) -> None:
+        super().__init__(
+            lambda theirs: subprocess.Popen(
+                [sys.executable, "-c", ECHO], stdin=theirs.fileno(), stdout=theirs.fileno()
+            )
+        )
+
+    def ask(self, seconds: float = 60) -> bytes:
+        self._deadline = time.monotonic() + seconds
+        self._send(b"hello\n")
+        view = memoryview(bytearray(100))
+        return bytes(view[: self._receive(view)])
+
+
+def test_a_process_that_misses_its_deadline_is_killed_and_replaced() -> None:
+    pool = ProcessPool(Echo, 1)
+    with pool.lend() as process:
+        assert process.ask() == b"hello\n"
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(DeadlineError), pool.lend() as same:
+        same.ask(0.3)
+    assert same is process
+    assert not alive(process.pid)
+    with pool.lend() as other:
+        assert other.ask() == b"hello\n"
+        with pytest.raises(DeadlineError, match="no process was free"), pool.lend(0.05):
+            pass
+    assert pool.pids() == [other.pid]
+    pool.close()
+    assert not alive(other.pid)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_leaves_the_processes_to_its_parent() -> None:
+    pool = ProcessPool(Echo, 1)
+    with pool.lend() as process:
+        assert process.ask() == b"hello\n"
+    child = os.fork()
+    if not child:
+        known = pool.pids()
+        pool.close()
+        os._exit(len(known))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    with pool.lend() as same:
+        assert same is process
+        assert same.ask() == b"hello\n"
+    pool.close()

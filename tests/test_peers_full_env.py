@@ -1,4 +1,4 @@
-"""Our objectives against verl's and TRL's on the same tensors, and where theirs differ.
+"""Our objectives against verl's and TRL's on the same tensors, and the differences.
 
 Needs the environment that ``.ci/run`` builds: ``pytest -m full_env``. The differences are listed
 in ``docs/objective.md``.

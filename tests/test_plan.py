@@ -11,19 +11,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from real_data import real_data
 from running import command, composed, train, train_rows
 
-from reopold_agent import plan as command_module
 from reopold_agent.errors import ConfigError, DataError
-from reopold_agent.plan import compose_run, main, paper_plans, plan_run, split_words
-from reopold_agent.planning.estimate import Plan, make_plan
-from reopold_agent.planning.hardware import ITERATION_SECONDS, MFU, Rates
-from reopold_agent.planning.paper import FITTED_ON, GENERATION_SHARE, PAPER_RUNS, fit
-from reopold_agent.planning.report import PAPER_HEADER, paper_rows
+from reopold_agent.plan import __main__ as plan_command
+from reopold_agent.plan.__main__ import main
+from reopold_agent.plan.compose import NUMBERS, WORDS, paper_plans, plan_run, split_words
+from reopold_agent.plan.estimate import Plan, make_plan
+from reopold_agent.plan.hardware import ITERATION_SECONDS, MFU, Rates
+from reopold_agent.plan.paper import FITTED_ON, GENERATION_SHARE, PAPER_RUNS, fit
+from reopold_agent.plan.report import PAPER_HEADER, paper_rows
+from reopold_agent.train.settings import compose_run
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "plan.md").read_text("utf-8")
-PAPER = ROOT.parent / "shared" / "paper" / "reopold.txt"
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +72,10 @@ def test_gpus_are_divided_as_the_recipe_does(
     assert chosen.layout.teacher == nodes
 
 
-def test_what_cannot_be_is_told() -> None:
+def test_impossible_settings_are_reported() -> None:
     with pytest.raises(ConfigError, match="engine=local uses one GPU"):
         plan_run(["gpus=4"])
-    with pytest.raises(ConfigError, match="no whole machines"):
+    with pytest.raises(ConfigError, match="is not a multiple of 8"):
         plan_run(["recipe=paper_agentic", "gpus=12"])
     with pytest.raises(ConfigError, match="'stes'"):
         plan_run(["stes=3"])
@@ -112,7 +114,7 @@ def test_json_says_what_the_tables_say(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_it_starts_without_pytorch(tmp_path: Path) -> None:
     code = (
-        "import sys; from reopold_agent.plan import main; "
+        "import sys; from reopold_agent.plan.__main__ import main; "
         "main(['recipe=paper_agentic', 'gpus=8']); "
         "sys.exit([m for m in ('torch', 'transformers', 'verl') if m in sys.modules] or 0)"
     )
@@ -203,9 +205,8 @@ def test_predictions_are_as_far_off_as_the_page_says(plans: dict[str, Plan]) -> 
     assert max(shares) < 0.28
 
 
-@pytest.mark.skipif(not PAPER.is_file(), reason="../shared/paper is not on this machine")
 def test_the_paper_s_figures_are_the_paper_s() -> None:
-    text = PAPER.read_text("utf-8")
+    text = real_data("paper", "reopold.txt").read_text("utf-8")
     for words in (
         *("approximately 200 and 312 GPU hours for the 1.5B and 7B models", "20 and 24 GPU hours"),
         *("approximately 120 GPU hours", "accounts for only a moderate fraction (8%"),
@@ -235,7 +236,7 @@ def test_what_the_page_says_of_other_assumptions(plans: dict[str, Plan]) -> None
     own = [round(plan_run([f"recipe=paper_math_{size}"]).gpu_hours) for size in ("1_5b", "7b")]
     assert f"{own[0]} and {own[1]} GPU-hours" in PAGE
     assert round(plans["paper_agentic"].seconds.total, -1) == 110
-    assert "accounts for 110" in PAGE
+    assert "takes only 110" in PAGE
     only_bandwidth = [*base, more, "overhead=0", "bandwidth=0.132"]
     assert round(plan_run(only_bandwidth).gpu_hours) == pytest.approx(606, abs=2)
 
@@ -253,9 +254,9 @@ def test_the_page_s_commands_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_help_names_every_word() -> None:
-    assert command_module.__doc__ is not None
-    for key in (*command_module._NUMBERS, *command_module._WORDS, "gpus"):
-        assert f"{key}=" in command_module.__doc__
+    assert plan_command.__doc__ is not None
+    for key in (*NUMBERS, *WORDS, "gpus"):
+        assert f"{key}=" in plan_command.__doc__
 
 
 def test_composition_is_the_trainer_s() -> None:

@@ -10,13 +10,13 @@ from running import composed
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ConfigError, UnknownNameError
-from reopold_agent.planning.architecture import find_architecture
-from reopold_agent.planning.estimate import Plan, make_plan
-from reopold_agent.planning.hardware import GIB, Gpu, assumed_rates, find_gpu
-from reopold_agent.planning.memory import TrainerMemory
-from reopold_agent.planning.workload import Pictures, Workload, assumed_workload
+from reopold_agent.plan.estimate import Plan, make_plan
+from reopold_agent.plan.hardware import GIB, Gpu, assumed_rates, find_gpu
+from reopold_agent.plan.memory import TrainerMemory
+from reopold_agent.plan.workload import PictureLoad, Workload, assumed_workload
+from reopold_agent.policies.architecture import find_architecture
 
-EPISODES = Workload(2, 3, 10, Pictures(), 4, 4, 0, Pictures(), {})
+EPISODES = Workload(2, 3, 10, PictureLoad(), 4, 4, 0, PictureLoad(), {})
 
 
 def test_a_trainer_s_memory_by_hand() -> None:
@@ -96,7 +96,7 @@ def test_what_fits_is_not_complained_about() -> None:
         ),
         (
             ("recipe=paper_math_1_5b", "engine.teacher_gpus_per_node=2"),
-            *("h100_80gb", "which 6 GPUs cannot share evenly"),
+            *("h100_80gb", "which 6 GPUs cannot divide evenly"),
         ),
         (
             ("recipe=paper_math_1_5b", "rollout.concurrency=8"),
@@ -111,7 +111,7 @@ def test_what_fits_is_not_complained_about() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_said_with_what_to_change(
+def test_what_does_not_fit_is_reported_with_a_remedy(
     words: tuple[str, ...], gpu: str, said: str
 ) -> None:
     warnings = plan(*words, gpu=gpu).warnings

@@ -20,17 +20,10 @@ from transformers import (
 )
 
 from reopold_agent.errors import ConfigError
-from reopold_agent.planning import architecture, flops
-from reopold_agent.planning.architecture import (
-    PUBLISHED,
-    Architecture,
-    TextShape,
-    find_architecture,
-    from_config,
-)
-from reopold_agent.planning.hardware import GIB, Rate, Rates
-from reopold_agent.planning.memory import cache_sequences, server_cache
-from reopold_agent.planning.timing import (
+from reopold_agent.plan import flops
+from reopold_agent.plan.hardware import GIB, Rate, Rates
+from reopold_agent.plan.memory import cache_sequences, server_cache
+from reopold_agent.plan.timing import (
     Server,
     StepSeconds,
     Training,
@@ -38,7 +31,15 @@ from reopold_agent.planning.timing import (
     spread,
     step_flops,
 )
-from reopold_agent.planning.workload import Pictures, Workload, assumed_workload
+from reopold_agent.plan.workload import PictureLoad, Workload, assumed_workload
+from reopold_agent.policies import architecture
+from reopold_agent.policies.architecture import (
+    PUBLISHED,
+    Architecture,
+    TextShape,
+    find_architecture,
+    from_config,
+)
 
 WEIGHTS = Path(architecture.__file__).parents[1] / "demo" / "weights"
 
@@ -107,7 +108,7 @@ def test_shapes_of_a_config_json(name: str) -> None:
     assert find_architecture(str(WEIGHTS / name)).text == shape.text
 
 
-def test_the_hub_s_cache_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_cache_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--someone--thing" / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -118,11 +119,23 @@ def test_the_hub_s_cache_is_looked_at(tmp_path: Path, monkeypatch: pytest.Monkey
         find_architecture("someone/thing")
 
 
-def test_unknown_shapes_are_told() -> None:
+def test_unknown_shapes_are_reported() -> None:
     with pytest.raises(ConfigError, match=r"'no/such'.*config.json"):
         find_architecture("no/such")
     with pytest.raises(ConfigError, match="'hidden_size'"):
         from_config("x", {"num_attention_heads": 2}, "x/config.json")
+
+
+def test_models_of_other_families_are_counted_or_refused() -> None:
+    config = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    config |= {"intermediate_size": 128, "vocab_size": 100, "num_key_value_heads": 2}
+    llama = from_config("x", {**config, "model_type": "llama"}, "x/config.json")
+    unknown = from_config("x", {**config, "model_type": "with_code_of_its_own"}, "x/config.json")
+    layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64
+    assert llama.parameters == 2 * 100 * 64 + 2 * layer + 64
+    assert unknown.parameters == llama.parameters + 2 * (64 + 32 + 32)  # counted as Qwen2: biases
+    with pytest.raises(ConfigError, match=r"cannot build the model of x/config\.json"):
+        from_config("x", {**config, "model_type": "llama", "hidden_act": "none"}, "x/config.json")
 
 
 def test_the_table_covers_the_recipes() -> None:
@@ -134,7 +147,7 @@ def test_the_table_covers_the_recipes() -> None:
 
 # FLOPs
 
-TEXT = TextShape(48, 3, 4, 2, 12, 80, 160, False)
+TEXT = TextShape(48, 3, 4, 2, 12, 80, 160, False, parameters=70_000)
 
 
 def tiny_text() -> Qwen2ForCausalLM:
@@ -144,7 +157,7 @@ def tiny_text() -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def test_forward_flops_are_the_counter_s() -> None:
+def test_forward_flops_equal_the_counters() -> None:
     length, model = 24, tiny_text()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.ones(1, length, dtype=torch.long))
@@ -168,7 +181,7 @@ def test_a_backward_pass_costs_two_forwards() -> None:
     assert both.get_total_flops() == pytest.approx(3 * forward.get_total_flops(), rel=1e-3)
 
 
-def test_vision_flops_are_the_counter_s() -> None:
+def test_vision_flops_equal_the_counters() -> None:
     config = Qwen2_5_VLConfig(
         text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
         vision_config={
@@ -201,11 +214,11 @@ def test_causal_pairs_by_hand() -> None:
 
 
 def work(**changes: Any) -> Workload:
-    plain = Workload(2, 3, 10, Pictures(), 4, 4, 0, Pictures(), {})
+    plain = Workload(2, 3, 10, PictureLoad(), 4, 4, 0, PictureLoad(), {})
     return replace(plain, **changes)
 
 
-def test_a_step_s_flops_by_hand() -> None:
+def test_flops_of_a_step_by_hand() -> None:
     """2 prompts x 3 episodes of 10 + 4 tokens (all as long as the budget)."""
     model = Architecture("tiny", TEXT, None, "test")
     weights = 3 * (48 * 48 + 2 * 48 * 24 + 48 * 48 + 3 * 48 * 80)  # q, k and v, o, MLP
@@ -228,7 +241,7 @@ def test_pictures_and_observations_are_counted_where_they_are_seen() -> None:
     assert model.vision is not None
     how = Training(checkpointing=False, lora=False, all_logits=True, recompute_old=True)
     blind = step_flops(model, model, work(prompt_text=100), how)
-    seeing = step_flops(model, model, work(prompt_text=36, prompt_pictures=Pictures(1, 64)), how)
+    seeing = step_flops(model, model, work(prompt_text=36, prompt_pictures=PictureLoad(1, 64)), how)
     look = flops.vision_forward(model.vision, [64])
     assert seeing.prompt - blind.prompt == pytest.approx(2 * look)  # once per group
     assert seeing.teacher - blind.teacher == pytest.approx(6 * look)
@@ -284,7 +297,7 @@ def test_key_value_cache_of_a_published_size() -> None:
     assert cache_sequences(shape, cache, 1000, 8) == int(cache // 18_432_000)  # two heads only
 
 
-def test_a_teacher_of_its_own_hides_behind_the_rollout() -> None:
+def test_a_separate_teacher_overlaps_with_the_rollout() -> None:
     assert StepSeconds(10, 4, 1, 2, 0.5, overlap=True).total == 13.5
     assert StepSeconds(4, 10, 1, 2, 0.5, overlap=True).total == 13.5
     both = StepSeconds(10, 4, 1, 2, 0.5, overlap=False)
@@ -310,7 +323,7 @@ def test_how_many_are_cut_off() -> None:
     assert cut == pytest.approx(0.449, abs=0.01)
 
 
-def test_spread_loses_none() -> None:
+def test_spread_keeps_every_response() -> None:
     for count in (1, 2, 7, 128, 250):
         assert sorted(spread(list(range(count)))) == list(range(count))
     mixed = spread([float(i) for i in range(128)])
@@ -324,11 +337,11 @@ def test_assumptions_scale_with_the_task() -> None:
     assert (made.response, made.prompt_pictures.total, made.observation) == (5500, 0, 0)
     config, _ = composed("recipe=paper_agentic")
     made = assumed_workload(config, has_vision=True, given={})
-    assert made.prompt_pictures == Pictures(1, 1250)
+    assert made.prompt_pictures == PictureLoad(1, 1250)
     assert made.observation > 0
     config, _ = composed()  # the embedded task: pictures of 16 tokens
     made = assumed_workload(config, has_vision=True, given={"response": 20, "prompt": 50})
-    assert made.prompt_pictures == Pictures(1, 16)
+    assert made.prompt_pictures == PictureLoad(1, 16)
     assert (made.response, made.prompt_text) == (20, 50)
     assert made.sources["response"] == "given"
     with pytest.raises(ConfigError, match=r"\(0, 256\].*got 300"):

@@ -1,4 +1,4 @@
-"""Playing an environment by hand: what is typed, what is shown, what is recorded."""
+"""Playing an environment by hand: input, output and records."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ from rich.console import Console
 from running import composed, environment, train, train_rows
 
 from reopold_agent.data.demonstrations import load_demonstrations
-from reopold_agent.engines.environments import make_env, make_runner
 from reopold_agent.envs import ENVS, register_env
+from reopold_agent.envs.from_config import make_env
 from reopold_agent.envs.registration import task_seed
 from reopold_agent.envs.spaces import UnicodeText
 from reopold_agent.errors import DataError, ReopoldError
-from reopold_agent.play import main, play, split_words
-from reopold_agent.playing.calls import BadWordsError, call_text
-from reopold_agent.playing.pictures import answers_sixel, blocks, detect, drawn, iterm, kitty, sixel
+from reopold_agent.play.__main__ import main
+from reopold_agent.play.calls import BadWordsError, call_text
+from reopold_agent.play.options import split_words
+from reopold_agent.play.pictures import answers_sixel, blocks, detect, drawn, iterm, kitty, sixel
+from reopold_agent.play.session import play
 from reopold_agent.policies.loading import ModelSpec, load_processing
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.demonstrations import demonstrated
+from reopold_agent.rollout.from_config import make_runner
 from reopold_agent.tools import TOOLS, find_tool_call
 from reopold_agent.tools.schema import check_arguments
 from reopold_agent.types import IMAGE_MARK
@@ -109,7 +112,7 @@ def test_words_become_the_arguments(
         ({"a": WORD}, "'x", "close the quotation marks"),
     ],
 )  # fmt: skip
-def test_words_that_make_no_call_are_told(
+def test_words_that_make_no_call_are_reported(
     properties: dict[str, Any], words: str, told: str
 ) -> None:
     with pytest.raises(BadWordsError, match=told):
@@ -160,7 +163,7 @@ def test_the_splits_have_their_own_tasks_and_budgets(tmp_path: Path) -> None:
         game(tmp_path, "", "env=pixel_reasoner", "data.train=null", "data.eval=null")
 
 
-def test_a_tool_error_is_told_once_and_the_last_turn_must_answer(tmp_path: Path) -> None:
+def test_a_tool_error_is_shown_once_and_the_last_turn_must_answer(tmp_path: Path) -> None:
     crop = "/call crop_image 0 0 1 1 9\n"
     seen = game(tmp_path, crop + crop, "env=pixel_reasoner", "rollout.max_turns=2")
     assert seen.count("There is no image 9; the images are numbered 1 to 1.") == 1
@@ -175,14 +178,14 @@ def test_commands_show_what_there_is(tmp_path: Path) -> None:
     assert "/call crop_image BBOX_2D... TARGET_IMAGE" in seen
     assert '"name": "select_frames"' in seen
     assert "You are provided with function signatures within <tools></tools>" in seen
-    assert "picture 1: shown 28x28, tools work on 224x224" in seen
+    assert "picture 1: shown 28x28, the model sees 112x112, tools work on 224x224" in seen
     assert seen.count("task-0-picture-1.png") == 2  # at the start, and by /look
     assert "there is no picture '7'; there are 1, from 1" in seen
     assert "there is no command /nothing; there are /help" in seen
     assert "there is no tool 'nothing'; there are: crop_image, select_frames" in seen
     assert "target_image must be of type integer, got 'x'" in seen
-    assert seen.count("the episode is over, this was not sent") == 2
-    assert "/raw                   several lines" in seen
+    assert seen.count("the episode is over, so this was not sent") == 2
+    assert "/raw                   a turn of several lines" in seen
     assert "1 episodes, " in seen
 
 
@@ -221,12 +224,13 @@ class Parrot(gymnasium.Env[Any, str]):
 
 
 @pytest.fixture
-def parrot() -> str:
+def parrot() -> Iterator[str]:
     Parrot.heard, Parrot.seeds = [], []
-    if "parrot" not in ENVS:
-        config = {"rollout": {"max_turns": 4}, "evaluation": {"max_turns": 4}}
-        register_env("parrot", id="test/Parrot-v0", entry_point=Parrot, config=config)
-    return "env=parrot"
+    config = {"rollout": {"max_turns": 4}, "evaluation": {"max_turns": 4}}
+    register_env("parrot", id="test/Parrot-v0", entry_point=Parrot, config=config)
+    yield "env=parrot"
+    gymnasium.registry.pop("test/Parrot-v0")
+    del ENVS._things["parrot"]
 
 
 def test_an_environment_without_tools_or_tasks_is_played(tmp_path: Path, parrot: str) -> None:
@@ -256,7 +260,7 @@ def test_what_the_player_says_arrives_word_for_word(tmp_path: Path, parrot: str)
     ]
 
 
-def test_an_environment_that_fails_costs_its_episode(tmp_path: Path, parrot: str) -> None:
+def test_a_failing_environment_loses_its_episode_only(tmp_path: Path, parrot: str) -> None:
     seen = game(tmp_path, "crash\nwin\n/task 13\nwin\n/task 2\nwin\n", parrot)
     assert "the environment failed in step" in seen
     assert "it broke" in seen
@@ -293,8 +297,14 @@ def test_a_recorded_game_is_a_demonstration(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     assert [(r["id"], r["success"], r["index"]) for r in rows] == [("demo-train-0-1", True, 1)]
     (found,) = load_demonstrations({"path": str(file)})
-    assert [role for role, _ in found.turns] == ["system", "user", "assistant", "user", "assistant"]
-    assert found.turns[-1][1] == (f"<image> is it \\boxed{{{right}}}",)  # no picture, only words
+    assert [turn.role for turn in found.turns] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]
+    assert found.turns[-1].parts == (f"<image> is it \\boxed{{{right}}}",)  # no picture, only words
     # The ids that training makes of it are those that the game counted.
     config, _ = composed("env=pixel_reasoner")
     processing = load_processing(ModelSpec("demo:student"), "student")
@@ -330,7 +340,7 @@ def test_a_student_is_trained_on_what_was_played(tmp_path: Path) -> None:
     assert row["loss"] > 0
 
 
-def test_a_record_that_cannot_be_is_refused_before_the_game(tmp_path: Path) -> None:
+def test_an_impossible_record_file_is_refused_before_the_game(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"must end in \.jsonl"):
         game(tmp_path, "", "env=math", f"record={tmp_path / 'x.json'}")
     (tmp_path / "dir.jsonl").mkdir()
@@ -355,7 +365,7 @@ def test_tokens_end_an_episode_as_in_a_rollout(tmp_path: Path, most: int, ended:
 
 def test_only_counting_tokens_loads_pytorch(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom reopold_agent.play import main\n"
+        "import sys\nfrom reopold_agent.play.__main__ import main\n"
         f"main(['env=pixel_reasoner', 'folder={tmp_path}'])\n"
         "print('torch' in sys.modules, 'transformers' in sys.modules)"
     )
@@ -400,7 +410,7 @@ def test_wrong_words_end_in_two_lines(
     assert len(error.strip().splitlines()) <= 2
 
 
-def test_own_words_are_told_from_the_runs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_settings_are_separated_from_the_runs(capsys: pytest.CaptureFixture[str]) -> None:
     options, rest = split_words(["env=math", "index=4", "pictures=path", "data.train.split=x"])
     assert (options.index, options.pictures) == (4, "path")
     assert rest == ["env=math", "data.train.split=x"]
@@ -650,7 +660,12 @@ def test_ctrl_c_ends_with_the_score(terminal: Callable[..., Terminal], term: str
     play_it = terminal("env=math", term=term)
     shown = play_it.wait_for("> ")
     assert ("\x1b" in shown) == (term != "dumb")
-    play_it.type("half a li\x03")
+    play_it.type("half a li")
+    play_it.wait_for("half a li")
+    time.sleep(
+        0.3
+    )  # a signal before readline waits for input would only be seen after the next key
+    play_it.type("\x03")
     play_it.wait_for("No episode was finished.")
     assert "Traceback" not in play_it.seen
     assert play_it.close() == 130

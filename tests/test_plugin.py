@@ -1,4 +1,4 @@
-"""The example plugins, installed for real in folders of their own and used from other processes."""
+"""The example plugins, installed in separate folders and used from other processes."""
 
 from __future__ import annotations
 
@@ -297,9 +297,9 @@ def test_its_tools_run_in_worker_processes(installed: Path, tmp_path: Path) -> N
     assert made in EPISODE
     code = textwrap.dedent(EPISODE.replace(made, f"{made}, tool_isolation='plugins'"))
     code += textwrap.dedent("""
-        processes = env.unwrapped._runs["rotate_image"]
+        processes = env.unwrapped._runners["rotate_image"]
         print(json.dumps([out, len(processes.pids()), sorted(
-            name for name, runs in env.unwrapped._runs.items() if runs is processes
+            name for name, runs in env.unwrapped._runners.items() if runs is processes
         )]))
     """)
     inside, count, names = answer_of(code, installed, cwd=tmp_path)
@@ -484,7 +484,7 @@ BAD_OBJECTIVES = {
     "a_function": "it points to a function",
     "undecorated": "is not a dataclass derived from",
     "foreign": "is not a dataclass derived from",
-    "odd_default": "a default of its settings is no plain value",
+    "odd_default": "a default of its settings is not a plain value",
     "grpo": "two objectives are called 'grpo'",
 }
 
@@ -573,3 +573,24 @@ def test_training_with_an_installed_objective(objective: Path, tmp_path: Path) -
             assert -0.0101 < steps[0]["loss"] < 0
             assert 0 < steps[0]["mask/kept_share"] < 1
             assert steps[1]["mask/kept_share"] == 1
+
+
+def test_a_checkpoint_is_evaluated_in_the_plugins_environment(
+    installed: Path, tmp_path: Path
+) -> None:
+    words = ["env=rotated_digits", "evaluation.tasks=3", "samples=2", "+env.kwargs.size=3"]
+    done = start(
+        *("-m", "reopold_agent.evaluate", *words, "hydra.run.dir=out"),
+        path=[installed],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "env=rotated_digits decides about success. Held-out tasks (its own), T 1" in done.stdout
+    figures = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]
+    found = figures["rotated_digits"]
+    assert (found["questions"], found["samples"], set(found["pass_at_k"])) == (3, 2, {"1", "2"})
+    assert "rotate_image" in found["prompt"]["system"]
+    assert found["budget"] == {"max_turns": 4, "max_tokens": 320}
+    rows = [json.loads(row) for row in (tmp_path / "out" / "responses.jsonl").open()]
+    assert {row["id"].split("-")[0] for row in rows} == {"rotated"}
+    assert all(row["answers"] and row["question"].startswith("The picture is dark") for row in rows)

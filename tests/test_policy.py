@@ -315,7 +315,7 @@ def test_long_sequences_outgrow_the_cache(
     assert_equals_full_pass(endless, played)
 
 
-def test_copies_of_a_prompt_equal_prompts_on_their_own(
+def test_copies_of_a_prompt_equal_separate_prompts(
     stopping_policy: TransformersPolicy,
     words: list[int],
     shown: Callable[[EncodedImage], list[int]],

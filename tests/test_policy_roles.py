@@ -1,4 +1,4 @@
-"""Runs in which another policy than the trainer generates or scores, and how they fail.
+"""Runs in which a policy other than the trainer's generates or scores, and their failures.
 
 The other policies here are copies of the models in this process, registered as a plugin would.
 """
@@ -19,18 +19,20 @@ import pytest
 import torch
 from running import composed, train, train_rows, without_timings
 
-from reopold_agent.engines.roles import check_roles
-from reopold_agent.engines.run_state import run_objective
-from reopold_agent.engines.teaching import Scored, Scoring
 from reopold_agent.errors import (
     ConfigError,
     MissingExtraError,
     ModelServerError,
     UnknownNameError,
 )
+from reopold_agent.policies.base import PolicyRole
 from reopold_agent.policies.loading import load_model
-from reopold_agent.policies.registry import POLICIES, PolicyKind, PolicyRole
+from reopold_agent.policies.registry import POLICIES, PolicyKind
 from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.train.engine import run_objective
+from reopold_agent.train.roles import check_roles
+from reopold_agent.train.rows import Row
+from reopold_agent.train.scoring import Scoring, ScoringProblems
 from reopold_agent.types import Completion, Request, Sampling, TokenScores, Trajectory
 
 
@@ -196,7 +198,7 @@ def test_failed_turns_and_scores_are_dropped_and_counted(tmp_path: Path) -> None
         assert np.isfinite(row["loss"])
 
 
-def test_a_step_in_which_everything_fails_is_told(tmp_path: Path) -> None:
+def test_a_step_in_which_everything_fails_is_reported(tmp_path: Path) -> None:
     few = ("env=pixel_reasoner", "batch.samples=1", "evaluation.tasks=1", "evaluation.every=0",
            "evaluation.teacher=false", *BOTH)  # fmt: skip
     with pytest.raises(ConfigError, match="no luck"):
@@ -224,7 +226,7 @@ def test_unknown_policies_and_absent_packages(monkeypatch: pytest.MonkeyPatch) -
     config, _ = composed("env=pixel_reasoner", "policy.teacher.name=vlm")
     with pytest.raises(UnknownNameError, match="vllm"):
         check_roles(config, run_objective(config))
-    monkeypatch.setattr("reopold_agent.engines.roles.find_spec", lambda name: None)
+    monkeypatch.setattr("reopold_agent.train.roles.find_spec", lambda name: None)
     config, _ = composed("env=pixel_reasoner", "policy=vllm")
     with pytest.raises(MissingExtraError, match=r"reopold-agent\[vllm\]"):
         check_roles(config, run_objective(config))
@@ -264,10 +266,11 @@ def test_scores_land_at_their_trajectories(random_trajectory: Any) -> None:
         each.teacher_logp = None
     scoring = Scoring(SlowTeacher())  # type: ignore[arg-type]
     started = time.perf_counter()
-    for each in trajectories[:5]:
-        scoring.begin(each)
+    rows = [Row(each) for each in trajectories]
+    for row in rows[:5]:
+        scoring.begin(row)
     assert time.perf_counter() - started < 0.1, "begin does not wait"
-    assert scoring.finish(trajectories, 0) == Scored()
+    assert scoring.finish(rows, 0) == ScoringProblems()
     scoring.close()
     for each in trajectories:
         assert set(np.unique(each.teacher_logp[each.loss_mask])) == {-1.0 - each.index}
@@ -276,7 +279,7 @@ def test_scores_land_at_their_trajectories(random_trajectory: Any) -> None:
 def test_a_score_that_is_not_finite_stops_the_step(random_trajectory: Any) -> None:
     trajectories = [random_trajectory(index) for index in range(3)]
     scoring = Scoring(SlowTeacher(lambda t: np.nan if t.index == 1 else 0.0))  # type: ignore[arg-type]
-    ((trajectory, wrong),) = scoring.finish(trajectories, 7).garbage
-    assert trajectory is trajectories[1]
+    ((row, wrong),) = scoring.finish([Row(each) for each in trajectories], 7).invalid
+    assert row.trajectory is trajectories[1]
     assert "teacher's log-probs are not finite (nan at id" in wrong
     scoring.close()

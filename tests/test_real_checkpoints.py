@@ -21,8 +21,8 @@ from PIL import Image
 from running import command, composed, environment, lines, train_rows, weights
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from reopold_agent.engines import session
-from reopold_agent.engines.local import LocalEngine
+from reopold_agent.train import finish, step_log
+from reopold_agent.train.setup import LocalEngine
 
 SMALL = (
     "env=pixel_reasoner",
@@ -170,7 +170,7 @@ PIXEL_REASONER = {
 
 @pytest.fixture
 def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "make_plots", lambda folder: None)
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
 
 
 def train(folder: Path, *overrides: str) -> None:
@@ -247,9 +247,9 @@ def test_the_real_vocabulary(
 ) -> None:
     """151,936 rows for the student, 152,064 for the teacher, Qwen2.5-VL's own template."""
     said: list[str] = []
-    original: Callable[..., Any] = session.trajectory_record
+    original: Callable[..., Any] = step_log.trajectory_record
     monkeypatch.setattr(
-        session,
+        step_log,
         "trajectory_record",
         lambda *a, **k: (lambda r: (said.append(r["prompt"]), r)[1])(original(*a, **k)),
     )

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from real_data import find_real_data, real_data
 from running import command, composed
 
+from reopold_agent.cli.groups import prepare_groups
 from reopold_agent.errors import UnknownNameError
-from reopold_agent.hydra_groups import prepare_groups
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "reopold_agent" / "configs" / "recipe"
-PAPER = ROOT.parent / "shared" / "paper" / "reopold.txt"
 NAMES = (
     *("paper_agentic", "paper_math_1_5b", "paper_math_7b"),
     *("paper_geometry_3b", "paper_geometry_7b"),
@@ -178,10 +178,9 @@ def test_the_values_are_the_paper_s(name: str) -> None:
         assert have[key] == value, key
 
 
-@pytest.mark.skipif(not PAPER.is_file(), reason="../shared/paper is not on this machine")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_quotes_are_in_the_paper(name: str) -> None:
-    text = PAPER.read_text("utf-8")
+    text = real_data("paper", "reopold.txt").read_text("utf-8")
     for quote, _ in SAID[name]:
         assert quote in text, quote
 
@@ -253,30 +252,30 @@ EVALUATION = {
         "we set the maximum round for 5, maximum response length of 8192, sampling temperature "
         "of 1.0, and top-p of 1.0",
         {
-            "agentic.max_turns": 5,
-            "agentic.max_response_tokens": 8192,
-            "agentic.temperature": 1.0,
-            "agentic.top_p": 1.0,
+            "protocol.agentic.max_turns": 5,
+            "protocol.agentic.max_response_tokens": 8192,
+            "protocol.agentic.temperature": 1.0,
+            "protocol.agentic.top_p": 1.0,
             "suite": "agentic",
         },
     ),
     "paper_math": (
         "maximum response length of 32768 and a sampling temperature of 0.6 and top-p of 0.95",
         {
-            "single.max_response_tokens": 32768,
-            "single.max_turn_tokens": 32768,
-            "single.temperature": 0.6,
-            "single.top_p": 0.95,
+            "protocol.math.max_response_tokens": 32768,
+            "protocol.math.max_turn_tokens": 32768,
+            "protocol.single.temperature": 0.6,
+            "protocol.single.top_p": 0.95,
             "suite": "math",
         },
     ),
     "paper_geometry": (
         "maximum response length of 8192 and a sampling temperature of 0.6 and top-p of 0.95",
         {
-            "single.max_response_tokens": 8192,
-            "single.max_turn_tokens": 8192,
-            "single.temperature": 0.6,
-            "single.top_p": 0.95,
+            "protocol.single.max_response_tokens": 8192,
+            "protocol.single.max_turn_tokens": 8192,
+            "protocol.single.temperature": 0.6,
+            "protocol.single.top_p": 0.95,
             "suite": "visual",
         },
     ),
@@ -295,5 +294,5 @@ def test_its_evaluation_is_the_paper_s(name: str) -> None:
     quote, values = next(v for k, v in EVALUATION.items() if name.startswith(k))
     for key, value in values.items():
         assert OmegaConf.select(composed_evaluation, key) == value, f"{key}: '{quote}'"
-    if PAPER.is_file():
-        assert quote in PAPER.read_text("utf-8")
+    if paper := find_real_data("paper", "reopold.txt"):
+        assert quote in paper.read_text("utf-8")

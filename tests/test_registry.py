@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from hydra.core.config_store import ConfigStore
 
-from reopold_agent import hydra_groups, registry
+from reopold_agent import registry
+from reopold_agent.cli import groups
 from reopold_agent.envs import ENVS, load_env, register_env
 from reopold_agent.envs.registration import EnvEntry
 from reopold_agent.errors import ConfigError, ReopoldError, UnknownNameError
@@ -271,7 +272,7 @@ def test_an_environment_of_a_taken_name_is_refused_before_gymnasium_hears_of_it(
 def test_a_registered_environment_becomes_an_option_of_hydra(environment: Any) -> None:
     config = {"kwargs": {"size": 3}, "rollout": {"max_turns": 4}, "takes_data": True}
     environment("meadow", config)
-    hydra_groups.prepare_groups(["env=meadow", "seed=1"])
+    groups.prepare_groups(["env=meadow", "seed=1"])
     node = ConfigStore.instance().repo["env"]["meadow.yaml"]
     assert node.package == "_global_"
     assert node.node == {
@@ -290,10 +291,10 @@ def test_a_plugins_bad_configuration_stops_only_itself(
 ) -> None:
     environment("meadow", {"rolout": {"max_turns": 4}})
     with caplog.at_level(logging.WARNING):
-        hydra_groups.prepare_groups(["env=pixel_reasoner"])
+        groups.prepare_groups(["env=pixel_reasoner"])
     assert "environment 'meadow': unknown sections rolout" in caplog.text
     with pytest.raises(ConfigError, match="environment 'meadow': unknown sections rolout"):
-        hydra_groups.prepare_groups(["env=meadow"])
+        groups.prepare_groups(["env=meadow"])
 
 
 @pytest.mark.parametrize(
@@ -308,10 +309,10 @@ def test_a_plugins_bad_configuration_stops_only_itself(
 )
 def test_a_mistyped_group_is_explained(argument: str, message: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
-        hydra_groups.prepare_groups(["seed=1", argument])
+        groups.prepare_groups(["seed=1", argument])
     assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("argument", ["env=pixel_reasoner", "seed=3", "env.kwargs.size=3", "env="])
 def test_other_arguments_are_left_to_hydra(argument: str) -> None:
-    hydra_groups.prepare_groups([argument])
+    groups.prepare_groups([argument])

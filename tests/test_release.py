@@ -1,9 +1,10 @@
-"""What a release consists of: versions that agree, archives, containers, CI's own steps."""
+"""The contents of a release: versions that agree, archives, containers, CI's own steps."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parents[1]
+FULL_ENV = ROOT / ".ci" / "full_env.sh"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 CITATION = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text("utf-8")
@@ -93,6 +95,7 @@ def test_what_belongs_to_a_checkout_gets_into_the_archives(tmp_path: Path) -> No
     sdist, wheel = ci.build(tmp_path)
     package = {name for name in ci.belonging(ROOT) if name.startswith("reopold_agent/")}
     assert len(package) > 250
+    assert "reopold_agent/judge/labelled_answers.jsonl" in package
     assert ci.wrong_with_sdist(ci.in_archive(sdist), package) == []
     assert ci.wrong_with_wheel(ci.in_wheel(wheel), package) == []
     # Of the top level's links none: a wheel with a package `tools` would break others.
@@ -221,14 +224,67 @@ def test_ci_builds_the_release_and_its_scripts_are_sound() -> None:
     text = (ROOT / ".ci" / "run").read_text("utf-8")
     for wanted in ("python .ci/release.py", "mkdocs build --strict", 'cffconvert" --validate'):
         assert wanted in text
-    first, second = readme_commands()
-    assert first.split(" && ")[0].split("install ")[1] in text
-    assert second.split(" && ")[1] in text
+    # It takes the README's two commands from there by this pattern, and runs both.
+    assert "grep '^pip install -e ' README.md" in text
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert re.findall("^pip install -e .*", readme, re.MULTILINE) == readme_commands()
+    for index in (0, 1):
+        assert f'bash -c "${{readme[{index}]}}"' in text
     beside = Path(sys.executable).with_name("shellcheck")
     program = str(beside) if beside.exists() else shutil.which("shellcheck")
     if program is None:
         pytest.skip('needs shellcheck: pip install -e ".[test]"')
     done = subprocess.run(
-        [program, str(ROOT / ".ci" / "run")], capture_output=True, text=True, check=False
+        [program, str(ROOT / ".ci" / "run"), str(FULL_ENV)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout
+
+
+def full_env(folder: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    before = "" if path is None else f"{path}{os.pathsep}"
+    return subprocess.run(
+        ["bash", str(FULL_ENV), str(folder)],
+        env={**os.environ, "PATH": before + os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_full_environment_is_built_again_when_its_requirements_changed(tmp_path: Path) -> None:
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    # Stands for Python: a "venv" whose pip and python write down what they are asked.
+    python = programs / "python3"
+    python.write_text(
+        """#!/bin/sh
+mkdir -p "$4/bin" && touch "$4/pyvenv.cfg"
+for name in pip python; do
+  printf '#!/bin/sh\necho "%s $*" >> "%s/asked"\necho "%s/site"\n' $name "$4" "$4" > "$4/bin/$name"
+  chmod +x "$4/bin/$name"
+done
+"""
+    )
+    python.chmod(0o755)
+    folder = tmp_path / "cache" / "env"
+    done = full_env(folder, programs)
+    assert done.returncode == 0, done.stderr
+    asked = (folder / "asked").read_text()
+    assert "full_env.txt" in asked
+    assert full_env(folder, programs).stdout == f"{folder} is up to date\n"
+    assert (folder / "asked").read_text() == asked
+    (folder / ".complete").write_text("of other requirements\n")
+    assert full_env(folder, programs).returncode == 0
+    assert (folder / "asked").read_text() == 2 * asked
+
+
+def test_the_full_environment_replaces_no_other_folder(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = full_env(tmp_path)
+    assert done.returncode == 2
+    assert "is no virtual environment" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "mine"

@@ -1,4 +1,4 @@
-"""Episodes: scripted environments with a scripted policy, and with the real one."""
+"""Rollouts: scripted environments with a scripted policy, and with the real one."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ import pytest
 from conftest import random_picture
 from test_chat import whole_conversation
 
+from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
 from reopold_agent.rollout.workers import Worker
@@ -376,7 +377,7 @@ def test_an_observation_must_leave_room_for_one_token(
             assert trajectory.images == whole.images[:1]
 
 
-def test_turn_budget_cuts_a_turn_and_the_episode_goes_on(
+def test_turn_budget_cuts_a_turn_and_the_episode_continues(
     chat: ChatRenderer, make_runner: Any, say: Any
 ) -> None:
     policy = ScriptedPolicy(lambda request, turn: say("a b c d e f g h i j k l m"))
@@ -418,7 +419,7 @@ def raise_for(indices: set[int], at_turn: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize("turn", [0, 1, 2])
-def test_an_environment_that_raises_costs_its_episode_only(
+def test_an_environment_that_raises_loses_its_episode_only(
     chat: ChatRenderer,
     make_runner: Any,
     scripted: ScriptedPolicy,
@@ -447,7 +448,7 @@ def test_an_environment_that_raises_costs_its_episode_only(
     assert [t.stop_reason for t in again] == [t.stop_reason for t in trajectories]
 
 
-def test_a_constructor_that_raises_costs_the_episodes(
+def test_a_constructor_that_raises_loses_its_episodes(
     chat: ChatRenderer, vision: VisionProcessor, scripted: ScriptedPolicy, record: list[Any]
 ) -> None:
     lock, made = threading.Lock(), []
@@ -529,7 +530,7 @@ print("done")
         {"text": 7, "images": ()},
     ],
 )
-def test_an_observation_against_the_contract_costs_its_episode_only(
+def test_an_invalid_observation_loses_its_episode_only(
     chat: ChatRenderer, make_runner: Any, scripted: ScriptedPolicy, turn: int, broken: Any
 ) -> None:
     def change(index: int, at: int, observation: Observation) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from running import environment, train
 
+from reopold_agent.common.secrets import Secret
 from reopold_agent.config import build
 from reopold_agent.errors import (
     ConfigError,
@@ -29,10 +30,7 @@ from reopold_agent.errors import (
     PolicyRequestError,
     VocabularyMismatchError,
 )
-from reopold_agent.judges.llm.redact import Secret
 from reopold_agent.policies.server import ServerPolicy, ServerSettings, make_server_policy
-from reopold_agent.policies.server.http import PolicyServer
-from reopold_agent.policies.server.pictures import PictureStore
 from reopold_agent.policies.server.protocol import (
     Served,
     Vocabulary,
@@ -41,11 +39,13 @@ from reopold_agent.policies.server.protocol import (
     picture_to_json,
     tokenizer_fingerprint,
 )
-from reopold_agent.policies.server.service import BusyError, PolicyService
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.serve import ServeConfig, serving
+from reopold_agent.serve.http import PolicyServer
+from reopold_agent.serve.pictures import PictureStore
+from reopold_agent.serve.service import BusyError, PolicyService
+from reopold_agent.serve.serving import ServeConfig, serving
 from reopold_agent.tracking.metrics import read_metrics
 from reopold_agent.types import (
     Completion,
@@ -355,7 +355,7 @@ def test_one_bad_trajectory_does_not_take_the_others_along(
         assert "placeholder" in turn.error
 
 
-def test_a_model_that_gives_nan_is_told_apart(
+def test_a_model_that_gives_nan_is_reported_as_such(
     vision: VisionProcessor, vocabulary: Vocabulary, trajectories: list[Trajectory]
 ) -> None:
     class Broken:
@@ -384,8 +384,8 @@ def drop_one(answer: dict[str, Any], name: str) -> dict[str, Any]:
         (lambda score: {**score, "ids": [*score["ids"][:-1], 1]}, "id 1 instead of"),
         (lambda score: drop_one(score, "ids"), "ids instead of"),
         (lambda score: drop_one(score, "logp"), "values of logp for"),
-        (lambda score: {"length": score["length"]}, "another form"),
-        (lambda score: None, "another form"),
+        (lambda score: {"length": score["length"]}, "not in the protocol's form"),
+        (lambda score: None, "not in the protocol's form"),
     ],
 )
 def test_scores_of_something_else_are_refused(
@@ -414,7 +414,7 @@ def test_scores_of_something_else_are_refused(
         (lambda turn: drop_one(turn, "logp"), "log-probs"),
         (lambda turn: {**turn, **{k: turn[k] * 9 for k in ("ids", "logp", "entropy")}}, "at most"),
         (lambda turn: {**turn, "finish": "cut"}, "'cut'"),
-        (lambda turn: {}, "another form"),
+        (lambda turn: {}, "not in the protocol's form"),
     ],
 )
 def test_turns_of_something_else_are_refused(
@@ -474,7 +474,7 @@ def test_the_token_is_needed_and_stays_secret(
         (b" " * (2**20 + 1), 413, "bytes"),
     ],
 )
-def test_requests_at_fault_are_told_so(
+def test_invalid_requests_are_refused(
     policy: TransformersPolicy,
     vision: VisionProcessor,
     vocabulary: Vocabulary,
@@ -713,7 +713,7 @@ def test_a_training_with_the_teacher_behind_http_is_the_same_training(tmp_path: 
         {"unknown": 1},
     ],
 )
-def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any], vocabulary: Vocabulary) -> None:
+def test_impossible_settings_are_refused(wrong: dict[str, Any], vocabulary: Vocabulary) -> None:
     with pytest.raises(ConfigError):
         make_server_policy(
             {"urls": ["http://127.0.0.1:1"], **wrong},

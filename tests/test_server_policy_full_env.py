@@ -20,12 +20,12 @@ import pytest
 import torch
 from conftest import random_picture
 
+from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.errors import ModelError, PolicyRequestError
 from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model, resolve_path
 from reopold_agent.policies.server import ServerPolicy, make_server_policy
 from reopold_agent.policies.server.protocol import tokenizer_fingerprint
 from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.types import (
     Completion,

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from judge_server import Reply, send_reply
 
-from reopold_agent.engines.teaching import Scoring
 from reopold_agent.errors import (
     ConfigError,
     ModelError,
@@ -29,6 +28,8 @@ from reopold_agent.errors import (
 )
 from reopold_agent.policies.base import Closeable, RunsBeside, ScoresBeside
 from reopold_agent.policies.server import ServerPolicy, make_server_policy
+from reopold_agent.train.rows import Row
+from reopold_agent.train.scoring import Scoring
 from reopold_agent.types import (
     Completion,
     EncodedImage,
@@ -427,7 +428,7 @@ def once(*replies: Reply) -> Script:
         Reply(b"<html>a proxy's page</html>"),
     ],
 )
-def test_what_may_be_gone_at_the_next_attempt_is_tried_again(fake: Fake, reply: Reply) -> None:
+def test_temporary_failures_are_tried_again(fake: Fake, reply: Reply) -> None:
     fake.script = once(reply, reply)
     with client(fake.url) as policy:
         (score,) = policy.score([trajectory()])
@@ -462,11 +463,11 @@ def test_failures_are_named_and_the_good_results_kept(fake: Fake) -> None:
         assert len(fake.posts) == 3  # what was refused is not asked again
         # As the engine does it: dropped and counted, the rest goes on.
         scoring = Scoring(policy)
-        batch = [trajectory(0), bad, trajectory(2)]
+        batch = [Row(each) for each in (trajectory(0), bad, trajectory(2))]
         for each in batch:
             scoring.begin(each)
-        assert scoring.finish(batch, step=0).failed == [bad]
-        assert batch[0].teacher_logp is not None
+        assert [row.trajectory for row in scoring.finish(batch, step=0).failed] == [bad]
+        assert batch[0].trajectory.teacher_logp is not None
         scoring.close()
 
 
@@ -495,7 +496,7 @@ def test_slow_answers_end_at_the_time_limit(fake: Fake, reply: Reply) -> None:
         assert time.monotonic() - started < 2.5
 
 
-def test_nobody_there_is_said_at_the_start() -> None:
+def test_an_absent_server_is_reported_at_the_start() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -581,14 +582,37 @@ def test_connections_are_kept_and_requests_in_flight_bounded(fake: Fake) -> None
 def test_a_kept_connection_that_the_server_closed_is_no_failure(fake: Fake) -> None:
     with client(fake.url, retries=0) as policy:
         policy.score([trajectory()])
-        for address in policy.transport.addresses:
-            for connection in address.idle:
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        for connection in fake.open:
+            connection.shutdown(socket.SHUT_RDWR)
         policy.score([trajectory()])
     assert len(fake.posts) == 2
 
 
-def test_the_key_is_sent_and_never_told(
+def test_a_kept_connection_that_ends_with_the_next_request_is_no_failure(fake: Fake) -> None:
+    fake.script = lambda seen, number: Reply(reset=True) if number == 1 else None
+    with client(fake.url, retries=0) as policy:
+        policy.score([trajectory()])
+        policy.score([trajectory()])
+        assert len(fake.posts) == 3
+        fake.script = lambda seen, number: Reply(reset=True)  # now a fresh one ends too
+        with pytest.raises(PolicyRequestError):
+            policy.score([trajectory()])
+
+
+def test_requests_under_way_survive_closing(fake: Fake) -> None:
+    fake.script = lambda seen, number: Reply(vllm_answer(seen), delay=0.5)
+    with client(fake.url, retries=0) as policy:
+        scores: list[Any] = []
+        thread = threading.Thread(target=lambda: scores.extend(policy.score([trajectory()])))
+        thread.start()
+        while not fake.posts:
+            time.sleep(0.01)
+        policy.close()
+        thread.join(10)
+    assert len(scores) == 1
+
+
+def test_the_key_is_sent_and_never_shown(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("VLLM_KEY", "sk-very-secret-key")

@@ -1,4 +1,4 @@
-"""The studies: what they run, that they can be stopped at any time, and what they conclude."""
+"""The studies: their runs, interruption at any time, and their conclusions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 from running import command, composed, lines, start, wait_until, without_timings
 
+from reopold_agent.common.statistics import bootstrap_confidence
 from reopold_agent.errors import CheckpointError, ConfigError, UnknownNameError
 from reopold_agent.objectives import make_objective
-from reopold_agent.study.__main__ import main, parse, usage
+from reopold_agent.study.__main__ import main
 from reopold_agent.study.analyse import (
     band,
-    confidence_for,
     difference,
     estimate,
     mean_curve,
@@ -31,10 +31,11 @@ from reopold_agent.study.analyse import (
     smoothed,
 )
 from reopold_agent.study.claims import better, greater_mean, reaches, verdict_of
-from reopold_agent.study.collect import Probed, Results
-from reopold_agent.study.grid import Probe, Run, Setting, Study, expand, merge_words
+from reopold_agent.study.collect import ProbeResult, Results
+from reopold_agent.study.grid import Probe, Run, Setting, Study, expand, merge_overrides
+from reopold_agent.study.options import parse, usage
 from reopold_agent.study.report import MARK, index, write_report
-from reopold_agent.study.run import Work, check_words, only_one, run_all
+from reopold_agent.study.run import Work, check_overrides, locked, run_all
 from reopold_agent.study.studies import STUDIES, find_study
 from reopold_agent.study.tables import reach_table
 
@@ -64,29 +65,32 @@ def test_a_grid_is_settings_times_seeds_with_the_settings_words_on_top(tmp_path:
     assert [run.name for run in runs] == ["a/seed-0", "b/seed-0", "a/seed-7", "b/seed-7"]
     assert runs[2].folder == tmp_path / "runs" / "a" / "seed-7"
     assert runs[2].log == tmp_path / "runs" / "a" / "seed-7.log"
-    assert sorted(runs[2].words) == sorted(
+    assert sorted(runs[2].overrides) == sorted(
         [
             *("env=pixel_reasoner", "objective=rkl", "seed=7", "steps=10"),
             *("optimizer.lr=5e-3", "batch.prompts=4", "+new.key=1"),  # the command's, on the base
         ]
     )
-    assert set(runs[1].words) >= {"optimizer.lr=2e-3", "steps=25", "checkpoint.every=5"}
+    assert set(runs[1].overrides) >= {"optimizer.lr=2e-3", "steps=25", "checkpoint.every=5"}
     assert runs[0].probed is None
     assert runs[1].probed is not None
-    assert runs[0].words[:2] == ("env=pixel_reasoner", "steps=10")  # groups before single settings
+    assert runs[0].overrides[:2] == (
+        "env=pixel_reasoner",
+        "steps=10",
+    )  # groups before single settings
     shorter = expand(small_study(), tmp_path, seeds=[0], only=["b"], steps=2)
     assert [run.setting.label for run in shorter] == ["b"]
-    assert "steps=5" in shorter[0].words
+    assert "steps=5" in shorter[0].overrides
 
 
 def test_the_later_of_two_words_stays() -> None:
-    assert merge_words(["a.b=1", "c=2"], ["+a.b=3"], ["c=4"]) == ("c=4", "+a.b=3")
+    assert merge_overrides(["a.b=1", "c=2"], ["+a.b=3"], ["c=4"]) == ("c=4", "+a.b=3")
     for bad in ("nothing", "=3"):
         with pytest.raises(ConfigError, match="key=value"):
-            merge_words([bad])
+            merge_overrides([bad])
 
 
-def test_unknown_names_are_said_with_the_closest_one(tmp_path: Path) -> None:
+def test_unknown_names_are_reported_with_the_closest_one(tmp_path: Path) -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'ablation'"):
         find_study("ablaton")
     with pytest.raises(UnknownNameError, match="Did you mean 'reopold'"):
@@ -108,7 +112,7 @@ def test_unknown_names_are_said_with_the_closest_one(tmp_path: Path) -> None:
         (["seeds=[-1]"], "not be negative"),
         (["jobs=none"], "whole number"),
         (["report=yes"], "report=only"),
-        (["ablation"], "no key=value"),
+        (["ablation"], "not key=value"),
     ],
 )
 def test_wrong_values_are_refused(words: list[str], message: str) -> None:
@@ -141,14 +145,14 @@ def test_help_names_every_study_and_setting(capsys: pytest.CaptureFixture[str]) 
 def test_every_setting_of_every_study_is_a_configuration(name: str, tmp_path: Path) -> None:
     by_steps = set()
     for run in expand(STUDIES[name], tmp_path, seeds=[0]):
-        config, _ = composed(*run.words)
+        config, _ = composed(*run.overrides)
         settings = {k: v for k, v in config.objective.items() if k != "name"}
         make_objective(config.objective["name"], settings)
         assert config.evaluation.tasks == config.evaluation.curve_tasks
         updates = config.batch.prompts // config.batch.mini_batch
         shape = (config.batch.prompts * config.batch.samples, updates, config.optimizer.lr)
         if run.setting.label == "grpo":  # whole groups; compared by episodes, not by steps
-            assert shape[1] == (4 if "env=math" in run.words else 1)
+            assert shape[1] == (4 if "env=math" in run.overrides else 1)
         else:
             by_steps.add(shape)
     assert len(by_steps) == 1  # what is compared by steps has the same batch, updates and rate
@@ -172,10 +176,12 @@ def test_smoothing_and_reaching_by_hand() -> None:
 
 def test_an_interval_over_seeds() -> None:
     # Hesterberg's table: for n = 5, t 2.776 x sqrt(5/4) = 3.104 normal standard deviations.
-    assert confidence_for(5) == pytest.approx(0.99809, abs=1e-5)
-    assert confidence_for(1000) == pytest.approx(0.95, abs=1e-3)
+    assert bootstrap_confidence(5) == pytest.approx(0.99809, abs=1e-5)
+    # t 2.0395 with 31 degrees of freedom, as in the printed tables.
+    assert bootstrap_confidence(32) == pytest.approx(0.96175, abs=1e-5)
+    assert bootstrap_confidence(1000) == pytest.approx(0.95, abs=1e-3)
     with pytest.raises(ValueError, match="at least two"):
-        confidence_for(1)
+        bootstrap_confidence(1)
     two = estimate([0.2, 0.4])
     assert (two.mean, two.low, two.high, two.n) == (pytest.approx(0.3), 0.2, 0.4, 2)
     assert estimate([0.5]).low is None
@@ -240,7 +246,7 @@ def test_the_share_of_another_methods_run() -> None:
 
 
 def test_probes_by_hand() -> None:
-    probe = Probed(3, [[1, 0], [0, 0], [1, 1]], {1: [0.5, 0.0, 1.0], 2: [1.0, 0.0, 1.0]}, 4.0)
+    probe = ProbeResult(3, [[1, 0], [0, 0], [1, 1]], {1: [0.5, 0.0, 1.0], 2: [1.0, 0.0, 1.0]}, 4.0)
     assert probe.avg == pytest.approx(0.5)
     assert probe.pass_at(1) == pytest.approx(0.5)
     assert probe.pass_at(2) == pytest.approx(2 / 3)
@@ -383,7 +389,7 @@ def times(folder: Path, name: str) -> tuple[float, float]:
     return float(begin), float(end)
 
 
-def test_a_failure_is_shown_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_failure_is_shown_and_the_others_continue(tmp_path: Path) -> None:
     first = work("first", tmp_path, "print('on the way'); raise SystemExit('no such number')")
     second = work("second", tmp_path, ok("second"))
     works = [
@@ -422,31 +428,33 @@ def test_work_waits_for_what_it_needs_and_runs_alone_if_it_measures(tmp_path: Pa
     assert all(times(tmp_path, n)[1] <= begin for n in ("base", "other", "follows"))
     said: list[str] = []
     assert run_all(works, 3, said.append) == {}
-    assert said == ["4 of 4 are done already"]
+    assert said == ["4 of 4 are already done"]
 
 
 def test_a_changed_definition_is_refused(tmp_path: Path) -> None:
     runs = expand(small_study(), tmp_path, seeds=[0])
-    check_words(runs, tmp_path)
+    check_overrides(runs, tmp_path)
     changed = expand(small_study(), tmp_path, seeds=[0, 1], extra=["optimizer.lr=7e-3"])
-    check_words(changed, tmp_path)  # nothing has been run yet
-    check_words(runs, tmp_path)
+    check_overrides(changed, tmp_path)  # nothing has been run yet
+    check_overrides(runs, tmp_path)
     (runs[0].folder).mkdir(parents=True)
     (runs[0].folder / "config.yaml").touch()
     with pytest.raises(CheckpointError, match=r"a: optimizer\.lr=1e-3 -> optimizer\.lr=7e-3"):
-        check_words(changed, tmp_path)
-    check_words(runs, tmp_path)  # the refusal changed nothing
-    check_words(expand(small_study(), tmp_path, seeds=[5, 6]), tmp_path)  # more seeds are welcome
+        check_overrides(changed, tmp_path)
+    check_overrides(runs, tmp_path)  # the refusal changed nothing
+    check_overrides(
+        expand(small_study(), tmp_path, seeds=[5, 6]), tmp_path
+    )  # more seeds are welcome
 
 
 def test_one_command_at_a_time_in_a_folder(tmp_path: Path) -> None:
     with (
-        only_one(tmp_path),
+        locked(tmp_path),
         pytest.raises(CheckpointError, match="another study command"),
-        only_one(tmp_path),
+        locked(tmp_path),
     ):
         pass
-    with only_one(tmp_path):
+    with locked(tmp_path):
         pass
 
 
@@ -568,10 +576,10 @@ def test_a_second_call_runs_nothing_and_other_words_are_refused(
     assert len(summaries) == 4
     done = command(study_command(out, "only=rkl,reopold", "seeds=2"), out.parent)
     assert done.returncode == 0, done.stderr
-    assert "6 of 6 are done already" in done.stdout  # four runs, student and teacher
+    assert "6 of 6 are already done" in done.stdout  # four runs, student and teacher
     only = command(study_command(out, "only=rkl,reopold", "seeds=3", "report=only"), out.parent)
     assert only.returncode == 0, only.stderr
-    assert "without 2 runs that have not finished" in only.stdout
+    assert "leaves out 2 unfinished runs" in only.stdout
     assert "**Incomplete**" in (out / "README.md").read_text("utf-8")
     words = study_command(out, "only=rkl,reopold", "seeds=2", extra=(*SETTINGS, "optimizer.lr=1"))
     refused = command(words, out.parent)
@@ -584,7 +592,7 @@ def test_a_second_call_runs_nothing_and_other_words_are_refused(
 
 
 @pytest.mark.slow
-def test_killed_in_mid_run_it_goes_on(
+def test_a_study_killed_in_mid_run_continues(
     whole: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     out = tmp_path / "killed"

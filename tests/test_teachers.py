@@ -1,4 +1,4 @@
-"""Who teaches: a teacher that follows the student, an earlier checkpoint, one of another size."""
+"""Teachers: one that follows the student, an earlier checkpoint, one of another size."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from running import assert_same_weights, composed, results, train, train_rows, w
 from test_engine_objectives import crash_before
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from reopold_agent.engines import run_state, session
-from reopold_agent.engines.following import FollowingTeacher
-from reopold_agent.engines.session import Session
 from reopold_agent.errors import ConfigError, ModelError, VocabularyMismatchError
 from reopold_agent.policies.loading import ModelSpec, load_model, resolve_path
 from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.train import finish, resume
+from reopold_agent.train.following import FollowingTeacher
+from reopold_agent.train.loop import TrainingLoop
 
 STUDENT, TEACHER = (Path(resolve_path(f"demo:{name}")) for name in ("student", "teacher"))
 TINY = ("steps=3", "evaluation.tasks=1", "evaluation.every=0", "evaluation.teacher=false")
@@ -30,8 +30,8 @@ KEEP = ("checkpoint.every=1", "checkpoint.keep=9")
 @pytest.fixture(autouse=True)
 def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plots; global random state kept."""
-    monkeypatch.setattr(session, "make_plots", lambda folder: None)
-    monkeypatch.setattr(run_state, "make_plots", lambda folder: None)
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    monkeypatch.setattr(resume, "make_plots", lambda folder: None)
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -40,14 +40,14 @@ def plain_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def teachers(monkeypatch: pytest.MonkeyPatch) -> list[TransformersPolicy]:
     """The teachers of the runs in a test."""
     found: list[TransformersPolicy] = []
-    original = Session.__init__
+    original = TrainingLoop.run
 
-    def init(self: Session, *arguments: Any, **settings: Any) -> None:
-        original(self, *arguments, **settings)
-        assert self.teacher is not None
-        found.append(self.teacher)
+    def run(self: TrainingLoop, *arguments: Any) -> Any:
+        assert isinstance(self.roles.teacher, TransformersPolicy)
+        found.append(self.roles.teacher)
+        return original(self, *arguments)
 
-    monkeypatch.setattr(Session, "__init__", init)
+    monkeypatch.setattr(TrainingLoop, "run", run)
     return found
 
 

@@ -27,11 +27,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from reopold_agent.demo.tokenizer import train_tokenizer
-from reopold_agent.engines import session
-from reopold_agent.engines.local import LocalEngine
+from examples.embedded_models.tokenizer import train_tokenizer
 from reopold_agent.errors import ModelError
 from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.train import finish
+from reopold_agent.train.setup import LocalEngine
 from reopold_agent.types import Message
 
 QWEN25 = """\
@@ -231,7 +231,7 @@ def save_checkpoint(folder: Path, tokenizer: Any, family: str, seed: int, paddin
 def test_a_text_checkpoint_trains(
     family: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "make_plots", lambda folder: None)
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
     tokenizer = small_tokenizer(kind)
     student = save_checkpoint(tmp_path / "student", tokenizer, family, 0, padding=3)
     # Teachers are often padded wider (DeepSeek-R1-Distill-Qwen-1.5B and Skywork-OR1-7B are).

@@ -1,4 +1,4 @@
-"""Tools in worker processes: the same results as on a thread, and all that a tool can do wrong."""
+"""Tools in worker processes: the same results as on a thread, and every misbehaviour of a tool."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from running import composed
 
-from reopold_agent.engines.environments import make_env
+from reopold_agent.envs.from_config import make_env
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
 from reopold_agent.errors import ConfigError
 from reopold_agent.tools import (
@@ -41,9 +41,8 @@ from reopold_agent.tools import (
     select_frames,
     tool,
 )
-from reopold_agent.tools.base import Runs, on_thread
-from reopold_agent.tools.isolation import address_of
-from reopold_agent.tools.processes import ToolProcesses
+from reopold_agent.tools.base import ToolRunner, on_thread
+from reopold_agent.tools.processes import ToolProcesses, address_of
 from reopold_agent.tools.sandbox import environment, landlock_version
 from reopold_agent.tools.wire import WireError, frame, plain, read_frame
 from reopold_agent.types import IMAGE_MARK, Region, Task, ToolCall
@@ -100,7 +99,7 @@ def state_of(*images: Image.Image, frames: int = 0, **options: Any) -> EpisodeSt
 
 def call(
     function: Callable[..., Any],
-    run: Runs,
+    run: ToolRunner,
     state: EpisodeState | None = None,
     timeout: float = PATIENCE,
     **arguments: Any,
@@ -119,7 +118,7 @@ def same(one: tuple[ToolCall, ToolResult], other: tuple[ToolCall, ToolResult]) -
     )
 
 
-def still_good(run: Runs) -> bool:
+def still_good(run: ToolRunner) -> bool:
     """A good call works, as it would have before."""
     state = state_of(noise(90, 70))
     arguments = {"bbox_2d": [0, 0, 0.8, 0.8], "target_image": 1}
@@ -171,7 +170,7 @@ def test_a_tool_sees_the_whole_state_however_it_looks(processes: ToolProcesses) 
     assert same(inside, call(hostile.looks_at_everything, on_thread, state))
 
 
-def test_a_tasks_metadata_is_sent_as_far_as_it_is_plain(
+def test_plain_values_of_a_tasks_metadata_are_sent(
     processes: ToolProcesses, caplog: pytest.LogCaptureFixture
 ) -> None:
     metadata = {"n": np.int64(3), "pair": (1, 2), "odd": object()}
@@ -198,17 +197,17 @@ BEARABLE = [
     (hostile.gives_no_pixels, {}, "failed: it returned a picture of 0x5 pixels."),
     (hostile.gives_a_thousand_pictures, {}, "it returned 1000 images; the most is 256."),
     (hostile.gives_much_text, {}, "it returned 10000000 characters; the most is 1000000."),
-    (hostile.gives_odd_regions, {}, "failed: it returned regions that are none."),
+    (hostile.gives_odd_regions, {}, "failed: it returned invalid regions."),
 ]
 
 
 @pytest.mark.parametrize("where", ["thread", "process"])
 @pytest.mark.parametrize(("function", "arguments", "message"), BEARABLE)
-def test_the_model_is_told_the_same_whatever_happens_and_wherever(
+def test_the_model_sees_the_same_messages_wherever_tools_run(
     processes: ToolProcesses, where: str, function: Any, arguments: Any, message: str
 ) -> None:
     before = set(processes.pids())
-    run: Runs = processes if where == "process" else on_thread
+    run: ToolRunner = processes if where == "process" else on_thread
     record, result = call(function, run, **arguments)
     assert not record.ok
     assert result.images == ()
@@ -228,7 +227,7 @@ def test_a_picture_that_unpacks_to_too_much_is_refused_before_it_does(
     made.save(tmp_path / "bomb.png")
     del made
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # Pillow's own warning is not the test
-    run: Runs = on_thread
+    run: ToolRunner = on_thread
     pool = ToolProcesses(Isolation("process", memory_mb=MEMORY, read=(str(tmp_path),)))
     if where == "process":
         run = pool
@@ -246,8 +245,8 @@ FATAL = [
     (hostile.exits_at_once, {}, "The tool probe failed: it ended its process with status 7."),
     (hostile.kills_itself, {}, "failed: its process was killed by signal 9 (SIGKILL)."),
     (hostile.reads_address_zero, {}, "failed: its process was killed by signal 11 (SIGSEGV)."),
-    (hostile.writes_into_every_descriptor, {}, "failed: its process and this one do not agree"),
-    (hostile.announces_a_huge_frame, {}, "failed: its process and this one do not agree"),
+    (hostile.writes_into_every_descriptor, {}, "failed: its process sent an invalid message"),
+    (hostile.announces_a_huge_frame, {}, "failed: its process sent an invalid message"),
 ]
 
 
@@ -351,9 +350,11 @@ def test_a_tool_that_forks_and_forks_is_ended(processes: ToolProcesses) -> None:
 
 def _processes_of_tests() -> int:
     """How many of this process's descendants run tools (one waits beside each)."""
-    from reopold_agent.tools.process import _tree
+    from reopold_agent.common.processes import descendants
 
-    names = [Path(f"/proc/{pid}/cmdline").read_bytes() for pid in _tree(os.getpid()) if _runs(pid)]
+    names = [
+        Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(os.getpid()) if _runs(pid)
+    ]
     return sum(b"tools.worker" in name for name in names) // 2
 
 
@@ -370,7 +371,7 @@ def test_a_tool_cannot_signal_the_processes_around_it(processes: ToolProcesses) 
 
 
 @landlock
-def test_a_tool_writes_only_to_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_a_tool_writes_only_to_its_own_folder(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "row.txt").write_text("a row")
@@ -446,10 +447,10 @@ def test_a_tool_of_a_package_installed_in_place_can_be_imported(
         pool.close()
 
 
-def test_without_landlock_nothing_is_written_and_it_is_said_once(
+def test_without_landlock_writes_are_refused_and_a_warning_is_given_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules["reopold_agent.tools.process"]._told, "landlock", False)
+    monkeypatch.setitem(sys.modules["reopold_agent.tools.process"]._warned, "landlock", False)
     pool = ToolProcesses(Isolation("process", workers=2), landlock=False)
     try:
         result = call(hostile.writes, pool, path=str(tmp_path / "new.txt"))[1]
@@ -519,7 +520,7 @@ def test_a_pickle_that_a_tool_sends_is_never_loaded(
     processes: ToolProcesses, tmp_path: Path
 ) -> None:
     result = call(hostile.sends_a_pickle, processes, path=str(tmp_path / "loaded"))[1]
-    assert "do not agree" in result.text
+    assert "sent an invalid message" in result.text
     assert not (tmp_path / "loaded").exists()
     assert still_good(processes)
 
@@ -729,8 +730,8 @@ def test_a_module_that_a_process_cannot_import_is_named_when_the_environment_is_
     [
         ("sandbox", "none, plugins or process, got 'sandbox'"),
         ({"mode": "process", "memory": 3}, "unknown settings of tool_isolation: memory"),
-        ({"mode": "process", "memory_mb": 3}, "memory_mb of at least 16"),
-        ({"mode": "process", "workers": 0}, "at least 1 of workers"),
+        ({"mode": "process", "memory_mb": 3}, "memory_mb must be at least 16"),
+        ({"mode": "process", "workers": 0}, "workers must be positive"),
     ],
 )
 def test_wrong_settings_are_refused(settings: Any, message: str) -> None:
@@ -792,7 +793,7 @@ def test_which_tools_of_a_run_get_a_process(
     env.reset(options={"index": 0})
     observation, *_ = env.step('<tool_call>{"name": "tells", "arguments": {}}</tool_call>')
     assert (int(observation["text"]) != os.getpid()) == foreign
-    assert (env.unwrapped._runs["crop_image"] is not on_thread) == own
+    assert (env.unwrapped._runners["crop_image"] is not on_thread) == own
 
 
 # Nothing is left behind
@@ -814,10 +815,10 @@ LEFT = """
     idle = call(hostile.tells_its_process, 60)
     for hang in (hostile.holds_the_lock, hostile.leaves_children_and_hangs):
         threading.Thread(target=call, args=(hang, 600), daemon=True).start()
-    from reopold_agent.tools.process import _tree
-    while len(list(_tree(os.getpid()))) < 6:
+    from reopold_agent.common.processes import descendants
+    while len(list(descendants(os.getpid()))) < 6:
         time.sleep(0.01)
-    print(*_tree(os.getpid()), flush=True)
+    print(*descendants(os.getpid()), flush=True)
     {end}
 """
 

@@ -1,4 +1,4 @@
-"""Tools: schemas, the parser, arguments, crops, frames, and everything a tool can do wrong."""
+"""Tools: schemas, the parser, arguments, crops, frames, and every misbehaviour of a tool."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
-from reopold_agent.errors import ConfigError, ToolError, ToolTimeoutError
+from reopold_agent.common.bounded import DeadlineError, run_bounded
+from reopold_agent.errors import ConfigError, ToolError
 from reopold_agent.tools import (
     BASE_PROMPT,
     TOOLS,
@@ -32,7 +34,7 @@ from reopold_agent.tools import (
     system_prompt,
     tool,
 )
-from reopold_agent.tools.base import failure, run_bounded
+from reopold_agent.tools.base import failure
 from reopold_agent.tools.crop import pixel_box
 from reopold_agent.tools.parse import MAX_CALL_CHARACTERS, MAX_DEPTH, ParsedCall
 from reopold_agent.tools.schema import check_arguments, parameters_schema, shorten
@@ -57,7 +59,7 @@ def make_tool(function: Callable[..., Any], timeout_s: float = 5.0) -> Tool:
     return Tool("probe", function, "For tests.", timeout_s=timeout_s)
 
 
-def no_threads_left(name: str = "reopold-tool") -> bool:
+def no_threads_left(name: str = "reopold-bounded") -> bool:
     return not any(t.name == name for t in threading.enumerate())
 
 
@@ -76,7 +78,8 @@ GOLDEN = (
     "based on the bounding box coordinates. It is useful when the object or text in the image is "
     'too small to be seen.", "parameters": {"type": "object", "properties": {"bbox_2d": {"type": '
     '"array", "description": "coordinates for bounding box of the area you want to zoom in: '
-    '[x1, y1, x2, y2], normalized to the range 0 to 1, or in pixels of the image.", "items": '
+    "[x1, y1, x2, y2], normalized to the range 0 to 1, or in pixels of the image at the size "
+    'you see it.", "items": '
     '{"type": "number"}}, "target_image": {"type": "integer", "description": "The index of the '
     "image to crop, from 1 to the number of images so far. Choose 1 to operate on the original "
     'image."}}, "required": ["bbox_2d", "target_image"]}}}\n'
@@ -111,6 +114,19 @@ NOUS_TEMPLATE = r"""
 
 def test_the_system_prompt_is_the_golden_text() -> None:
     assert system_prompt(BASE_PROMPT, [crop_image, select_frames]) == GOLDEN
+
+
+def test_the_words_for_original_sizes_are_those_that_the_embedded_models_know() -> None:
+    options = {"sizes": "original", "padding": 0.0}
+    shown = [tool.with_options(options) for tool in (crop_image, select_frames)]
+    assert system_prompt(BASE_PROMPT, shown) == GOLDEN.replace(" at the size you see it", "")
+    assert not shown[0].needs_sizes
+    assert crop_image.with_options({"padding": 0.0}) is crop_image
+    for each in (crop_image, select_frames):
+        with pytest.raises(ConfigError, match="sizes must be shown or original, got 'both'"):
+            each.with_options({"sizes": "both"})
+    other = make_tool(lambda state: None)
+    assert other.with_options({"sizes": "both"}) is other  # an option of its own
 
 
 def test_without_tools_the_system_prompt_is_the_base() -> None:
@@ -275,28 +291,28 @@ def test_accepted_values(name: str, given_value: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "bad", "message"),
     [
-        ("number", True, "'number' must be a number, got True."),
-        ("number", "1", "'number' must be a number, got 1."),
-        ("number", None, "'number' must be a number, got None."),
-        ("number", math.nan, "'number' must be a number, got nan."),
-        ("number", math.inf, "'number' must be a number, got inf."),
+        ("number", True, "'number' must be a number, got true."),
+        ("number", "1", "'number' must be a number, got \"1\"."),
+        ("number", None, "'number' must be a number, got null."),
+        ("number", math.nan, "'number' must be a number, got NaN."),
+        ("number", math.inf, "'number' must be a number, got Infinity."),
         ("number", 10**400, "'number' must be a number, got 1000000"),
-        ("count", True, "'count' must be an integer, got True."),
+        ("count", True, "'count' must be an integer, got true."),
         ("count", 1.5, "'count' must be an integer, got 1.5."),
-        ("count", "1", "'count' must be an integer, got 1."),
+        ("count", "1", "'count' must be an integer, got \"1\"."),
         ("count", [1], "'count' must be an integer, got [1]."),
         ("word", 1, "'word' must be a string, got 1."),
         ("truth", 1, "'truth' must be true or false, got 1."),
-        ("truth", "true", "'truth' must be true or false, got true."),
-        ("box", "1,2", "'box' must be a list, got 1,2."),
-        ("box", {"0": 1}, "'box' must be a list, got {'0': 1}."),
-        ("box", [1, False], "'box[1]' must be a number, got False."),
+        ("truth", "true", "'truth' must be true or false, got \"true\"."),
+        ("box", "1,2", "'box' must be a list, got \"1,2\"."),
+        ("box", {"0": 1}, "'box' must be a list, got {\"0\": 1}."),
+        ("box", [1, False], "'box[1]' must be a number, got false."),
         ("box", [1, [2]], "'box[1]' must be a number, got [2]."),
-        ("box", [math.nan], "'box[0]' must be a number, got nan."),
+        ("box", [math.nan], "'box[0]' must be a number, got NaN."),
         ("angle", 45, "'angle' must be one of 90, 180, got 45."),
-        ("angle", True, "'angle' must be one of 90, 180, got True."),
-        ("angle", "90", "'angle' must be one of 90, 180, got 90."),
-        ("side", ["left"], "'side' must be one of 'left', 'right', got ['left']."),
+        ("angle", True, "'angle' must be one of 90, 180, got true."),
+        ("angle", "90", "'angle' must be one of 90, 180, got \"90\"."),
+        ("side", ["left"], '\'side\' must be one of "left", "right", got ["left"].'),
     ],
 )
 def test_refused_values(name: str, bad: Any, message: str) -> None:
@@ -431,8 +447,8 @@ def test_arguments_as_a_json_string_and_absent_ones() -> None:
         ('{"name": "a"} {"name": "b"}', "not valid JSON"),
         ('{"name": "a", "arguments": {"n": 1' + "0" * 5000 + "}}", "a number is too long"),
         ("[1, 2]", "must be a JSON object, got"),
-        ('"name"', "must be a JSON object, got name"),
-        ("null", "must be a JSON object, got None"),
+        ('"name"', 'must be a JSON object, got "name"'),
+        ("null", "must be a JSON object, got null"),
         ("{}", 'has no "name"'),
         ('{"name": 3}', 'has no "name"'),
         ('{"name": ""}', 'has no "name"'),
@@ -756,7 +772,7 @@ def test_a_good_call_is_recorded() -> None:
     assert 0 < record.seconds < 2
 
 
-def test_a_tool_that_hangs_costs_its_time_limit_only() -> None:
+def test_a_hung_tool_takes_its_time_limit_only() -> None:
     stop = threading.Event()
 
     def hang(state: EpisodeState) -> ToolResult:
@@ -866,9 +882,23 @@ def test_a_bounded_function_keeps_its_own_errors_and_values() -> None:
     with pytest.raises(KeyError, match="mine"):
         run_bounded(lambda: {}["mine"], 5.0)
     stop = threading.Event()
-    with pytest.raises(ToolTimeoutError):
+    with pytest.raises(DeadlineError):
         run_bounded(lambda: stop.wait(20), 0.05)
     stop.set()
+
+
+def test_only_inline_tools_run_on_the_callers_thread() -> None:
+    def tells(state: EpisodeState) -> ToolResult:
+        return ToolResult(threading.current_thread().name)
+
+    bounded = make_tool(tells)
+    inline = replace(bounded, inline=True)
+    here = threading.current_thread().name
+    assert bounded.call(state_of(), {})[1].text != here
+    assert inline.call(state_of(), {})[1].text == here
+    assert inline.shown_as("other").call(state_of(), {})[1].text == here
+    assert crop_image.inline
+    assert select_frames.inline
 
 
 def test_a_process_ends_promptly_in_spite_of_a_hung_tool() -> None:

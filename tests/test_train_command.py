@@ -26,11 +26,15 @@ from running import (
     results,
     snapshot,
     start,
+    train,
     train_rows,
     wait_until,
     words,
 )
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+from reopold_agent.view.export import export_page
+from reopold_agent.view.run import Run
 
 SETTINGS = ("steps=5", "checkpoint.every=2", "data.train.size=8")
 
@@ -70,12 +74,15 @@ def whole(place: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
 
 
 @pytest.mark.slow
-def test_a_run_leaves_what_was_promised(
+def test_a_run_writes_the_documented_files(
     whole: tuple[Path, subprocess.CompletedProcess[str]], place: Path
 ) -> None:
     folder, _ = whole
     overrides = [word for word in words(folder, *SETTINGS)[3:] if not word.startswith("hydra.")]
-    assert yaml.safe_load((folder / "config.yaml").read_text("utf-8")) == composed(*overrides)[1]
+    _, raw = composed(*overrides)
+    # Resolved, so that a run that goes on for more steps does not explore again.
+    raw["objective"]["switch_step"] = int(raw["objective"]["switch_share"] * raw["steps"] + 0.5)
+    assert yaml.safe_load((folder / "config.yaml").read_text("utf-8")) == raw
 
     versions = json.loads((folder / "versions.json").read_text("utf-8"))
     root = Path(__file__).parents[1]
@@ -170,8 +177,8 @@ def test_plain_output_is_plain_and_says_what_to_run_next(
         assert re.search(rf"step {step}/5 .*success .*reward .* left", done.stdout)
     for text in ("student before", "student after", "teacher", "95 % interval", str(folder)):
         assert text in done.stdout
-    assert "python -m reopold_agent.train env=pixel_reasoner seed=1" in done.stdout
-    assert f"model.student.path={folder / 'final'}" in done.stdout
+    assert "rollout.max_turns=2 " in done.stdout.split("Next:")[1]
+    assert f"steps=10 hydra.run.dir={folder}" in done.stdout
     assert done.stderr == ""
 
 
@@ -184,8 +191,8 @@ def rows(folder: Path) -> int:
 
 DIES_WRITING = """
 import os, signal
-from reopold_agent.tracking import files
-from reopold_agent.train import main
+from reopold_agent.common import files
+from reopold_agent.train.__main__ import main
 flush, count = files.flush_tree, []
 def die(folder):
     count.append(1)
@@ -280,7 +287,7 @@ def test_a_refused_command_touches_nothing(
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_is_said(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
     """A file size limit is the nearest to a full disk that needs no other file system."""
     folder = tmp_path / "run"
     limit = 1_200_000  # less than model.safetensors, more than everything else
@@ -303,7 +310,7 @@ def _main(*arguments: str, then: str = "") -> subprocess.CompletedProcess[str]:
     code = f"""
 import sys
 sys.argv = ["train", *{arguments!r}]
-from reopold_agent.train import main
+from reopold_agent.train.__main__ import main
 main()
 {then}
 """
@@ -341,7 +348,7 @@ def test_help_lists_groups_and_examples() -> None:
         ("objective.mixture=2", 2, "objective.mixture"),
     ],
 )
-def test_what_is_wrong_is_said_without_a_trace(
+def test_errors_are_reported_without_a_traceback(
     argument: str, code: int, text: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -350,3 +357,32 @@ def test_what_is_wrong_is_said_without_a_trace(
     assert text in done.stderr
     assert "Traceback" not in done.stderr
     assert not (folder / "config.yaml").exists()
+
+
+def test_no_steps_evaluate_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = train(tmp_path / "run", "steps=0")
+    assert summary["before"] == summary["after"]
+    assert (summary["before"]["n"], summary["teacher"]["n"]) == (3, 3)
+    rows = lines(tmp_path / "run" / "metrics.jsonl")
+    assert {(row["kind"], row["who"]) for row in rows} == {("eval", "student"), ("eval", "teacher")}
+    assert not (tmp_path / "run" / "final").exists()  # a copy of the student would be a waste
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert [p.name for p in (tmp_path / "run" / "plots").iterdir()] == ["success.png"]
+    text = capsys.readouterr().out
+    assert "not trained" in text
+    assert "student after" not in text
+    assert not any("final" in command for command in summary["next"])
+
+
+def test_no_held_out_tasks_train_without_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = train(tmp_path / "run", "steps=2", "evaluation.tasks=0", "evaluation.every=1")
+    assert summary["before"] is summary["after"] is summary["teacher"] is None
+    assert [r["kind"] for r in lines(tmp_path / "run" / "metrics.jsonl")] == ["train", "train"]
+    assert (tmp_path / "run" / "final" / "config.json").is_file()
+    text = capsys.readouterr().out
+    assert "Trained without held-out evaluation, pixel_reasoner, 2 steps" in text
+    assert "student before" not in text
+    assert "held-out: " not in text
+    export_page([Run(tmp_path / "run")], tmp_path / "page.html")

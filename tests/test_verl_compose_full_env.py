@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from running import composed
 
-from reopold_agent.engines.run_state import needs_teacher, run_objective
-from reopold_agent.engines.verl.compose import check_supported, verl_config
 from reopold_agent.errors import ConfigError
+from reopold_agent.train.engine import needs_teacher, run_objective
+from reopold_agent.train.verl.compose import check_supported, verl_config
 
 pytestmark = pytest.mark.full_env
 
@@ -93,12 +93,15 @@ def test_overrides_come_last_and_unknown_keys_are_refused() -> None:
         (["engine.teacher_gpus_per_node=8"], "leaves no GPU for the student"),
         (["engine.student_server.tensor_parallel=3"], "does not divide the 4 GPUs"),
         (["engine.old_logp=rollout"], "must be recompute"),
-        (["policy=vllm"], "vLLM servers of its own"),
+        (["policy=vllm"], "starts vLLM servers for both roles"),
         (["model.student.lora={r: 8}"], "for LoRA use engine=local"),
-        (["model.teacher.follow=0.9", "model.teacher.dtype=float32"], "no following teacher"),
+        (
+            ["model.teacher.follow=0.9", "model.teacher.dtype=float32"],
+            "does not support model.teacher.follow",
+        ),
         (["engine.max_prompt_tokens=30000"], "do not fit the models' context of 32768"),
     ],
 )
-def test_what_cannot_be_done_is_said(words: list[str], message: str) -> None:
+def test_unsupported_settings_are_reported(words: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings("recipe=paper_agentic", *words)

@@ -13,15 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reopold_agent.engines.collect import step_episodes
-from reopold_agent.engines.data_order import DataOrder
-from reopold_agent.engines.totals import TokenTotals
-from reopold_agent.engines.verl.client import aligned_scores
-from reopold_agent.engines.verl.follow import Follower
-from reopold_agent.engines.verl.records import EPISODE, from_row, pixels_of, to_row
-from reopold_agent.engines.verl.tasks import StepTasks
 from reopold_agent.errors import ModelError, NonFiniteError
 from reopold_agent.objectives import Reopold, TokenBatch
+from reopold_agent.train.collect import step_episodes
+from reopold_agent.train.data_order import DataOrder
+from reopold_agent.train.totals import TokenTotals
+from reopold_agent.train.verl.client import aligned_scores
+from reopold_agent.train.verl.follow import Follower
+from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, to_row
+from reopold_agent.train.verl.tasks import StepTasks
 from reopold_agent.types import EncodedImage, StopReason, ToolCall, Trajectory, Turn
 
 
@@ -59,7 +59,9 @@ def test_a_row_gives_the_same_trajectory_back(prompt: int, response: int, seed: 
     row = to_row(before)
     own = np.arange(response, dtype=np.float32)
     row["old_log_probs"], row["entropy"] = torch.from_numpy(own), torch.from_numpy(own + 1)
-    after, logp = from_row(row)
+    training_row = from_row(row)
+    after, logp = training_row.trajectory, training_row.old_logp
+    assert logp is not None
     assert [(p == i.pixels).all() for p, i in zip(pixels_of(row), before.images, strict=True)]
     for name, value in vars(before).items():
         got = getattr(after, name)

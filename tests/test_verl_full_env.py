@@ -1,4 +1,4 @@
-"""The distributed engine for real: verl, Ray, FSDP and vLLM servers on this CPU.
+"""The distributed engine with verl, Ray, FSDP and vLLM servers on this CPU.
 
 Needs the environment that ``.ci/run`` builds: ``pytest -m full_env``. A run takes minutes, most of
 them for starting some fifteen processes, so one run with two ranks serves several tests.
@@ -18,14 +18,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from step_rows import update_rows
 
 from reopold_agent.config import OptimizerConfig
-from reopold_agent.engines.update import Updater
 from reopold_agent.objectives import Needs, Reopold
 from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.metrics import read_json_lines
+from reopold_agent.train.rows import Row
+from reopold_agent.train.update import Updater
 from reopold_agent.types import EncodedImage, StopReason, Trajectory
 
 pytestmark = [pytest.mark.full_env, pytest.mark.timeout(1800)]
@@ -191,12 +193,8 @@ def test_an_update_is_the_local_engines(run: Any, step: int) -> None:
     assert objective.needs is Needs.TEACHER
     settings = OptimizerConfig(lr=3e-4, beta1=0.9, beta2=0.95, weight_decay=0.0)
     updater = Updater(policy(student), objective, settings, max_tokens=8192)
-    stats = updater.step(
-        [batch],
-        step,
-        {id(t): s.logp for t, s in zip(batch, own, strict=True)},
-        {id(t): s.entropy for t, s in zip(batch, own, strict=True)},
-    )
+    rows = [Row(t, old_logp=s.logp, entropy=s.entropy) for t, s in zip(batch, own, strict=True)]
+    stats = update_rows(updater, [rows], step)
     assert stats.kept_share == pytest.approx(row["mask/kept_share"])
     assert stats.loss == pytest.approx(row["loss"], rel=1e-4)
     assert stats.grad_norm == pytest.approx(row["grad_norm"], rel=1e-4)

@@ -1,6 +1,6 @@
-"""The viewer without a browser: following files, what the server gives out, the exported file.
+"""The viewer without a browser: following files, responses of the server, the exported file.
 
-What a browser makes of it is in ``test_viewer_browser.py``.
+``test_viewer_browser.py`` tests the page in a browser.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ import pytest
 import torch
 from PIL import Image
 from running import train
+from step_rows import rows_of
 from viewer_rows import answer_row, serving, train_row, write
 
-from reopold_agent.engines.run_state import Engine
-from reopold_agent.engines.token_use import expected_use, token_uses
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.objectives import TokenBatch
 from reopold_agent.objectives.distillation import Reopold
 from reopold_agent.tracking.html import page_json
+from reopold_agent.train.engine import Engine
+from reopold_agent.train.token_use import expected_use, token_uses
 from reopold_agent.types import StopReason, Trajectory, Turn
-from reopold_agent.view import main
-from reopold_agent.viewer.export import LONGEST_SIDE, export_page
-from reopold_agent.viewer.lines import Follower
-from reopold_agent.viewer.page import SCRIPTS, served_page
-from reopold_agent.viewer.run import PAGE, Run
-from reopold_agent.viewer.server import ViewerServer
+from reopold_agent.view.__main__ import main
+from reopold_agent.view.export import LONGEST_SIDE, export_page
+from reopold_agent.view.lines import Follower
+from reopold_agent.view.page import SCRIPTS, served_page
+from reopold_agent.view.run import PAGE, Run
+from reopold_agent.view.server import ViewerServer
 
 
 def everything(run: Run) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def test_follower_reads_each_finished_line_once_and_waits_for_the_rest(tmp_path:
     assert json.loads(data[lines[1].offset :][: lines[1].length]) == {"a": 4}
 
 
-def test_follower_stops_at_its_limits_and_goes_on(tmp_path: Path) -> None:
+def test_follower_stops_at_its_limits_and_continues(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     write(path, [{"n": n} for n in range(10)])
     follower = Follower(path)
@@ -79,7 +80,7 @@ def test_follower_stops_at_its_limits_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("longer", [False, True])
-def test_follower_starts_anew_when_a_resumed_run_cut_the_file(tmp_path: Path, longer: bool) -> None:
+def test_follower_restarts_when_a_resumed_run_cut_the_file(tmp_path: Path, longer: bool) -> None:
     path = tmp_path / "rows.jsonl"
     write(path, [{"n": n} for n in range(5)])
     follower = Follower(path)
@@ -126,7 +127,7 @@ def test_run_gives_all_rows_by_pages_and_whole_rows_by_number(tmp_path: Path) ->
 
 
 def test_summary_of_a_training_row_has_its_figures() -> None:
-    from reopold_agent.viewer.summaries import train_summary
+    from reopold_agent.view.summaries import train_summary
 
     failed = {"name": "crop_image", "arguments": {}, "ok": False, "error": "too small"}
     turns = [
@@ -153,7 +154,7 @@ def test_summary_of_a_training_row_has_its_figures() -> None:
         {"teacher_logp": [1.0], "logp": [None], "loss_mask": [1], "entropy": [None], "kept": [1]},
     ],
 )
-def test_rows_of_other_hands_are_summarised_too(row: dict[str, Any], tmp_path: Path) -> None:
+def test_rows_of_other_programs_are_summarised_too(row: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path / "trajectories.jsonl", [row])
     (news,) = everything(Run(tmp_path))["rows"]
     assert news["verdict"] == "unknown"
@@ -239,13 +240,13 @@ def test_a_training_run_records_its_command_for_the_page(tmp_path: Path) -> None
             raise NotImplementedError
 
         def begin(self) -> None:
-            self.folder.write_config(self._config_text())
+            self._begin(nothing, None)
 
     nothing: Any = None
     words = ["env=math", "name='two\nlines'", "hydra.run.dir=elsewhere"]
-    Quick(nothing, {"seed": 3, "name": "two\nlines"}, tmp_path, words).begin()
+    Quick(nothing, {"seed": 3, "name": "two\nlines", "objective": {}}, tmp_path, words).begin()
     facts = Run(tmp_path).facts()
-    assert facts["config"] == {"seed": 3, "name": "two\nlines"}
+    assert facts["config"] == {"seed": 3, "name": "two\nlines", "objective": {}}
     command = facts["command"]
     assert command.startswith("python -m reopold_agent.train env=math ")
     assert command.endswith(f"hydra.run.dir={tmp_path}")
@@ -253,7 +254,7 @@ def test_a_training_run_records_its_command_for_the_page(tmp_path: Path) -> None
     assert facts["problems"] == []
 
 
-def test_a_folder_that_is_no_run_is_refused_in_two_lines(
+def test_a_folder_without_a_run_is_refused_in_two_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for folder in (tmp_path / "nothing", tmp_path):
@@ -554,7 +555,7 @@ def test_json_in_a_page_holds_no_markup() -> None:
 
 
 def test_the_pages_scripts_never_make_markup_of_text() -> None:
-    from reopold_agent.viewer.page import asset
+    from reopold_agent.view.page import asset
 
     for name in SCRIPTS:
         code = asset(name)
@@ -615,7 +616,7 @@ def test_token_uses_are_the_objectives_masks_and_rewards(step: int) -> None:
         assert np.array_equal(use.kept, expected & trajectory.loss_mask)
         clipped = np.where(trajectory.loss_mask, np.maximum(ratio, floor), 0)
         assert np.array_equal(use.reward, clipped.astype(np.float32))
-        alone = expected_use(objective, trajectory, trajectory.logp, step, threshold)
+        alone = expected_use(objective, *rows_of([trajectory]), step, threshold)
         assert np.array_equal(alone.kept, use.kept)
         assert np.array_equal(alone.reward, use.reward)
     assert any(

@@ -19,9 +19,9 @@ import pytest
 from PIL import Image
 from viewer_rows import answer_row, serving, train_row, write
 
-from reopold_agent.eval.report import write_page
-from reopold_agent.viewer.export import export_page
-from reopold_agent.viewer.run import Run
+from reopold_agent.evaluate.report import write_page
+from reopold_agent.view.export import export_page
+from reopold_agent.view.run import Run
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -310,7 +310,7 @@ def walk(page: Any) -> str:
 
 @pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize("evaluation", [False, True])
-def test_nothing_that_was_said_ever_runs(
+def test_no_text_of_a_run_is_executed(
     tmp_path: Path, visit: Open, evaluation: bool, exported: bool
 ) -> None:
     folder = tmp_path / "<img src=x onerror=window.hacked=1>"
@@ -333,7 +333,7 @@ def test_nothing_that_was_said_ever_runs(
     assert "<img src=x onerror=window.hacked=1>" in seen  # the folder's name
 
 
-def test_nothing_that_was_said_runs_in_the_evaluations_report(tmp_path: Path, visit: Open) -> None:
+def test_no_text_of_an_evaluation_is_executed_in_its_report(tmp_path: Path, visit: Open) -> None:
     results, rows = hostile_answers()
     write_page(results, rows, tmp_path, tmp_path / "report.html")
     page = visit((tmp_path / "report.html").as_uri())
@@ -443,7 +443,7 @@ def test_filters_order_and_search(training: Path, visit: Open) -> None:
         assert listed(page) == ["task-14"]
         assert "q=ANSWER" in page.url
         page.get_by_label("search (/)").fill("nothing like it")
-        assert "No episode fits" in page.locator("#rows").inner_text()
+        assert "No episode matches" in page.locator("#rows").inner_text()
         page.get_by_label("search (/)").fill("")
         page.get_by_label("order").select_option("step")
         assert listed(page)[:2] == ["task-16", "task-17"]
@@ -516,7 +516,7 @@ def test_boxes_lie_where_the_tool_looked(training: Path, visit: Open) -> None:
         assert page.locator("dialog#big rect.box").count() == 1
 
 
-def test_a_token_tells_the_numbers_of_its_record(training: Path, visit: Open) -> None:
+def test_a_token_shows_the_numbers_of_its_record(training: Path, visit: Open) -> None:
     row = with_pictures(training)
     with serving(training) as server:
         page = visit(server.url + episode_hash(row))
@@ -697,7 +697,7 @@ def test_the_exported_file_shows_the_same(training: Path, tmp_path: Path, visit:
 # --- runs that grow, and broken ones ---------------------------------------------------------
 
 
-def test_the_page_follows_a_run_that_goes_on(tmp_path: Path, visit: Open) -> None:
+def test_the_page_follows_a_running_run(tmp_path: Path, visit: Open) -> None:
     write(tmp_path / "metrics.jsonl", [])
     with serving(tmp_path) as server:
         page = visit(server.url)
@@ -723,7 +723,7 @@ def test_the_page_follows_a_run_that_goes_on(tmp_path: Path, visit: Open) -> Non
         assert page.get_by_label("search (/)").input_value() == "task"  # nobody's typing is lost
 
 
-def test_rows_of_an_older_version_are_shown_as_far_as_they_go(training: Path, visit: Open) -> None:
+def test_rows_of_an_older_version_are_shown(training: Path, visit: Open) -> None:
     row = with_pictures(training)
     for key in ("token_reward", "kept"):
         del row[key]
@@ -736,7 +736,7 @@ def test_rows_of_an_older_version_are_shown_as_far_as_they_go(training: Path, vi
         page = visit(server.url + episode_hash(row, colour="mask"))
         page.wait_for_selector(".token")
         assert page.locator("rect.box.asked").count() == 2  # where it asked to look, dashed
-        assert "did not record it by token" in page.locator(".legend-line").inner_text()
+        assert "did not record it per token" in page.locator(".legend-line").inner_text()
         # Exploration keeps what is above the floor.
         assert page.locator(".token.dropped[data-position]").get_attribute("data-position") == "4"
         page.goto(server.url + episode_hash(bare))
@@ -745,7 +745,7 @@ def test_rows_of_an_older_version_are_shown_as_far_as_they_go(training: Path, vi
         page.wait_for_selector("article.final")
 
 
-def test_what_is_missing_or_damaged_is_said(training: Path, visit: Open) -> None:
+def test_missing_and_damaged_files_are_reported(training: Path, visit: Open) -> None:
     row = with_pictures(training)
     (training / "pictures" / "large.png").unlink()
     (training / "pictures" / "part.png").write_bytes(b"no picture")
@@ -761,6 +761,6 @@ def test_what_is_missing_or_damaged_is_said(training: Path, visit: Open) -> None
     page = visit((training / "page.html").as_uri() + episode_hash(row))
     page.wait_for_selector("figure.picture")
     text = page.locator("main").inner_text()
-    assert "pictures/large.png is not here" in text
+    assert "pictures/large.png is missing" in text
     page.goto((training / "page.html").as_uri() + "#view=episode&key=none")
     page.wait_for_selector("text=There is no episode")

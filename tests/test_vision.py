@@ -1,4 +1,4 @@
-"""One resize for everybody: encoded pictures against Qwen's own image processor."""
+"""One resize for all models: encoded pictures against Qwen's own image processor."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.errors import ConfigError
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.types import EncodedImage
 
 TOKEN = 28 * 28

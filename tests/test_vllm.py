@@ -1,5 +1,5 @@
-"""``policy=vllm`` without vLLM: what is said to the engine, what its answers are checked for, and
-what happens when it fails. The engine is `vllm_fake.FakeEngine`."""
+"""``policy=vllm`` without vLLM: requests to the engine, checks of its answers, and
+its failures. The engine is `vllm_fake.FakeEngine`."""
 
 from __future__ import annotations
 
@@ -196,7 +196,9 @@ def test_an_answer_about_other_ids_stops_the_run(start: Any, fault: str) -> None
         drain(generator)
 
 
-def test_an_engine_that_dies_is_told_and_not_retried(start: Any, random_trajectory: Any) -> None:
+def test_an_engine_that_dies_is_reported_and_not_retried(
+    start: Any, random_trajectory: Any
+) -> None:
     policy, _ = start(lambda number, prompt: "die")
     generator = policy.generator(Sampling())
     generator.submit([request(0)])
@@ -208,7 +210,7 @@ def test_an_engine_that_dies_is_told_and_not_retried(start: Any, random_trajecto
         policy.rpc("load_file", "x", what="loading weights")
 
 
-def test_an_engine_that_does_not_start_is_told() -> None:
+def test_an_engine_that_does_not_start_is_reported() -> None:
     def broken(arguments: Mapping[str, Any]) -> Any:
         raise RuntimeError("out of memory")
 
@@ -419,7 +421,7 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
 def test_engine_arguments() -> None:
     settings = VllmSettings(score_chunk=300, engine={"block_size": 16})
     arguments = engine_arguments(
-        settings, path="here", revision=None, dtype="float32", longest=4096, sees=True
+        settings, path="here", revision=None, dtype="float32", longest=4096, has_vision=True
     )
     assert arguments["model"] == "here"
     assert arguments["block_size"] == 16
@@ -431,7 +433,7 @@ def test_engine_arguments() -> None:
     assert arguments["enable_chunked_prefill"] is False
     assert arguments["max_num_batched_tokens"] >= arguments["max_model_len"] == 4096
     text = engine_arguments(
-        settings, path="here", revision=None, dtype="float32", longest=4096, sees=False
+        settings, path="here", revision=None, dtype="float32", longest=4096, has_vision=False
     )
     assert "limit_mm_per_prompt" not in text
 

@@ -21,14 +21,14 @@ import pytest
 import torch
 from running import composed, environment, train, train_rows, without_timings, words
 
-from reopold_agent.engines.environments import make_env
-from reopold_agent.engines.roles import Roles, make_roles
+from reopold_agent.common.pixels import PixelLimits
+from reopold_agent.envs.from_config import make_env
 from reopold_agent.policies.loading import LoadedModel, ModelSpec, Processing, load_model
 from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.policies.vision import PixelLimits
 from reopold_agent.policies.vllm import VllmPolicy
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
+from reopold_agent.train.roles import Roles, make_roles
 from reopold_agent.types import Message, Request, Sampling, Trajectory
 
 pytestmark = [pytest.mark.full_env, pytest.mark.timeout(900)]
@@ -283,7 +283,7 @@ def test_forbidden_ids_have_no_probability(pictures: Pair) -> None:
 # Failures
 
 
-def test_a_request_that_vllm_refuses_costs_its_episode_only(pictures: Pair) -> None:
+def test_a_request_that_vllm_refuses_loses_its_episode_only(pictures: Pair) -> None:
     generator = pictures.vllm().generator(Sampling())
     prompt = [30] * 8
     generator.submit([
@@ -296,7 +296,7 @@ def test_a_request_that_vllm_refuses_costs_its_episode_only(pictures: Pair) -> N
     assert {c.key: c.error is None for c in completions} == {0: True, 1: False, 2: True}
 
 
-def test_a_time_limit_gives_turns_up_and_the_engine_goes_on(pictures: Pair) -> None:
+def test_a_time_limit_drops_turns_and_the_engine_continues(pictures: Pair) -> None:
     vllm = pictures.vllm()
     settings = vllm.settings
     vllm.settings = replace(settings, seconds=1e-4)

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from reopold_agent.viewer.run import Run
-from reopold_agent.viewer.server import ViewerServer
+from reopold_agent.view.run import Run
+from reopold_agent.view.server import ViewerServer
 
 
 def train_row(step: int, index: int = 0, **changes: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 
 
 class FakeEngine:
-    """What `VllmEngine` needs of `vllm.LLMEngine`.
+    """The part of `vllm.LLMEngine` that `VllmEngine` uses.
 
     ``fault(number, prompt)`` is asked for every request, numbered from 0: None answers it,
     "abort" ends it as vLLM does, "refuse" raises in ``add_request``, "die" raises in ``step``,
@@ -82,7 +82,7 @@ class FakeEngine:
         if count < parameters.max_tokens:
             sampled[-1] = self._stop
         logprobs = (-rng.exponential(1.0, count)).tolist()
-        values = [-float(i + 1) for i in range(1, len(ids))]  # tells the positions apart
+        values = [-float(i + 1) for i in range(1, len(ids))]  # differs between positions
         if fault == "infinite":
             values[-1] = logprobs[-1] = -float("inf")
         return SimpleNamespace(

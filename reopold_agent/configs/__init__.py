@@ -1,0 +1,1 @@
+"""The configurations of all commands, composed by Hydra."""

@@ -1,4 +1,4 @@
-"""Rows in, tasks out; and back."""
+"""Loading tasks from the rows of data sets, and writing them back."""
 
 from reopold_agent.data.export import write_verl
 from reopold_agent.data.loading import load_tasks

@@ -1,25 +1,31 @@
-"""What is wrong with the rows of a data set: found as they are read, counted, told as one table."""
+"""Problems in the rows of a data set: found while reading, counted, reported as one table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from reopold_agent.errors import DataError
-from reopold_agent.types import Task
+from reopold_agent.judges.rules import reference_problem
+from reopold_agent.types import IMAGE_MARK, Task
+
+_log = logging.getLogger(__name__)
 
 Columns: TypeAlias = Sequence[tuple[str, ...]]
-"""What a row must have: for each entry one of its names."""
+"""The columns that a row must have, each as its alternative names."""
 
 DUPLICATE = "duplicate id"
+NO_QUESTION = "no question"
+NO_PICTURE = "missing picture"
 _EXAMPLES = 3
 _LONGEST = 300
-"""Characters of an example: a message may quote a row."""
+"""Characters of an example that are kept: a message may quote a whole row."""
 
 
 class RowError(DataError):
-    """One row, or one picture of it, cannot be used. ``kind`` is what the report counts by."""
+    """A row, or one of its pictures, cannot be used; the report counts errors by ``kind``."""
 
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
@@ -30,7 +36,7 @@ class RowError(DataError):
 
 
 class BadRowsError(DataError):
-    """Rows of a data set cannot be used, and the settings say to stop then.
+    """Rows of a data set cannot be used, and the settings say to stop.
 
     Attributes:
         report: the `DataReport`.
@@ -54,15 +60,17 @@ class Problem:
 
 @dataclass
 class DataReport:
-    """What was found in the rows of one split.
+    """The result of reading and checking the rows of one split.
 
     Attributes:
         source: format of the rows.
         path: file or folder.
-        rows: how many were read, unreadable lines included.
-        usable: how many became tasks.
-        pictures: how many pictures were opened to check them.
-        problems: by kind, in the order in which they were met.
+        rows: number of rows read, including unreadable lines.
+        usable: number of rows that became tasks.
+        pictures: number of pictures that were opened to check them.
+        problems: by kind, in the order in which they were found.
+        references: answers that no rule can compare, by reason; their rows are used.
+        unread: rows by a column that looks like pictures and is not read.
     """
 
     source: str
@@ -71,52 +79,106 @@ class DataReport:
     usable: int = 0
     pictures: int = 0
     problems: dict[str, Problem] = field(default_factory=dict)
+    references: dict[str, Problem] = field(default_factory=dict)
+    unread: dict[str, int] = field(default_factory=dict)
 
     def add(self, where: str, error: DataError) -> None:
         """Counts a problem; errors without a kind are counted as "other"."""
         kind = error.kind if isinstance(error, RowError) else "other"
-        problem = self.problems.setdefault(kind, Problem())
-        problem.rows += 1
-        if len(problem.examples) < _EXAMPLES:
-            message = " ".join(str(error).encode("utf-8", "replace").decode("utf-8").split())
-            short = message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."
-            problem.examples.append((where, short))
+        _count(self.problems, kind, where, str(error))
+
+    def check_references(self, where: str, task: Task, kind: str = "auto") -> None:
+        """Counts a task if no rule can compare an answer with any of its references.
+
+        Responses to it that do not repeat a reference are undecided, not wrong.
+
+        Args:
+            where: label of the row.
+            task: the row's task.
+            kind: kind of the answers if the task does not say.
+        """
+        kind = str(task.metadata.get("answer_kind") or kind)
+        options = task.metadata.get("options")
+        reasons = [reference_problem(answer, kind, options) for answer in task.answers]
+        if reasons and all(reasons):
+            _count(self.references, reasons[0], where, task.answers[0])
+
+    def note_unread(self, columns: Iterable[str]) -> None:
+        """Counts a row with columns that look like pictures and are not read."""
+        for column in columns:
+            self.unread[column] = self.unread.get(column, 0) + 1
 
     def table(self) -> str:
-        """Kind of problem, rows, and the first examples, a line each."""
-        width = max(map(len, self.problems), default=0)
-        lines = []
-        for kind, problem in self.problems.items():
-            for number, (where, message) in enumerate(problem.examples):
-                left = f"{kind:<{width}}  {problem.rows:>6}" if not number else " " * (width + 8)
-                lines.append(f"  {left}  {where}: {message}")
-            hidden = problem.rows - len(problem.examples)
-            if hidden:
-                lines.append(f"  {' ' * (width + 8)}  and {hidden} more")
-        return "\n".join(lines)
+        """Formats the problems: kind, number of rows, and the first examples, one per line."""
+        return _table(self.problems)
+
+    def warn(self) -> None:
+        """Logs references that no rule can compare, and columns that may be pictures."""
+        for column, count in self.unread.items():
+            _log.warning(
+                "%d of %d rows of %s have a column '%s' that looks like pictures and is not read."
+                "\nIf it holds the question's pictures, put them all into one column 'images'.",
+                *(count, self.rows, self.path, column),
+            )
+        rows = sum(problem.rows for problem in self.references.values())
+        if rows:
+            _log.warning(
+                "%d of %d rows of %s have a reference answer that no rule can compare:\n%s\n"
+                "Responses that do not repeat it are undecided: correct these references, or leave "
+                "the rows out.",
+                *(rows, self.rows, self.path, _table(self.references)),
+            )
 
     def record(self) -> dict[str, Any]:
-        """As JSON values, for ``data_report.json``."""
+        """Returns the report as JSON values, for ``data_report.json``."""
         return {
             "source": self.source,
             "path": self.path,
             "rows": self.rows,
             "usable": self.usable,
             "pictures_checked": self.pictures,
-            "problems": {
-                kind: {
-                    "rows": problem.rows,
-                    "examples": [
-                        {"where": where, "message": message} for where, message in problem.examples
-                    ],
-                }
-                for kind, problem in self.problems.items()
-            },
+            "problems": _recorded(self.problems),
+            **({"references": _recorded(self.references)} if self.references else {}),
+            **({"unread_columns": self.unread} if self.unread else {}),
         }
 
 
+def _count(problems: dict[str, Problem], kind: str, where: str, message: str) -> None:
+    problem = problems.setdefault(kind, Problem())
+    problem.rows += 1
+    if len(problem.examples) < _EXAMPLES:
+        message = " ".join(message.encode("utf-8", "replace").decode("utf-8").split())
+        short = message if len(message) <= _LONGEST else message[: _LONGEST - 3] + "..."
+        problem.examples.append((where, short))
+
+
+def _table(problems: Mapping[str, Problem]) -> str:
+    width = max(map(len, problems), default=0)
+    lines = []
+    for kind, problem in problems.items():
+        for number, (where, message) in enumerate(problem.examples):
+            left = f"{kind:<{width}}  {problem.rows:>6}" if not number else " " * (width + 8)
+            lines.append(f"  {left}  {where}: {message}")
+        hidden = problem.rows - len(problem.examples)
+        if hidden:
+            lines.append(f"  {' ' * (width + 8)}  and {hidden} more")
+    return "\n".join(lines)
+
+
+def _recorded(problems: Mapping[str, Problem]) -> dict[str, Any]:
+    return {
+        kind: {
+            "rows": problem.rows,
+            "examples": [
+                {"where": where, "message": message} for where, message in problem.examples
+            ],
+        }
+        for kind, problem in problems.items()
+    }
+
+
 class CheckedTasks(Sequence[Task]):
-    """Tasks in memory, with the report of the rows that they were made from."""
+    """Tasks in memory, with the report on the rows they were made from."""
 
     def __init__(self, tasks: Sequence[Task], report: DataReport) -> None:
         self._tasks, self.report = tasks, report
@@ -131,18 +193,18 @@ class CheckedTasks(Sequence[Task]):
 def checked_task(
     make: Callable[[], Task], row: Mapping[str, Any], columns: Columns, name: str
 ) -> Task:
-    """The task of a row, with what holds for every format.
+    """Makes a row's task and checks what every format requires.
 
     Args:
-        make: makes it.
+        make: makes the task.
         row: the row.
-        columns: what it must have.
-        name: of the format, for messages.
+        columns: the columns it must have.
+        name: name of the format, for messages.
 
     Raises:
-        RowError: a column is absent, the question or every answer is empty, or a text has half a
-            surrogate pair in it, which no tokenizer takes.
-        DataError: the format's own complaint.
+        RowError: a column is missing, the question or every answer is empty, or a text contains
+            half a surrogate pair, which no tokenizer accepts.
+        DataError: raised by ``make``.
     """
     absent = [" or ".join(names) for names in columns if not any(n in row for n in names)]
     if absent:
@@ -152,11 +214,11 @@ def checked_task(
             f"no column {', '.join(absent)}; found: {_listed(row)}; {name} needs: {wanted}",
         )
     task = make()
-    if not task.question.strip():
-        raise RowError("no question", "no question: it is empty without its picture marks")
+    if not task.question.replace(IMAGE_MARK, "").strip():
+        raise RowError(NO_QUESTION, "no question: it is empty without its picture marks")
     if not any(answer.strip() for answer in task.answers):
         raise RowError("no answer", "no answer")
-    for text in (task.id, task.question, *task.answers):
+    for text in (task.id, task.question, *task.answers, *(words for _, words in task.history)):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise RowError("wrong type", f"not a text: half a surrogate pair in {text[:40]!r}")
     return task
@@ -170,15 +232,15 @@ def _listed(row: Mapping[Any, Any]) -> str:
 def check_pictures(
     tasks: Sequence[tuple[str, Task]], which: str, report: DataReport
 ) -> Collection[int]:
-    """Opens pictures, as an episode would, and counts those that cannot be.
+    """Opens pictures, as an episode would, and reports those that cannot be opened.
 
     Args:
-        tasks: each with the words that name its row.
+        tasks: each with the label of its row.
         which: ``sample`` (64 tasks, evenly spread) or ``all``.
-        report: takes what was found.
+        report: the unreadable pictures are added to it.
 
     Returns:
-        Positions of the tasks with a bad picture.
+        Positions of the tasks with an unreadable picture.
     """
     from concurrent.futures import ThreadPoolExecutor
 
@@ -190,9 +252,9 @@ def check_pictures(
         chosen = sorted({round(i * (len(tasks) - 1) / 63) for i in range(64)}) if tasks else []
     bad = []
     console = Console(stderr=True)
-    # Decoding lets go of the interpreter's lock, so threads do help.
+    # Decoding releases the interpreter's lock, so threads help.
     with ThreadPoolExecutor(max_workers=4) as pool:
-        problems = pool.map(lambda position: _opened(tasks[position][1]), chosen)
+        problems = pool.map(lambda position: _picture_error(tasks[position][1]), chosen)
         for position, error in zip(
             chosen,
             track(
@@ -212,7 +274,7 @@ def check_pictures(
     return bad
 
 
-def _opened(task: Task) -> str | None:
+def _picture_error(task: Task) -> str | None:
     for image in task.images:
         try:
             image.open()

@@ -1,4 +1,4 @@
-"""Tasks out, as verl's parquet rows with their pictures beside them."""
+"""Writing tasks as verl's parquet rows, with their pictures beside them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from reopold_agent.types import TaskSource
 def write_verl(tasks: TaskSource, file: Path, *, split: str) -> None:
     """Writes tasks so that verl, VerlTool and `load_tasks` (source ``verl``) read them.
 
-    Pictures become PNG files in a folder beside the rows, named after the file; the rows name them
-    relative to the file's folder, so that both can be moved together. When any task has several
-    acceptable answers, all ``ground_truth`` are lists: a parquet column has one type.
+    Pictures become PNG files in a folder beside the file, named after it. The rows hold their paths
+    relative to the file's folder, so that both can be moved together. If any task has several
+    acceptable answers, all ``ground_truth`` values are lists: a parquet column has one type.
 
     Args:
-        tasks: what to write; opened one at a time.
-        file: the parquet file; its folder is made.
-        split: the split's name, for ``extra_info``.
+        tasks: read one at a time.
+        file: the parquet file; its folder is created.
+        split: name of the split, for ``extra_info``.
 
     Raises:
         DataError: there are no tasks, or a picture cannot be opened.

@@ -1,7 +1,7 @@
-"""Pictures that are opened when they are needed, safely.
+"""Pictures that are opened safely, and only when they are needed.
 
-Whatever the file's mode (palette with transparency, 16 bits, greyscale, CMYK) and orientation
-tag, the rest of the program sees upright 8-bit RGB.
+Whatever a file's mode (palette with transparency, 16 bits, greyscale, CMYK) and orientation tag,
+the rest of the program gets upright 8-bit RGB.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from typing_extensions import override
 
 from reopold_agent.errors import DataError
+from reopold_agent.types import ImageSource
 
 MAX_PIXELS = 200_000_000
-"""A larger picture is refused before it is decoded (decompression bombs)."""
+"""Larger pictures are refused before they are decoded (decompression bombs)."""
 
 MAX_BYTES = 500_000_000
-"""A larger member of a zip archive is refused before it is unpacked."""
+"""Larger files and members of zip archives are refused before they are read."""
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""What is opened. Pillow knows more; some start other programs (EPS: Ghostscript), others are so
-rare that nobody looks for holes in them."""
+"""The formats that are opened. Pillow knows more, but some start other programs (EPS: Ghostscript)
+and others are so rare that nobody looks for their vulnerabilities."""
 
 # RuntimeError: encrypted; NotImplementedError (a RuntimeError): unknown compression.
 _ZIP_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
-class FileImage:
+class FileImage(ImageSource):
     """A picture in a file."""
 
     path: Path
 
+    @override
     def open(self) -> Image.Image:
-        """See `ImageSource`."""
         if not self.path.is_file():
             raise DataError(f"the picture {self.path} does not exist")
         try:
@@ -54,14 +56,14 @@ class FileImage:
 
 
 @dataclass(frozen=True)
-class ZipImage:
+class ZipImage(ImageSource):
     """A picture in a zip archive."""
 
     archive: Path
     member: str
 
+    @override
     def open(self) -> Image.Image:
-        """See `ImageSource`."""
         # Opened per picture: a ZipFile must not be shared between threads.
         try:
             with zipfile.ZipFile(self.archive) as archive:
@@ -71,13 +73,8 @@ class ZipImage:
                         f"{self.member} in {self.archive} has {info.file_size} bytes; "
                         f"the limit is {MAX_BYTES}"
                     )
-                # zipfile unpacks the others without a bound: a few bytes may become gigabytes.
-                if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise DataError(
-                        f"cannot read {self.member} in {self.archive}: it is neither stored nor "
-                        "deflated; pack the archive again (zip -r)"
-                    )
-                # Not archive.read: a member that states a small size unpacks as far as it goes.
+                check_packing(info, self.archive)
+                # Not archive.read, which unpacks a member beyond the size that it states.
                 with archive.open(info) as file:
                     data = file.read(info.file_size + 1)
         except _ZIP_ERRORS as error:
@@ -85,23 +82,37 @@ class ZipImage:
         return _decode(data, f"{self.archive}:{self.member}")
 
 
+def check_packing(info: zipfile.ZipInfo, archive: Path) -> None:
+    """Checks that a member of an archive can be unpacked within bounds.
+
+    Raises:
+        DataError: it is packed in another way than usual, which zipfile unpacks without a bound: a
+            few bytes may become gigabytes.
+    """
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(
+            f"cannot read {info.filename} in {archive}: it is neither stored nor deflated; pack "
+            "the archive again (zip -r)"
+        )
+
+
 @dataclass(frozen=True)
-class BytesImage:
-    """A picture that came inside a row."""
+class BytesImage(ImageSource):
+    """A picture whose bytes are in a row."""
 
     data: bytes = field(repr=False)
     name: str = "picture in a row"
 
+    @override
     def open(self) -> Image.Image:
-        """See `ImageSource`."""
         return _decode(self.data, self.name)
 
 
 def safe_join(root: Path, relative: str) -> Path:
-    """A path inside ``root``.
+    """Joins ``root`` and a path that must stay inside it.
 
     Raises:
-        DataError: the path is absolute or climbs out.
+        DataError: the path is absolute, leaves ``root`` or cannot be used.
     """
     pure = PurePosixPath(relative.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or not pure.parts:
@@ -121,7 +132,7 @@ def safe_join(root: Path, relative: str) -> Path:
 
 
 def _hub_blobs(root: Path) -> list[Path]:
-    """Where huggingface_hub keeps the files that a snapshot folder links to."""
+    """Returns the folder of files that a snapshot folder of huggingface_hub links to."""
     blobs = root.resolve().parent.parent / "blobs"
     return [blobs] if root.resolve().parent.name == "snapshots" and blobs.is_dir() else []
 
@@ -151,17 +162,17 @@ def _decode(data: bytes, name: str) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Of `FORMATS`, those that this build of Pillow has."""
+    """Returns those of `FORMATS` that this build of Pillow supports."""
     Image.init()
     return tuple(each for each in FORMATS if each in Image.OPEN)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; transparency on white, 16-bit scaled to 8 bits."""
+    """Converts to 8-bit RGB: transparency becomes white, 16 bits are scaled to 8."""
     if image.mode.startswith("I") or image.mode == "F":
         values: Any = np.asarray(image).astype(np.float32)
         np.nan_to_num(values, copy=False)
-        # "I" and "F" do not say how many bits are used; "I;16" does.
+        # Modes "I" and "F" do not say how many bits are used; "I;16" does.
         deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
         top = 65535.0 if deep else 255.0
         values = values.clip(0, top, out=values) * (255 / top)

@@ -1,11 +1,11 @@
-"""From a specification to tasks; checked as a whole before training starts."""
+"""Loading the tasks that a specification describes; all rows are checked before training starts."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +21,9 @@ from reopold_agent.data.checks import (
     check_pictures,
     checked_task,
 )
-from reopold_agent.data.formats import PictureFolder, pixel_reasoner_task, verl_task
+from reopold_agent.data.formats import pixel_reasoner_task, verl_task
+from reopold_agent.data.hold_out import HELD_OUT_SHARE, check_part, in_part
+from reopold_agent.data.pictures import PictureFolder, unread_columns
 from reopold_agent.data.row_formats import (
     COLUMNS,
     RowMaker,
@@ -29,7 +31,13 @@ from reopold_agent.data.row_formats import (
     math_jsonl,
     parquet_pictures,
 )
-from reopold_agent.data.rows import download, find_row_files, read_folders, read_rows
+from reopold_agent.data.rows import (
+    data_folder,
+    download,
+    find_row_files,
+    read_rows,
+    row_label,
+)
 from reopold_agent.data.urls import UrlRules
 from reopold_agent.errors import ConfigError, DataError, UnknownNameError
 from reopold_agent.types import Task, TaskSource
@@ -40,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_tasks(spec: Mapping[str, Any]) -> TaskSource:
-    """The tasks that a specification describes; equal specifications share one object.
+    """Loads the tasks that a specification describes; equal specifications share one object.
 
     Args:
         spec: ``source`` and its settings:
@@ -52,27 +60,28 @@ def load_tasks(spec: Mapping[str, Any]) -> TaskSource:
             * ``figures``: ``split``, ``size``, ``seed``, ``kind`` of
               `reopold_agent.demo.figures.tasks.FigureTasks`;
             * ``pixel_reasoner``: ``path`` (local folder, row file, or hub id), ``split``;
-            * ``verl``: ``path`` (parquet file or folder, or hub id), ``split``; LUFFY's
-              Openr1-Math-46k-8192 too, whose expert's solutions (``target``) are not read;
+            * ``verl``: ``path`` (parquet file or folder, or hub id), ``split``; also reads LUFFY's
+              Openr1-Math-46k-8192, without the expert's solutions (``target``);
             * ``math_jsonl``: Qwen2.5-Math's files (problem or question; answer, final_answer, or
               the box of a solution);
             * ``geometry3k``: hiyouga's and xyliu6's parquet files with pictures, whose choices
-              have become free-form answers (NoisyRollout);
-            * ``geometry3k_intergps``: the original, as a folder per problem; the chosen option
-              becomes the answer likewise;
+              were turned into free-form answers (NoisyRollout);
+            * ``geometry3k_intergps``: the original with one folder per problem; the text of the
+              right option becomes the answer;
 
-            for the last five also ``revision`` (hub), ``limit`` (first rows only),
-            ``on_bad_row``: ``fail`` (default) or ``skip``, and ``checks``: settings of
-            `reopold_agent.config.DataChecks`.
+            the last five also take ``revision`` (hub), ``limit`` (first rows only),
+            ``on_bad_row``: ``fail`` (default) or ``skip``, ``checks``: settings of
+            `reopold_agent.config.DataChecks`, and ``part``: ``train`` or ``held_out`` of data
+            without a test split, with ``held_out_share`` (`reopold_agent.data.hold_out`).
 
     Returns:
-        The tasks; those from files are `reopold_agent.data.checks.CheckedTasks`, which hold the
-        report of their rows.
+        The tasks. Those from files are `reopold_agent.data.checks.CheckedTasks`, with a report on
+        their rows.
 
     Raises:
-        ConfigError: an unknown source or setting.
-        DataError: files are missing, or rows are wrong (`BadRowsError`); the message counts and
-            names them.
+        ConfigError: the source or a setting is unknown.
+        DataError: files are missing, or rows cannot be used (`BadRowsError`); the message counts
+            and names them.
     """
     return _load(json.dumps(dict(spec), sort_keys=True, default=os.fspath))
 
@@ -86,47 +95,40 @@ def _load(key: str) -> TaskSource:
     if source not in _SOURCES:
         raise UnknownNameError("data source", str(source), _SOURCES)
     if source in EMBEDDED:
-        spec.pop("checks", None)  # they are about files
+        spec.pop("checks", None)  # embedded tasks have no files to check
     try:
         return _SOURCES[source](**spec)
-    except TypeError as error:
-        if "argument" not in str(error):
+    except (TypeError, ValueError) as error:
+        unknown_name = isinstance(error, TypeError) and "argument" in str(error)
+        wrong_value = isinstance(error, ValueError) and source in EMBEDDED
+        if not (unknown_name or wrong_value):
             raise
         raise ConfigError(f"data source '{source}': {error}") from error
 
 
+# Imported when used: the embedded tasks need scikit-learn's pictures or Pillow's fonts.
 def _demo(**settings: Any) -> TaskSource:
     from reopold_agent.demo.tasks import DemoTasks
 
-    try:
-        return DemoTasks(**settings)
-    except ValueError as error:
-        raise ConfigError(f"data source 'demo': {error}") from error
+    return DemoTasks(**settings)
 
 
 def _arithmetic(**settings: Any) -> TaskSource:
     from reopold_agent.demo.arithmetic.tasks import OPERATIONS, ArithmeticTasks
 
-    operations = tuple(settings.pop("operations", OPERATIONS))
-    try:
-        return ArithmeticTasks(operations=operations, **settings)
-    except ValueError as error:
-        raise ConfigError(f"data source 'arithmetic': {error}") from error
+    return ArithmeticTasks(operations=tuple(settings.pop("operations", OPERATIONS)), **settings)
 
 
 def _figures(**settings: Any) -> TaskSource:
     from reopold_agent.demo.figures.tasks import FigureTasks
 
-    try:
-        return FigureTasks(**settings)
-    except ValueError as error:
-        raise ConfigError(f"data source 'figures': {error}") from error
+    return FigureTasks(**settings)
 
 
 def _rows(
     name: str, make: RowMaker, columns: Columns, without: Collection[str] = ()
 ) -> Callable[..., TaskSource]:
-    """The source whose rows, which must have ``columns``, ``make`` turns into tasks."""
+    """Returns the loader of a source whose rows have ``columns`` and become tasks by ``make``."""
 
     def load(
         path: str,
@@ -135,14 +137,15 @@ def _rows(
         limit: int | None = None,
         on_bad_row: str = "fail",
         checks: Mapping[str, Any] | None = None,
+        part: str | None = None,
+        held_out_share: float = HELD_OUT_SHARE,
     ) -> TaskSource:
         if on_bad_row not in ("fail", "skip"):
-            raise ConfigError(f"on_bad_row is 'fail' or 'skip', got '{on_bad_row}'")
+            raise ConfigError(f"on_bad_row must be 'fail' or 'skip', got '{on_bad_row}'")
+        check_part(part, held_out_share)
         chosen = build(DataChecks, checks or {}, "data.checks.")
         root = _local(path, revision)
-        folder = root if root.is_dir() else root.parent
-        if split is not None and any(root.glob(f"{split}/*/data.json")):
-            folder = root / split
+        folder = data_folder(root, split)
         pictures = PictureFolder(folder, _url_rules(chosen))
         report = DataReport(name, str(root))
 
@@ -151,9 +154,10 @@ def _rows(
                 lambda: make(row, number, folder, pictures), row, columns, f"source '{name}'"
             )
 
-        rows = _numbered(root, folder, split, without, report)
-        tasks = _read(rows, task_of, limit, chosen, report)
-        _judge(report, on_bad_row, chosen)
+        rows = labelled_rows(find_row_files(root, split), report, without)
+        rows = (each for each in rows if in_part(each[1], part, held_out_share))
+        tasks = _read_tasks(rows, task_of, limit, chosen, report)
+        _check_report(report, on_bad_row, chosen)
         return CheckedTasks(tasks, report)
 
     return load
@@ -170,6 +174,32 @@ def _verl(row: Row, number: int, root: Path, pictures: PictureFolder) -> Task:
 EMBEDDED = ("demo", "arithmetic", "figures")
 """Sources without files."""
 
+DEFAULT_DATA: Mapping[str, Mapping[str, Any]] = {
+    split: {"source": "demo", "split": split} for split in ("train", "eval")
+}
+"""Specifications for an environment that is given no data."""
+
+_TOOL_OPTIONS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "demo": {
+        # Padded, a cell would take in its neighbours. Sizes are as when the models were trained.
+        "crop_image": {"padding": 0.0, "sizes": "original"},
+        "select_frames": {"sizes": "original"},
+    },
+}
+
+
+def suitable_tool_options(specs: Iterable[object]) -> Mapping[str, Mapping[str, Any]]:
+    """Returns the settings of tools that suit the tasks of some specifications.
+
+    Args:
+        specs: of the splits of one environment. They must name one source; other values, such as
+            tasks that are loaded already, suit the tools' own defaults.
+    """
+    given = [spec for spec in specs if spec is not None]  # an evaluation has no training tasks
+    sources = {spec.get("source") if isinstance(spec, Mapping) else None for spec in given}
+    return _TOOL_OPTIONS.get(str(sources.pop()), {}) if len(sources) == 1 else {}
+
+
 _SOURCES: dict[str, Callable[..., TaskSource]] = {
     "demo": _demo,
     "arithmetic": _arithmetic,
@@ -179,7 +209,7 @@ _SOURCES: dict[str, Callable[..., TaskSource]] = {
         "verl",
         _verl,
         COLUMNS["verl"],
-        # LUFFY's columns with an expert's solutions: a gigabyte that nobody asks for here.
+        # LUFFY's columns with an expert's solutions: a gigabyte that is not used here.
         without=("target", "target_lst", "target_ds_qwen_7b_probs"),
     ),
     "math_jsonl": _rows("math_jsonl", math_jsonl, COLUMNS["math_jsonl"]),
@@ -206,31 +236,37 @@ def _url_rules(checks: DataChecks) -> UrlRules | None:
     return UrlRules(checks.url_max_bytes, checks.url_seconds, checks.allow_private_urls)
 
 
-def _numbered(
-    root: Path, folder: Path, split: str | None, without: Collection[str], report: DataReport
+def labelled_rows(
+    files: Iterable[Path], report: DataReport, without: Collection[str] = ()
 ) -> Iterator[tuple[str, Row]]:
-    """Rows with the words that name them in a message; lines that are none go to the report."""
+    """Yields the rows of files with their labels for messages.
+
+    Args:
+        files: as from `find_row_files`.
+        report: gets the lines that are no rows.
+        without: columns of parquet files that are not read.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
 
     def bad_line(where: str, error: RowError) -> None:
         report.rows += 1
         report.add(where, error)
 
-    if folder.is_dir() and any(folder.glob("*/data.json")):
-        yield from read_folders(folder)
-        return
-    for file in find_row_files(root, split):
+    for file in files:
         for number, row in enumerate(read_rows(file, without, bad_line=bad_line)):
-            yield f"{file.name}, row {number}", row
+            yield row_label(file, number), row
 
 
-def _read(
+def _read_tasks(
     rows: Iterator[tuple[str, Row]],
     make: Callable[[Row, int], Task],
     limit: int | None,
     checks: DataChecks,
     report: DataReport,
 ) -> list[Task]:
-    """The rows that can be used, as tasks; the report takes the others."""
+    """Returns the tasks of all usable rows; the others are reported."""
     found: list[tuple[str, Task]] = []
     first: dict[str, str] = {}
     for number, (where, row) in enumerate(rows):
@@ -248,6 +284,8 @@ def _read(
                 continue
         first.setdefault(task.id, where)
         found.append((where, task))
+        report.check_references(where, task)
+        report.note_unread(unread_columns(row))
     bad = set[int]()
     if checks.pictures != "none":
         bad |= set(check_pictures(found, checks.pictures, report))
@@ -256,12 +294,13 @@ def _read(
     return tasks
 
 
-def _judge(report: DataReport, on_bad_row: str, checks: DataChecks) -> None:
-    """Says what was found: in the log, or as an error where the settings ask for one.
+def _check_report(report: DataReport, on_bad_row: str, checks: DataChecks) -> None:
+    """Logs the problems of the rows, or raises them if the settings say so.
 
     Raises:
-        BadRowsError: likewise, or no row is left.
+        BadRowsError: no row is usable, or the settings do not allow one of the problems.
     """
+    report.warn()
     if not report.problems:
         if not report.usable:
             raise BadRowsError(f"no usable rows in {report.path}: it is empty", report)
@@ -277,7 +316,7 @@ def _judge(report: DataReport, on_bad_row: str, checks: DataChecks) -> None:
     if checks.duplicates == "fail" and DUPLICATE in report.problems:
         advice.append("let ids repeat with data.checks.duplicates=keep")
     if advice:
-        raise BadRowsError(f"{told}\nMend them, or {', or '.join(advice)}.", report)
+        raise BadRowsError(f"{told}\nCorrect them, or {', or '.join(advice)}.", report)
     if not report.usable:
         raise BadRowsError(f"no usable rows in {report.path}; {told}", report)
     _log.warning("%s", told)

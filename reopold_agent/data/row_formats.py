@@ -1,27 +1,31 @@
-"""Rows of the field's own files as tasks, for training and for benchmarks.
+"""Reading the rows of published data sets as tasks, for training and for benchmarks.
 
-A task's metadata says how its answer is graded (``answer_kind``), which ``category`` it belongs
-to, its ``options`` if it has some, and what a metric over several rows needs.
+A task's metadata says how its answer is graded (``answer_kind``), its ``category``, its
+``options`` if it has any, and what a metric over several rows needs.
 """
+# ruff: noqa: RUF001  # options are written with full-width punctuation too
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
-from reopold_agent.boxed import extract_boxed
-from reopold_agent.data.checks import Columns, RowError
+from reopold_agent.data.checks import NO_QUESTION, Columns, RowError
 from reopold_agent.data.formats import (
-    PictureFolder,
     acceptable_answers,
     list_of,
     pixel_reasoner_task,
+    question_task,
     text_of,
     verl_task,
 )
-from reopold_agent.data.images import BytesImage
+from reopold_agent.data.pictures import PictureFolder, is_null, picture_of
+from reopold_agent.judges.boxed import extract_boxed
 from reopold_agent.types import ImageSource, Task
 
 LETTERS = "ABCDEFGHIJ"
@@ -33,39 +37,52 @@ RowMaker = Callable[[Mapping[str, Any], int, Path, PictureFolder], Task]
 def pixel_reasoner(
     row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder
 ) -> Task:
-    """V-Star, InfoVQA, TallyQA, Pixel: Pixel-Reasoner's evaluation rows."""
+    """Reads Pixel-Reasoner's evaluation rows: V-Star, InfoVQA, TallyQA, Pixel."""
     task = pixel_reasoner_task(row, number, pictures)
     return _with(task, category=str(row.get("category") or row.get("type") or ""))
 
 
 def verl(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
-    """LUFFY's and verl's parquet rows; ``data_source`` becomes the category."""
+    """Reads LUFFY's and verl's parquet rows; ``data_source`` becomes the category."""
     task = verl_task(row, number, pictures)
     return _with(task, category=str(row.get("data_source", "")), id=f"{number}")
 
 
 def math_jsonl(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
-    """Qwen2.5-Math's files: AIME, AMC, MATH-500, Minerva, OlympiadBench, GSM8K.
+    """Reads Qwen2.5-Math's files: AIME, AMC, MATH-500, Minerva, OlympiadBench, GSM8K.
 
-    The answer is ``answer`` or ``final_answer``; GSM8K's ends in ``#### n``; Minerva's is the last
+    The answer is ``answer`` or ``final_answer``. GSM8K's ends in ``#### n``; Minerva's is the last
     box of ``solution``.
     """
-    question = text_of(row, "problem", "question")
-    answers = _math_answers(row)
-    kind = "math"
     category = str(row.get("subject") or row.get("subfield") or row.get("type") or "")
-    name = row.get("id", row.get("unique_id", row.get("idx", number)))
-    return Task(str(name), question, answers, metadata={"answer_kind": kind, "category": category})
+    return question_task(
+        row,
+        pictures,
+        id=str(row.get("id", row.get("unique_id", row.get("idx", number)))),
+        question=text_of(row, "problem", "question"),
+        answers=_math_answers(row),
+        metadata={"answer_kind": "math", "category": category},
+    )
+
+
+def mathematics(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
+    """Reads LUFFY's rows (`verl`) or Qwen2.5-Math's (`math_jsonl`), whichever a row is."""
+    if "reward_model" not in row:
+        return math_jsonl(row, number, root, pictures)
+    task = verl(row, number, root, pictures)
+    return replace(task, metadata={**task.metadata, "answer_kind": "math"})
 
 
 def geometry3k_intergps(
     row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder
 ) -> Task:
-    """InterGPS's folders: the chosen option becomes a free-form answer (NoisyRollout)."""
+    """Reads InterGPS's folders; the right option becomes a free-form answer (NoisyRollout)."""
     options = [str(option) for option in list_of(row, "choices")]
     letter = str(row.get("answer", ""))
     if letter not in list(LETTERS[: len(options)]):
-        raise RowError("no answer", f"the answer '{letter[:40]}' is none of {len(options)} options")
+        raise RowError(
+            "no answer", f"the answer '{letter[:40]}' is none of the {len(options)} options"
+        )
     name = str(row.get("id", number))
     images = row.get("image") or f"{name}/img_diagram.png"
     return Task(
@@ -80,32 +97,37 @@ def geometry3k_intergps(
 def parquet_pictures(
     row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder
 ) -> Task:
-    """hiyouga's and xyliu6's Geometry3K: images with bytes, ``problem``, ``answer``."""
-    images = row.get("images") or row.get("image") or []
-    listed = images if isinstance(images, (list, tuple)) else [images]
-    return Task(
-        str(row.get("id", number)),
-        text_of(row, "problem", "question").replace("<image>", "").strip(),
-        acceptable_answers(row.get("answer")),
-        tuple(_picture(image, pictures) for image in listed),
+    """Reads Geometry3K: hiyouga's and xyliu6's images with bytes, ``problem``, ``answer``.
+
+    InterGPS's rows, which have ``choices``, are read by `geometry3k_intergps`.
+    """
+    if "choices" in row:
+        return geometry3k_intergps(row, number, root, pictures)
+    return question_task(
+        row,
+        pictures,
+        id=str(row.get("id", number)),
+        question=text_of(row, "problem", "question"),
+        answers=acceptable_answers(row.get("answer")),
         metadata={"answer_kind": "math", "category": ""},
     )
 
 
 def mathvision(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
-    """MATH-V's json, or the tsv of NoisyRollout's data."""
-    options = [str(option) for option in list_of(row, "options")]
+    """Reads MATH-V's jsonl and hub parquet, and VLMEvalKit's tsv with or without pictures."""
+    options = _options(row)
     question = re.sub(r"<image\d*>", "", text_of(row, "question")).strip()
-    if options:
-        question += "\nOptions:\n" + _listed(options)
-    name = str(row.get("id", row.get("index", number)))
-    picture = row.get("image") or f"images/{name}.jpg"
+    if not question:
+        raise RowError(NO_QUESTION, "the question has no words beside its picture")
+    name = _name(row, number, "id", "index")
+    file = f"images/{_name(row, number, 'index', 'id')}.jpg"  # as NoisyRollout names them
+    picture = row.get("decoded_image") or row.get("image") or file
     answer = str(row.get("answer", ""))
     return Task(
         name,
-        question,
+        _with_options(question, options),
         acceptable_answers(answer),
-        (_picture(picture, pictures),),
+        (picture_of(picture, pictures),),
         metadata={
             "answer_kind": "option" if options else "math",
             "options": options,
@@ -115,55 +137,77 @@ def mathvision(row: Mapping[str, Any], number: int, root: Path, pictures: Pictur
 
 
 def mathverse(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
-    """MathVerse's testmini.json."""
+    """Reads MathVerse's testmini, as json, parquet or VLMEvalKit's tsv.
+
+    The options are in the question, after "Choices:".
+    """
     choice = row.get("question_type") == "multi-choice"
+    question = text_of(row, "query_cot", "question")
+    listed = re.split(r"(?i)\b(?:choices|options)\s*[:：]", question)[1:]
     return Task(
-        str(row.get("sample_index", number)),
-        text_of(row, "query_cot", "question"),
+        _name(row, number, "sample_index", "index"),
+        question,
         acceptable_answers(row.get("answer")),
-        (_picture(row.get("image"), pictures),),
+        (picture_of(row.get("image"), pictures),),
         metadata={
             "answer_kind": "option" if choice else "math",
+            "options": options_in(listed[-1]) if choice and listed else [],
             "category": str(row.get("problem_version", "")),
         },
     )
 
 
 def mathvista(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
-    """MathVista's testmini; an option's text becomes its letter, numbers keep their precision."""
-    options = [str(option) for option in list_of(row, "choices")]
+    """Reads MathVista's testmini: its json and parquet, or VLMEvalKit's tsv.
+
+    The text of the right option becomes its letter; numbers stay as written.
+    """
+    options = _options(row)
     answer = str(row.get("answer", ""))
     more = row.get("metadata")
-    category = str(more.get("task", "")) if isinstance(more, Mapping) else ""
+    category = str((more if isinstance(more, Mapping) else row).get("task") or "")
     metadata: dict[str, Any] = {"answer_kind": "auto", "category": category}
     if row.get("question_type") == "multi_choice":
         if answer not in options:
-            raise RowError("no answer", f"the answer '{answer[:40]}' is none of the options")
+            raise RowError("no answer", f"the answer '{answer[:40]}' is not one of the options")
         if options.index(answer) >= len(LETTERS):
             raise RowError("no answer", f"there are {len(options)} options; {len(LETTERS)} fit")
         answer = LETTERS[options.index(answer)]
         metadata = {**metadata, "answer_kind": "option", "options": options}
+    elif row.get("answer_type") == "float" and row.get("precision") not in (None, ""):
+        # MathVista's own script rounds the answer to so many decimals.
+        metadata["precision"] = int(float(row["precision"]))
     return Task(
-        str(row.get("pid", number)),
+        _name(row, number, "pid", "index"),
         text_of(row, "query", "question"),
         acceptable_answers(answer),
-        (_picture(row.get("decoded_image") or row.get("image"), pictures),),
+        (picture_of(row.get("decoded_image") or row.get("image"), pictures),),
         metadata=metadata,
     )
 
 
 def wemath(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
-    """We-Math's testmini.json; ``key`` and ``ID`` group the sub-problems of one problem."""
+    """Reads We-Math's testmini.json, or VLMEvalKit's tsv with a column for each option.
+
+    ``key`` and ``ID`` group the sub-problems of one problem.
+    """
+    problem, key = _name(row, number, "ID", "id"), str(row.get("key", ""))
+    listed, options = str(row.get("option", "")), _options(row)
+    if options:
+        question = _with_options(text_of(row, "question"), options)
+    else:
+        question, options = f"{text_of(row, 'question')}\n\nOptions: {listed}", options_in(listed)
     return Task(
-        f"{row.get('ID', number)}@{row.get('key', '')}",
-        f"{text_of(row, 'question')}\n\nOptions: {row.get('option', '')}",
+        f"{problem}@{key}",
+        question,
         acceptable_answers(row.get("answer")),
-        (_picture(row.get("image_path"), pictures),),
+        (picture_of(row.get("image_path") or row.get("image"), pictures),),
         metadata={
             "answer_kind": "option",
-            "category": str(row.get("key", "")),
-            "problem": str(row.get("ID", number)),
-            "key": str(row.get("key", "")),
+            "options": options,
+            "category": key,
+            "problem": problem,
+            "key": key,
         },
     )
 
@@ -171,33 +215,139 @@ def wemath(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFol
 def hallusionbench(
     row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder
 ) -> Task:
-    """HallusionBench's json: yes or no; rows without a picture are asked without one."""
-    answer = str(row.get("gt_answer", ""))
-    if answer not in ("0", "1"):
-        raise RowError("no answer", f"gt_answer must be '0' or '1', got '{answer[:40]}'")
-    name = row.get("local_image") or row.get("filename")
-    images: tuple[ImageSource, ...] = (_picture(name, pictures),) if name else ()
+    """Reads HallusionBench's json, or VLMEvalKit's tsv: yes or no.
+
+    Rows without a picture stay without one. The demand for a box is NoisyRollout's.
+    """
+    answer = str(row.get("gt_answer", row.get("answer", "")))
+    if answer.lower() not in _YES_NO:
+        raise RowError("no answer", f"the answer must be 0 or 1, or yes or no; got '{answer[:40]}'")
+    name = row.get("local_image") or row.get("filename") or row.get("image")
+    images: tuple[ImageSource, ...] = (picture_of(name, pictures),) if name else ()
     keys = [str(row.get(key, "")) for key in ("set_id", "figure_id", "question_id")]
-    group = [str(row.get(key, "")) for key in ("category", "subcategory")]
+    if not any(keys):  # the tsv's index ends in them
+        keys = str(row.get("index", number)).split("_")[-3:]
+    group = [str(row.get(key, "")) for key in ("category", "subcategory", "l2-category")]
+    group = group[:1] + [each for each in group[1:] if each]
     return Task(
         "_".join([*group, *keys]),
-        f"{text_of(row, 'question')} Your final answer can only be yes or no.",
-        ("yes" if answer == "1" else "no",),
+        text_of(row, "question") + " Your final answer can only be \\boxed{yes} or \\boxed{no}.",
+        (_YES_NO[answer.lower()],),
         images,
         metadata={
             "answer_kind": "yes_no",
             "category": "/".join(group),
             # The benchmark's own script leaves questions without a picture out of fAcc.
             "figure": "_".join([*group, *keys[:2]]) if name else None,
-            "question": "_".join([*group, keys[0], keys[2]]),
+            "question": "_".join([*group, keys[0], keys[-1]]),
         },
     )
+
+
+_YES_NO = {"0": "no", "1": "yes", "no": "no", "yes": "yes"}
+
+
+def vlmevalkit(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
+    """Reads VLMEvalKit's tsv files: ``image`` in base64, ``question``, ``answer``.
+
+    Options are in columns ``A``, ``B`` and so on; ``hint`` is put before the question. Several
+    accepted answers are a list that is written as text.
+    """
+    options = _options(row)
+    hint = str(row.get("hint") or "").strip()
+    question = f"Hint: {hint}\n" * bool(hint) + text_of(row, "question").strip()
+    answer: Any = str(row.get("answer", ""))
+    return question_task(
+        row,
+        pictures,
+        id=_name(row, number, "index"),
+        question=_with_options(question, options),
+        answers=acceptable_answers(_answers_in(answer) if not options else answer),
+        metadata={
+            "answer_kind": "option" if options else "auto",
+            "options": options,
+            "category": str(row.get("category") or ""),
+        },
+    )
+
+
+def _name(row: Mapping[str, Any], number: int, *columns: str) -> str:
+    """Returns the first of the columns that is not empty, or the row's number."""
+    given = (row.get(each) for each in columns)
+    return str(next((value for value in given if value not in (None, "")), number))
+
+
+def _answers_in(text: str) -> list[Any]:
+    """Returns the accepted answers of a list that is written as text; else the text itself."""
+    if text.startswith("[") and text.endswith("]"):
+        try:
+            found = ast.literal_eval(text)
+        except (ValueError, SyntaxError):  # an interval, say
+            return [text]
+        if found and all(isinstance(each, str) for each in found):
+            return list(found)
+    return [text]
+
+
+def _options(row: Mapping[str, Any]) -> list[str]:
+    """Returns the texts of options: ``options``, ``choices``, or the columns A, B and so on.
+
+    Raises:
+        RowError: there are more than can be lettered, or one between two others is empty.
+    """
+    listed = list_of(row, "options") or list_of(row, "choices")
+    if not listed:
+        values = [row.get(letter) for letter in ascii_uppercase]
+        given = [None if is_null(value) or value == "" else value for value in values]
+        while given and given[-1] is None:
+            given.pop()
+        listed = given
+    if None in listed:
+        raise RowError("options", f"option {LETTERS[listed.index(None)]} of {len(listed)} is empty")
+    if len(listed) > len(LETTERS):
+        raise RowError("options", f"{len(listed)} options; {len(LETTERS)} are possible")
+    return [str(option) for option in listed]
+
+
+def _with_options(question: str, options: Sequence[str]) -> str:
+    """Returns the question with its options, unless it lists them already."""
+    labels = [re.escape(f"({letter})") + r"\s*" + re.escape(option.strip())
+              for letter, option in zip(LETTERS, options, strict=False)]  # fmt: skip
+    if not options or all(re.search(label, question) for label in labels):
+        return question
+    return f"{question}\nOptions:\n{_listed(options)}"
+
+
+_OPTION_MARKS = (
+    re.compile(r"(?:\A|[\n;；])\s*\(?([A-J])(?:\)|[.．:：、])\s*"),
+    re.compile(r"(?:\A|\s)\(?([A-J])(?:\)|[.．:：、])\s*"),
+)
+"""Labels of options: each on a line or after a semicolon; else each after a space."""
+
+
+def options_in(text: str) -> list[str]:
+    """Returns the texts of options that are written one after the other.
+
+    We-Math writes "A. 3; B. 4", MathVerse "A:3\\nB:4". The labels must be A, B, C and so on in
+    this order; where they are not, the text is not understood and the list is empty.
+    """
+    for pattern in _OPTION_MARKS:
+        marks = list(pattern.finditer(text))
+        labels = "".join(mark[1] for mark in marks)
+        if len(labels) < 2 or not LETTERS.startswith(labels) or text[: marks[0].start()].strip():
+            continue
+        ends = [mark.start() for mark in marks[1:]] + [len(text)]
+        found = [text[m.end() : end].strip(" \n;；") for m, end in zip(marks, ends, strict=True)]
+        return found if all(found) else []
+    return []
 
 
 FORMATS: Mapping[str, RowMaker] = {
     "pixel_reasoner": pixel_reasoner,
     "verl": verl,
     "math_jsonl": math_jsonl,
+    "mathematics": mathematics,
+    "vlmevalkit": vlmevalkit,
     "geometry3k_intergps": geometry3k_intergps,
     "parquet_pictures": parquet_pictures,
     "mathvision": mathvision,
@@ -214,26 +364,25 @@ COLUMNS: Mapping[str, Columns] = {
     "pixel_reasoner": (("question",), ("answer",)),
     "verl": (("prompt",), ("reward_model",)),
     "math_jsonl": (_QUESTION, ("answer", "final_answer", "solution")),
+    "mathematics": (
+        ("prompt", *_QUESTION),
+        ("reward_model", "answer", "final_answer", "solution"),
+    ),
+    "vlmevalkit": (("question",), ("answer",)),
     "geometry3k_intergps": (("annotat_text", "problem_text"), ("choices",), ("answer",)),
-    "parquet_pictures": (_QUESTION, ("answer",)),
+    "parquet_pictures": ((*_QUESTION, "annotat_text", "problem_text"), ("answer",)),
     "mathvision": (("question",), ("answer",)),
     "mathverse": (("query_cot", "question"), ("answer",), ("image",)),
     "mathvista": (("query", "question"), ("answer",)),
-    "wemath": (("question",), ("answer",), ("image_path",)),
-    "hallusionbench": (("question",), ("gt_answer",)),
+    "wemath": (("question",), ("answer",), ("image_path", "image")),
+    "hallusionbench": (("question",), ("gt_answer", "answer")),
 }
-"""What a row of each format must have; for each entry one of its names."""
+"""The columns that a row of each format must have, each as its alternative names."""
 
 
 def _with(task: Task, *, category: str, id: str | None = None) -> Task:
-    return Task(
-        id or task.id,
-        task.question,
-        task.answers,
-        task.images,
-        task.is_video,
-        {"answer_kind": "auto", **task.metadata, "category": category},
-    )
+    metadata = {"answer_kind": "auto", **task.metadata, "category": category}
+    return replace(task, id=id or task.id, metadata=metadata)
 
 
 def _math_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -253,18 +402,6 @@ def _math_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
         # OlympiadBench lists the parts of one answer.
         return (", ".join(str(part) for part in value),)
     return acceptable_answers(value)
-
-
-def _picture(value: Any, pictures: PictureFolder) -> ImageSource:
-    if isinstance(value, Mapping):
-        if isinstance(value.get("bytes"), bytes):
-            return BytesImage(value["bytes"])
-        value = value.get("path") or value.get("image")
-    if isinstance(value, bytes):
-        return BytesImage(value)
-    if not isinstance(value, str) or not value:
-        raise RowError("missing picture", "no picture")
-    return pictures.find(value.removeprefix("./"))
 
 
 def _listed(options: Sequence[str]) -> str:

@@ -1,10 +1,10 @@
-"""Rows from files: parquet, json and jsonl, or the hub."""
+"""Reading rows from parquet, json, jsonl and tsv files, local or from the hub."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,18 +13,34 @@ from reopold_agent.errors import DataError, MissingExtraError
 
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv")
 
+_SPLITS = frozenset({"test", "testmini", "validation", "valid", "val", "dev", "eval"})
+
+_ONE_ROW = "data.json"
+"""Name of the file with the one row of a folder (InterGPS's Geometry3K)."""
+
+_LONGEST_INDEX = 64
+"""A longer "image" of VLMEvalKit's tsv files is a picture, not the index of another row."""
+
 MAX_LINE_BYTES = 100_000_000
-"""A longer line of a jsonl file, or field of a tsv file, is refused: it would fill the memory."""
+"""Longer lines of jsonl files and fields of tsv files are refused: they would fill the memory."""
 
 
-def find_row_files(path: Path, split: str | None) -> list[Path]:
-    """The row files of a path: itself, or those in the folder (and its ``data`` folder).
+def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list[Path]:
+    """Returns the row files of a path: the file itself, or those in the folder and its ``data``.
 
-    In a folder, files whose name contains the split's are preferred; without such files all are
-    taken if their names mention no split at all.
+    A folder with folders of one ``data.json`` each has a row in each of them (see `data_folder`).
+    Of other folders, only files named after the split are taken. As on the hub, files whose names
+    mention no split hold the training rows. Where files of one name repeat the rows in several
+    formats, as MathVista's and MathVerse's do, the first of parquet, jsonl, json and tsv is taken.
+
+    Args:
+        path: a file or a folder.
+        split: name of the split, or of the files without their suffix; or several names, of which
+            the first that is there counts, and None among them for the only file. None for all
+            files.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no such files, or none of the split; the message says what to set.
     """
     if path.is_file():
         if path.suffix not in _SUFFIXES:
@@ -32,26 +48,74 @@ def find_row_files(path: Path, split: str | None) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise DataError(f"the data path {path} does not exist")
+    folders = data_folder(path, split).glob(f"*/{_ONE_ROW}")
+    single = sorted(folders, key=lambda file: (len(file.parent.name), file))  # 9 before 10
+    if single:
+        return single
     files = sorted(
         file
         for folder in (path, path / "data")
         if folder.is_dir()
         for file in folder.iterdir()
-        if file.suffix in _SUFFIXES and file.is_file()
+        if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(".")
     )
-    if split is not None:
-        named = [file for file in files if split in file.stem.split("-")[0].split("_")]
-        if named:
-            return named
-        others = ("train", "test", "validation", "valid", "val", "dev", "eval")
-        if any(o in file.stem.split("-")[0].split("_") for file in files for o in others):
-            raise DataError(
-                f"no file for the split '{split}' in {path}; there are "
-                + ", ".join(file.name for file in files)
-            )
     if not files:
         raise DataError(f"no rows in {path}: expected *.parquet, *.jsonl or *.json there")
-    return files
+    if split is None:
+        return _one_format(files)
+    names = [split] if isinstance(split, str) else split
+    for name in names:
+        if name is None:
+            if len({file.stem.split("-")[0] for file in files}) == 1:
+                return _one_format(files)
+            continue
+        # "testmini" before "testmini_text_only" and "annot_testmini", which are other files.
+        exact = [file for file in files if file.stem.split("-")[0] == name]
+        named = exact or [file for file in files if name in _words(file)]
+        if not named and name == "train":
+            named = [file for file in files if not _SPLITS.intersection(_words(file))]
+        if named:
+            return _one_format(named)
+    wanted = " or ".join(name for name in names if name is not None)
+    raise DataError(
+        (f"no file for the split '{wanted}' in {path}" if wanted else f"several files in {path}")
+        + "; there are "
+        + ", ".join(file.name for file in files)
+        + ".\nName the file itself as the path, or set split=null to take all files."
+    )
+
+
+def data_folder(path: Path, split: str | Sequence[str | None] | None) -> Path:
+    """Returns the folder that the pictures of the rows are relative to.
+
+    It is the folder of a file, or the folder itself; and InterGPS's folder of the split, in which
+    each row has a folder of its own.
+    """
+    if not path.is_dir():
+        return path.parent
+    names = [split] if isinstance(split, str) else split or []
+    own = [path / name for name in names if name and any(path.glob(f"{name}/*/{_ONE_ROW}"))]
+    return own[0] if own else path
+
+
+def row_label(file: Path, number: int) -> str:
+    """Returns the name of a file's row for messages; ``number`` counts the rows from 0."""
+    if file.name == _ONE_ROW:
+        return f"{file.parent.name}/{file.name}"
+    return f"{file.name}, row {number}"
+
+
+def _words(file: Path) -> list[str]:
+    return file.stem.split("-")[0].split("_")
+
+
+def _one_format(files: list[Path]) -> list[Path]:
+    """Returns the files without those that repeat the rows of another one in another format."""
+    formats: dict[str, set[str]] = {}
+    for file in files:
+        formats.setdefault(file.stem.split("-")[0], set()).add(file.suffix)
+    best = {name: min(found, key=_SUFFIXES.index) for name, found in formats.items()}
+    return [file for file in files if file.suffix == best[file.stem.split("-")[0]]]
 
 
 def read_rows(
@@ -60,23 +124,23 @@ def read_rows(
     *,
     bad_line: Callable[[str, RowError], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one file, in order.
+    """Yields the rows of one file, in order.
 
     Args:
         file: parquet, json, jsonl or tsv.
         without: columns of a parquet file that are not read at all.
-        bad_line: called with "NAME, line N" and the error for a line of a jsonl file that is no
-            object, which is then left out; None raises instead.
+        bad_line: called with "NAME, line N" and the error for each line of a jsonl file that is
+            not an object; the line is then skipped. None raises the error instead.
 
     Raises:
-        DataError: names file and line.
+        DataError: the file cannot be read; the message names the file and the line.
     """
     if file.suffix == ".parquet":
         yield from _parquet_rows(file, without)
     elif file.suffix == ".tsv":
         yield from _tsv_rows(file)
     elif file.suffix == ".jsonl":
-        # Bytes, so that a wrong encoding is named by its line.
+        # Read as bytes, so that a wrong encoding is reported with its line.
         with file.open("rb") as handle:
             for number, line in _lines(handle):
                 try:
@@ -109,19 +173,27 @@ def _parquet_rows(file: Path, without: Collection[str]) -> Iterator[dict[str, An
 
 def _tsv_rows(file: Path) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_LINE_BYTES)  # pictures in base64 are longer than csv's own limit
-    read = 0
+    rows: list[dict[str, Any]] = []
     try:
         with file.open(encoding="utf-8-sig", newline="") as handle:
-            for row in csv.DictReader(handle, delimiter="\t"):
-                # Fields more or fewer than the head's come with the key or the value None.
-                yield {key: value for key, value in row.items() if key and value is not None}
-                read += 1
+            rows.extend(
+                # Extra fields have the key None, missing fields the value None.
+                {key: value for key, value in row.items() if key and value is not None}
+                for row in csv.DictReader(handle, delimiter="\t", strict=True)
+            )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {file} at row {read}: {error}") from error
+        raise DataError(f"cannot read {file} at row {len(rows)}: {error}") from error
+    # VLMEvalKit stores a picture once: other rows with it have the index of its row as "image".
+    pictures = {row.get("index", "").removesuffix(".0"): row.get("image") for row in rows}
+    for row in rows:
+        shown = row.get("image")
+        if shown and len(shown) <= _LONGEST_INDEX:
+            row["image"] = pictures.get(shown.removesuffix(".0")) or shown
+        yield row
 
 
 def _lines(handle: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """Number (from 1) and bytes of lines that are not blank; one that is too long comes cut."""
+    """Yields number (from 1) and bytes of non-blank lines; lines that are too long are cut."""
     number = 0
     while line := handle.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -137,8 +209,12 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
         rows = json.loads(file.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
         raise DataError(f"cannot read {file}: {error}") from error
+    if isinstance(rows, dict) and rows and all(isinstance(row, dict) for row in rows.values()):
+        rows = [{"id": key, **row} for key, row in rows.items()]  # as MathVista's annotations
+    elif isinstance(rows, dict) and file.name == _ONE_ROW:
+        rows = [{"id": file.parent.name, **rows}]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file} must hold a list of objects")
+        raise DataError(f"{file} must hold a list of objects, or one object of objects by id")
     yield from rows
 
 
@@ -155,11 +231,11 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def download(repository: str, revision: str | None) -> Path:
-    """A dataset of the hub as a local folder (cached by huggingface_hub).
+    """Downloads a data set of the hub into huggingface_hub's cache and returns its folder.
 
     Raises:
         MissingExtraError: huggingface_hub is not installed.
-        DataError: it cannot be downloaded; says how to use a local copy.
+        DataError: it cannot be downloaded; the message says how to use a local copy.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -167,25 +243,11 @@ def download(repository: str, revision: str | None) -> Path:
         raise MissingExtraError("huggingface_hub", "hub", f"the dataset '{repository}'") from error
     try:
         return Path(snapshot_download(repository, repo_type="dataset", revision=revision))
-    except Exception as error:  # the hub's client raises many kinds, all meaning "not had"
+    except Exception as error:  # the hub's client raises many kinds, all meaning "not available"
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
         raise DataError(
-            f"the dataset '{repository}' is neither a folder here nor could it be downloaded "
+            f"the dataset '{repository}' is not a local folder and could not be downloaded "
             f"({type(error).__name__}: {reason}).\nDownload it where there is a network:\n"
             f"  hf download {repository} --repo-type dataset --local-dir data/mine\n"
             "and set data.train.path=data/mine (data.eval.path for the held-out rows)"
         ) from error
-
-
-def read_folders(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of folders that hold one ``data.json`` each (InterGPS), by name; in order of number.
-
-    Raises:
-        DataError: names the file.
-    """
-    for file in sorted(root.glob("*/data.json"), key=lambda file: (len(file.parent.name), file)):
-        try:
-            row = _row(file.read_bytes())
-        except (OSError, RowError) as error:
-            raise DataError(f"cannot read {file}: {error}") from error
-        yield str(file.relative_to(root)), {"id": file.parent.name, **row}

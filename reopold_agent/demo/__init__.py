@@ -1,1 +1,4 @@
-"""The embedded default: tasks, a tiny student and teacher, and the recipe that makes them."""
+"""The embedded default: tasks that need no download, and weights of tiny models for them.
+
+``examples/embedded_models`` of the repository makes the weights; its README describes them.
+"""

@@ -1,16 +1,16 @@
-"""Made-up tasks from real pictures: a handwritten digit somewhere in a photograph or a clip.
+"""Tasks made from real pictures: a handwritten digit somewhere in a photograph or a clip.
 
-Digits are scikit-learn's (1,797 scans of 8 x 8), photographs its two sample pictures. Training
-and held-out tasks share neither a digit nor a pixel of a photograph. Everything is a function of
-(seed, split, index), so a set needs no storage and an index always means the same task.
+The digits are scikit-learn's (1,797 scans of 8 x 8), the photographs its two sample pictures.
+Training and held-out tasks share neither a digit nor a pixel of a photograph. A task is a function
+of (seed, split, index), so a set needs no storage and an index always means the same task.
 
-Image task: a 224 x 224 picture with a 40 x 40 card in one cell of a 4 x 4 grid. The prompt shows
-28 x 28 pixels of it, where the digit is 4 pixels wide: one has to crop the cell.
+Image task: a 224 x 224 picture with a 40 x 40 card in one cell of a 4 x 4 grid. The prompt shows it
+at 28 x 28 pixels, where the digit is 4 pixels wide: one has to crop the cell.
 
 Video task: `FRAMES` frames, one or two of which show the card's face (white, with the digit), one
-its back (dark), the others neither. Mostly the frames are 56 x 56, the prompt shows 7 x 7 pixels
-of each, and one has to select a frame. In the rest (``small_share``) the frames are 112 x 112 and
-the card lies in one quarter of them: one has to select a frame and then crop it.
+its back (dark), the others neither. Mostly the frames have 56 x 56 pixels, the prompt shows them at
+7 x 7, and one has to select a frame. In a share of the tasks (``small_share``) the frames have
+112 x 112 pixels and the card lies in one quarter of them: one has to select a frame and crop it.
 """
 
 from __future__ import annotations
@@ -23,27 +23,29 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
+from typing_extensions import override
 
+from reopold_agent.demo.base import GeneratedTasks, Split
 from reopold_agent.types import PixelArray, Task
 
-Split = Literal["train", "eval"]
 Kind = Literal["image", "video", "small_video"]
 
 SIDE: Final = 224
-"""Pixels of an image task's picture, both ways."""
+"""Width and height of an image task's picture, pixels."""
 GRID: Final = 4
 CELL: Final = SIDE // GRID
 CARD: Final = 40
 INK: Final = 34
-"""Pixels of the digit on its card."""
+"""Width and height of the digit on its card, pixels."""
 FRAMES: Final = (4, 5)
 OVERVIEW_SHARE: Final = 8
-"""The prompt shows one pixel for so many of the picture, both ways: a card of 5 x 5."""
+"""The prompt shows pictures smaller by this factor: a card has 5 x 5 pixels."""
 TRAIN_DIGITS: Final = 1400
 TRAIN_COLUMNS: Final = 390
-"""Photographs are 640 pixels wide: training sees the columns left of this, held-out the rest."""
+"""Photographs are 640 pixels wide: training uses the columns left of this, held-out tasks the rest.
+"""
 DIGITS_SEED: Final = 20
-"""Which digits are held out never depends on a run's seed."""
+"""Fixed, so that the held-out digits never depend on a run's seed."""
 
 IMAGE_QUESTION: Final = "Which digit is written on the white card in the picture?"
 VIDEO_QUESTION: Final = "Which digit is written on the white card in the video?"
@@ -56,54 +58,39 @@ class ArrayImage:
     pixels: PixelArray
 
     def open(self) -> Image.Image:
-        """Returns a copy as RGB."""
+        """Returns a copy of the picture as RGB."""
         return Image.fromarray(self.pixels)
 
 
 @dataclass(frozen=True)
-class DemoTasks:
-    """The tasks of a split, made when they are asked for.
+class DemoTasks(GeneratedTasks):
+    """The tasks of a split, each made when it is read.
 
     Attributes:
         split: ``"train"`` or ``"eval"`` (held-out digits and parts of the photographs).
         size: number of tasks.
-        seed: another seed, other tasks.
+        seed: of the tasks.
         video_share: expected share of video tasks, 0 to 1.
-        small_share: expected share, among them, of those that also need a crop.
+        small_share: expected share of video tasks that also need a crop, 0 to 1.
         backdrop: brightness of the photograph, 0 (black) to 1; the recipe fades it in.
 
     Raises:
         ValueError: an attribute is out of range.
     """
 
-    split: Split = "train"
-    size: int = 4096
-    seed: int = 0
     video_share: float = 0.25
     small_share: float = 0.3
     backdrop: float = field(default=1.0, repr=False)
 
     def __post_init__(self) -> None:
-        if self.split not in ("train", "eval"):
-            raise ValueError(f"split must be 'train' or 'eval', got {self.split!r}")
-        if self.size < 1 or self.seed < 0:
-            raise ValueError(f"size must be >= 1 and seed >= 0, got {self.size} and {self.seed}")
+        super().__post_init__()
         for name in ("video_share", "small_share", "backdrop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
 
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int, /) -> Task:
-        """The task at ``index``.
-
-        Raises:
-            IndexError: not in ``range(len(self))``.
-        """
-        if not 0 <= index < self.size:
-            raise IndexError(f"task {index} of {self.size}")
-        rng = np.random.default_rng((self.seed, int(self.split == "eval"), index))
+    @override
+    def make(self, index: int) -> Task:
+        rng = self.rng(index)
         kind: Kind = "image"
         if rng.random() < self.video_share:
             kind = "small_video" if rng.random() < self.small_share else "video"
@@ -137,18 +124,18 @@ def _photographs() -> tuple[PixelArray, ...]:
 
 @functools.cache
 def digit_indices(split: Split) -> npt.NDArray[np.int64]:
-    """Rows of scikit-learn's digits that the split may use."""
+    """Returns the rows of scikit-learn's digits that the split may use."""
     order = np.random.default_rng(DIGITS_SEED).permutation(len(_digits()[1]))
     return order[:TRAIN_DIGITS] if split == "train" else order[TRAIN_DIGITS:]
 
 
 def digit(digit_index: int) -> str:
-    """What the digit says: "0" to "9"."""
+    """Returns the digit in a row: "0" to "9"."""
     return str(_digits()[1][digit_index])
 
 
 def card(digit_index: int, paper: int = 240) -> PixelArray:
-    """The card with a digit: (`CARD`, `CARD`, 3) uint8, dark ink on light paper."""
+    """Draws the card with a digit: (`CARD`, `CARD`, 3) uint8, dark ink on light paper."""
     ink = Image.fromarray((_digits()[0][digit_index] * (255 / 16)).astype(np.uint8))
     ink_array = np.asarray(ink.resize((INK, INK), Image.Resampling.BICUBIC), dtype=np.float64)
     face = np.full((CARD, CARD), float(paper))
@@ -158,7 +145,7 @@ def card(digit_index: int, paper: int = 240) -> PixelArray:
 
 
 def backdrop(rng: np.random.Generator, split: Split, strength: float = 1.0) -> PixelArray:
-    """A piece of a photograph, (`SIDE`, `SIDE`, 3) uint8, from the split's columns only."""
+    """Cuts a piece of a photograph, (`SIDE`, `SIDE`, 3) uint8, from the split's columns only."""
     photos = _photographs()
     photo = photos[int(rng.integers(len(photos)))]
     height, width = photo.shape[:2]
@@ -175,7 +162,7 @@ def backdrop(rng: np.random.Generator, split: Split, strength: float = 1.0) -> P
 def place_card(
     rng: np.random.Generator, picture: PixelArray, face: PixelArray
 ) -> dict[str, tuple[int, ...]]:
-    """Draws the card into one cell of the picture and says where it is.
+    """Draws the card into one cell of the picture.
 
     Returns:
         ``cell`` (row, column) and ``card`` (left, top, right, bottom) in pixels.
@@ -199,7 +186,7 @@ def _picture(
 def _clip(
     rng: np.random.Generator, tasks: DemoTasks, digit_index: int, side: int
 ) -> tuple[list[PixelArray], dict[str, Any]]:
-    """Frames of ``side`` pixels: pieces of one scene, as if the camera shook."""
+    """Makes frames of ``side`` pixels: pieces of one scene, as if the camera shook."""
     count = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
     scene = backdrop(rng, tasks.split, tasks.backdrop)
     zoomed = Image.fromarray(scene).resize((side + side // 4,) * 2, Image.Resampling.BOX)

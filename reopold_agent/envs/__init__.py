@@ -4,7 +4,7 @@ import gymnasium
 
 from reopold_agent.envs.registration import ENVS, EnvEntry, load_env, register_env
 
-# As a string: the class, and what it needs, is imported by the first gymnasium.make.
+# As strings, so that only the first gymnasium.make imports the class and what it needs.
 register_env(
     "pixel_reasoner",
     id="reopold/PixelReasoner-v0",

@@ -1,12 +1,13 @@
 """The general tool environment: a question, tools, an answer.
 
-A third party subclasses `ToolEnv`, gives tasks and perhaps tools and prompts of its own, and
-registers it (`reopold_agent.envs.register_env`). Whatever the student says is input: a bad tool
-call gets a message and the episode goes on; `step` raises nothing on account of it.
+A third party subclasses `ToolEnv`, adds tasks and perhaps tools and prompts, and registers the
+class (`reopold_agent.envs.register_env`). `step` never raises because of the student's text: a bad
+tool call gets an error message and the episode continues.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -16,6 +17,7 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
+from reopold_agent.common.pixels import ShownSizes, smaller, stated
 from reopold_agent.envs.spaces import Pictures, UnicodeText
 from reopold_agent.errors import ConfigError, ToolError
 from reopold_agent.judges import JUDGES, Judge
@@ -27,56 +29,63 @@ from reopold_agent.tools import (
     Tool,
     ToolResult,
     find_tool_call,
-    system_prompt,
 )
 from reopold_agent.tools.base import failure
-from reopold_agent.tools.isolation import runs
+from reopold_agent.tools.processes import runners_for
+from reopold_agent.tools.prompt import with_tools
 from reopold_agent.tools.schema import shorten
 from reopold_agent.types import IMAGE_MARK, Observation, Task, TaskSource, ToolCall
 
 ToolChoice: TypeAlias = "str | Mapping[str, Any] | Tool"
-"""A tool by name, the tool itself, or a mapping with ``name`` and what the model is to be shown
-instead: ``as`` (a name), ``description``, ``parameters`` (a JSON schema)."""
+"""A tool, its name, or a mapping with ``name`` and what the model is shown instead of the tool's
+own: ``as`` (a name), ``description``, ``parameters`` (a JSON schema)."""
 
 
 class ToolEnv(gymnasium.Env[Observation, str]):
     """A multi-turn environment with tools.
 
-    An action is an assistant's turn as text. It either calls one tool (``<tool_call>`` with a
-    JSON object) or is the answer. Episodes end ``terminated`` by an answer, ``truncated`` by a
-    budget.
+    An action is an assistant's turn as text. It calls one tool (``<tool_call>`` with a JSON
+    object), or it is the answer. An answer ends the episode as ``terminated``, a budget as
+    ``truncated``.
 
     ``reset`` takes ``options``: ``task`` (a `Task`), or ``split`` ("train" or "eval", default
-    "train") and ``index``; without either, the seed picks a task. Its info holds ``task_id`` and
-    ``system_prompt``. ``step``'s info holds ``tool_call`` (`ToolCall` or None) and, at the end,
-    ``success``, ``answer``, and ``time_limit`` if that was the reason.
+    "train") and ``index``; without ``task`` and ``index``, the seed picks a task. Its info holds
+    ``task_id``, ``system_prompt`` and, for a task with earlier turns, ``history``: a list of
+    (role, observation). The info of ``step`` holds ``tool_call`` (`ToolCall` or None)
+    and, at the end, ``success``, ``answer``, and ``time_limit`` if that ended the episode.
 
     Args:
-        tools: what the student may call, in the order shown; None for the class's default.
-        tool_options: per tool (by name or alias), settings that it looks up in ``state.options``.
+        tools: tools that the student may call, in the order shown; None for the class's default.
+        tool_options: per tool (by name or alias), settings that it finds in ``state.options``.
         max_turns: assistant turns; a tool call in the last one truncates the episode.
-        max_response_tokens: budget over all the text after the prompt, counted by
-            ``count_tokens``; pictures are not counted. (Rollouts keep an exact budget of their
-            own, in ids.)
+        max_response_tokens: budget for all text after the prompt, counted by ``count_tokens``
+            without pictures. (Rollouts have an exact budget in token ids.)
         count_tokens: number of tokens of a text.
-        tool_call_policy: which of several calls in one turn is run, "first" or "last".
-        tool_time_limit_s: seconds that the tools of one episode may take together.
-        tool_isolation: which tools run in worker processes, and what those may do: an
-            `Isolation`, its settings, or only its ``mode``. By default all run on threads.
-        overview_max_side: show the prompt's pictures no larger than this on their longer side,
-            pixels; tools still work on the originals. A task may set its own in its metadata.
-        system_message: what precedes the tool block.
-        guideline: what follows the question; None for the class's default.
-        judge: who grades the answer: a name (``rules``, or a plugin's) or a `Judge`.
-        max_text, max_side, max_pictures: bounds of the observation space. Longer texts are cut
-            at the end, larger pictures shown smaller.
+        tool_call_policy: which of several calls in one turn runs, "first" or "last".
+        tool_time_limit_s: time limit of all tool calls of an episode together, seconds.
+        tool_isolation: which tools run in worker processes, and what these may do: an
+            `Isolation`, its settings, or only its ``mode``. By default none do.
+        overview_max_side: limit of the longer side of the prompt's pictures as shown, pixels;
+            tools work on the originals. A task's metadata may override it.
+        system_message: text before the tool block; None for the task's own (metadata
+            ``system_message``, from rows of verl), or the class's default if it has none.
+        guideline: text after the question; None for the class's default.
+        judge: grades the answer: a name (``rules``, or a plugin's) or a `Judge`.
+        max_text, max_side, max_pictures: bounds of the observation space, in characters, pixels
+            and pictures. Longer texts are cut at the end, larger pictures scaled down.
         render_mode: ``"rgb_array"`` or None.
-        **source: settings of the tasks, for `load_tasks`.
+        **source: settings for `load_tasks`.
+
+    Attributes:
+        tools: the tools as the model is shown them.
+        sizes: how the caller resizes the pictures for the model; boxes in pixels, and the sizes in
+            texts, are those of the result. `show_as` sets it; by default there is no resize.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012  # Gymnasium declares it so
     default_tools: ClassVar[tuple[str, ...]] = ()
     default_guideline: ClassVar[str] = "Put your final answer within \\boxed{}."
+    default_system_message: ClassVar[str] = BASE_PROMPT
 
     def __init__(
         self,
@@ -90,7 +99,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         tool_time_limit_s: float = 60.0,
         tool_isolation: Isolation | Mapping[str, Any] | str = "none",
         overview_max_side: int | None = None,
-        system_message: str = BASE_PROMPT,
+        system_message: str | None = None,
         guideline: str | None = None,
         judge: str | Judge = "rules",
         max_text: int = 100_000,
@@ -115,16 +124,21 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         names = [tool.name for tool in self.tools]
         if len(set(names)) != len(names):
             raise ConfigError(f"two tools are shown under one name: {', '.join(names)}")
-        self._tool_options = _by_own_name(tool_options or {}, self.tools)
+        self._tool_options = _by_own_name(
+            tool_options or {}, self.tools, self.default_tool_options()
+        )
+        self.tools = [each.with_options(_options(each, self._tool_options)) for each in self.tools]
+        self._schemas = [each.schema() for each in self.tools]
+        self.sizes = ShownSizes()
         self._max_turns, self._policy = max_turns, tool_call_policy
         self._max_tokens, self._count_tokens = max_response_tokens, count_tokens
         self._tool_seconds = tool_time_limit_s
-        self._runs = runs(self.tools, _isolation(tool_isolation), self._tool_options)
+        self._runners = runners_for(self.tools, _isolation(tool_isolation), self._tool_options)
         self._overview_max_side = overview_max_side
         self._guideline = self.default_guideline if guideline is None else guideline
         self._judge = JUDGES.get(judge) if isinstance(judge, str) else judge
         self._max_text, self._max_side, self._max_pictures = max_text, max_side, max_pictures
-        self._system_prompt = system_prompt(system_message, self.tools)
+        self._system_message = system_message
         self._source = source
         self._tasks: dict[str, TaskSource] = {}
         self.observation_space = spaces.Dict(
@@ -134,24 +148,50 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         self._state: EpisodeState | None = None
         self._turns = self._tokens = 0
         self._seconds_left = 0.0
-        self._shown: tuple[np.ndarray[Any, np.dtype[np.uint8]], ...] = ()
+        self._last_shown: list[Image.Image] = []  # only if `render` needs them
 
-    # What subclasses give
+    # What subclasses define
+
+    def default_tool_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """Returns options by the tools' registered names, which ``tool_options`` overrides."""
+        return {}
 
     def load_tasks(self, split: str, **source: Any) -> TaskSource:
-        """The tasks of a split, from the settings that the constructor did not know.
+        """Returns the tasks of a split.
+
+        Args:
+            split: "train" or "eval".
+            **source: settings that the constructor does not know.
 
         Raises:
-            ConfigError, DataError: they cannot be had.
+            ConfigError, DataError: they cannot be loaded.
         """
         raise ConfigError(f"{type(self).__name__} has no tasks; override load_tasks")
 
     def question(self, task: Task) -> str:
-        """The words of the first user turn, after its pictures."""
+        """Returns the text of the first user turn, which follows its pictures."""
         return f"{task.question}\n\n{self._guideline}" if self._guideline else task.question
 
+    def system_prompt(self, task: Task) -> str:
+        """Returns the system message: its text, and the tools."""
+        message = self._system_message
+        if message is None:
+            message = self.own_system_message(task)
+        return with_tools(
+            self.default_system_message if message is None else message, self._schemas
+        )
+
+    def own_system_message(self, task: Task) -> str | None:
+        """Returns the task's own system message if it counts; None otherwise.
+
+        One that has a tool block (VerlTool's) does not: the block says which tools this environment
+        has.
+        """
+        own: str | None = task.metadata.get("system_message")
+        return None if self._system_message is not None or "<tools>" in (own or "") else own
+
     def reward(self, task: Task, answer: str) -> tuple[float, bool]:
-        """Outcome reward and success of the final turn's text; here 1 or 0, as the judge says."""
+        """Returns the outcome reward of an answer and its success: here 1 or 0, by the judge."""
         correct = self._judge.grade(answer, task.answers).correct
         return float(correct), correct
 
@@ -159,38 +199,72 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
     @property
     def episode(self) -> EpisodeState | None:
-        """The episode that is being played, for those who look on; None between episodes."""
+        """The running episode, for a viewer; None between episodes."""
         return self._state
 
+    @property
+    def max_turns(self) -> int:
+        """Most assistant turns of an episode."""
+        return self._max_turns
+
+    @property
+    def max_pictures(self) -> int:
+        """Most pictures of an observation."""
+        return self._max_pictures
+
     def num_tasks(self, split: str) -> int:
-        """How many tasks a split has."""
+        """Returns the number of tasks of a split."""
         return len(self._split(split))
+
+    def task(self, split: str, index: int) -> Task:
+        """Returns a task of a split."""
+        return self._choose_task({"split": split, "index": index})
+
+    def end_episode(self) -> None:
+        """Ends the episode, if one is running, and lets go of its pictures."""
+        self._state = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
-        """Starts an episode; see the class for ``options``."""
+        """Starts an episode; the class documents ``options``."""
         super().reset(seed=seed)
         task = self._choose_task(options or {})
-        images = [source.open() for source in task.images]
+        self.end_episode()  # before pictures are opened
+        images = [_rgb(source.open()) for source in task.images]
+        side = task.metadata.get("overview_max_side", self._overview_max_side)
         self._state = EpisodeState(
             task=task,
             images=images,
             frames=len(images) if task.is_video else 0,
             options=self._tool_options,
+            sizes=self.sizes,
+            overview_side=side,
+            side=self._max_side,
         )
         self._turns = self._tokens = 0
         self._seconds_left = self._tool_seconds
-        self._shown = ()
-        side = task.metadata.get("overview_max_side", self._overview_max_side)
-        # Marks in a question would stand for pictures that are not there.
-        words = self.question(task).replace(IMAGE_MARK, " ")
-        text = IMAGE_MARK * len(images) + ("\n" if images else "") + words
-        observation = self._observe(text, [_smaller(image, side) for image in images])
-        return observation, {"task_id": task.id, "system_prompt": self._system_prompt}
+        self._last_shown = []
+        shown = [_smaller(image, side) for image in images]
+        texts = [*(text for _, text in task.history), self.question(task)]
+        if not images or sum(text.count(IMAGE_MARK) for text in texts) != len(images):
+            # A mark would stand for a picture that does not exist.
+            texts = [text.replace(IMAGE_MARK, " ") for text in texts]
+            texts[-1] = IMAGE_MARK * len(images) + ("\n" if images else "") + texts[-1]
+        texts[-1] += self._sizes_of(self._state)
+        remaining = iter(shown)
+        observations = [
+            self._observe(text, list(itertools.islice(remaining, text.count(IMAGE_MARK))))
+            for text in texts
+        ]
+        info: dict[str, Any] = {"task_id": task.id, "system_prompt": self.system_prompt(task)}
+        if task.history:
+            roles = [role for role, _ in task.history]
+            info["history"] = list(zip(roles, observations, strict=False))
+        return observations[-1], info
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Takes one assistant turn; see the class for ``info``."""
+        """Takes one assistant turn; the class documents ``info``."""
         if self._state is None:
             raise gymnasium.error.ResetNeeded("call reset before step")
         self._turns += 1
@@ -213,18 +287,19 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         return self._observe(result.text, result.images), 0.0, False, False, info
 
     def render(self) -> Any:
-        """The pictures the student was shown last, side by side: (height, width, 3) uint8.
+        """Returns the last shown pictures side by side: (height, width, 3) uint8.
 
-        None without ``render_mode="rgb_array"``; a grey square while there is no picture.
+        None without ``render_mode="rgb_array"``; a grey square if no picture was shown.
         """
         if self.render_mode is None:
             return None
-        if not self._shown:
+        if not self._last_shown:
             return np.full((56, 56, 3), 128, dtype=np.uint8)
-        height = max(picture.shape[0] for picture in self._shown)
+        pictures = [np.asarray(picture) for picture in self._last_shown]
+        height = max(picture.shape[0] for picture in pictures)
         padded = [
             np.pad(p, ((0, height - p.shape[0]), (0, 0), (0, 0)), constant_values=255)
-            for p in self._shown
+            for p in pictures
         ]
         return np.concatenate(padded, axis=1)
 
@@ -233,7 +308,10 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     def _run_call(
         self, text: str, state: EpisodeState
     ) -> tuple[ToolCall | None, ToolResult | None]:
-        """The turn's call and result; (None, None) without a call, no result if out of turns."""
+        """Returns the turn's call and its result.
+
+        Both are None if the turn has no call; the result is None if the turn was the last.
+        """
         try:
             parsed = find_tool_call(text, self._policy)
         except ToolError as error:
@@ -245,7 +323,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         if self._turns >= self._max_turns:
             reason = "The last turn must answer; the tool was not run."
             return ToolCall(shorten(parsed.name), shown, False, reason), None
-        # A name that is shown goes before another tool's alias.
+        # The shown name of one tool takes precedence over an alias of another.
         byname = sorted(self.tools, key=lambda tool: tool.name != parsed.name)
         tool = next((tool for tool in byname if tool.answers_to(parsed.name)), None)
         if tool is None:
@@ -253,7 +331,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
             reason = f"There is no tool '{shorten(parsed.name)}'. Tools: {names}."
             return ToolCall(shorten(parsed.name), shown, False, reason), failure(reason)
         call, result = tool.call(
-            state, parsed.arguments, seconds=self._seconds_left, run=self._runs[tool.name]
+            state, parsed.arguments, seconds=self._seconds_left, run=self._runners[tool.name]
         )
         self._seconds_left -= call.seconds
         if len(result.images) > self._max_pictures:
@@ -268,13 +346,13 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         reward, success = self.reward(state.task, text)
         info = {"tool_call": None, "success": success, "answer": text}
-        self._state = None
+        self.end_episode()
         return Observation(text="", images=()), reward, True, False, info
 
     def _cut_off(
         self, info: dict[str, Any]
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        self._state = None
+        self.end_episode()
         return (
             Observation(text="", images=()),
             0.0,
@@ -288,10 +366,18 @@ class ToolEnv(gymnasium.Env[Observation, str]):
             raise ConfigError(
                 f"an observation with {len(images)} pictures; max_pictures is {self._max_pictures}"
             )
-        shown = tuple(np.array(_smaller(image, self._max_side).convert("RGB")) for image in images)
-        if shown:  # a message without pictures leaves the last ones on the screen
-            self._shown = shown
+        pictures = [_smaller(image, self._max_side) for image in images]
+        if pictures and self.render_mode is not None:
+            self._last_shown = pictures  # until there are new ones
+        shown = tuple(np.array(picture) for picture in pictures)
         return Observation(text=_shorter(text, self._max_text), images=shown)
+
+    def _sizes_of(self, state: EpisodeState) -> str:
+        """Returns the sizes of the question's pictures, for tools whose words refer to them."""
+        if not state.images or not any(tool.needs_sizes for tool in self.tools):
+            return ""
+        shown = [state.shown(number) for number in range(1, len(state.images) + 1)]
+        return f"\n\n(Image {stated(shown)})"
 
     def _over_budget(self) -> bool:
         return self._max_tokens is not None and self._tokens > self._max_tokens
@@ -324,6 +410,23 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         return tasks[int(index)]
 
 
+def show_as(env: gymnasium.Env[Any, Any], sizes: ShownSizes) -> None:
+    """Tells an environment how pictures are resized for the model, from its next episode on.
+
+    Environments that are no `ToolEnv` do not know of sizes and stay as they are.
+    """
+    inner = env.unwrapped
+    if isinstance(inner, ToolEnv):
+        inner.sizes = sizes
+
+
+def end_episode(env: gymnasium.Env[Any, Any]) -> None:
+    """Lets a `ToolEnv` go of the pictures of an episode that its caller gives up."""
+    inner = env.unwrapped
+    if isinstance(inner, ToolEnv):
+        inner.end_episode()
+
+
 def _choose(choice: ToolChoice) -> Tool:
     if isinstance(choice, Tool):
         return choice
@@ -354,10 +457,12 @@ def _isolation(given: Isolation | Mapping[str, Any] | str) -> Isolation:
 
 
 def _by_own_name(
-    options: Mapping[str, Mapping[str, Any]], tools: Sequence[Tool]
+    options: Mapping[str, Mapping[str, Any]],
+    tools: Sequence[Tool],
+    defaults: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Mapping[str, Any]]:
-    """The options under the names that the tools were registered by and look them up with."""
-    named: dict[str, Mapping[str, Any]] = {}
+    """Returns options under the names that tools are registered by and look their options up by."""
+    named = dict(defaults)
     for key, settings in options.items():
         passed = key not in TOOLS and any(tool.answers_to(key) for tool in tools)
         name = key if passed else TOOLS.get(key).name
@@ -365,17 +470,24 @@ def _by_own_name(
     return named
 
 
+def _options(tool: Tool, options: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    return next((options[name] for name in (tool.name, *tool.aliases) if name in options), {})
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def _smaller(image: Image.Image, side: int | None) -> Image.Image:
-    if side is None or max(image.size) <= side:
+    size = smaller(image.size, side)
+    if size == image.size:
         return image
-    scale = side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    # Box-averaging first would be faster; bicubic with antialiasing is what processors do.
+    # Bicubic with antialiasing, as image processors do it; averaging boxes first would be faster.
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def _shorter(text: str, most: int) -> str:
-    """At most that many characters that can be encoded, with all image marks kept."""
+    """Cuts a text to so many characters that can be encoded, and keeps all image marks."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     kept, marks = text[:most], text.count(IMAGE_MARK)
     lost = marks - kept.count(IMAGE_MARK)

@@ -1,49 +1,81 @@
-"""Tool environments whose tasks come from data, one source per split."""
+"""Tool environments whose tasks come from data, one specification per split."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
+
+from typing_extensions import override
 
 from reopold_agent.data import load_tasks
 from reopold_agent.data.checks import CheckedTasks, DataReport
+from reopold_agent.data.loading import suitable_tool_options
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import ConfigError
-from reopold_agent.types import TaskSource
+from reopold_agent.types import Task, TaskSource
 
 SplitData: TypeAlias = "Mapping[str, Any] | TaskSource | None"
-"""Tasks, a specification for `reopold_agent.data.load_tasks`, or None: this split has none."""
+"""Tasks, a specification for `reopold_agent.data.load_tasks`, or None if the split has none."""
 
 
 class DataEnv(ToolEnv):
-    """A `ToolEnv` that is given its data.
+    """A `ToolEnv` whose tasks come from data.
 
     Args:
-        data: tasks or a specification for each split.
-        **settings: see `ToolEnv`.
+        data: tasks or a specification for each split. A specification's source may bring tool
+            options that suit its tasks; ``tool_options`` overrides them.
+        left_out: by split, positions of tasks to leave out.
+        **settings: of `ToolEnv`.
 
     Raises:
         ConfigError: an unknown setting.
     """
 
-    def __init__(self, *, data: Mapping[str, SplitData], **settings: Any) -> None:
-        self._data = dict(data)
+    def __init__(
+        self,
+        *,
+        data: Mapping[str, SplitData],
+        left_out: Mapping[str, Collection[int]] | None = None,
+        **settings: Any,
+    ) -> None:
+        self._data, self._left_out = dict(data), dict(left_out or {})
         super().__init__(**settings)
         if self._source:
             raise ConfigError(f"unknown settings: {', '.join(self._source)}")
 
+    @override
     def load_tasks(self, split: str, **source: Any) -> TaskSource:
-        """The tasks of a split, as given or as its specification says."""
+        """Returns the tasks of a split, as given or as its specification says."""
         spec = self._data.get(split)
         if spec is None:
             raise ConfigError(f"no data for the split '{split}'; set data.{split}")
-        return load_tasks(spec) if isinstance(spec, Mapping) else spec
+        tasks = load_tasks(spec) if isinstance(spec, Mapping) else spec
+        left_out = frozenset(self._left_out.get(split, ()))
+        return _Without(tasks, left_out) if left_out else tasks
+
+    @override
+    def default_tool_options(self) -> Mapping[str, Mapping[str, Any]]:
+        return suitable_tool_options(self._data.values())
 
     def data_report(self, split: str) -> DataReport | None:
-        """What was found in the rows of a split; None for tasks that are not from files.
+        """Returns the report on the rows of a split; None for tasks that are not from files.
 
         Raises:
-            ConfigError, DataError: the tasks cannot be had.
+            ConfigError, DataError: the tasks cannot be loaded.
         """
         tasks = self._split(split)
         return tasks.report if isinstance(tasks, CheckedTasks) else None
+
+
+class _Without:
+    """Tasks without those at some positions; the others keep their order."""
+
+    def __init__(self, tasks: TaskSource, left_out: Collection[int]) -> None:
+        self._tasks = tasks
+        self._kept = [i for i in range(len(tasks)) if i not in left_out]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int, /) -> Task:
+        return self._tasks[self._kept[index]]

@@ -1,18 +1,21 @@
-"""Spaces for what agents really exchange: text in any script, pictures of any size.
+"""Gymnasium spaces for text in any script and pictures of any size.
 
-Gymnasium's `Text` wants a character set and its `Box` one fixed shape; neither can honestly
-describe a conversation with crops.
+Gymnasium's `Text` needs a character set and its `Box` a fixed shape; neither can describe a
+conversation with crops.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from reopold_agent.types import PixelArray
+from reopold_agent.types import IMAGE_MARK, PixelArray
+
+Part: TypeAlias = "str | PixelArray"
 
 _SAMPLE_CHARACTERS = "abcdefghij 0123456789.,?\né漢"
 
@@ -27,7 +30,7 @@ class UnicodeText(spaces.Space[str]):
         super().__init__(dtype=str, seed=seed)
 
     def sample(self, mask: None = None, probability: None = None) -> str:
-        """A short random string."""
+        """Returns a short random string."""
         if mask is not None or probability is not None:
             raise ValueError("UnicodeText samples without mask or probability")
         length = int(self.np_random.integers(0, min(self.max_length, 40) + 1))
@@ -42,7 +45,7 @@ class UnicodeText(spaces.Space[str]):
 
     @property
     def is_np_flattenable(self) -> bool:
-        """Text does not flatten."""
+        """False: texts differ in length."""
         return False
 
     def __eq__(self, other: object) -> bool:
@@ -67,7 +70,7 @@ class Pictures(spaces.Space[tuple[PixelArray, ...]]):
         super().__init__(seed=seed)
 
     def sample(self, mask: None = None, probability: None = None) -> tuple[PixelArray, ...]:
-        """Up to three small random pictures."""
+        """Returns up to three small random pictures."""
         if mask is not None or probability is not None:
             raise ValueError("Pictures samples without mask or probability")
         most = min(self.max_side, 64)
@@ -98,7 +101,7 @@ class Pictures(spaces.Space[tuple[PixelArray, ...]]):
 
     @property
     def is_np_flattenable(self) -> bool:
-        """Pictures of different sizes do not flatten."""
+        """False: pictures differ in size."""
         return False
 
     def __eq__(self, other: object) -> bool:
@@ -112,3 +115,36 @@ class Pictures(spaces.Space[tuple[PixelArray, ...]]):
 
     def __repr__(self) -> str:
         return f"Pictures({self.max_count}, max_side={self.max_side})"
+
+
+def parts_of(observation: Any) -> list[Part]:
+    """Returns text and pictures of an observation in reading order.
+
+    Args:
+        observation: a `reopold_agent.types.Observation`, or that of another Gymnasium environment:
+            a text, a picture, or any other value, which is shown as its ``repr``.
+    """
+    if isinstance(observation, Mapping) and isinstance(observation.get("text"), str):
+        images = [np.asarray(image) for image in observation.get("images", ())]
+        parts: list[Part] = []
+        for position, text in enumerate(observation["text"].split(IMAGE_MARK)):
+            if position and images:
+                parts.append(images.pop(0))
+            if text:
+                parts.append(text)
+        return [*parts, *images]  # pictures without a mark come last
+    if isinstance(observation, str):
+        return [observation] if observation else []
+    if _is_picture(observation):
+        return [observation]
+    return [repr(observation)]
+
+
+def _is_picture(value: Any) -> bool:
+    return (
+        isinstance(value, np.ndarray)
+        and value.dtype == np.uint8
+        and value.ndim == 3
+        and value.shape[2] == 3
+        and value.size > 0
+    )

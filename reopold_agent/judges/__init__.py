@@ -1,6 +1,6 @@
-"""Deciding whether an answer is right."""
+"""Grades responses: decides whether a response's answer is right."""
 
-from reopold_agent.judges.extract import extract_boxed
+from reopold_agent.judges.boxed import extract_boxed
 from reopold_agent.judges.math import close_workers
 from reopold_agent.judges.registry import JUDGES, Judge
 from reopold_agent.judges.rules import KINDS, equivalent, grade

@@ -1,84 +1,146 @@
-"""Finding the answer in a response: boxes, then statements that leave no doubt."""
+"""Finds the answer in a response: in a box, else in an unambiguous statement."""
+# ruff: noqa: RUF001  # full-width punctuation is listed in order to replace it
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
-from reopold_agent.boxed import boxes, extract_boxed
+from reopold_agent.judges import counts, cues
+from reopold_agent.judges.boxed import boxed_answer
+from reopold_agent.judges.numbers import parse_quantity
 from reopold_agent.judges.text import latex_plain, undoubled
 
-__all__ = [
-    "Found",
-    "boxed_answer",
-    "boxes",
-    "extract_boxed",
-    "final_part",
-    "find_answer",
-    "is_prose",
-    "open_box",
-    "value_in",
-]
+__all__ = ["Found", "closing", "final_part", "find_answer", "is_certain", "is_prose", "value_in"]
 
 _THOUGHT_START, _THOUGHT_END = "<think>", "</think>"
 _CHAT_MARK = re.compile(r"<\|(?:im_end|im_start|endoftext|eot_id)\|>")
+_BOX_TOKENS = re.compile(r"<\|begin_of_box\|>(.*?)<\|end_of_box\|>", re.DOTALL)
+"""The box of GLM's vision models."""
+
 _TAG, _TAG_END = "<answer>", "</answer>"
-
-_BETWEEN_BOXES = re.compile(
-    r"(?:(?!\n\s*\n)[^\w\\{}]|\\[()\[\],;!: ]|\\q?quad"
-    r"|\\(?:text|mbox)\s*\{\s*,?\s*(?:and|or)\s*\}|\band\b|\bor\b){0,40}"
+_FENCE = re.compile(r"```[\w-]*\n(.*?)\n?```", re.DOTALL)
+_FULL_WIDTH = str.maketrans(
+    {
+        "：": ":",
+        "，": ",",
+        "（": "(",
+        "）": ")",
+        "＝": "=",
+        "．": ".",
+        "。": ".\n",
+        "！": "!\n",
+        "？": "?\n",
+    }
 )
-"""Only separators, no empty line: "\\boxed{1} and \\boxed{2}" is one answer of two parts."""
 
-_HEDGE = re.compile(
-    r"\b(?:maybe|perhaps|might|could|possibly|probably|not sure|unsure|unclear|guess|cannot|can't"
-    r"|don't know|do not know|either|unknown|not enough|assum\w+)\b",
-    re.IGNORECASE,
-)
-_OTHERWISE = re.compile(
-    r"\b(?:not|never|without|except|less|more|greater|fewer|smaller|larger|bigger|least|most"
-    r"|between|than|up to|over|under"
-    r"|(?:step|case|part|equation|eq|question|problem|figure|page)\.? \d)\b|n't\b",
-    re.IGNORECASE,
-)
-"""Words that make a sentence's only number something else than its answer."""
-
+_OTHERWISE = re.compile(cues.OTHERWISE, re.IGNORECASE)
 _POLITE = re.compile(r"\s*I hope (?:it|this) is correct\.?\s*$", re.IGNORECASE)
-_STATED = re.compile(
-    r"(?:\bfinal\s+answer\b(?:\s+is\b)?|\b(?:answer|option|choice)\s+is\b"
-    r"|\banswer\b(?=\s*(?:\*\*)?\s*[:=])|\A\s*answer\b)[\s*:=]*",
+_CLOSING = re.compile(rf"[\s*_>#-]*(?:{cues.CLOSING})", re.IGNORECASE)
+_MARKED = re.compile(r"(?m:^)\s*####\s*(?=\S)(?!.*\banswer\b)", re.IGNORECASE)
+"""The last line of GSM8K's solutions: "#### 18"."""
+
+_FIELD = re.compile(
+    r"[\"'](?:\w+[_ -]?)?(?:answer|option|choice)[\"']\s*:\s*"
+    r"(\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'|[-+]?[\d.,/]+|true|false|\[[^\[\]{}]*\])",
     re.IGNORECASE,
 )
+"""The answer's field in a JSON object, or in a Python dictionary."""
+
+_ARROW = r"\s*(?:→|->|[-–—](?=\s+\(?[A-J]\b))"
+_STATED = re.compile(
+    rf"(?:\bfinal\s+(?:answer|result)\b(?:\s+is\b|{_ARROW})?|\banswer\b{_ARROW}"
+    r"|\b(?:answer|option|choice)\s+is\b"
+    r"|\banswers\s+are\b"
+    r"|\banswer\b(?=\s*(?:\*\*)?\s*[:=])|\A\s*answer\b"
+    r"|(?m:^)[\s#*_>-]*(?:the\s+)?(?:(?:final|correct)\s+)?(?:answer|result|solution)[\s*_]*:?[*_]*\s*(?m:$)"
+    r"|(?m:^)[\s*_]*(?:ans(?:\s*[:.=])|(?:result|total)\s*[:=])"
+    rf"|{cues.any_of(cues.ANSWER_IS)})[\s*:=]*",
+    re.IGNORECASE,
+)
+_LETTER_CUE = re.compile(r"(?m:^)[\s*_]*A\s*:[\s*]*(?=\S)")
+""" "A: 18", where A is short for "answer": not for a question with options."""
+
 _CONCLUSION = re.compile(
     r"\b(?:therefore|thus|hence|so|consequently|in conclusion|we (?:find|get|have|conclude) that"
-    r"|this (?:gives|means))\b",
+    rf"|this (?:gives|means))\b|{cues.any_of(cues.CONCLUSION)}",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\[(*$\\])|\n+")
+_INTENT = re.compile(
+    r"\W*(?:let me|let's|let us|i(?:'ll| will| need| want| should| am going)"
+    r"|we (?:need|should|will)"
+    r"|next|first|zoom|crop|look|to (?:find|solve|answer|determine))\b",
+    re.IGNORECASE,
+)
+"""Start of a sentence that says what will be done, not what was found."""
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\\.)\s+(?=[A-Z\[(*$\\]|[^\W\da-zà-ÿа-я_])|\n+")
 _COPULA = re.compile(
     r"(?:\b(?:is|are|was|equals?|be|to)\b|(?<![<>!=\\:])=|:(?=\s))\s*"
     r"(?:\s*\b(?:equal to|approximately|about|exactly|simply)\b)?\s*:?\s*",
     re.IGNORECASE,
 )
+_REASON = re.compile(
+    r"\s*,?\s*\b(?:because|since|as|which|where|given|due to)\b|\s*[;(]|,\s+(?=[a-z]{2})|\s+–\s",
+    re.IGNORECASE,
+)
+"""Start of what explains a stated answer: "18, since there are ..."."""
+
 _MATH_SPAN = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\\\d$])\$(?!\s*\d[\d,.]*\s+[a-z])([^$\n]+?)\$",
     re.DOTALL,
 )
-_NUMBER_SPAN = re.compile(
-    r"(?<![\w.,/^])[-+]?[$€£¥₹]?(?:\d{1,3}(?:,\d{3})+|\d+(?:[ ]\d{3})*)?(?:[.,]?\d+)?"
-    r"(?<=\d)(?:/\d+)?(?:\s*(?:%|\\%|percent\b|pct\b))?(?![\w])"
-)
-_PRICE = re.compile(r"([-+]?\d[\d.,]*\s*[$€£¥])(?=\s+[A-Za-z])")
-"""A currency sign after a number, and a sentence that goes on: "15 $ per person"."""
+_WIDE = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"
+"""Kana, Chinese characters and Hangul, which stand next to numbers without a space."""
 
+_NUMBER_SPAN = re.compile(
+    rf"(?<![^\W{_WIDE}])(?<![.,/^])[-+]?[$€£¥₹]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+(?:[ ]\d{{3}})*)?"
+    rf"(?:[.,]?\d+)?(?<=\d)(?:/\d+)?(?:\s*(?:%|\\%|percent\b|pct\b))?(?![^\W{_WIDE}])"
+)
+_FOREIGN_NOUN = r"[^\W\d_]*[\u00c0-\u024f\u0400-\u1fff\u3040-\ud7ff][^\s\d]*(?:\s+[^\s\d]+){0,2}"
+_PRICE = re.compile(r"([-+]?\d[\d.,]*\s*[$€£¥])(?=\s+[A-Za-z])")
+"""A number with a currency sign after it, followed by more words: "15 $ per person"."""
+
+_BOLD = re.compile(r"\*\*\s*([^*\n]{1,60}?)\s*\*\*")
+_QUOTED = re.compile(r"[\"“]([^\"“”\n]{1,60})[\"”]")
+_COUNT = (
+    r"\d[\d,]*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen"
+    r"|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty|no|none|a\s+single|a\s+pair"
+    r"|a\s+couple|a\s+dozen"
+)
+_THERE_ARE = re.compile(
+    r"(?:\bthere\s+(?:(?:appear|seem)s?\s+to\s+be|is|are|was|were)|\bthere's|\b(?:i|we)\s+(?:can\s+)?"
+    r"(?:see|count(?:ed)?|find|found|spot|identify)|\b(?:picture|image|photo|figure)\s+(?:shows?|contains?|has|depicts?))"
+    r"\s+(?:exactly\s+|only\s+|just\s+|a\s+total\s+of\s+|in\s+total\s+)?"
+    rf"(?:\*\*)?({_COUNT})\b(?:\*\*)?([^.!?\n]*)",
+    re.IGNORECASE,
+)
+_ARE = re.compile(
+    rf"\A({_COUNT})\s+(?:[a-z]+\s+){{1,4}}?(?:is|are|can be)\b([^.!?\n]*)", re.IGNORECASE
+)
+""" "Three dogs are in the picture." """
+
+_THERE_ARE_NONE = re.compile(
+    r"\bthere\s+(?:is|are|was|were)(?:n't|\s+not)\s+any\b"
+    r"|\b(?:do not|don't|cannot|can't)\s+see\s+any\b",
+    re.IGNORECASE,
+)
+_IN_WORDS = re.compile(rf"(?:{_COUNT})(?:[\s-](?:{_COUNT}))*(?:\s+[a-z]+)?", re.IGNORECASE)
+_BEFORE_DISPLAY = re.compile(r"(?<=[A-Za-z,:])[ \t]*\n\s*(?=\\\[|\$\$)")
+_TOTAL = re.compile(
+    rf"\b(?:a\s+total\s+of|in\s+total|altogether|the\s+total\s+is),?\s+(?:\*\*)?({_COUNT})\b"
+    rf"|\b({_COUNT})(?:\*\*)?(?:\s+[a-z]+){{0,2}}\s+(?:in\s+total|altogether)\b",
+    re.IGNORECASE,
+)
 _NEWLINES = re.compile(r"\s*\n\s*")
-_WORD = re.compile(r"[A-Za-z]{2,}")
+_WORD = re.compile(rf"[{_WIDE}]{{2,}}|[^\W\d_{_WIDE}]{{2,}}")
 _COMMAND = re.compile(
     r"\\(?:begin|end)\s*\{[^{}]*\}|\\(?:text\w*|mbox|mathrm)\s*\{[^{}]*\}|\\[A-Za-z]+"
 )
 
 _LONGEST_CLOSING = 3000
-"""Characters at the end of a response in which its statement of the answer is looked for."""
+"""Number of characters at the end of a response that are searched for a statement of the answer."""
 
 _LONGEST_STATEMENT = 400
 _LONGEST_BARE = 400
@@ -87,14 +149,16 @@ _FEW_WORDS = 4
 
 @dataclass(frozen=True)
 class Found:
-    """An answer in a response.
+    """An answer that was found in a response.
 
     Attributes:
         text: the answer as written.
-        where: ``boxed``, ``stated`` ("the answer is ..."), ``concluded`` (the one value of the
-            closing sentence) or ``bare`` (the response is nothing but an answer).
-        prose: it is a sentence rather than a value; equality proves it right, but inequality
-            proves nothing.
+        where: ``boxed``; ``marked`` ("#### 18", a JSON field); ``bare`` (the response is nothing
+            but an answer); ``stated`` ("the answer is ...", in any language of `cues`);
+            ``concluded`` (the only value, or the only bold one, of the closing sentence); ``led``
+            (the response starts with it); ``named`` (it contains the text of one option).
+        prose: the answer is a sentence rather than a value: if it equals the reference it is right,
+            but otherwise it need not be wrong.
     """
 
     text: str
@@ -102,33 +166,8 @@ class Found:
     prose: bool = False
 
 
-def boxed_answer(text: str) -> str | None:
-    """The last box, with those right before it when only commas, "and" or "or" stand between."""
-    found = boxes(text)
-    if not found:
-        return None
-    start = found[-1].start
-    parts = [found[-1].content(text)]
-    for box in reversed(found[:-1]):
-        if box.end > start or not _BETWEEN_BOXES.fullmatch(text, box.end, start):
-            break
-        start, content = box.start, box.content(text)
-        if content != parts[0]:
-            parts.insert(0, content)
-    return ", ".join(parts)
-
-
-def open_box(text: str) -> str | None:
-    """Content of a last box whose brace is never closed. For reference answers only.
-
-    In a response an open box is one that was cut off: ``\\boxed{12`` may have become 123.
-    """
-    opened = [match.end() for match in re.finditer(r"\\f?boxed\s*\{", text)]
-    return text[opened[-1] :].strip().rstrip("$").strip() or None if opened else None
-
-
 def final_part(response: str) -> str:
-    """What follows the thoughts, up to the end of the turn, without closing remarks."""
+    """Returns the text after the thoughts, up to the end of the turn, without closing remarks."""
     if _THOUGHT_END in response:
         after = response.rsplit(_THOUGHT_END, 1)[1]
         response = after if after.strip() else response.replace(_THOUGHT_END, "")
@@ -143,106 +182,272 @@ def final_part(response: str) -> str:
 
 
 def _without_politeness(text: str) -> str:
-    # Only its end is searched: patterns that start with spaces take quadratic time on many.
+    # Only the end is searched: a pattern that starts with spaces takes quadratic time on many.
     split = max(0, len(text) - 200)
     return text[:split] + _POLITE.sub("", text[split:])
 
 
-def find_answer(response: str) -> Found | None:
-    """The answer of a response, or None where saying what it is would be a guess."""
-    text = final_part(undoubled(response))
-    boxed = boxed_answer(text)
+def closing(response: str) -> str | None:
+    """Returns the end of a response that may state its answer; None if it was cut off.
+
+    Full-width punctuation is unified, and closing remarks ("Let me know ...") are removed.
+    """
+    text = final_part(response)
+    if re.search(r"\\(?:f?boxed|framebox|fbox)(?![a-z])", text):
+        return None  # the answer was cut off; the text before it does not contain the answer
+    if _THOUGHT_START in text and _THOUGHT_END not in response:
+        return None  # cut off while thinking: only a box would count as an answer there
+    text = text[-_LONGEST_CLOSING:].translate(_FULL_WIDTH).strip()
+    fenced = _FENCE.fullmatch(text)
+    text = fenced[1].strip() if fenced else text
+    text = _BEFORE_DISPLAY.sub(" ", text)
+    # Line ends within a displayed formula do not end a sentence.
+    text = _MATH_SPAN.sub(lambda match: _NEWLINES.sub(" ", match.group()), text)
+    while (sentences := _sentences(text)) and len(sentences) > 1 and _CLOSING.match(sentences[-1]):
+        text = text[: text.rindex(sentences[-1])].rstrip()
+    return text
+
+
+def find_answer(response: str, *, kind: str = "auto") -> Found | None:
+    """Returns the answer of a response, or None if none is unambiguous.
+
+    Args:
+        response: the final turn.
+        kind: ``option``: "A: ..." begins an option, not an answer; ``count``: "there are three
+            dogs" states a count.
+    """
+    response = _BOX_TOKENS.sub(r"\\boxed{\1}", undoubled(response))
+    boxed = boxed_answer(final_part(response))
     if boxed is not None:
         return Found(boxed, "boxed")
-    if re.search(r"\\f?boxed\b", text):
-        return None  # an answer was begun and cut off; what came before it was not the answer
-    if _THOUGHT_START in text and _THOUGHT_END not in response:
-        return None  # cut off while thinking: what is said there is a guess unless it is boxed
-    text = text[-_LONGEST_CLOSING:]
-    # A displayed formula has line ends of its own; they end no sentence.
-    text = _MATH_SPAN.sub(lambda match: _NEWLINES.sub(" ", match.group()), text)
-    return _bare(text) or _stated(text) or _concluded(text)
+    text = closing(response)
+    if not text:
+        return None
+    found = _marked(text) or _bare(text) or _stated(text, letters=kind == "option")
+    if found is None and _retracted(text):
+        return None
+    if found is None and kind == "count":
+        found = _counted(text)
+    return found or _concluded(text)
 
 
 def is_prose(text: str) -> bool:
-    """Whether an answer reads like a sentence rather than a value with a unit."""
+    """Returns whether an answer is a sentence rather than a value with a unit."""
     words = _WORD.findall(_COMMAND.sub(" ", _MATH_SPAN.sub(" ", _without_text_command(text))))
     return len(words) >= _FEW_WORDS or (len(words) == 3 and not re.match(r"\W*[\d]", text))
 
 
-def value_in(text: str) -> str | None:
-    """The one value that a sentence states; None if it is hedged or there are several."""
-    if len(text) > _LONGEST_STATEMENT or _HEDGE.search(text):
+def value_in(text: str, kind: str = "auto") -> str | None:
+    """Returns the only value in a sentence; None if it is hedged or there are several."""
+    if len(text) > _LONGEST_STATEMENT or cues.HEDGE.search(text):
         return None
-    found = _value_of(_without_text_command(text), "")
+    plain = _without_text_command(text)
+    found = (_counted(plain) if kind == "count" else None) or _value_of(plain, "")
     return None if found is None else found.text
+
+
+def phrases(response: str) -> list[str]:
+    """Returns what a response of one certain sentence may name: quoted, in bold, or after "is"."""
+    said = closing(response) or ""
+    if len(said) > _LONGEST_BARE or len(_sentences(said)) != 1 or not is_certain(said):
+        return []
+    if re.search(r"\b(?:not?|never|neither|nor|or|but)\b|n't\b", said, re.IGNORECASE):
+        return []
+    ends = [said[match.end() :] for match in re.finditer(r"\b(?:is|are|was|were)\b|'s\b", said)][:1]
+    for pattern in (_BOLD, _QUOTED):
+        found = [match[1] for match in pattern.finditer(said)]
+        ends += found if len(found) == 1 else []
+    return [each.strip(" *.!") for each in ends]
+
+
+def is_certain(text: str) -> bool:
+    """Returns whether a sentence has no words of doubt."""
+    return not cues.HEDGE.search(text)
 
 
 def _without_text_command(text: str) -> str:
     return latex_plain(text) if "\\text" in text or "\\mbox" in text else text
 
 
+def _sentences(text: str) -> list[str]:
+    return [each.strip() for each in _SENTENCE_END.split(text) if each and each.strip()]
+
+
+def _marked(text: str) -> Found | None:
+    """Returns the answer of GSM8K's mark, or of the field of a JSON object, fenced or not."""
+    marks = list(_MARKED.finditer(text))
+    if marks:
+        said = text[marks[-1].end() :].strip().split("\n", 1)[0].strip(" *")
+        return Found(said, "marked", prose=is_prose(said)) if said else None
+    fields = _FIELD.findall(text)
+    if not fields or "{" not in text:
+        return None
+    value = fields[-1]
+    if value[0] in "\"'":
+        # JSON undoes escapes; a Python string, or LaTeX with single backslashes, is taken as it is.
+        try:
+            value = json.loads(value)
+        except ValueError:
+            value = value[1:-1]
+        value = fields[-1][1:-1] if any(ord(c) < 32 for c in value) else value
+    value = value.strip().strip("[]") if value.startswith("[") and "," in value else value.strip()
+    return Found(value, "marked", prose=is_prose(value)) if value else None
+
+
 def _bare(text: str) -> Found | None:
     if not text or len(text) > _LONGEST_BARE or "\n\n" in text:
         return None
-    words = _WORD.findall(_COMMAND.sub(" ", _MATH_SPAN.sub(" ", text)))
-    spans = _MATH_SPAN.findall(text)
-    if len(words) <= _FEW_WORDS and not _cue(text) and not _HEDGE.search(text):
-        return Found(text, "bare", prose=len(words) > 1 and not spans)
+    rest = _COMMAND.sub(" ", _MATH_SPAN.sub(" ", text))
+    words = _WORD.findall(rest)
+    wide = sum(len(word) for word in words if re.match(f"[{_WIDE}]", word))
+    few = len(words) <= _FEW_WORDS and wide <= 3 * _FEW_WORDS
+    if few and not _cue(text) and not cues.HEDGE.search(text) and len(_sentences(text)) == 1:
+        if wide and re.search(r"\d", rest):
+            return None  # "图中有3只狗" is a sentence
+        text = _without_counter(re.sub(r"^[=∴]\s*|^__|__$", "", text))
+        return Found(text, "bare", prose=len(words) > 1 and not _MATH_SPAN.search(text))
     return None
 
 
 def _cue(text: str) -> bool:
-    """Whether words lead up to the value: then the value alone is the answer."""
+    """Returns whether words introduce the value: then only the value is the answer."""
     return bool(
         _STATED.search(text)
+        or _LETTER_CUE.match(text)
         or _CONCLUSION.search(text)
         or re.search(r"[A-Za-z]{2,}\s*(?:\bis\b|\bare\b|:)\s", _MATH_SPAN.sub(" ", text))
         or re.match(r"\s*(?:the\s+)?answer\b", text, re.IGNORECASE)
+        or re.search(
+            r"\b(?:there|it|that|this)\s*(?:'s|is|are)(?:n't)?\b|\b(?:i|we)\s+[a-z]",
+            text,
+            re.IGNORECASE,
+        )
     )
 
 
-def _stated(text: str) -> Found | None:
-    cues = list(_STATED.finditer(text))
-    if not cues:
+def _stated(text: str, *, letters: bool) -> Found | None:
+    found = list(_STATED.finditer(text))
+    if not found and not letters:
+        found = list(_LETTER_CUE.finditer(text))[-1:]
+    if not found:
         return None
-    rest = text[cues[-1].end() : cues[-1].end() + _LONGEST_STATEMENT].strip()
+    rest = text[found[-1].end() : found[-1].end() + _LONGEST_STATEMENT].strip()
     rest = _without_politeness(rest)
-    said = _SENTENCE_END.split(rest, maxsplit=1)[0] if rest else ""
-    said = said.strip().strip("\"'*`").removesuffix('"').strip()
-    if not said or re.match(r"(?:not|n't|unknown)\b", said, re.IGNORECASE) or _HEDGE.search(said):
+    if _retracted(text):
         return None
+    said = _SENTENCE_END.split(rest, maxsplit=1)[0] if rest else ""
+    said = said.strip().strip("\"'*`").lstrip("# ").removesuffix('"').strip()
+    said = re.sub(cues.VERB_AT_END, "", said)
+    if (
+        not said
+        or re.match(r"(?:not|n't|unknown)\b", said, re.IGNORECASE)
+        or cues.HEDGE.search(said)
+    ):
+        return None
+    head = _REASON.split(said, maxsplit=1)[0].strip()
+    if head != said and _is_value(head):
+        return Found(head, "stated")
     return _value_of(said, "stated") or Found(said, "stated", prose=len(_WORD.findall(said)) > 2)
 
 
+def _retracted(text: str) -> bool:
+    """Returns whether a stated answer is taken back."""
+    stated = list(_STATED.finditer(text))
+    return bool(stated) and cues.RETRACTED.search(text, stated[-1].end()) is not None
+
+
+def _counted(text: str) -> Found | None:
+    """Returns the count that "there are ..." states, if it is the only one.
+
+    Numbers after it may only be the parts it is the sum of ("two people, one on each side") or a
+    part of it ("five dogs, two of them black").
+    """
+    if _THERE_ARE_NONE.search(text) and len(_sentences(text)) == 1:
+        return Found("0", "concluded")
+    totals = {total[1] or total[2] for total in _TOTAL.finditer(text)}
+    if len(totals) == 1 and not cues.HEDGE.search(text) and not _OTHERWISE.search(text):
+        return Found(totals.pop(), "concluded")
+    stated = list(_THERE_ARE.finditer(text)) or list(_ARE.finditer(text))
+    if not stated and len(_sentences(text)) == 1 and (there := counts.counted(text)) is not None:
+        return Found(str(there), "concluded")
+    if len(stated) != 1 or cues.HEDGE.search(text):
+        return None
+    number, rest = stated[0][1], stated[0][2]
+    parts = re.findall(
+        rf"\b({_COUNT})\b(?!\s*(?:of\s+(?:them|which|these|those)|side|another))",
+        rest,
+        re.IGNORECASE,
+    )
+    values = [_count_value(part) for part in parts]
+    if parts and (
+        re.search(r"\band\b", re.split("[,:;(]", rest)[0]) or sum(values) != _count_value(number)
+    ):
+        return None
+    others = re.findall(rf"\b(?:{_COUNT})\b", text[stated[0].end() :], re.IGNORECASE)
+    others = [other for other in others if other.lower() not in ("no", "one")]
+    none = number.lower() in ("no", "none")
+    return None if others else Found("0" if none else number, "concluded")
+
+
+def _count_value(word: str) -> int:
+    quantity = parse_quantity("0" if word.lower() == "no" else word)
+    return -1 if quantity is None else int(quantity.value)
+
+
 def _concluded(text: str) -> Found | None:
-    sentences = [s for s in _SENTENCE_END.split(text) if s and s.strip()]
+    sentences = _sentences(text)
     short = len(text) <= _LONGEST_BARE
     if not sentences:
         return None
-    # The closing remark of a short text is the text; of a long one it must say so ("Thus ...").
+    bold = _emphasised(sentences[-1])
+    if bold is not None:
+        return bold
+    # A short text is its own conclusion; in a long one the conclusion must be marked ("Thus ...").
     said = text if short and len(sentences) == 1 else sentences[-1]
-    cues = list(_CONCLUSION.finditer(said))
-    if not cues and not (short and len(sentences) == 1):
+    found = list(_CONCLUSION.finditer(said))
+    if not found and (not short or len(sentences) > 1 or _INTENT.match(said)):
         return None
-    if cues:
-        said = said[cues[-1].end() :]
-    if _HEDGE.search(said) or len(said) > _LONGEST_STATEMENT:
+    # "In total" may also stand after the value: then an earlier word marks the conclusion.
+    for start in [match.end() for match in reversed(found)] or [0]:
+        part = said[start:]
+        if cues.HEDGE.search(part) or len(part) > _LONGEST_STATEMENT:
+            return None
+        value = _value_of(part, "concluded")
+        if value is not None or re.search(r"\d", part):
+            return value
+    return None
+
+
+def _emphasised(sentence: str) -> Found | None:
+    """Returns the only value in bold print of a sentence ("... which makes it **66**.")."""
+    bold = [match for match in _BOLD.finditer(sentence) if _is_value(match[1].rstrip("."))]
+    if len({match[1] for match in bold}) != 1 or cues.HEDGE.search(sentence):
         return None
-    return _value_of(said, "concluded")
+    if re.search(r"[.:]$", bold[0][1]) or _OTHERWISE.search(_before(sentence, bold[-1])):
+        return None
+    return Found(bold[0][1], "concluded")
+
+
+def _before(sentence: str, match: re.Match[str]) -> str:
+    """Returns the few words before a match, from the last comma on."""
+    return re.split(r"[,;:]\s", sentence[: match.start()])[-1][-25:]
 
 
 def _value_of(said: str, where: str) -> Found | None:
-    """The one value of a sentence: what it ends with after "is", or its only number or formula."""
-    said = said.strip().rstrip(".!?").strip()
-    tails = [said[match.end() :].strip() for match in _COPULA.finditer(_masked(said))]
+    """Returns the value of a sentence: its end after "is", or its only number or formula."""
+    said = re.sub(cues.VERB_AT_END, "", said.strip()).rstrip(".!?").strip()
+    masked = _masked(said)
+    if len(set(re.findall(r"\b(?:is|are|was|were)\s+([-+]?\d[\d.,]*\d|\d)", masked))) > 1:
+        return None  # "the first is 12 and the second is 13"
+    tails = [said[match.end() :].strip() for match in _COPULA.finditer(masked)]
     for tail in [said, *tails]:
         priced = _PRICE.match(tail)
         if priced is not None:
             return Found(priced.group(1), where)
-        if tail and _is_value(tail):
-            return Found(tail, where)
-    if _OTHERWISE.search(_masked(said)):
+        # Of "72000 / 18 = 4000", only the result is the value; "x = 3" is one.
+        if tail and _is_value(tail) and not re.match(r"[\d.,+*/() -]+=\s*\S", tail):
+            return Found(_without_counter(tail), where)
+    if _OTHERWISE.search(masked):
         return None
     spans = list(_MATH_SPAN.finditer(said))
     loose = _NUMBER_SPAN.findall(_MATH_SPAN.sub(" ", said))
@@ -256,8 +461,16 @@ def _value_of(said: str, where: str) -> Found | None:
     return None
 
 
+def _without_counter(value: str) -> str:
+    """Removes a counted noun in another script or with accents ("13只鸟", "12 Äpfel")."""
+    match = re.fullmatch(rf"({_NUMBER_SPAN.pattern})\s*{_FOREIGN_NOUN}", value.rstrip(". "))
+    if match is None or _OTHERWISE.search(value) or parse_quantity(value) is not None:
+        return value
+    return match[1]
+
+
 def _masked(said: str) -> str:
-    """The sentence with formulas blanked, so that an "=" within one does not split it."""
+    """Returns the sentence with formulas blanked, so that "=" in a formula does not split it."""
     return _MATH_SPAN.sub(lambda match: "\x00" * len(match.group()), said)
 
 
@@ -265,7 +478,9 @@ def _is_value(text: str) -> bool:
     rest = _COMMAND.sub(" ", _MATH_SPAN.sub(" 0 ", text))
     words = [w for w in _WORD.findall(rest) if w.lower() not in ("and", "or")]
     single = re.fullmatch(r"\(?[A-Z]\)?", text.strip())
-    numbers = re.search(r"\d|\\[a-z]", rest)
-    # One word may follow, a unit; one in front ("Answer 9") is not a part of the value.
-    lead = re.match(r"\W*[A-Za-z]{2,}", rest)
+    numbers = re.search(r"\d|\\[a-z]", rest) or _IN_WORDS.fullmatch(text.strip(" *"))
+    if numbers and not re.search(r"\d", rest) and "\\" not in rest:
+        return True
+    # One word may follow the number, as its unit; one before it ("Answer 9") is not part of it.
+    lead = re.match(r"\W*(?:(?:I\s+)?[^\W\d_]{2,}|[\u0400-\u1fff\u3040-\ud7ff])", rest)
     return bool(single) or (numbers is not None and lead is None and len(words) <= 1)

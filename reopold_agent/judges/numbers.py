@@ -1,4 +1,4 @@
-"""Numbers as people write them: separators, percent, currency, units, words, powers of ten."""
+"""Reads and compares numbers: separators, percent, currency, units, words, powers of ten."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from functools import lru_cache
 
 from reopold_agent.judges.text import latex_plain, trim
 from reopold_agent.judges.units import dimension_of, is_unit
@@ -13,11 +14,11 @@ from reopold_agent.judges.units import dimension_of, is_unit
 _MOST_DIGITS = 200
 _MOST_EXPONENT = 400
 _SIGNIFICANT = 4
-"""A decimal that an exact value rounds to counts as that value from so many digits on."""
+"""A rounded decimal counts as the exact value if it has at least this many significant digits."""
 
 _CURRENCY = r"(?:[$€£¥₹₽₩]|(?:us|usd|eur|gbp|rs|inr)\b\.?)"
 _DIGITS = (
-    r"(?:\d{1,3}(?:,\s?\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:[.,]\d+)?"
+    r"(?:[1-9]\d{0,2}(?:,\s?\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:[.,]\d+)?"
     r"|\d+,\d{2}(?!\d)|\d+,\d{4,}|\d+(?:\.\d*)?|\.\d+)"
 )
 _POWER = (
@@ -25,6 +26,35 @@ _POWER = (
     r"|\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([-+]?\d{1,4})\s*\}|([-+]?\d{1,4})))"
 )
 _NUMBER = re.compile(rf"([-+]?)\s*({_CURRENCY})?\s*([-+]?)\s*({_DIGITS}){_POWER}?", re.IGNORECASE)
+_POINTS = re.compile(
+    r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+(?=,)|\d{1,3}(?:\.\d{3}){2,})((?:,\d+)?)(?![\d.,])"
+)
+"""Points between thousands, where they cannot be decimals: "1.000,99" and "1.000.000"."""
+
+_WITH_COMMA = re.compile(
+    r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+|\d+)(?:\{?,\}?(\d+))?(?![.,]?\d)(?!\{?,\}?\d)"
+)
+"""A number with a decimal comma, or with points between thousands."""
+
+_CHINESE = re.compile(r"[零一二两三四五六七八九十百千万亿]+(?=$|分之|[个只匹头条张名人位元岁年米])")
+_ABOUT = re.compile("十?(?:一二|一两|两三|二三|三四|四五|五六|六七|七八|八九)[十百千万]?")
+""" "三四个" are three or four."""
+
+_CHINESE_UNITS = {"十": 10, "百": 100, "千": 1000, "万": 10**4, "亿": 10**8}
+_PARTS_OF = re.compile(r"(\d+)\s*分之\s*(\d+)")
+"""The Chinese fraction: "5分之3" is three fifths."""
+
+_REPEATING = re.compile(
+    r"([-+]?)(\d*)\.(\d*)(?:\\(?:overline|bar|overset\{\.\})|\\dot)\s*\{?(\d{1,20})\}?"
+)
+_DOTTED = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")
+"""Dots over the first and the last digit that repeat."""
+
+_ORDINAL = re.compile(r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:mathrm|text)\s*\{)?(?:st|nd|rd|th)\}{0,2}\Z")
+_BRACKETED = re.compile(r"(?<=\d)\.(\d*)\((\d{1,20})\)(?!\d)")
+_ELLIPSIS = re.compile(r"(?<=\d)(?:\.{3,}|…|\s*\\[lc]?dots\b)")
+_CONTINUED = re.compile(r"([-+]?)(\d*)\.(\d+)\\dots(?!\s*[\d+*])")
+_REPEATS = re.compile(r"(\d*?)(\d+?)\2+\Z")
 _TEN = re.compile(r"([-+]?)10\s*\^\s*(?:\{\s*([-+]?\d{1,3})\s*\}|(\d{1,2}))")
 _PART = r"(?:\{\s*([-+]?\d+(?:\.\d+)?)\s*\}|(\d))"
 _FRACTION = re.compile(rf"([-+]?)\s*(\d+\s*|\d+\s+)?\\frac\s*{_PART}\s*{_PART}")
@@ -43,6 +73,7 @@ _WORDS = {word: value for value, word in enumerate(_ONES)} | {
     word: 10 * value for value, word in enumerate(_TENS, 2)
 }
 _SCALES = {
+    "dozen": 12,
     "hundred": 100,
     "thousand": 10**3,
     "million": 10**6,
@@ -56,11 +87,11 @@ class Quantity:
     """A number as written.
 
     Attributes:
-        value: exact value of what is written; a percentage is not yet divided by 100.
+        value: the exact value as written; a percentage is not divided by 100.
         inexact: written as a decimal or with a power of ten, so it may be rounded.
-        step: value of one unit of its last digit.
+        step: value of one unit in the last digit.
         percent: whether a percent sign or word follows.
-        unit: what follows the number, normalised; empty if nothing does.
+        unit: normalised text after the number; may be empty.
         glued: letters follow without a space ("10m"), which in mathematics is a product.
     """
 
@@ -72,15 +103,28 @@ class Quantity:
     glued: bool = False
 
 
+@lru_cache(maxsize=1024)  # one comparison reads the same text several times
 def parse_quantity(text: str) -> Quantity | None:
-    """Reads a number with what may stand around it; None if the text is more than a number."""
+    """Reads a number with currency, percent or unit; None if the text is anything else."""
     if len(text) > _MOST_DIGITS:
         return None
+    text = _CHINESE.sub(_chinese_digits, text)
+    text = _PARTS_OF.sub(r"\2/\1", text)
+    text = _DOTTED.sub(r"\\overline{\1\2\3}", _ORDINAL.sub("", text.strip(" $")))
+    text = marked_ellipsis(_BRACKETED.sub(r".\1\\overline{\2}", text))
     texts = "text" in text or "mbox" in text or "mathrm" in text or "rm" in text
     plain = trim(latex_plain(_spaced_units(text))).replace("~", "")
     if not plain or not any(c.isdigit() for c in plain):
         return _spelled(plain)
-    for reader in (_read_fraction, _read_slash, _read_ten, _read_number):
+    plain = _POINTS.sub(lambda match: match[1].replace(".", "") + match[2].replace(",", "."), plain)
+    for reader in (
+        _read_repeating,
+        _read_continued,
+        _read_fraction,
+        _read_slash,
+        _read_ten,
+        _read_number,
+    ):
         found = reader(plain)
         if found is None:
             continue
@@ -89,14 +133,48 @@ def parse_quantity(text: str) -> Quantity | None:
     return None
 
 
+def marked_ellipsis(text: str) -> str:
+    """Writes the points after digits that go on as a command, which is not punctuation."""
+    return _ELLIPSIS.sub(r"\\dots", text)
+
+
+def with_decimal_points(text: str) -> str | None:
+    """Returns a text with "3,5" as "3.5" and "1.234" as "1234"; None if it has no such number.
+
+    A comma in brackets stands between two numbers, unless semicolons do.
+    """
+    if re.search(r"[()\[\]]|\\[{l]", text) and ";" not in text:
+        return None
+
+    def read(match: re.Match[str]) -> str:
+        return match[1].replace(".", "") + (f".{match[2]}" if match[2] else "")
+
+    changed = _WITH_COMMA.sub(read, text)
+    return None if changed == text else changed
+
+
+def _chinese_digits(match: re.Match[str]) -> str:
+    if _ABOUT.fullmatch(match.group()):
+        return match.group()
+    total = part = digit = 0
+    for character in match.group():
+        if character in "万亿":
+            total, part, digit = (total + part + digit) * _CHINESE_UNITS[character], 0, 0
+        elif character in _CHINESE_UNITS:
+            part, digit = part + max(1, digit) * _CHINESE_UNITS[character], 0
+        else:
+            digit = 10 * digit + "零一二三四五六七八九".find(character.replace("两", "二"))
+    return str(total + part + digit)
+
+
 def number_word(text: str) -> str | None:
-    """The number that a sentence gives in words, if it gives just one ("one" may be a pronoun)."""
+    """Returns the only number word in a sentence, else None ("one" may be a pronoun)."""
     words = [word for word in re.findall(r"[a-z]+", text.lower()) if word in _WORDS]
     return words[0] if len(words) == 1 and words[0] != "one" else None
 
 
 def parse_time(text: str) -> tuple[int, bool] | None:
-    """A time of day in seconds, and whether AM or PM is said."""
+    """Reads a time of day: seconds since midnight, and whether AM or PM is given."""
     match = _TIME.fullmatch(trim(latex_plain(text)).strip() + ("." if text.endswith(".") else ""))
     match = match or _TIME.fullmatch(trim(latex_plain(text)))
     if match is None:
@@ -117,17 +195,17 @@ def same_quantity(
     precision: int | None = None,
     count: bool = False,
 ) -> bool:
-    """Whether two numbers are the same answer.
+    """Returns whether two numbers are the same answer.
 
-    A percentage equals both its fraction (10% = 0.1) and the bare number (10% = 10, which is what
-    "by how many percent" asks for). Units are compared only where both are known and differ.
+    A percentage equals both its fraction (10% = 0.1) and the bare number (10% = 10, the answer to
+    "by how many percent"). Different units make a difference only if both are known.
 
     Args:
-        mine: the response's.
-        wanted: the reference's.
-        tolerance: relative error that still counts, where a benchmark gives one.
-        precision: decimals to round to before comparing, where a benchmark gives them.
-        count: exact comparison only.
+        mine: the response's number.
+        wanted: the reference's number.
+        tolerance: allowed relative error, if the benchmark defines one.
+        precision: decimals to round to before comparing, if the benchmark defines them.
+        count: compare exactly.
     """
     if not _units_agree(mine.unit, wanted.unit):
         return False
@@ -152,7 +230,7 @@ def same_quantity(
 
 
 def rounded(value: Fraction, decimals: int) -> Fraction:
-    """Half away from zero, as people round."""
+    """Rounds to a number of decimals, half away from zero."""
     factor = Fraction(10) ** decimals
     scaled = abs(value) * factor
     whole = (2 * scaled + 1) // 2
@@ -160,7 +238,7 @@ def rounded(value: Fraction, decimals: int) -> Fraction:
 
 
 def significant_match(exact: Fraction, written: Fraction, step: Fraction) -> bool:
-    """Whether ``written``, given to ``step``, is ``exact`` rounded, with digits enough to tell."""
+    """Returns whether ``written`` is ``exact`` rounded to ``step``, with enough digits to tell."""
     if step <= 0 or abs(exact - written) * 2 > step:
         return False
     return bool(abs(written) >= step * 10 ** (_SIGNIFICANT - 1))
@@ -169,8 +247,8 @@ def significant_match(exact: Fraction, written: Fraction, step: Fraction) -> boo
 def _rounds_to(
     a: Fraction, mine: Quantity, left: Fraction, b: Fraction, wanted: Quantity, right: Fraction
 ) -> bool:
-    # Between two decimals the shorter one may be the longer one rounded; an exact value may be
-    # rounded by either side. Two exact values are equal or not.
+    # Of two decimals, the shorter one may be the longer one rounded; an exact value may be rounded
+    # on either side. Two exact values must be equal.
     a_step, b_step = mine.step * left, wanted.step * right
     if mine.inexact and (not wanted.inexact or b_step < a_step):
         return not _whole(wanted) and significant_match(b, a, a_step)
@@ -189,13 +267,13 @@ def _units_agree(mine: str, wanted: str) -> bool:
 
 
 def _spaced_units(text: str) -> str:
-    """Sets a text command off from the number before it: "10\\text{cm}" has a unit, not a c."""
+    """Separates text commands from the number before them: "10\\text{cm}" has a unit."""
     return re.sub(r"(?<=[\d}])\s*(?=\\(?:text|mbox|mathrm|rm|operatorname))", " ", text)
 
 
 def _decimal(digits: str) -> tuple[Fraction, bool, Fraction] | None:
     digits = digits.replace(" ", "")
-    if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", digits):
+    if re.fullmatch(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?", digits):
         digits = digits.replace(",", "")
     elif digits.count(",") == 1 and "." not in digits:
         digits = digits.replace(",", ".")
@@ -221,7 +299,34 @@ def _read_number(plain: str) -> tuple[Quantity, str] | None:
     sign = -1 if "-" in (match[1] + match[3]) else 1
     scientific = match[5] is not None or match[6] is not None or match[7] is not None
     rest = plain[match.end() :]
-    return Quantity(sign * value * scale, inexact or scientific, step * scale), rest
+    unit = "dollar" if match[2] == "$" else ""
+    return Quantity(sign * value * scale, inexact or scientific, step * scale, unit=unit), rest
+
+
+def _read_repeating(plain: str) -> tuple[Quantity, str] | None:
+    match = _REPEATING.match(plain)
+    if match is None:
+        return None
+    whole, fixed, repeated = match[2] or "0", match[3], match[4]
+    value = int(whole) + Fraction(int(fixed or 0), 10 ** len(fixed))
+    value += Fraction(int(repeated), (10 ** len(repeated) - 1) * 10 ** len(fixed))
+    return Quantity(-value if match[1] == "-" else value), plain[match.end() :]
+
+
+def _read_continued(plain: str) -> tuple[Quantity, str] | None:
+    """Reads digits that go on: 0.333... is a third, 3.1415... is only cut off."""
+    match = _CONTINUED.match(plain)
+    if match is None:
+        return None
+    sign, whole, digits = match[1], match[2] or "0", match[3]
+    rest = plain[match.end() :]
+    repeats = _REPEATS.fullmatch(digits)
+    if repeats is not None and len(digits) - len(repeats[1]) >= 3:
+        return _read_repeating(f"{sign}{whole}.{repeats[1]}\\overline{{{repeats[2]}}}{rest}")
+    value = Fraction(f"{whole}.{digits}")
+    # Cut off, not rounded: the exact value is up to one unit of the last digit away.
+    step = Fraction(2, 10 ** len(digits))
+    return Quantity(-value if sign == "-" else value, True, step), rest
 
 
 def _read_ten(plain: str) -> tuple[Quantity, str] | None:
@@ -258,7 +363,7 @@ def _ratio(
 
 
 def _with_unit(quantity: Quantity, rest: str, texts: bool) -> Quantity | None:
-    """The quantity with what follows it, or None if that makes it more than a quantity."""
+    """Returns the quantity with the unit or percent sign that follows; None for any other text."""
     value, inexact, step = quantity.value, quantity.inexact, quantity.step
     percent = False
     if quantity.value.denominator == 1:
@@ -272,20 +377,24 @@ def _with_unit(quantity: Quantity, rest: str, texts: bool) -> Quantity | None:
         percent, rest = True, rest[mark.end() :]
     unit = rest.strip(" .$€£¥₹")
     if not unit:
-        return Quantity(value, inexact, step, percent)
+        return Quantity(value, inexact, step, percent, quantity.unit)
     if not _UNIT.fullmatch(unit):
         return None
-    # "10m" is 10 times m; "10weeks" can only be a word, and "10 m" or "10\text{m}" is a unit.
+    # "10m" is a product; "10weeks" must be a word, and "10 m" or "10\text{m}" has a unit.
     glued = not rest[0].isspace() and not texts and unit[0].isalpha()
-    if glued and re.match(r"[A-Za-z]{4}|[a-z]{1,2}[23]\b", unit):
-        glued = False  # a word, or "m2", which is no way to write a product
+    if glued and (re.match(r"[A-Za-z]{4}|[a-z]{1,2}\^?[23]\b", unit) or _long_unit(unit)):
+        glued = False  # a word, "m2", or "cm": nobody writes them for a product
     if not is_unit(unit):
         return None
     return Quantity(value, inexact, step, percent, unit, glued)
 
 
+def _long_unit(unit: str) -> bool:
+    return len(unit) > 1 and dimension_of(unit) is not None
+
+
 def _spelled(plain: str) -> Quantity | None:
-    """A number in words, perhaps with a noun: "twenty-three", "three red apples", "none"."""
+    """Reads a number in words, also with a noun: "twenty-three", "three red apples", "none"."""
     words = re.findall(r"[a-z]+", plain.lower())
     if not words or len(words) > 12 or re.search(r"[\\^_=<>]", plain):
         return None
@@ -303,11 +412,12 @@ def _spelled(plain: str) -> Quantity | None:
             current = max(1, current) * 100
         elif word in _SCALES and used:
             total, current = total + max(1, current) * _SCALES[word], 0
-        elif word == "and" and used:
+        elif word == "and" and used and words[used - 1] in _SCALES:
             pass
         else:
             break
         used += 1
-    if not used or len(words) - used > 3:
+    rest = words[used:]
+    if not used or len(rest) > 3 or {"or", "and", "to", "times"} & set(rest):
         return None
-    return Quantity(Fraction(sign * (total + current)), unit=" ".join(words[used:]))
+    return Quantity(Fraction(sign * (total + current)), unit=" ".join(rest))

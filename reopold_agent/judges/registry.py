@@ -1,4 +1,4 @@
-"""Judges by name. Other packages add theirs by the entry-point group ``reopold_agent.judges``."""
+"""The registry of judges. Plugins add theirs by the entry-point group ``reopold_agent.judges``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Judge:
     """Decides whether a response is right.
 
     Attributes:
-        name: as environments select it (``judge=NAME``).
-        grade: ``grade(response, answers) -> Verdict``; ``answers`` are the acceptable ones. It is
-            called from several threads at once.
+        name: by which environments select it (``judge=NAME``).
+        grade: ``grade(response, answers) -> Verdict``, with all acceptable answers. It is called
+            from several threads at once.
     """
 
     name: str
@@ -27,4 +27,4 @@ class Judge:
 JUDGES: Registry[Judge] = Registry("judge", "reopold_agent.judges", Judge)
 
 RULES = JUDGES.register("rules", Judge("rules", grade_boxed))
-"""The last ``\\boxed{}`` against the answers, by rule: no model, no network."""
+"""Compares the last ``\\boxed{}`` with the answers by rule, without a model or network."""

@@ -1,34 +1,125 @@
-"""Grading by rule: the response's answer against the acceptable ones.
+"""Grades by rule: compares a response's answer with the acceptable ones.
 
-The order of the rules, for each acceptable answer: the same words; an option; yes or no; a number;
-a time; several parts, each by these rules; and last, for mathematics, math-verify. Which of them
-apply depends on the kind; for ``auto`` on what the acceptable answer looks like.
+For each acceptable answer the rules are tried in this order: an option; yes or no; the same words;
+a number; a time; several parts, each by these rules; and last, for mathematics, math-verify. The
+kind of answer decides which rules apply; for ``auto`` it follows from the acceptable answer.
+
+A response is right, wrong or undecided. It is undecided if no answer is found, or if the answer or
+the reference ("a reference in prose") is not of a form that the rules for its kind read.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from reopold_agent.errors import ConfigError
-from reopold_agent.judges import extract, math, numbers, sets, text
-from reopold_agent.judges.extract import Found, extract_boxed
+from reopold_agent.judges import (
+    choices,
+    counts,
+    cues,
+    extract,
+    intervals,
+    math,
+    numbers,
+    sets,
+    text,
+    vectors,
+)
+from reopold_agent.judges.boxed import boxed_answer, extract_boxed, open_box
+from reopold_agent.judges.extract import Found
 from reopold_agent.judges.verdict import Verdict
 
 __all__ = ["KINDS", "Verdict", "equivalent", "extract_boxed", "grade", "grade_boxed"]
 
 KINDS = ("auto", "option", "yes_no", "count", "number", "text", "math", "list", "ordered")
-"""Kinds of answers: ``list`` is several parts in any order, ``ordered`` in the order given."""
+"""Kinds of answers. ``list`` has several parts in any order, ``ordered`` in the given order."""
 
 _VALUES = frozenset({"option", "yes_no", "count", "number"})
 """Kinds whose answers are never sentences."""
 
 _LONGEST = 4000
-"""Characters of an answer; more is repetition, and is compared with nothing."""
+"""Largest number of characters of an answer; longer ones are repetition and never match."""
+
+_SHORT = 300
+"""Largest number of characters of a response that can be an option with its text."""
 
 _DEPTH = 3
-"""Lists of tuples of numbers; deeper nesting is left to math-verify."""
+"""Enough for lists of tuples of numbers; deeper nesting is left to math-verify."""
+
+_EMPTY_SET = re.compile(
+    r"\\emptyset|\\\{\s*\\\}|\{\s*\}|(?:the )?empty set"
+    r"|(?:there (?:is|are) )?no(?: real)? solutions?",
+    re.IGNORECASE,
+)
+_REALS = re.compile(
+    r"(?:[a-z]\s*\\in\s*)?\\mathbb\s*\{?R\}?|\N{DOUBLE-STRUCK CAPITAL R}|all reals"
+    r"|(?:the set of )?all real numbers|\(-\\infty,\s*\+?\\infty\)",
+    re.IGNORECASE,
+)
+_NOTHING = re.compile(r"d\.?n\.?e\.?|(?:the limit |it )?does not exist", re.IGNORECASE)
+_SAME_MEANING = (_EMPTY_SET, _REALS, _NOTHING)
+_AND_BEFORE = re.compile(r"(?<=[a-z])\s+and\s+(?=\d+\s*[a-z])")
+""" "6 hours and 15 minutes"."""
+
+_PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)")
+_PLAIN_FUNCTION = re.compile(
+    r"(?<![A-Za-z\\{])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-z])"
+)
+_COMBINATIONS = re.compile(
+    r"(?<![A-Za-z\\])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)"
+    r"|(?:\{\})?[_^]\s*\{?(\d+)\}?\s*C\s*_\s*\{?(\d+)\}?"
+    r"|(?<![A-Za-z\\])C_\{?(\d+)\}?\^\{?(\d+)\}?"
+)
+""" "C(10,3)", "^{10}C_3" and "C_{10}^3". """
+
+_ANGLE = re.compile(r"[-+]?\s*(?:\d+(?:\.\d+)?|\\frac\s*\{\d+\}\s*\{\d+\})\s*°")
+_TURNED = re.compile(r"\A\s*([-+]?(?:\d|\\[df]?frac|\\sqrt)[^=<>]*?)\s*=\s*([A-Za-z])\s*\Z")
+_FUNCTION_OF = re.compile(r"\A\s*(?:[fgh]\s*(\()\s*x\s*\)|y)\s*=\s*")
+_UNIT_AFTER = re.compile(
+    r"(?<=[\w})])\s*(?:\s|\\,|\\(?:text|mathrm)\s*\{\s*)(?:(?:square|sq\.?|cubic)\s+)?(?:mm|cm|dm|km|m|in|ft|yd"
+    r"|inch(?:es)?|feet|met(?:er|re)s?|centimet(?:er|re)s?|units?)\}?\s*(?:\^\s*\{?[23]\}?|[²³])?\s*\$?\s*\Z"
+)
+_WIDE_UNIT = re.compile(r"(.*[\d})])\s*\$?\s*([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]{1,6})\$?")
+_COUNT_WORDS = {
+    "couple": "2",
+    "pair": "2",
+    "both": "2",
+    "trio": "3",
+    "single": "1",
+    "dozen": "12",
+    "nobody": "0",
+    "nothing": "0",
+}
+_DOZENS = {"half a": 6, "a": 12, "one": 12, "two": 24, "three": 36, "four": 48, "five": 60}
+_DAY_FIRST = re.compile(
+    r"\b(\d{1,2})(?:st|nd|rd|th)?\s+((?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*)\.?,?\s+(\d{4})\b",
+    re.IGNORECASE,
+)
+_ORDINALS = {
+    "first": "1st",
+    "second": "2nd",
+    "third": "3rd",
+    "fourth": "4th",
+    "fifth": "5th",
+    "sixth": "6th",
+    "seventh": "7th",
+    "eighth": "8th",
+    "ninth": "9th",
+    "tenth": "10th",
+}
+_ORDINAL_WORD = re.compile(rf"\A(?:{'|'.join(_ORDINALS)})\b", re.IGNORECASE)
+_JUDGED = re.compile(
+    r"(?<!if )(?<!when )(?<!whether )(?:\b(?:the|this|that)\s+)(?:given\s+)?"
+    r"(?:statement|claim|assertion|conclusion)"
+    r"\s+(?:is|was)\s+(?:therefore\s+|thus\s+|indeed\s+)?\**(not\s+)?\**"
+    r"(true|false|correct|incorrect|right|wrong)\b\W*\Z",
+    re.IGNORECASE,
+)
+_SCALES = {"k": "thousand", "m": "million", "b": "billion"}
 
 _MATHEMATICAL = re.compile(
     r"\\[a-zA-Z]|[\d^_=<>+*/|≤≥∞√π°]|^\W*[a-zA-Z]\W*$|[a-zA-Z]\s*\(|^\W*-"
@@ -42,9 +133,9 @@ class Rules:
 
     Attributes:
         kind: one of `KINDS`.
-        tolerance: relative error of numbers that still counts.
-        options: texts of a question's options by letter.
-        math: see `reopold_agent.judges.math.MathOptions`.
+        tolerance: allowed relative error of numbers.
+        options: texts of the question's options by letter.
+        math: settings for mathematics.
     """
 
     kind: str = "auto"
@@ -55,101 +146,127 @@ class Rules:
 
 def grade(
     response: str,
-    answer: str | Sequence[str],
+    answer: str | Sequence[str] | None,
     kind: str = "auto",
     *,
     tolerance: float | None = None,
     options: Sequence[str] | Mapping[str, str] | None = None,
     precision: int | None = None,
     strict: bool = True,
-    set_relation: bool = False,
 ) -> Verdict:
     """Grades a response.
 
     Args:
         response: the final turn.
-        answer: the right answer or several acceptable ones, plain or LaTeX, boxed or not.
-        kind: one of `KINDS`; ``auto`` goes by what the answer looks like.
-        tolerance: relative error of numbers that still counts, where the benchmark gives one.
-        options: the texts of the question's options, from A; then an option's text counts as its
-            letter and the other way round.
-        precision: decimals to which numbers are rounded before they are compared.
-        strict: names of variables matter, and sets are not tuples.
-        set_relation: an inequality may answer where an interval is expected; the reverse may.
+        answer: the right answer or several acceptable ones, plain or LaTeX, boxed or not. Without
+            any, responses are undecided.
+        kind: one of `KINDS`; ``auto`` derives it from the answer.
+        tolerance: allowed relative error of numbers, if the benchmark defines one.
+        options: the texts of the question's options, from A. With them, an option's text counts as
+            its letter and vice versa.
+        precision: decimals to round numbers to before comparing.
+        strict: names of variables matter, and sets differ from tuples.
 
     Raises:
-        ConfigError: no such kind.
+        ConfigError: there is no such kind.
     """
     if kind not in KINDS:
-        raise ConfigError(f"the kind of an answer is one of {', '.join(KINDS)}, got '{kind}'")
+        raise ConfigError(f"the kind of an answer must be one of {', '.join(KINDS)}, got '{kind}'")
     rules = Rules(
         kind,
         tolerance,
-        text.options_by_letter(options),
-        math.MathOptions(precision, strict, set_relation),
+        choices.options_by_letter(options),
+        math.MathOptions(precision, strict),
     )
     expected = [reference(each) for each in _as_list(answer)]
-    found = extract.find_answer(response)
-    if found is None:
-        found = _led(response, kind, expected)
-    if found is None or len(found.text) > _LONGEST:
-        return Verdict(False, None if found is None else found.text, "undecided", found is None)
-    for each in expected:
-        how = compare(found.text, each, rules)
-        if how is not None:
-            return Verdict(True, found.text, f"{found.where}:{how}")
     kinds = [_kind(each, rules) for each in expected]
-    if found.prose or not found.text or (_VALUES & set(kinds) and extract.is_prose(found.text)):
-        value = extract.value_in(found.text) if _VALUES & set(kinds) else None
-        if value is None and {"count", "number"} & set(kinds):
-            value = numbers.number_word(found.text)
-        if value is None:
-            # A sentence may say the right thing in other words; a judge can tell.
-            return Verdict(False, found.text, "undecided", True)
+    found = _found(response, kinds, rules)
+    whole = extract.final_part(response)
+    if "text" in kinds and (found is None or found.prose):
+        for phrase in extract.phrases(response):
+            if any(compare(phrase, each, rules) for each in expected):
+                return Verdict(True, phrase, "concluded:text")
+    if found is None:
+        if any(text.same_text(whole, each) for each in expected):
+            return Verdict(True, whole, "bare:text")
+        return Verdict(False, None, "undecided", True, "no answer was found")
+    if len(found.text) > _LONGEST:
+        return Verdict(False, found.text, "undecided")
+    values = [found.text]
+    if found.text.count("=") > 1 and not any("=" in each for each in expected):
+        chain = sets.sides(found.text)
+        if len(chain) > 2 and len(sets.split(found.text)) == 1:
+            values.append(chain[-1])  # "S = \\pi r l = 24\\pi"
+    if found.prose or extract.is_prose(found.text):
+        value = _value_in(found.text, kinds, rules)
+        values += [] if value is None else [value]
+    pointed = numbers.with_decimal_points(found.text)
+    if pointed is not None and cues.writes_decimal_commas(whole):
+        values.insert(0, pointed)
+    for value in values:
         for each in expected:
             how = compare(value, each, rules)
             if how is not None:
                 return Verdict(True, value, f"{found.where}:{how}")
-        return Verdict(False, value, f"{found.where}:{kinds[0]}")
-    return Verdict(False, found.text, f"{found.where}:{kinds[0] if kinds else 'none'}")
+    if found.where != "boxed" and any(text.same_text(whole, each) for each in expected):
+        return Verdict(True, whole, "bare:text")
+    if _equal_with_decimal_points(found.text, expected, rules):
+        return Verdict(False, found.text, "undecided", True, _COMMA)
+    reason = _undecided(values[-1], found.prose and len(values) == 1, expected, kinds, rules)
+    if reason:
+        return Verdict(False, found.text, "undecided", True, reason)
+    return Verdict(False, values[-1], f"{found.where}:{kinds[0]}")
+
+
+def _equal_with_decimal_points(answer: str, expected: Sequence[str], rules: Rules) -> bool:
+    """Returns whether an answer equals a reference if a comma of either is a decimal point."""
+    pointed = numbers.with_decimal_points(answer) if "," in answer else None
+    pairs: list[tuple[str | None, str | None]] = [(pointed, each) for each in expected]
+    pairs += [(answer, numbers.with_decimal_points(each)) for each in expected if "," in each]
+    return any(a is not None and b is not None and compare(a, b, rules) for a, b in pairs)
 
 
 def grade_boxed(response: str, answers: Sequence[str]) -> Verdict:
-    """`grade` where only a box counts: for training, whose prompt asks for one."""
+    """Grades only boxed answers; for training, whose prompt asks for a box."""
     if extract_boxed(extract.final_part(response)) is None:
-        return Verdict(False, None, "undecided", True)
+        return Verdict(False, None, "undecided", True, "the response has no box")
     return grade(response, answers)
 
 
 def equivalent(answer: str, expected: str, kind: str = "auto") -> bool:
-    """Whether two answers say the same (no extraction from a response)."""
+    """Returns whether two answers are the same, without extracting them from a response."""
     return compare(answer, reference(expected), Rules(kind)) is not None
 
 
 def reference(answer: str) -> str:
-    """A reference answer without its box or the solution around it."""
+    """Returns a reference answer without its box or the solution around it."""
     answer = text.undoubled(answer)
     if "boxed" in answer:
-        boxed = extract.boxed_answer(answer) or extract.open_box(answer)
+        boxed = boxed_answer(answer) or open_box(answer)
         if boxed:
             return boxed
     return answer.strip()
 
 
 def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | None:
-    """The rule by which ``answer`` is ``expected``, or None."""
+    """Returns the name of the rule by which ``answer`` equals ``expected``, or None."""
     if not answer.strip() or not expected.strip() or len(answer) > _LONGEST:
         return None
     kind = _kind(expected, rules)
     if kind == "option":
         return "option" if _same_option(answer, expected, rules) else None
     if kind == "yes_no":
-        said = text.yes_no(answer)
-        return "yes_no" if said is not None and said == text.yes_no(expected) else None
-    if text.same_text(answer, expected):
+        said = choices.yes_no(answer)
+        return "yes_no" if said is not None and said == choices.yes_no(expected) else None
+    if text.same_text(_AND_BEFORE.sub(" ", answer), _AND_BEFORE.sub(" ", expected)):
         return "number" if kind in ("number", "count") else "text"
     if kind == "text":
-        return None
+        return _texts(answer, expected)
+    meant = [text.latex_plain(each).strip(" .$") for each in (answer, expected)]
+    if any(all(map(pattern.fullmatch, meant)) for pattern in _SAME_MEANING):
+        return "text"
+    answer, expected = _without_wide_units(answer, expected)
+    answer, expected = _aligned(answer, expected)
     decided = _numbers(answer, expected, kind, rules)
     if decided is not None:
         return "number" if decided else None
@@ -161,7 +278,7 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
 def _kind(expected: str, rules: Rules) -> str:
     if rules.kind not in ("auto", "math"):
         return rules.kind
-    if text.letter_of(expected) is not None:
+    if choices.letter_of(expected) is not None or choices.letters_listed(expected):
         return "option"
     if text.normal(expected) in ("yes", "no", "true", "false"):
         return "yes_no"
@@ -171,20 +288,81 @@ def _kind(expected: str, rules: Rules) -> str:
 
 
 def _same_option(answer: str, expected: str, rules: Rules) -> bool:
-    mine = text.option_letter(answer, rules.options)
-    wanted = text.option_letter(expected, rules.options)
+    mine, wanted = _chosen(answer, rules), _chosen(expected, rules)
     if wanted is None:
         return text.same_text(answer, expected)
-    if mine is None and not rules.options:
-        # A variable named like an option ("\\boxed{x = B}").
-        mine = text.letter_of(sets.without_name(answer))
-    return mine == wanted
+    if rules.options:
+        return mine == wanted
+    # The reference may give the option's text, and an answer only this text, or the letter and
+    # another text ("A. Johnson" is not "A. Lincoln").
+    own, given = choices.text_of_option(expected), choices.text_of_option(answer)
+    if own and text.same_text(answer, own):
+        return True
+    return mine == wanted and not (own and given and not text.same_text(given, own))
+
+
+def _chosen(answer: str, rules: Rules) -> choices.Letters | None:
+    inner = Rules("auto", rules.tolerance, {}, rules.math)
+
+    def same(mine: str, option: str) -> bool:
+        return choices.letter_of(mine) is None and compare(mine, option, inner) is not None
+
+    found = choices.chosen(answer, rules.options, same)
+    if found is None and not rules.options:
+        # The option may be given as a variable's value ("\\boxed{x = B}").
+        letter = choices.letter_of(sets.without_name(answer))
+        return None if letter is None else frozenset({letter})
+    return found
+
+
+def _texts(answer: str, expected: str) -> str | None:
+    """Compares short texts, as read from a picture, by number, spelling or parts.
+
+    The peers that evaluate InfoVQA in an agentic setting (VerlTool and Pixel-Reasoner, in
+    ``verl_tool/workers/reward_manager/pixel_reasoner.py``) compare with math-verify, ignoring case:
+    numbers are equal by value ("1000" and "1,000", "2.50" and "2.5"), and units are ignored
+    ("40 years" and "40"). lmms-eval and VLMEvalKit report ANLS, which `metrics.anls` computes.
+    """
+    answer, expected = _short_text(answer), _short_text(expected)
+    if "/" not in answer + expected:
+        mine, wanted = numbers.parse_quantity(answer), numbers.parse_quantity(expected)
+        if mine is not None and wanted is not None:
+            return "number" if numbers.same_quantity(mine, wanted) else None
+        times = numbers.parse_time(answer), numbers.parse_time(expected)
+        if None not in times:
+            return "number" if times[0] == times[1] else None
+    if text.joined(answer) == text.joined(expected) != "":
+        return "text"
+    answer, expected = (re.sub(r"(?<=[A-Za-z])\s*[&/]\s*", " and ", e) for e in (answer, expected))
+    parts, others = sets.read_parts(answer), sets.read_parts(expected)
+    if parts is None or others is None or not {parts.shape, others.shape} <= {"list", "closed"}:
+        return None
+
+    def same_part(part: str, other: str) -> bool:
+        return compare(part, other, Rules("text")) is not None
+
+    same = sets.same_parts(parts, others, same_part, ordered=False)
+    return "list" if same else None
+
+
+def _short_text(answer: str) -> str:
+    """Returns a text without LaTeX, with "5M" as "5 million" and "10 am" as "10:00 am"."""
+    plain = re.sub(
+        r"(?<=\w)\s+times$|^in\s+(?=\d{4}$)", "", text.plain_text(answer).strip(), flags=re.I
+    )
+    plain = _DAY_FIRST.sub(r"\2 \1, \3", plain)
+    plain = _ORDINAL_WORD.sub(lambda match: _ORDINALS[match.group().lower()], plain)
+    plain = re.sub(r"\A(\d[\d,.]*\s*-\s*\d[\d,.]*)\s+[A-Za-z]+\Z", r"\1", plain)  # a range's unit
+    plain = re.sub(r"^(\d{1,2})\s*(?=[ap]\.?m\.?$)", r"\1:00 ", plain, flags=re.IGNORECASE)
+    scale = re.fullmatch(r"(\W*\d[\d.,]*)\s*(k|K|M|mn|Mn|B|bn|Bn)", plain)
+    return f"{scale[1]} {_SCALES[scale[2][0].lower()]}" if scale else plain
 
 
 def _numbers(answer: str, expected: str, kind: str, rules: Rules) -> bool | None:
-    """Whether two numbers are equal; None if they are not both numbers."""
-    wanted = numbers.parse_quantity(sets.without_name(expected))
-    mine = numbers.parse_quantity(sets.without_name(answer))
+    """Returns whether two numbers are equal; None if they are not both numbers."""
+    wanted, mine = _quantity(expected), _quantity(answer) or _restated(answer)
+    if mine is None and kind == "count":
+        mine = _count_in_words(answer)
     if wanted is None or mine is None:
         times = numbers.parse_time(answer), numbers.parse_time(expected)
         if times[0] is not None and times[1] is not None and (times[0][1] or times[1][1]):
@@ -204,31 +382,131 @@ def _numbers(answer: str, expected: str, kind: str, rules: Rules) -> bool | None
     )
 
 
+def _quantity(answer: str) -> numbers.Quantity | None:
+    # "\\$5" keeps its currency only as written.
+    return numbers.parse_quantity(answer) or numbers.parse_quantity(sets.without_name(answer))
+
+
+def _without_wide_units(answer: str, expected: str) -> tuple[str, str]:
+    """Removes a Chinese, Japanese or Korean unit after a value, unless both have different ones."""
+    found = [_WIDE_UNIT.fullmatch(each.strip()) for each in (answer, expected)]
+    units = {match[2] for match in found if match}
+    if len(units) != 1 or any(re.search(cues.OTHERWISE, unit) for unit in units):
+        return answer, expected
+    first, second = (m[1] if m else each for m, each in zip(found, (answer, expected), strict=True))
+    return first, second
+
+
+def _aligned(answer: str, expected: str) -> tuple[str, str]:
+    """Unifies what the sides may write differently: "5 = x", "y =", "f(x) =", a unit's place."""
+    answer, expected = (_TURNED.sub(r"\2 = \1", each.strip(" $")) for each in (answer, expected))
+    answer = re.sub(r"\A(?:\\approx(?![a-z])|≈)\s*", "", answer)
+    names = [_FUNCTION_OF.match(each) for each in (answer, expected)]
+    if all(names) and {bool(name[1]) for name in names if name} == {True, False}:
+        answer, expected = (_FUNCTION_OF.sub("", each) for each in (answer, expected))
+    if _UNIT_AFTER.search(answer) and not _UNIT_AFTER.search(expected):
+        answer = _UNIT_AFTER.sub("", text.latex_plain(answer))
+    return answer, expected
+
+
+def _restated(answer: str) -> numbers.Quantity | None:
+    """Reads a number that is given twice: "three (3)"."""
+    match = re.fullmatch(r"(.*\S)\s*\((.*)\)", text.trim(text.latex_plain(answer)))
+    if match is None:
+        return None
+    first, second = numbers.parse_quantity(match[1]), numbers.parse_quantity(match[2])
+    same = first is not None and second is not None and first.value == second.value
+    return first if same else None
+
+
+def _count_in_words(answer: str) -> numbers.Quantity | None:
+    """Reads a count with words around it ("only 3", "a pair"), or in another language."""
+    plain = numbers.parse_quantity(_bare_count(answer))
+    if plain is not None:
+        return plain
+    value = counts.read_count(answer)
+    value = counts.counted(answer) if value is None else value
+    return None if value is None else numbers.Quantity(Fraction(value))
+
+
+def _bare_count(answer: str) -> str:
+    """Returns a count without the words around it ("only 3", "a pair", "none of them"), or ""."""
+    plain = re.sub(r"^(?:only|just|exactly|precisely|a total of|all)\s+", "", text.normal(answer))
+    if re.match(r"(?:no one|none of|no)\b", plain):
+        return "0"
+    dozens = re.match(r"(half a|a|one|two|three|four|five)\s+dozens?\b", plain)
+    if dozens:
+        return str(_DOZENS[dozens[1]])
+    words = re.sub(r"^an?\s+", "", plain).split()
+    if words and words[0] in _COUNT_WORDS and len(words) <= 4:
+        return _COUNT_WORDS[words[0]]
+    return plain if plain != text.normal(answer) else ""
+
+
 def _product(mine: numbers.Quantity, wanted: numbers.Quantity) -> bool:
-    """Whether one side is a number and the other a product of it with symbols ("10m")."""
+    """Returns whether one side is a number and the other its product with symbols ("10m")."""
     if mine.glued and not wanted.unit:
         return True
-    # A reference such as "10cm" is a length; of a single letter only the question knows.
+    # A reference such as "10cm" is a length; "10m" could be a length or a product.
     return wanted.glued and not mine.unit and len(wanted.unit) == 1
 
 
 def _mathematics(answer: str, expected: str, kind: str, rules: Rules, depth: int) -> str | None:
     ordered = {"list": False, "ordered": True}.get(kind)
-    mine, wanted = _parts(answer), _parts(expected)
+    inner = Rules("auto", rules.tolerance, {}, rules.math)
+
+    def same(part: str, other: str) -> bool:
+        return _same_part(part, other, inner, depth + 1)
+
+    regions = intervals.read_regions(answer, expected) if depth < _DEPTH else None
+    if regions is not None and intervals.same_region(*regions, same, strict=rules.math.strict):
+        return "interval"
+    mine, wanted = _with_unit_vectors(answer, expected)
     if mine is not None and wanted is not None and depth < _DEPTH:
-        inner = Rules("auto", rules.tolerance, {}, rules.math)
-
-        def same(part: str, other: str) -> bool:
-            return _same_part(part, other, inner, depth + 1)
-
         if sets.same_parts(mine, wanted, same, ordered=ordered):
             return "list"
         if all(_plain_numbers(each) for each in (mine, wanted)) or ordered is not None:
             return None
+    answer, expected = _in_radians(answer, expected), _in_radians(expected, answer)
     first, second = _for_math_verify(expected), _for_math_verify(answer)
     if second.count("{") != second.count("}") or not re.search(r"\w", second):
-        return None  # nothing that a parser could read; asking it would only cost time
+        return None  # no parser can read this; trying would only cost time
     return "math-verify" if math.same_expression(first, second, rules.math) else None
+
+
+def _in_radians(answer: str, other: str) -> str:
+    """Converts an angle in degrees if the other side is a multiple of pi."""
+    plain = text.latex_plain(answer).strip(" $")
+    if not _ANGLE.fullmatch(plain) or "\\pi" not in text.latex_plain(other):
+        return answer
+    return f"\\frac{{{plain[:-1]}\\pi}}{{180}}"
+
+
+def _with_unit_vectors(answer: str, expected: str) -> tuple[sets.Parts | None, sets.Parts | None]:
+    """Returns the parts of both sides; those of "3i - 2j" are its components.
+
+    They have as many dimensions as the other side, or three if both are sums of unit vectors.
+    """
+    mine, wanted = _parts(answer), _parts(expected)
+    if (mine is None) == (wanted is None) and mine is not None:
+        return mine, wanted
+    sums = [
+        None if parts is not None else vectors.read_unit_vectors(each)
+        for parts, each in ((mine, answer), (wanted, expected))
+    ]
+    unread = [s is None and p is None for s, p in zip(sums, (mine, wanted), strict=True)]
+    if sums == [None, None] or any(unread):
+        return mine, wanted
+    names = "ij" if any(parts and len(parts.items) == 2 for parts in (mine, wanted)) else "ijk"
+    if any(each and set(each) - set(names) for each in sums):
+        return mine, wanted
+    first, second = (
+        parts
+        if each is None
+        else sets.Parts(tuple(each.get(name, "0") for name in names), "tuple", "(", ")")
+        for each, parts in zip(sums, (mine, wanted), strict=True)
+    )
+    return first, second
 
 
 def _parts(answer: str) -> sets.Parts | None:
@@ -249,28 +527,214 @@ def _plain_numbers(parts: sets.Parts) -> bool:
 
 
 def _for_math_verify(answer: str) -> str:
-    """Without delimiters and with one spelling; math-verify does the rest."""
-    plain = text.trim(text.latex_plain(answer)).replace("$", "").replace("°", "^{\\circ}")
-    # math-verify knows the imaginary unit only where it stands alone; "i(2-i)" is a function to it.
+    """Removes delimiters and unifies the spelling; math-verify does the rest."""
+    answer = _COMBINATIONS.sub(
+        lambda m: f"\\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}", answer
+    )
+    answer = _PLAIN_ROOT.sub(r"\\sqrt{\1}", answer.replace("**", "^"))
+    answer = _PLAIN_FUNCTION.sub(r"\\\1 ", answer)
+    plain = text.trim(numbers.marked_ellipsis(text.latex_plain(answer))).replace("$", "")
+    if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", plain):
+        angle = r"\d+(?:\.\d+)?|(?<![a-zA-Z\\])[a-zA-Z]|\\[a-z]+"
+        plain = re.sub(rf"\{{?({angle})\s*°\}}?", r"{\\frac{\1\\pi}{180}}", plain)
+    plain = plain.replace("°", "^{\\circ}")
+    # math-verify recognises the imaginary unit only alone; it takes "i(2-i)" for a function.
     plain = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", plain)
+    plain = re.sub(
+        r"(?<![A-Za-z\\])e\s*\^\s*\{\s*(-?\d*)i(?=[A-Za-z\\])", r"e^{\1 i \\cdot ", plain
+    )
     return re.sub(r"(?<![A-Za-z\\])i\s*(?=\()", r"i \\cdot ", plain)
 
 
-def _led(response: str, kind: str, expected: Sequence[str]) -> Found | None:
-    """A yes, a no or an option's letter that a response opens with."""
-    final = extract.final_part(response)
-    yes_no = kind == "yes_no" or (
-        kind == "auto" and any(text.normal(e) in ("yes", "no") for e in expected)
-    )
-    option = kind == "option" or (
-        kind == "auto" and any(text.letter_of(each) is not None for each in expected)
-    )
-    if yes_no and (match := re.match(r"\W*(yes|no)\b(?!\s+(?:and|or)\b)", final, re.IGNORECASE)):
-        return Found(match.group(1), "led")
-    if option and (match := re.match(r"\s*(?:\*\*)?(\([A-Z]\)|[A-Z][.):])(?=\s|\*|$)", final)):
-        return Found(match.group(1), "led")
-    return None
+def _found(response: str, kinds: Sequence[str], rules: Rules) -> Found | None:
+    """Returns the answer of a response, with the ways of stating it that its kind has."""
+    kind = next((each for each in ("option", "yes_no", "count") if each in kinds), "auto")
+    found = extract.find_answer(response, kind=kind)
+    if found is not None and found.where in ("boxed", "marked"):
+        if kind == "option" and _chosen(found.text, rules) is None:
+            named = choices.named_option(found.text, rules.options)
+            return found if named is None else Found(_capitals(named), found.where)
+        return found
+    closing = extract.closing(response)
+    if closing and kind == "option":
+        return _found_option(closing, found, rules) or found
+    if closing and kind == "yes_no" and (found is None or choices.yes_no(found.text) is None):
+        return _led(closing) or found
+    return found
 
 
-def _as_list(answer: str | Sequence[str]) -> list[str]:
-    return [answer] if isinstance(answer, str) else [str(each) for each in answer]
+def _found_option(closing: str, found: Found | None, rules: Rules) -> Found | None:
+    letters = choices.stated_choice(closing, rules.options)
+    if letters is not None:
+        return Found(_capitals(letters), "stated")
+    if cues.RETRACTED.search(closing):
+        return None
+    if len(closing) <= _SHORT and (letters := _chosen(closing, rules)):
+        return Found(_capitals(letters), "bare")
+    letters = choices.last_choice(closing, rules.options)
+    if letters is not None:
+        return Found(_capitals(letters), "concluded")
+    if found is not None and not found.prose and (letters := _chosen(found.text, rules)):
+        return Found(_capitals(letters), found.where)
+    said = {letter: choices.yes_no(option) for letter, option in rules.options.items()}
+    if sorted(map(str, said.values())) == ["False", "True"] and (led := _led(closing)):
+        letters = frozenset(each for each in said if said[each] == choices.yes_no(led.text))
+        return Found(_capitals(letters), led.where)
+    last = closing.splitlines()[-1]
+    letters = choices.named_option(found.text if found else last, rules.options)
+    if letters is not None and extract.is_certain(last):
+        return Found(_capitals(letters), "named")
+    match = re.match(r"\s*(?:\*\*)?(\([A-Z]\)|[A-Z][.):])(?=\s|\*|$)", closing)
+    return None if match is None else Found(match.group(1), "led")
+
+
+def _capitals(letters: choices.Letters) -> str:
+    return ", ".join(sorted(letters)).upper()
+
+
+def _led(closing: str) -> Found | None:
+    """Returns the yes or no that a response begins or ends with."""
+    said = re.sub(r"^(?:[^.!?\n]*\?\s*)+", "", closing)
+    judged = _JUDGED.search(said)
+    if judged is not None and extract.is_certain(judged.group()):
+        right = bool(judged[1]) != (judged[2].lower() in ("true", "correct", "right"))
+        return Found("yes" if right else "no", "concluded")
+    if not said or not extract.is_certain(said.splitlines()[-1]):
+        return None
+    match = re.match(r"\W*([^\W\d_]+)(?=[\s,.;:!*]|$)(?!\s+(?:and|or|yes|no)\b)", said, re.I)
+    if match and choices.yes_no(match.group(1)) is not None:
+        return Found(match.group(1), "led")
+    if len(said) <= _SHORT and "\n" not in said and choices.yes_no(said) is not None:
+        return Found(said, "bare")
+    match = re.search(
+        r"(?<!not)(?<!nor)(?<!and)(?<!or)(?<!yes)(?<!no)[\s,:]\**(yes|no)\**\W*$", said, re.I
+    )
+    return None if match is None else Found(match.group(1), "concluded")
+
+
+def _value_in(answer: str, kinds: Sequence[str], rules: Rules) -> str | None:
+    """Returns the only value in an answer that is a sentence, if values are expected."""
+    if "option" in kinds:
+        letters = choices.stated_choice(answer, rules.options)
+        letters = letters or choices.named_option(answer, rules.options)
+        if letters is not None:
+            return _capitals(letters)
+    if not _VALUES & set(kinds):
+        return None
+    value = extract.value_in(answer, "count" if "count" in kinds else "auto")
+    if value is None and {"count", "number"} & set(kinds):
+        value = numbers.number_word(answer)
+    return value
+
+
+def _undecided(
+    answer: str,
+    prose: bool,
+    expected: Sequence[str],
+    kinds: Sequence[str],
+    rules: Rules,
+) -> str:
+    """Returns why a response that equals no reference is not decided to be wrong, or ""."""
+    if not expected:
+        return "there is no reference"
+    for each, kind in zip(expected, kinds, strict=True):
+        problem = _reference_problem(each, kind, rules)
+        if problem:
+            return problem
+    chosen = {"option", "yes_no"} & set(kinds)
+    counted = "count" in kinds and _count_in_words(answer) is not None
+    sentence = prose or not answer or (_VALUES & set(kinds) and extract.is_prose(answer))
+    if not chosen and not counted and sentence:
+        return "the answer is a sentence, which may be right in other words"
+    read = [_readable(answer, *each, rules) for each in zip(expected, kinds, strict=True)]
+    return "" if any(read) else _UNREAD
+
+
+_COMMA = "its comma may be a decimal point, or may stand between two numbers"
+_UNREAD = "the answer is not in a form that the rules for its kind read"
+_SYMBOLS = ("GREEK", "MICRO", "DOUBLE-STRUCK", "SCRIPT", "MATHEMATICAL")
+"""Beginning of the Unicode names of letters that are symbols."""
+
+_KNOWN_WORDS = frozenset(
+    {
+        *("none", "no", "not", "solution", "solutions", "real", "number", "numbers", "all", "set"),
+        *("undefined", "does", "exist", "infinite", "infinitely", "many", "infinity", "empty"),
+        *("and", "or", "if", "for", "where", "yes", "true", "false", "odd", "even", "impossible"),
+        *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh"),
+        *("tanh", "log", "exp", "lim", "max", "min", "mod", "gcd", "lcm", "det"),
+    }
+)
+
+
+def _readable(answer: str, expected: str, kind: str, rules: Rules) -> bool:
+    """Returns whether the rules for a kind read an answer, so that a difference means wrong."""
+    if kind == "option":
+        mine = _chosen(answer, rules)
+        return mine is not None and mine != _chosen(expected, rules)
+    if kind == "yes_no":
+        return choices.yes_no(answer) is not None
+    if kind in ("count", "number", "math", "list", "ordered"):
+        if numbers.parse_quantity(answer) is not None or numbers.parse_time(answer) is not None:
+            return True
+        if kind == "count":
+            named = numbers.parse_quantity(sets.without_name(answer)) or _restated(answer)
+            return named is not None or _count_in_words(answer) is not None
+        if intervals.unread(answer, expected):
+            return False
+        if intervals.read_regions(answer, expected) is not None:
+            return True
+    return _unknown_words(answer, expected, only_scripts=kind == "text") == []
+
+
+def _unknown_words(answer: str, expected: str, *, only_scripts: bool) -> list[str]:
+    """Returns the words of an answer that the rules do not know and the reference lacks.
+
+    Args:
+        answer: the response's answer.
+        expected: the reference.
+        only_scripts: count only words in a script (or with accents) that the reference lacks.
+    """
+    plain = re.sub(r"\\[A-Za-z]+", " ", text.latex_plain(answer))
+    words = re.findall(r"[^\W\d_]+", plain.casefold())
+    known = set(re.findall(r"[^\W\d_]+", text.latex_plain(expected).casefold())) | _KNOWN_WORDS
+    foreign = [
+        w for w in words if not w.isascii() and not unicodedata.name(w[0], "").startswith(_SYMBOLS)
+    ]
+    if only_scripts:
+        return [word for word in foreign if expected.isascii()]
+    return [word for word in words if word not in known and (len(word) >= 3 or word in foreign)]
+
+
+def reference_problem(
+    answer: str, kind: str = "auto", options: Sequence[str] | Mapping[str, str] | None = None
+) -> str:
+    """Returns why a reference answer cannot be compared by rule, or "" if it can.
+
+    Responses that do not equal such a reference are undecided.
+    """
+    rules = Rules(kind, options=choices.options_by_letter(options))
+    value = reference(answer)
+    return _reference_problem(value, _kind(value, rules), rules)
+
+
+def _reference_problem(expected: str, kind: str, rules: Rules) -> str:
+    missing = expected.strip().casefold() in ("none", "null", "nan")
+    if not expected.strip() or (missing and rules.kind not in ("text", "count")):
+        return "the reference is empty"
+    if kind == "option" and _chosen(expected, rules) is None:
+        return "the reference is not an option"
+    if kind == "yes_no" and choices.yes_no(expected) is None:
+        return "the reference is neither yes nor no"
+    if kind == "count" and numbers.parse_quantity(expected) is None:
+        return "the reference is not a number"
+    if (kind != "text" and kind not in _VALUES and extract.is_prose(expected)) or (
+        kind == "text" and rules.kind != "text" and extract.is_prose(expected)
+    ):
+        return "the reference is a sentence"
+    return ""
+
+
+def _as_list(answer: str | Sequence[str] | None) -> list[str]:
+    if answer is None or isinstance(answer, str):
+        return [] if answer is None else [answer]
+    return [str(each) for each in answer if each is not None]

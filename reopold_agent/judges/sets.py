@@ -1,10 +1,10 @@
-"""Answers of several parts: lists, tuples, sets, intervals, matrices, equations."""
+"""Compares answers with several parts: lists, tuples, sets, intervals, matrices, equations."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reopold_agent.judges.text import latex_plain
 
@@ -29,19 +29,21 @@ _FUNCTION = re.compile(
 )
 _VARIABLE = re.compile(r"(?:[A-Za-z]|[A-Z]{2,3})(?:_\{?\w+\}?)?")
 _MEMBER = re.compile(r"^\s*[A-Za-z](?:_\{?\w+\}?)?(?:\s*\([a-z]\))?\s*\\in(?![a-z])\s*")
-_GROUPED = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?$")
+_GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?$")
 _TAIL = re.compile(r",?\s*\b(?:where|with|for (?:all|some|any)|when|if)\b.*$", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """An answer of several parts.
+    """An answer with several parts.
 
     Attributes:
         items: the parts as written.
-        shape: ``list`` (nothing around), ``set`` (braces), ``tuple`` (round brackets),
-            ``closed`` (square ones), ``mixed`` (a half-open interval), ``grid`` (a matrix).
-        opening, closing: the brackets.
+        shape: ``list`` (no brackets), ``set`` (braces), ``tuple`` (round brackets),
+            ``closed`` (square brackets), ``mixed`` (a half-open interval), ``grid`` (a matrix).
+        opening: the opening bracket, or "".
+        closing: the closing bracket, or "".
+        row_length: of a ``grid``, else 0.
     """
 
     items: tuple[str, ...]
@@ -52,7 +54,7 @@ class Parts:
 
 
 def read_parts(text: str) -> Parts | None:
-    """Splits an answer at its outermost separators; None if it has one part only."""
+    """Splits an answer at its outermost separators; returns None if it has only one part."""
     plain = latex_plain(text).strip().rstrip(".").strip()
     grid = _read_grid(plain)
     if grid is not None:
@@ -73,18 +75,20 @@ def read_parts(text: str) -> Parts | None:
     if around == "{}" and inner and inner != [""]:
         return Parts(tuple(inner), "set", *around)
     if len(inner) < 2:
-        # ((1,2)) is (1,2), and ({matrix}) the matrix.
+        # ((1,2)) is (1,2), and ({matrix}) is the matrix.
         return read_parts(plain[1:-1]) if around in ("()", "{}") else None
     shape = {"()": "tuple", "[]": "closed"}.get(around, "mixed")
     return Parts(tuple(inner), shape, *around)
 
 
 def same_parts(mine: Parts, wanted: Parts, same: Same, *, ordered: bool | None = None) -> bool:
-    """Whether two answers have the same parts.
+    """Returns whether two answers have the same parts.
 
-    The order matters within brackets and not in lists and sets, unless ``ordered`` says
-    otherwise. Where only one side has brackets, the order is the one within them.
+    Unless ``ordered`` is given, the order matters if either side has round or square brackets, and
+    does not matter for lists and sets.
     """
+    if mine.shape == wanted.shape == "set":
+        mine, wanted = _distinct(mine, same), _distinct(wanted, same)
     if len(mine.items) != len(wanted.items) or len(wanted.items) > _MOST_PARTS:
         return False
     shapes = {mine.shape, wanted.shape}
@@ -100,7 +104,7 @@ def same_parts(mine: Parts, wanted: Parts, same: Same, *, ordered: bool | None =
         return all(map(same, mine.items, wanted.items))
     if ordered is None:
         ordered = bool(shapes & {"tuple", "closed", "mixed"})
-        # AB=4, CD=5 answered by "4, 5": without names the order says which is which.
+        # "AB=4, CD=5" answered by "4, 5": without names, the order tells which is which.
         named = [any(_EQUALS.search(item) for item in each.items) for each in (mine, wanted)]
         ordered = ordered or (named[0] != named[1] and _distinct_names(mine, wanted))
     if ordered:
@@ -108,18 +112,27 @@ def same_parts(mine: Parts, wanted: Parts, same: Same, *, ordered: bool | None =
     return _match(list(mine.items), list(wanted.items), same)
 
 
+def _distinct(parts: Parts, same: Same) -> Parts:
+    """Returns a set without repeated items."""
+    items: list[str] = []
+    for item in parts.items[:_MOST_PARTS]:
+        if not any(same(item, other) for other in items):
+            items.append(item)
+    return replace(parts, items=(*items, *parts.items[_MOST_PARTS:]))
+
+
 def split(text: str) -> list[str]:
-    """Parts at the outermost commas, semicolons, "and" and "or"; thousands are left together."""
+    """Splits at the outermost commas, semicolons, "and" and "or"; thousands stay together."""
     text = _AND.sub(";", text)
     if ";" in text:
-        # "1,000; 2,000": where semicolons separate, commas may only separate groups of digits.
+        # "1,000; 2,000": commas between semicolons may only separate groups of digits.
         pieces = _split_at(text, ";")
         return [part for piece in pieces for part in _split_commas(piece)]
     return _split_commas(text)
 
 
 def sides(text: str) -> list[str]:
-    """The sides of an equation or chain of equations, approximate last terms left out."""
+    """Returns the sides of an equation or a chain of equations, without approximate last terms."""
     plain = latex_plain(text)
     exact = _APPROXIMATELY.split(plain)
     first = exact[0].strip()
@@ -132,7 +145,7 @@ def sides(text: str) -> list[str]:
 
 
 def without_name(text: str) -> str:
-    """The value of "x = 3", "f(x) = 3", "(p, q) = (3, 2)" or "x \\in [0, 1]"; else the text."""
+    """Returns the value of "x = 3", "f(x) = 3", "(p, q) = (3, 2)", "x \\in [0, 1]"; or the text."""
     plain = _TAIL.sub("", latex_plain(text)) if "=" in text else latex_plain(text)
     member = _MEMBER.match(plain)
     if member is not None:
@@ -141,12 +154,12 @@ def without_name(text: str) -> str:
     if len(found) < 2 or not found[-1]:
         return found[0] if found and found[0] else text
     if any(len(split(side)) > 1 for side in found[1:-1]):
-        return text  # several equations ("x = 1, y = 2") have no one value
+        return text  # several equations ("x = 1, y = 2") have several values
     return found[-1] if is_name(found[0]) else text
 
 
 def names_differ(first: str, second: str) -> bool:
-    """Whether two answers name different variables: "a = 1" and "b = 1"."""
+    """Returns whether two answers name different variables: "a = 1" and "b = 1"."""
     names = [sides(each)[0].strip() for each in (first, second) if _EQUALS.search(each)]
     if len(names) < 2 or not all(_VARIABLE.fullmatch(name) for name in names):
         return False
@@ -154,7 +167,7 @@ def names_differ(first: str, second: str) -> bool:
 
 
 def is_name(text: str) -> bool:
-    """Whether an equation's left side only names what its right side is."""
+    """Returns whether an equation's left side is only a name for its right side."""
     text = text.strip()
     if _FUNCTION.match(text):
         return False
@@ -177,7 +190,7 @@ def _distinct_names(mine: Parts, wanted: Parts) -> bool:
 
 
 def _match(mine: list[str], wanted: list[str], same: Same) -> bool:
-    """Pairs the parts off; equality is transitive enough for the first match to be a good one."""
+    """Pairs the parts; taking the first match is enough, because equality is nearly transitive."""
     for each in wanted:
         found = next((index for index, part in enumerate(mine) if same(part, each)), None)
         if found is None:

@@ -1,4 +1,4 @@
-"""Units after numbers: which are known, and when two differ."""
+"""Recognises units after numbers, and their dimension."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ _NOT_UNITS = frozenset(
 
 
 def is_unit(text: str) -> bool:
-    """Whether what follows a number can be a unit or a counted noun."""
+    """Returns whether the text after a number can be a unit or a counted noun."""
     words = re.findall(r"[a-zµμΩ]+", text, re.IGNORECASE)
     if text.strip() == "°" or re.fullmatch(r"°\s*[CF]?", text.strip()):
         return True
@@ -66,7 +66,7 @@ def is_unit(text: str) -> bool:
 
 
 def dimension_of(unit: str) -> tuple[str, int] | None:
-    """Name and power of a known simple unit ("square inches" is ("in", 2)); None if unknown."""
+    """Returns name and power of a simple unit ("square inches": ("in", 2)); None if unknown."""
     text = _AREA.sub(r"\1^2", unit.strip())
     text = _VOLUME.sub(r"\1^3", text).strip(" .{}")
     match = _POWER.fullmatch(text)

@@ -1,4 +1,4 @@
-"""Objectives: pure functions on tensors, no I/O and no models."""
+"""Objectives: losses as pure functions on tensors, without I/O or models."""
 
 from reopold_agent.objectives.base import (
     DivergenceSettings,

@@ -1,4 +1,4 @@
-"""What an engine hands to an objective, and what it gets back."""
+"""The interface between engines and objectives: token batches in, loss terms out."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from typing_extensions import Self
 
 
 class Needs(Flag):
-    """What an objective learns from. The engine fetches no more than that."""
+    """The signals that an objective learns from. The engine computes no others."""
 
     TEACHER = auto()
     """The teacher's log-probs of the student's tokens: ``TokenBatch.logp_teacher``."""
     DISTRIBUTIONS = auto()
-    """Student's and teacher's distributions at every token: ``TokenBatch.divergence``."""
+    """The student's and the teacher's distributions at every token: ``TokenBatch.divergence``."""
     OUTCOME = auto()
     """The environment's reward, compared within groups: ``TokenBatch.advantage``."""
     DEMONSTRATIONS = auto()
-    """Trajectories of an expert in place of the student's own."""
+    """An expert's trajectories instead of the student's own."""
 
 
 @dataclass(frozen=True)
 class TokenBatch:
     """Per-token values of a (micro-)batch, each (batch, time), any float dtype.
 
-    Only ``logp`` and ``divergence`` carry a gradient. ``loss_mask`` is turned into bool. What an
-    objective does not need (`Needs`) may be None.
+    Only ``logp`` and ``divergence`` carry a gradient. ``loss_mask`` is converted to bool. Values
+    that the objective does not need (`Needs`) may be None.
 
     Attributes:
-        logp: current student's log-probs of the sampled tokens.
-        logp_old: the same under the policy that sampled.
+        logp: log-probs of the sampled tokens under the current student.
+        logp_old: the same under the policy that sampled the tokens.
         logp_teacher: the same under the teacher.
-        entropy: nats, of the policy that sampled.
+        entropy: of the policy that sampled the tokens, nats.
         loss_mask: true where the student sampled the token.
-        advantage: of the token's trajectory, the same at all its tokens.
-        response_length: number of loss tokens of the token's trajectory.
-        divergence: between the student's and the teacher's distribution of this token, nats.
+        advantage: of the token's trajectory; the same at all of its tokens.
+        response_length: number of loss tokens in the token's trajectory.
+        divergence: between the student's and the teacher's distribution at this token, nats.
 
     Raises:
         ValueError: the shapes differ.
@@ -70,7 +70,7 @@ class LossTerms:
 
     ``numerator`` carries the gradient; ``denominator`` is a count (of tokens, or of
     trajectories). The (batch, time) tensors are detached and serve metrics only:
-    ``reward`` is what the tokens were rewarded with, ``clipped_reward`` the same above its floor.
+    ``reward`` is each token's reward, ``clipped_reward`` the same raised to the floor.
     """
 
     numerator: Tensor
@@ -83,8 +83,13 @@ class LossTerms:
 
 @dataclass(frozen=True)
 class DivergenceSettings:
-    """Which divergence `Needs.DISTRIBUTIONS` asks for: ``beta`` of the generalised JSD, the
-    teacher's ``top_k`` tokens or all, and whether all others count as one more outcome."""
+    """The divergence that `Needs.DISTRIBUTIONS` asks for.
+
+    Attributes:
+        beta: of the generalised JSD.
+        top_k: compare only the teacher's k likeliest tokens; None for the whole vocabulary.
+        rest: with ``top_k``, count all other tokens as one more outcome.
+    """
 
     beta: float
     top_k: int | None = None
@@ -99,8 +104,8 @@ class Outcomes:
         reward: of the environment, float.
         group: int64; episodes of one task share a number.
         tool_calls: number of tool calls.
-        tool_successes: number of those that worked.
-        tokens: number of tokens the student sampled.
+        tool_successes: number of tool calls that succeeded.
+        tokens: number of tokens that the student sampled.
     """
 
     reward: Tensor
@@ -112,77 +117,84 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What an objective may want to know of its run: number of steps, response budget in tokens."""
+    """Facts about the run that settings may depend on: its steps and response budget in tokens."""
 
     steps: int
     max_response_tokens: int
 
 
 class Objective:
-    """A loss on tokens. Subclasses are frozen dataclasses whose fields are the settings of
-    ``objective=NAME``; everything here is pure: tensors in, tensors out.
+    """A loss on tokens.
 
-    A subclass gives `terms`, and what differs from the defaults below.
+    Subclasses are frozen dataclasses whose fields are the settings of ``objective=NAME``. They
+    define `terms` and override the defaults below where they differ. All methods are pure: tensors
+    in, tensors out.
     """
 
     @property
     def needs(self) -> Needs:
-        """What the engine has to provide."""
+        """The signals that the engine has to provide."""
         return Needs.TEACHER
 
     @property
-    def roll_outs(self) -> int:
-        """How often a step may roll out prompts, while `informative` leaves too many out."""
+    def max_rollout_rounds(self) -> int:
+        """How many times a step may roll out prompts to replace those that `informative` drops."""
         return 1
 
     def for_run(self, facts: RunFacts) -> Self:
-        """The objective with settings filled in that depend on the run."""
+        """Returns the objective with the settings that depend on the run filled in."""
         return self
 
     def phase(self, step: int) -> str:
-        """Name of the phase that ``step`` (from 0) belongs to."""
+        """Returns the name of the phase that ``step`` (from 0) belongs to."""
         return "training"
 
     @property
     def floor(self) -> float | None:
-        """The least reward of a token, if there is one; for logs."""
+        """The lowest reward that a token can get, or None if there is no floor; for logs."""
         return None
 
     def threshold(self, entropy: Tensor, loss_mask: Tensor) -> float | None:
-        """A number that needs the whole batch of a step; computed once and given to `terms`."""
+        """Returns a value over the whole batch of a step, computed once and passed to `terms`."""
         return None
 
     def advantages(self, outcomes: Outcomes) -> Tensor:
-        """(episodes,) float; asked for with `Needs.OUTCOME`."""
+        """Returns each episode's advantage, (episodes,) float; called with `Needs.OUTCOME`."""
         raise NotImplementedError(f"{type(self).__name__} has no advantages")
 
     @property
     def divergence(self) -> DivergenceSettings:
-        """Asked for with `Needs.DISTRIBUTIONS`."""
+        """The divergence to compute; read with `Needs.DISTRIBUTIONS`."""
         raise NotImplementedError(f"{type(self).__name__} uses no divergence")
 
     def informative(self, outcomes: Outcomes) -> Tensor:
-        """(episodes,) bool: which are worth an update."""
+        """Returns (episodes,) bool: the episodes that the update can learn from."""
         return torch.ones_like(outcomes.group, dtype=torch.bool)
 
     def terms(self, batch: TokenBatch, step: int, threshold: float | None) -> LossTerms:
-        """Numerator and denominator of the loss over one micro-batch."""
+        """Returns the loss's numerator and denominator over one micro-batch.
+
+        Args:
+            batch: its tokens.
+            step: training step, from 0.
+            threshold: what `threshold` returned for the whole batch of the step.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no terms")
 
 
 def whole_loss(objective: Objective, batch: TokenBatch, step: int = 0) -> Tensor:
-    """The scalar loss of one whole batch; the engines, which split it, add up `LossTerms`."""
+    """Returns the scalar loss of one whole batch (engines split it and add up `LossTerms`)."""
     threshold = objective.threshold(batch.entropy, batch.loss_mask)
     terms = objective.terms(batch, step, threshold)
     return terms.numerator / terms.denominator.clamp(min=1)
 
 
 def required(value: Tensor | None, name: str) -> Tensor:
-    """A tensor of the batch that the objective cannot do without.
+    """Returns a tensor that the objective needs.
 
     Raises:
         ValueError: it is None.
     """
     if value is None:
-        raise ValueError(f"this objective needs {name}, which the batch lacks")
+        raise ValueError(f"this objective needs {name}, but the batch has none")
     return value

@@ -1,19 +1,22 @@
-"""Logits a chunk at a time: what `divergence` and `reopold_agent.policies.logprobs` share."""
+"""Parts of computations on logits a chunk at a time, for `divergence` and `policies.logprobs`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 SLICE_ELEMENTS = 2**25
-"""Logits of one model held at once: 128 MiB as float32. Larger slices were not faster."""
+"""How many logits of one model are held at once: 128 MiB as float32. More was not faster."""
 
 BANNED = -1.0e30
 """Logit of a token that has probability 0. Finite, so that 0 x BANNED is 0 and not NaN."""
 
 
 def make_logits(hidden_ND: Tensor, weight_VD: Tensor, banned: Tensor | None) -> Tensor:
-    """``hidden @ weight.T`` as float32, with `BANNED` at the ids in ``banned``."""
+    """Returns ``hidden @ weight.T`` as float32, with `BANNED` at the ids in ``banned``."""
     logits = (hidden_ND @ weight_VD.T).float()
     if banned is not None:
         logits.index_fill_(1, banned, BANNED)
@@ -21,36 +24,62 @@ def make_logits(hidden_ND: Tensor, weight_VD: Tensor, banned: Tensor | None) -> 
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """In which dtype the two are multiplied: autocast's where it is on, else the weight's."""
+    """Returns the dtype for their product: autocast's where it is on, else the weight's."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return weight.dtype
 
 
-def vocabulary_block(slice_elements: int, tokens: int, width: int) -> int:
-    """Number of ids that a backward pass handles at once.
+def backward_by_blocks(
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    live: Tensor,
+    logit_gradient: Callable[[Tensor, int, int], Tensor],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Computes the gradients of hidden states and output embedding, a block of ids at a time.
 
-    It bounds the logits of ``tokens`` rows, and the block's own gradient, which stands beside the
-    whole one.
+    By blocks of the vocabulary, not of tokens: each row of the weight's gradient, the largest
+    tensor here, is then written once.
+
+    Args:
+        ctx: of an autograd function whose first two inputs are ``hidden`` and ``weight``, with
+            ``banned``, ``compute_dtype`` and ``slice_elements``.
+        hidden: (N, D).
+        weight: (V, D).
+        live: sorted positions of the tokens that have a gradient; no others are computed.
+        logit_gradient: turns the live tokens' logits for a block of ids (float32, to be
+            overwritten; first id; id after the last) into their gradient.
+
+    Returns:
+        The gradients of ``hidden`` and ``weight``, each None where autograd needs none.
     """
-    return max(1, slice_elements // max(1, tokens, width))
+    states = take_rows(hidden, live).to(ctx.compute_dtype)
+    grad_states = torch.zeros(states.shape, dtype=torch.float32, device=hidden.device)
+    grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+    # Bounds the logits, and the block's gradient, which is held beside the whole weight's.
+    block = max(1, ctx.slice_elements // max(1, len(live), weight.shape[1]))
+    for start in range(0, weight.shape[0] if len(live) else 0, block):
+        matrix = weight[start : start + block].to(ctx.compute_dtype)
+        stop = start + matrix.shape[0]
+        grad_logits = logit_gradient(make_logits(states, matrix, None), start, stop)
+        if ctx.banned is not None:
+            inside = ctx.banned[(ctx.banned >= start) & (ctx.banned < stop)] - start
+            grad_logits.index_fill_(1, inside, 0.0)
+        grad_logits = grad_logits.to(ctx.compute_dtype)
+        grad_states += grad_logits @ matrix
+        if grad_weight is not None:
+            grad_weight[start:stop] = (grad_logits.T @ states).to(weight.dtype)
+        del grad_logits  # or the next block would be held beside it
+    if not ctx.needs_input_grad[0]:
+        return None, grad_weight
+    if len(live) == len(hidden):
+        return grad_states.to(hidden.dtype), grad_weight
+    grad_hidden = torch.zeros_like(hidden)
+    return grad_hidden.index_copy_(0, live, grad_states.to(hidden.dtype)), grad_weight
 
 
-def banned_inside(banned: Tensor, start: int, stop: int) -> Tensor:
-    """Places of the banned ids within the block from ``start`` to ``stop``."""
-    return banned[(banned >= start) & (banned < stop)] - start
-
-
-def some_rows(values: Tensor, rows: Tensor) -> Tensor:
-    """``values[rows]`` for rows in order, without a copy where that is all of them."""
+def take_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Returns ``values[rows]`` for sorted rows, without a copy if these are all rows."""
     return values if len(rows) == len(values) else values[rows]
-
-
-def at_rows(values: Tensor, rows: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """The other way round: ``count`` rows of zeros but for these."""
-    if len(rows) == count:
-        return values.to(dtype)
-    return values.new_zeros((count, values.shape[1]), dtype=dtype).index_copy_(
-        0, rows, values.to(dtype)
-    )

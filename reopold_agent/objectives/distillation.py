@@ -1,8 +1,8 @@
-"""Distillation on the tokens that the student sampled: reverse KL and what Reopold adds to it.
+"""Distillation on the tokens that the student sampled: reverse KL and Reopold's additions.
 
-One loss, `SampledDistillation.terms`, whose parts a subclass switches on: stop-gradient (paper,
-ablation 1), reward floor (2), entropy mask (3), exploration before refinement (4). So an ablation
-is another setting of the same code.
+There is one loss, `SampledDistillation.terms`. Subclasses switch on its parts: stop-gradient
+(paper, ablation 1), reward floor (2), entropy mask (3), exploration before refinement (4). So
+every ablation runs the same code.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from typing_extensions import Self
+from typing_extensions import Self, override
 
 from reopold_agent.objectives.base import (
     LossTerms,
@@ -36,28 +36,28 @@ from reopold_agent.objectives.pieces import (
 class SampledDistillation(Objective):
     """``loss = -sum(M * ratio * Rhat) / max(1, sum(M))`` over the tokens of a mini-batch.
 
-    The sums run over all micro-batches (add their terms, then divide), so splitting a batch
-    changes nothing.
+    The sums run over all micro-batches (add their terms, then divide), so the loss does not depend
+    on how a batch is split.
     """
 
     def reward(self, logp: Tensor, logp_teacher: Tensor) -> Tensor:
-        """R of each token; carries a gradient only where the objective's does."""
+        """Returns R of each token, with a gradient only if the objective differentiates it."""
         return distillation_reward(logp, logp_teacher)
 
     def mask(self, batch: TokenBatch, reward: Tensor, step: int, threshold: float | None) -> Tensor:
-        """M, (batch, time) bool."""
+        """Returns M, the tokens that the loss keeps, (batch, time) bool."""
         return batch.loss_mask
 
+    @override
     def terms(self, batch: TokenBatch, step: int, threshold: float | None) -> LossTerms:
-        """Numerator and denominator of the loss over this micro-batch."""
         teacher_BT = required(batch.logp_teacher, "logp_teacher")
         reward_BT = self.reward(batch.logp, teacher_BT).detach()
         clipped_BT = reward_BT
         if self.floor is not None:
-            clipped_BT = reward_BT.clamp(min=self.floor)  # one-sided: positive ones are untouched
+            clipped_BT = reward_BT.clamp(min=self.floor)  # one-sided: high rewards stay
         mask_BT = self.mask(batch, reward_BT, step, threshold)
-        # Selected, not multiplied by the mask: a masked position may hold an infinity or NaN, and
-        # 0 * inf is NaN, in the gradient too.
+        # Tokens are selected, not multiplied by the mask: a masked position may hold an infinity
+        # or NaN, and 0 * inf is NaN, in the gradient too.
         logp_K = batch.logp[mask_BT]
         ratio_K = importance_ratio(logp_K, batch.logp_old[mask_BT])
         reward_K = self.reward(logp_K, teacher_BT[mask_BT])
@@ -81,14 +81,14 @@ class ReverseKL(SampledDistillation):
     zero on policy and only adds variance (remark 3.1).
     """
 
+    @override
     def reward(self, logp: Tensor, logp_teacher: Tensor) -> Tensor:
-        """R with its gradient."""
         return differentiable_reward(logp, logp_teacher)
 
 
 @dataclass(frozen=True)
 class ReverseKLStopGradient(SampledDistillation):
-    """``rkl_sg``: `ReverseKL` with a constant reward, that is policy gradient (ablation 1;
+    """``rkl_sg``: `ReverseKL` with a detached reward, which is policy gradient (ablation 1;
     remark 3.1; Lu et al. 2025)."""
 
 
@@ -106,8 +106,8 @@ class ClippedReverseKL(SampledDistillation):
         check_mixture(self.mixture)
 
     @property
+    @override
     def floor(self) -> float:
-        """``log(lambda) / (1 - lambda)``."""
         return reward_floor(self.mixture)
 
 
@@ -117,7 +117,7 @@ class EntropyMaskedReverseKL(ClippedReverseKL):
     step on (eq. 10; ablation 3).
 
     Attributes:
-        top_share: the paper's rho; the share of tokens kept.
+        top_share: the paper's rho: the share of tokens that is kept.
     """
 
     top_share: float = 0.2
@@ -127,11 +127,11 @@ class EntropyMaskedReverseKL(ClippedReverseKL):
         check_top_share(self.top_share)
 
     def threshold(self, entropy: Tensor, loss_mask: Tensor) -> float:
-        """Tau over everything given: call it once with the whole batch of a step."""
+        """Returns tau over all tokens given: call it once with the whole batch of a step."""
         return entropy_threshold(entropy, loss_mask, self.top_share)
 
     def mask(self, batch: TokenBatch, reward: Tensor, step: int, threshold: float | None) -> Tensor:
-        """M of eq. 10."""
+        """Returns M of eq. 10."""
         if threshold is None:
             raise ValueError("the entropy mask needs the batch's threshold; see `threshold`")
         return refinement_mask(batch.entropy, batch.loss_mask, threshold)
@@ -141,12 +141,12 @@ class EntropyMaskedReverseKL(ClippedReverseKL):
 class Reopold(EntropyMaskedReverseKL):
     """``reopold``: exploration, then refinement (paper, section 4, eq. 4 to 10; ablation 4).
 
-    Steps below the switch keep every token whose reward is above the floor (eq. 9); from it on,
-    the most uncertain tokens, with negative feedback down to the floor (eq. 10).
+    Steps before the switch keep every token whose reward is above the floor (eq. 9). Later steps
+    keep the most uncertain tokens, with negative rewards down to the floor (eq. 10).
 
     Attributes:
-        switch_step: the paper's T_switch; None takes ``switch_share``.
-        switch_share: the same as a share of the run's steps.
+        switch_share: the step of the switch as a share of the run's steps.
+        switch_step: the step itself, the paper's T_switch; None takes ``switch_share``.
     """
 
     switch_share: float = 0.33
@@ -160,27 +160,27 @@ class Reopold(EntropyMaskedReverseKL):
             raise ValueError(f"switch_step must be >= 0, got {self.switch_step}")
 
     def for_run(self, facts: RunFacts) -> Self:
-        """Fills in ``switch_step``: the share of the steps, rounded half up."""
+        """Fills in ``switch_step``: ``switch_share`` of the steps, rounded half up."""
         if self.switch_step is not None:
             return self
         return replace(self, switch_step=int(self.switch_share * facts.steps + 0.5))
 
     def explores(self, step: int) -> bool:
-        """Whether ``step`` (from 0) is before the switch.
+        """Returns whether ``step`` (from 0) is before the switch.
 
         Raises:
             ValueError: no ``switch_step`` was given and `for_run` was not called.
         """
         if self.switch_step is None:
-            raise ValueError("Reopold needs a switch_step, or for_run with the number of steps")
+            raise ValueError("Reopold needs a switch_step; set it, or call for_run(facts)")
         return step < self.switch_step
 
     def phase(self, step: int) -> str:
-        """``"exploration"`` or ``"refinement"``; steps count from 0."""
+        """Returns ``"exploration"`` or ``"refinement"``; steps count from 0."""
         return "exploration" if self.explores(step) else "refinement"
 
     def mask(self, batch: TokenBatch, reward: Tensor, step: int, threshold: float | None) -> Tensor:
-        """M of eq. 9 before the switch, of eq. 10 after it."""
+        """Returns M of eq. 9 before the switch, of eq. 10 after it."""
         if self.explores(step):
             return exploration_mask(reward, batch.loss_mask, self.floor)
         return super().mask(batch, reward, step, threshold)
@@ -193,9 +193,9 @@ class SkewReverseKL(SampledDistillation):
 
     Attributes:
         mixture: skew RKL's lambda, in (0, 1).
-        stop_gradient: take the reward as a constant, as the paper compares it. The gradient of
-            the skewed divergence itself has one term more, ``-m pi / (m pi + (1 - m) pi_T)``
-            times ``grad log pi``, which does not vanish; false keeps it.
+        stop_gradient: detach the reward, as in the paper's comparison. The gradient of the skewed
+            divergence itself has one more term, ``-m pi / (m pi + (1 - m) pi_T)`` times
+            ``grad log pi``, which does not vanish; false keeps it.
     """
 
     mixture: float = 0.1
@@ -204,7 +204,8 @@ class SkewReverseKL(SampledDistillation):
     def __post_init__(self) -> None:
         check_mixture(self.mixture)
 
+    @override
     def reward(self, logp: Tensor, logp_teacher: Tensor) -> Tensor:
-        """The skewed reward."""
-        own = logp.detach() if self.stop_gradient else logp
-        return skewed_reward(own, logp_teacher, self.mixture)
+        if self.stop_gradient:
+            logp = logp.detach()
+        return skewed_reward(logp, logp_teacher, self.mixture)

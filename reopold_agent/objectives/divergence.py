@@ -5,31 +5,29 @@
 limits of ``D / beta`` and ``D / (1 - beta)`` (Agarwal et al. 2024, eq. 1 and section 3; TRL's
 ``GKDTrainer.generalized_jsd_loss`` is the same). ``p_S`` is the student's, ``p_T`` the teacher's.
 
-`divergence_of_states` never holds tokens x vocabulary: forward in slices of tokens, backward in
-blocks of the vocabulary, as `reopold_agent.policies.logprobs` does for log-probs.
+`divergence_of_states` never holds tokens x vocabulary: it runs forward in slices of tokens and
+backward in blocks of the vocabulary, as `reopold_agent.policies.logprobs` does for log-probs.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reopold_agent.objectives.chunks import (
     SLICE_ELEMENTS,
-    at_rows,
-    banned_inside,
+    backward_by_blocks,
     compute_dtype,
     make_logits,
-    some_rows,
-    vocabulary_block,
+    take_rows,
 )
 
-PIECES = 8
-"""Arrays that would be one more of a slice's size are made this many times smaller, in a place
-that is allocated once: taken afresh for each part, they split the C library's heap."""
+SCRATCH_PARTS = 8
+"""Temporary arrays have 1/8 of a slice's rows and are allocated once: allocating them again for
+each part fragments the C library's heap."""
 
 
 def check_beta(beta: float) -> None:
@@ -39,12 +37,13 @@ def check_beta(beta: float) -> None:
 
 
 def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    """The divergence from log-probs, summed over the last axis; differentiable in ``student``.
+    """Computes the divergence from log-probs over the last axis; differentiable in ``student``.
 
     Args:
-        student, teacher: (..., vocabulary) log-probs in float32 or float64. They need not sum to
-            one (top-k without its rest).
-        beta: see the module.
+        student: (..., vocabulary) log-probs in float32 or float64. Their probabilities need not sum
+            to one (top-k without the rest).
+        teacher: the same for the teacher.
+        beta: in [0, 1], see the module.
 
     Returns:
         (...), nats.
@@ -61,20 +60,23 @@ def generalised_jsd(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 
 
 def with_rest(logps: Tensor) -> Tensor:
-    """Adds one more outcome to the last axis, "any other token", so that the whole is a
-    distribution again. A divergence over coarser outcomes is never larger."""
+    """Appends one more outcome, "any other token", so that probabilities sum to one again.
+
+    A divergence over such coarser outcomes is never larger.
+    """
     rest = (1 - logps.exp().sum(-1, keepdim=True)).clamp(min=1e-6)
     return torch.cat([logps, rest.log()], dim=-1)
 
 
 def topk_divergence(student_NK: Tensor, teacher_NK: Tensor, beta: float, *, rest: bool) -> Tensor:
-    """The divergence over the teacher's k likeliest tokens, (N,) nats.
+    """Computes the divergence over the teacher's k likeliest tokens, (N,) nats.
 
     Args:
-        student_NK, teacher_NK: log-probs, over the whole vocabulary, of those tokens.
-        beta: see the module.
-        rest: count all other tokens as one more outcome. Without it what is left is not a
-            divergence: it may fall below zero (verl's ``forward_kl_topk`` is this with beta 0).
+        student_NK: the student's log-probs of those tokens, normalised over the whole vocabulary.
+        teacher_NK: the teacher's.
+        beta: in [0, 1], see the module.
+        rest: count all other tokens as one more outcome. Without it the result is not a
+            divergence and may be negative (verl's ``forward_kl_topk`` is this with beta 0).
     """
     if rest:
         student_NK, teacher_NK = with_rest(student_NK), with_rest(teacher_NK)
@@ -92,18 +94,20 @@ def divergence_of_states(
     *,
     slice_elements: int = SLICE_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
-    """The divergence between ``softmax(hidden @ weight.T)`` of student and teacher.
+    """Computes the divergence between ``softmax(hidden @ weight.T)`` of student and teacher.
 
     Args:
-        student_ND, teacher_NE: last hidden states; the widths may differ.
-        student_weight_VD, teacher_weight_VE: output embeddings over the same ids.
-        targets_N: int64; their log-probs under the student come along.
-        beta: see the module.
+        student_ND: the student's last hidden states.
+        student_weight_VD: its output embedding.
+        teacher_NE: the teacher's last hidden states; their width may differ.
+        teacher_weight_VE: its output embedding, over the same ids.
+        targets_N: int64 ids whose log-probs under the student are returned too.
+        beta: in [0, 1], see the module.
         banned: int64 ids that have probability 0 for both, or None.
         slice_elements: upper limit on one model's logits held at once.
 
     Returns:
-        ``(divergence_N, logp_N)``, float32. The first is differentiable in ``student_ND`` and
+        ``(divergence_N, logp_N)``, float32; the divergence is differentiable in ``student_ND`` and
         ``student_weight_VD``.
 
     Raises:
@@ -112,8 +116,8 @@ def divergence_of_states(
     check_beta(beta)
     if student_weight_VD.shape[0] != teacher_weight_VE.shape[0]:
         raise ValueError(
-            f"the student has {student_weight_VD.shape[0]} rows and the teacher "
-            f"{teacher_weight_VE.shape[0]}; cut both to the ids that the tokenizer knows"
+            f"the student's output embedding has {student_weight_VD.shape[0]} rows and the "
+            f"teacher's {teacher_weight_VE.shape[0]}; cut both to the ids that the tokenizer knows"
         )
     apply: Any = _Divergence.apply
     divergence, logp = apply(
@@ -138,9 +142,9 @@ def top_tokens(
     *,
     slice_elements: int = SLICE_ELEMENTS,
 ) -> tuple[Tensor, Tensor]:
-    """The ``count`` likeliest tokens of each position: ids (N, K) int64, log-probs float32.
+    """Returns the likeliest tokens of each position: ids (N, K) int64 and log-probs (N, K) float32.
 
-    K is ``count``, or the number of ids that are not banned if those are fewer.
+    K is ``count``, or the number of ids that are not banned if that is smaller.
     """
     dtype = compute_dtype(hidden_ND, weight_VD)
     matrix = weight_VD.to(dtype)
@@ -155,7 +159,7 @@ def top_tokens(
 
 
 def _normalise(logits: Tensor, scratch: Tensor) -> Tensor:
-    """Turns logits into log-probs in place; returns what was taken off, (N,)."""
+    """Turns logits into log-probs in place; returns the normaliser that was subtracted, (N,)."""
     top = logits.amax(dim=-1, keepdim=True)
     logits.sub_(top)
     total = torch.empty_like(top)
@@ -167,10 +171,10 @@ def _normalise(logits: Tensor, scratch: Tensor) -> Tensor:
     return (top + total)[:, 0]
 
 
-def _odds(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
-    """``u = log(beta p_T / ((1 - beta) p_S))``, written over the teacher's log-probs.
+def _log_odds(teacher: Tensor, student: Tensor, beta: float) -> Tensor:
+    """Returns ``u = log(beta p_T / ((1 - beta) p_S))``, written over the teacher's log-probs.
 
-    ``log M = log p_S + log(1 - beta) + softplus(u)``, which needs no further array.
+    Then ``log M = log p_S + log(1 - beta) + softplus(u)``, which needs no further array.
     """
     return teacher.sub_(student).add_(math.log(beta) - math.log1p(-beta))
 
@@ -196,20 +200,21 @@ class _Divergence(torch.autograd.Function):
         count = student.shape[0]
         rows = max(1, slice_elements // student_weight.shape[0])
         divergence = torch.empty(count, dtype=torch.float32, device=student.device)
-        logp, own_norm, his_norm, centre = (torch.empty_like(divergence) for _ in range(4))
-        own_matrix, his_matrix = student_weight.to(dtype), teacher_weight.to(dtype)
-        shape = (2, max(1, min(rows, count) // PIECES), student_weight.shape[0])
+        logp, student_norm, teacher_norm, centre = (torch.empty_like(divergence) for _ in range(4))
+        student_matrix, teacher_matrix = student_weight.to(dtype), teacher_weight.to(dtype)
+        shape = (2, max(1, min(rows, count) // SCRATCH_PARTS), student_weight.shape[0])
         scratch = torch.empty(shape, dtype=torch.float32, device=student.device)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            own = make_logits(student[part].to(dtype), own_matrix, banned)
-            his = make_logits(teacher[part].to(dtype), his_matrix, banned)
-            own_norm[part], his_norm[part] = (_normalise(x, scratch[0]) for x in (own, his))
-            logp[part] = own.gather(1, targets[part, None])[:, 0]
-            _values(own, his, beta, scratch, divergence[part], centre[part])
-            del own, his  # or the next two would stand beside them
+            student_logp = make_logits(student[part].to(dtype), student_matrix, banned)
+            teacher_logp = make_logits(teacher[part].to(dtype), teacher_matrix, banned)
+            student_norm[part] = _normalise(student_logp, scratch[0])
+            teacher_norm[part] = _normalise(teacher_logp, scratch[0])
+            logp[part] = student_logp.gather(1, targets[part, None])[:, 0]
+            _fill_values(student_logp, teacher_logp, beta, scratch, divergence[part], centre[part])
+            del student_logp, teacher_logp  # or the next two would be held beside them
         ctx.save_for_backward(
-            student, student_weight, teacher, teacher_weight, own_norm, his_norm, centre
+            student, student_weight, teacher, teacher_weight, student_norm, teacher_norm, centre
         )
         ctx.beta, ctx.banned, ctx.compute_dtype = beta, banned, dtype
         ctx.slice_elements = slice_elements
@@ -218,86 +223,74 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        student, weight, teacher, teacher_weight, own_norm, his_norm, centre = ctx.saved_tensors
-        dtype, beta = ctx.compute_dtype, ctx.beta
+        student, weight, teacher, teacher_weight, *saved = ctx.saved_tensors
         live = torch.nonzero(grads[0])[:, 0]
-        own_states = some_rows(student, live).to(dtype)
-        his_states = some_rows(teacher, live).to(dtype)
-        own_norm, his_norm, centre = own_norm[live], his_norm[live], centre[live]
+        teacher_states = take_rows(teacher, live).to(ctx.compute_dtype)
+        student_norm_N, teacher_norm_N, centre_N = (values[live] for values in saved)
         grad_N = grads[0][live].float()
-        grad_states = torch.zeros(own_states.shape, dtype=torch.float32, device=student.device)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        # By blocks of the vocabulary: each row of the weight's gradient is written once.
-        block = vocabulary_block(ctx.slice_elements, len(live), weight.shape[1])
-        for start in range(0, weight.shape[0] if len(live) else 0, block):
-            matrix = weight[start : start + block].to(dtype)
-            stop = start + matrix.shape[0]
-            own = make_logits(own_states, matrix, None).sub_(own_norm[:, None])
-            his_matrix = teacher_weight[start:stop].to(dtype)
-            his = make_logits(his_states, his_matrix, None).sub_(his_norm[:, None])
-            slope = _slopes(own, his, beta, centre).mul_(grad_N[:, None])
-            if ctx.banned is not None:
-                slope.index_fill_(1, banned_inside(ctx.banned, start, stop), 0.0)
-            del own, his  # what follows fits in the place of the second
-            slope = slope.to(dtype)
-            grad_states += slope @ matrix
-            if grad_weight is not None:
-                grad_weight[start:stop] = (slope.T @ own_states).to(weight.dtype)
-            del slope
-        grad_hidden = None
-        if ctx.needs_input_grad[0]:
-            grad_hidden = at_rows(grad_states, live, len(student), student.dtype)
-        nothing = (None,) * 6
-        return cast("tuple[Tensor | None, ...]", (grad_hidden, grad_weight, *nothing))
+
+        def logit_gradient(logits: Tensor, start: int, stop: int) -> Tensor:
+            teacher_matrix = teacher_weight[start:stop].to(ctx.compute_dtype)
+            teacher_logp = make_logits(teacher_states, teacher_matrix, None)
+            teacher_logp.sub_(teacher_norm_N[:, None])
+            student_logp = logits.sub_(student_norm_N[:, None])
+            return _slopes(student_logp, teacher_logp, ctx.beta, centre_N).mul_(grad_N[:, None])
+
+        return *backward_by_blocks(ctx, student, weight, live, logit_gradient), *(None,) * 6
 
 
-def _values(
-    own: Tensor, his: Tensor, beta: float, scratch: Tensor, divergence: Tensor, centre: Tensor
+def _fill_values(
+    student: Tensor,
+    teacher: Tensor,
+    beta: float,
+    scratch: Tensor,
+    divergence: Tensor,
+    centre: Tensor,
 ) -> None:
-    """Fills in the divergence, and the mean under the student that the slopes need; overwrites
-    all others.
+    """Computes the divergence from log-probs, and the mean that `_slopes` needs.
 
-    The sums are not made by ``linalg.vecdot``: autocast would turn it into bfloat16.
+    Writes ``divergence`` and ``centre``; the other tensors are overwritten. The sums do not use
+    ``linalg.vecdot``, because autocast would run it in bfloat16.
     """
     if beta == 0.0:
-        own.sub_(his).neg_()  # log p_T - log p_S
-        torch.sum(his.exp_().mul_(own), dim=-1, out=divergence)
+        student.sub_(teacher).neg_()  # log p_T - log p_S
+        torch.sum(teacher.exp_().mul_(student), dim=-1, out=divergence)
         centre.zero_()
         return
     if beta == 1.0:
-        his.sub_(own).neg_()  # log p_S - log p_T
-        torch.sum(own.exp_().mul_(his), dim=-1, out=divergence)
+        teacher.sub_(student).neg_()  # log p_S - log p_T
+        torch.sum(student.exp_().mul_(teacher), dim=-1, out=divergence)
         centre.copy_(divergence)
         return
-    rows, less = scratch.shape[1], math.log1p(-beta)
-    for start in range(0, len(own), rows):
-        part = slice(start, min(start + rows, len(own)))
-        one, two = scratch[:, : part.stop - start]
-        his_p = torch.exp(his[part], out=one)
-        odds = _odds(his[part], own[part], beta)
+    rows, log_1_beta = scratch.shape[1], math.log1p(-beta)
+    for start in range(0, len(student), rows):
+        part = slice(start, min(start + rows, len(student)))
+        first, second = scratch[:, : part.stop - start]
+        teacher_p = torch.exp(teacher[part], out=first)
+        odds = _log_odds(teacher[part], student[part], beta)
         # KL(p_T || M) = sum p_T (u - softplus(u)) - log(beta)
-        forward = torch.mul(his_p, odds, out=two).sum(dim=-1) - math.log(beta)
+        forward = torch.mul(teacher_p, odds, out=second).sum(dim=-1) - math.log(beta)
         soft = _softplus(odds)
-        forward -= his_p.mul_(soft).sum(dim=-1)
+        forward -= teacher_p.mul_(soft).sum(dim=-1)
         # KL(p_S || M) = - log(1 - beta) - sum p_S softplus(u)
-        backward = -less - own[part].exp_().mul_(soft).sum(dim=-1)
+        backward = -log_1_beta - student[part].exp_().mul_(soft).sum(dim=-1)
         centre[part] = (1 - beta) * backward
         divergence[part] = beta * forward + centre[part]
 
 
-def _slopes(own: Tensor, his: Tensor, beta: float, centre: Tensor) -> Tensor:
-    """d divergence / d student's logits for a block of the vocabulary, in ``own``'s place;
-    overwrites both.
+def _slopes(student: Tensor, teacher: Tensor, beta: float, centre: Tensor) -> Tensor:
+    """Returns d divergence / d student's logits for a block of ids, from the log-probs.
 
     With ``h`` the derivative by the student's probability (up to a constant) it is
-    ``p_S (h - sum p_S h)``; ``centre`` is that sum over the whole vocabulary.
+    ``p_S (h - sum p_S h)``; ``centre`` is that sum over the whole vocabulary. Both log-probs are
+    overwritten; the result takes the student's place.
     """
     if beta == 0.0:
-        return own.exp_().sub_(his.exp_())
+        return student.exp_().sub_(teacher.exp_())
     if beta == 1.0:
-        his.sub_(own).neg_().sub_(centre[:, None])
-        return own.exp_().mul_(his)
-    soft = _softplus(_odds(his, own, beta))
+        teacher.sub_(student).neg_().sub_(centre[:, None])
+        return student.exp_().mul_(teacher)
+    soft = _softplus(_log_odds(teacher, student, beta))
     # h = (1 - beta) (log p_S - log M) = -(1 - beta) (log(1 - beta) + soft)
     soft.add_(math.log1p(-beta)).mul_(-(1 - beta)).sub_(centre[:, None])
-    return own.exp_().mul_(soft)
+    return student.exp_().mul_(soft)

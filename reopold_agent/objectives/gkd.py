@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing_extensions import override
+
 from reopold_agent.objectives.base import (
     DivergenceSettings,
     LossTerms,
@@ -21,13 +23,13 @@ class GKD(Objective):
     """``gkd``: generalised JSD of student and teacher, mean over the student's tokens (Agarwal et
     al. 2024; the paper's table 8).
 
-    There is no ratio: the divergence is differentiated at each visited prefix, and the choice of
-    prefixes is not, as in GKD.
+    There is no importance ratio: as in GKD, the divergence at each visited prefix is
+    differentiated, and the choice of prefixes is not.
 
     Attributes:
-        beta: 0 is forward KL, 1 reverse KL, between them see
+        beta: 0 is forward KL, 1 reverse KL; for values between them see
             `reopold_agent.objectives.divergence`.
-        top_k: use only the teacher's k likeliest tokens (the paper's approximation has 5); None
+        top_k: use only the teacher's k likeliest tokens (the paper's approximation uses 5); None
             for the whole vocabulary.
         rest: with ``top_k``, count all other tokens as one more outcome.
     """
@@ -43,24 +45,24 @@ class GKD(Objective):
 
     @property
     def needs(self) -> Needs:
-        """Both models' distributions; the teacher's log-probs for the logs."""
+        """Both models' distributions, and the teacher's log-probs for the logs."""
         return Needs.TEACHER | Needs.DISTRIBUTIONS
 
     @property
+    @override
     def divergence(self) -> DivergenceSettings:
-        """The settings, for the engine."""
         return DivergenceSettings(self.beta, self.top_k, self.rest)
 
+    @override
     def terms(self, batch: TokenBatch, step: int, threshold: float | None) -> LossTerms:
-        """Numerator and denominator of the loss over this micro-batch."""
         mask_BT = batch.loss_mask
         divergence_BT = at_least_float32(required(batch.divergence, "divergence"))
-        loss_BT = -divergence_BT.detach()
+        reward_BT = -divergence_BT.detach()
         return LossTerms(
             numerator=divergence_BT[mask_BT].sum(),
             denominator=mask_BT.sum(),
-            reward=loss_BT,
-            clipped_reward=loss_BT,
+            reward=reward_BT,
+            clipped_reward=reward_BT,
             mask=mask_BT,
             ratio=importance_ratio(batch.logp.detach(), batch.logp_old),
         )

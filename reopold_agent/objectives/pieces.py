@@ -1,8 +1,8 @@
-"""The parts that Reopold and its ablations are made of; pure functions on tensors.
+"""Rewards, masks and ratios that objectives are made of: pure functions on tensors.
 
 All tensors are (batch, time) and hold one value per token; ``loss_mask`` is true where the
-student sampled the token. Sources are the paper's equations; formulas that its text lost are
-restored in ``docs/objective.md``.
+student sampled the token. Equation numbers are the paper's; ``docs/objective.md`` restores the
+formulas that are missing from its text.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import math
 
 import torch
 from torch import Tensor
+
+PPO_CLIP = 0.2
+"""PPO's usual clip. Reopold does not clip; it only reports how often PPO would (figure 11)."""
 
 
 def check_mixture(mixture: float) -> None:
@@ -26,13 +29,13 @@ def check_top_share(top_share: float) -> None:
 
 
 def reward_floor(mixture: float) -> float:
-    """The least reward that the mixture bound allows: ``log(mixture) / (1 - mixture)``, eq. 7.
+    """Returns the lowest reward that the mixture bound allows: ``log(m) / (1 - m)``, eq. 7.
 
     By Jensen, ``log(p_T/p) <= log((m p + (1-m) p_T)/p) / (1-m)``, whose right side tends to this
-    value as ``p_T`` tends to 0 (paper, appendix A.2). For example 0.1 gives -2.558.
+    value as ``p_T`` tends to 0 (paper, appendix A.2). For example, 0.1 gives -2.558.
 
     Args:
-        mixture: the paper's lambda, strictly between 0 and 1.
+        mixture: m, the paper's lambda, strictly between 0 and 1.
 
     Raises:
         ValueError: ``mixture`` is outside (0, 1).
@@ -42,48 +45,50 @@ def reward_floor(mixture: float) -> float:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision is only a container: arithmetic is float32, or float64 if that was given."""
+    """Converts half precision to float32 for arithmetic; float64 stays."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def distillation_reward(logp: Tensor, logp_teacher: Tensor) -> Tensor:
-    """``R = stop_gradient(log pi_T - log pi)`` per token, nats (paper, remark 3.1)."""
+    """Returns ``R = stop_gradient(log pi_T - log pi)`` per token, nats (paper, remark 3.1)."""
     return at_least_float32(logp_teacher.detach()) - at_least_float32(logp.detach())
 
 
 def differentiable_reward(logp: Tensor, logp_teacher: Tensor) -> Tensor:
-    """``R = log pi_T - log pi`` with its gradient in ``logp``: plain reverse KL, eq. 3."""
+    """Returns ``R = log pi_T - log pi`` with its gradient in ``logp``: reverse KL, eq. 3."""
     return at_least_float32(logp_teacher.detach()) - at_least_float32(logp)
 
 
 def skewed_reward(logp: Tensor, logp_teacher: Tensor, mixture: float) -> Tensor:
-    """``log((m pi + (1 - m) pi_T) / pi)``, with its gradient in ``logp``.
+    """Returns ``log((m pi + (1 - m) pi_T) / pi)``, with its gradient in ``logp``.
 
-    The mixture ``m`` is skew RKL's lambda (DistiLLM, Ko et al. 2024; paper, eq. 20). Towards 0
-    it is the plain reward; towards 1 it vanishes. Never below ``log(m)``.
+    The mixture ``m`` is skew RKL's lambda (DistiLLM, Ko et al. 2024; paper, eq. 20). The result
+    tends to the plain reward as ``m`` tends to 0 and to zero as it tends to 1, and is never below
+    ``log(m)``.
     """
-    own, his = at_least_float32(logp), at_least_float32(logp_teacher.detach())
-    mixed = torch.logaddexp(own + math.log(mixture), his + math.log1p(-mixture))
-    return mixed - own
+    student, teacher = at_least_float32(logp), at_least_float32(logp_teacher.detach())
+    mixed = torch.logaddexp(student + math.log(mixture), teacher + math.log1p(-mixture))
+    return mixed - student
 
 
 def exploration_mask(reward: Tensor, loss_mask: Tensor, floor: float) -> Tensor:
-    """Keeps the student's tokens whose unclipped reward is above the floor, eq. 9. Bool."""
+    """Returns, as bool, the student's tokens whose unclipped reward is above the floor (eq. 9)."""
     return loss_mask.bool() & (reward > floor)
 
 
 def entropy_threshold(entropy: Tensor, loss_mask: Tensor, top_share: float) -> float:
-    """The entropy from which a token counts as uncertain: tau of eq. 10.
+    """Returns the entropy from which on a token counts as uncertain: tau of eq. 10.
 
     It is the k-th largest entropy of the ``n`` loss tokens given, ``k = max(1, ceil(rho n))``.
-    Give the whole batch (all micro-batches and ranks), or the choice depends on the split.
+    Pass the whole batch (all micro-batches and ranks), or the choice depends on the split.
 
     Args:
-        entropy: nats, of the policy that sampled.
+        entropy: of the policy that sampled the tokens, nats.
+        loss_mask: true where the student sampled the token.
         top_share: the paper's rho, in (0, 1]; 1 keeps every token.
 
     Returns:
-        The threshold; infinity when there is no loss token.
+        The threshold; infinity if there is no loss token.
 
     Raises:
         ValueError: ``top_share`` is outside (0, 1].
@@ -98,10 +103,16 @@ def entropy_threshold(entropy: Tensor, loss_mask: Tensor, top_share: float) -> f
 
 
 def refinement_mask(entropy: Tensor, loss_mask: Tensor, threshold: float) -> Tensor:
-    """Keeps the student's tokens with at least the threshold's entropy, eq. 10; ties stay. Bool."""
+    """Returns, as bool, the student's tokens with at least the threshold's entropy (eq. 10)."""
     return loss_mask.bool() & (entropy.detach().float() >= threshold)
 
 
 def importance_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
-    """``exp(log pi - log pi_old)``; carries the gradient of ``logp``."""
+    """Returns ``exp(log pi - log pi_old)``, with the gradient of ``logp``."""
     return torch.exp(at_least_float32(logp) - at_least_float32(logp_old.detach()))
+
+
+def ppo_clipped(ratio: Tensor, reward: Tensor) -> Tensor:
+    """Returns, as bool, the tokens that PPO would clip: ratio off 1 on the reward's side."""
+    above = (ratio > 1 + PPO_CLIP) & (reward > 0)
+    return above | ((ratio < 1 - PPO_CLIP) & (reward < 0))

@@ -1,4 +1,4 @@
-"""Objectives by name: this package's, and other packages' plugins."""
+"""Objectives by name: the built-in ones and plugins of other packages."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ OBJECTIVES: Registry[type] = Registry("objective", "reopold_agent.objectives", t
 
 
 def register_objective(name: str) -> Callable[[T], T]:
-    """Class decorator: makes a frozen dataclass that is an `Objective` selectable by name.
+    """Returns a class decorator that registers an objective, to be selected as ``objective=NAME``.
 
-    A third-party package uses it in a module that its ``reopold_agent.objectives`` entry point
-    names. The class's fields are the settings of ``objective=NAME``.
+    The class is a frozen dataclass derived from `Objective`; its fields are the objective's
+    settings. A third-party package uses the decorator in a module that its
+    ``reopold_agent.objectives`` entry point names.
 
     Raises:
-        ConfigError: the name is taken, or the class is no such dataclass.
+        ConfigError: the name is taken, or the class is not such a dataclass.
     """
 
     def add(kind: T) -> T:
@@ -64,11 +65,11 @@ for _name, _kind in {
 
 
 def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
-    """The objective of that name with these settings.
+    """Makes the objective of that name with these settings.
 
     Raises:
-        UnknownNameError: lists what exists and the closest match.
-        ConfigError: an unknown setting, or a value out of range; names it.
+        UnknownNameError: no such objective; the message lists those that exist.
+        ConfigError: a setting is unknown or out of range; the message names it.
     """
     kind = OBJECTIVES.get(name)
     if not (dataclasses.is_dataclass(kind) and issubclass(kind, Objective)):

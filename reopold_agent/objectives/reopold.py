@@ -1,7 +1,7 @@
-"""The Reopold loss as one function, and what a step logs about its tokens.
+"""The Reopold loss as one function, with metrics of its tokens.
 
-The loss is a policy gradient whose reward is the teacher's opinion of each token that the
-student sampled. Nothing here reads an answer, a label or an environment's reward.
+The loss is a policy gradient whose reward is the teacher's log-ratio at each token that the
+student sampled. It uses no answer, label or environment reward.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from torch import Tensor
 
 from reopold_agent.objectives.base import LossTerms, TokenBatch
 from reopold_agent.objectives.distillation import Reopold
-
-PPO_CLIP = 0.2
-"""The clip that PPO would apply; Reopold only reports how often it would have (figure 11)."""
+from reopold_agent.objectives.pieces import ppo_clipped
 
 
 def reopold_loss(
@@ -27,13 +25,18 @@ def reopold_loss(
     mixture: float = 0.1,
     top_share: float = 0.2,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The Reopold loss of one whole batch (paper, eq. 4 to 10).
+    """Computes the Reopold loss of one whole batch (paper, eq. 4 to 10).
+
+    Any float dtype is accepted; arithmetic and loss are float32, or float64 for float64 inputs.
+    The entropy threshold is taken over all tokens given here, so pass the whole batch. Engines,
+    which split a batch, use `Reopold`.
 
     Args:
-        logp: (batch, time), current student's log-probs of the sampled tokens; carries gradient.
-        logp_old: the same under the policy that sampled; constant.
-        logp_teacher: the teacher's log-probs of the same tokens; constant.
-        entropy: nats, of the policy that sampled, over its full distribution; constant.
+        logp: (batch, time), log-probs of the sampled tokens under the current student, with
+            gradient.
+        logp_old: the same under the policy that sampled the tokens; constant.
+        logp_teacher: the same under the teacher; constant.
+        entropy: of the full distribution of the policy that sampled the tokens, nats; constant.
         loss_mask: non-zero where the student sampled the token.
         step: training step, from 0; ``step < switch_step`` is exploration.
         switch_step: the paper's T_switch.
@@ -41,14 +44,10 @@ def reopold_loss(
         top_share: the paper's rho, in (0, 1].
 
     Returns:
-        The scalar loss and metrics as plain floats (see `summarise_terms`).
+        The scalar loss, and metrics as plain floats (see `summarise_terms`).
 
     Raises:
         ValueError: a setting is out of range, or the shapes differ.
-
-    Any float dtype is accepted; arithmetic and loss are float32, or float64 if given that. The
-    entropy threshold is taken over all tokens given here, so give the whole batch; the engines,
-    which split it, use `Reopold`.
     """
     batch = TokenBatch(logp, logp_old, logp_teacher, entropy, loss_mask)
     objective = Reopold(switch_step=switch_step, mixture=mixture, top_share=top_share)
@@ -63,10 +62,10 @@ def reopold_loss(
 
 
 def summarise_terms(terms: LossTerms, batch: TokenBatch, floor: float) -> dict[str, float]:
-    """What a step logs about its tokens; all plain floats, means over the loss tokens.
+    """Returns metrics of a batch as plain floats; means are over the loss tokens.
 
-    ``share_below_floor`` counts ``R <= floor``; ``ppo_clip_share`` is the share of loss tokens
-    whose PPO term a 0.2 clip would have cut (ratio beyond the clip on the side of its reward).
+    ``share_below_floor`` is the share with ``R <= floor``, ``ppo_clip_share`` the share whose term
+    PPO would have clipped (`ppo_clipped`).
     """
     live = batch.loss_mask
     count = int(live.sum())
@@ -74,7 +73,6 @@ def summarise_terms(terms: LossTerms, batch: TokenBatch, floor: float) -> dict[s
         return {"tokens": 0.0, "kept_tokens": 0.0}
     reward, clipped, ratio = terms.reward[live], terms.clipped_reward[live], terms.ratio[live]
     entropy = batch.entropy.detach().float()[live]
-    cut = ((ratio > 1 + PPO_CLIP) & (clipped > 0)) | ((ratio < 1 - PPO_CLIP) & (clipped < 0))
     return {
         "tokens": float(count),
         "kept_tokens": float(terms.mask.sum()),
@@ -86,6 +84,6 @@ def summarise_terms(terms: LossTerms, batch: TokenBatch, floor: float) -> dict[s
         "share_below_floor": float((reward <= floor).float().mean()),
         "ratio_mean": float(ratio.mean()),
         "ratio_max": float(ratio.max()),
-        "ppo_clip_share": float(cut.float().mean()),
+        "ppo_clip_share": float(ppo_clipped(ratio, clipped).float().mean()),
         "entropy_mean": float(entropy.mean()),
     }

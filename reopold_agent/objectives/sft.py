@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from typing_extensions import override
 
 from reopold_agent.objectives.base import LossTerms, Needs, Objective, TokenBatch
 from reopold_agent.objectives.pieces import at_least_float32, importance_ratio
@@ -15,10 +16,10 @@ class SFT(Objective):
     """``sft``: cross-entropy of the expert's tokens, mean over the tokens of a mini-batch.
 
     Attributes:
-        source: ``teacher`` lets the teacher play the step's tasks (sequence-level distillation,
-            Kim and Rush 2016); ``recorded`` takes conversations from ``data.demonstrations``.
-        only_successes: of the teacher's episodes, learn from those that the environment rewarded
-            (rejection sampling).
+        source: with ``teacher`` the teacher plays the step's tasks (sequence-level distillation,
+            Kim and Rush 2016); with ``recorded`` conversations come from ``data.demonstrations``.
+        only_successes: learn only from those of the teacher's episodes that the environment
+            rewarded (rejection sampling).
     """
 
     source: str = "teacher"
@@ -26,16 +27,16 @@ class SFT(Objective):
 
     def __post_init__(self) -> None:
         if self.source not in ("teacher", "recorded"):
-            raise ValueError(f"source is 'teacher' or 'recorded', got '{self.source}'")
+            raise ValueError(f"source must be 'teacher' or 'recorded', got '{self.source}'")
 
     @property
     def needs(self) -> Needs:
-        """Demonstrations; with ``source=teacher`` the teacher, who gives them."""
+        """Demonstrations and, with ``source=teacher``, the teacher that plays them."""
         both = Needs.DEMONSTRATIONS | Needs.TEACHER
         return both if self.source == "teacher" else Needs.DEMONSTRATIONS
 
+    @override
     def terms(self, batch: TokenBatch, step: int, threshold: float | None) -> LossTerms:
-        """Numerator and denominator of the loss over this micro-batch."""
         mask_BT = batch.loss_mask
         ones_BT = torch.ones_like(batch.logp, dtype=torch.float32).detach()
         return LossTerms(

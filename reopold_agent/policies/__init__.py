@@ -1,1 +1,1 @@
-"""Who generates and who scores."""
+"""Policies: models that generate turns and score trajectories."""

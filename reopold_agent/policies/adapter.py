@@ -1,7 +1,7 @@
-"""What the code needs to know of a model's architecture, in one place.
+"""All knowledge of model architectures, in one place.
 
-`ModelAdapter` runs the body of a Hugging Face causal or image-text model on token ids and
-pictures and gives hidden states; the vocabulary projection is left to `logprobs`.
+`ModelAdapter` computes hidden states from token ids and pictures with a Hugging Face causal or
+image-text model; `logprobs` does the projection to the vocabulary.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from reopold_agent.types import EncodedImage, IntArray
 
 
 class ModelAdapter:
-    """A model together with its picture processor.
+    """A model with its picture processor.
 
     Args:
         model: `Qwen2_5_VLForConditionalGeneration`, a text-only causal model of Hugging Face, or
             either wrapped by peft.
         vision: needed when pictures occur.
-        image_token_id: the placeholder's id; None for text-only models.
-        autocast: dtype of the computation where it differs from the weights'.
+        image_token_id: id of the image placeholder; None for text-only models.
+        autocast: dtype of the computation if it differs from the weights' dtype.
     """
 
     def __init__(
@@ -59,12 +59,14 @@ class ModelAdapter:
 
     @property
     def device(self) -> torch.device:
-        """Where the output embedding lives."""
+        """The device of the output embedding."""
         return self.head.weight.device
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context that the model computes in. Entered once around many passes, it converts
-        each weight once."""
+        """Returns the context in which the model computes.
+
+        Entered once around many passes, it converts each weight only once.
+        """
         if self._autocast is None:
             return nullcontext()
         return torch.autocast(self.device.type, self._autocast)
@@ -80,7 +82,7 @@ class ModelAdapter:
         return int(self.head.weight.shape[0])
 
     def positions(self, ids: Sequence[int] | IntArray, images: Sequence[EncodedImage]) -> Tensor:
-        """Position ids of a whole sequence, (3, length) int64, by the model's own rule.
+        """Returns the position ids of a whole sequence, (3, length) int64, by the model's own rule.
 
         Qwen2.5-VL: multimodal RoPE from the grids (`get_rope_index`). Text models: 0, 1, 2 ...
         three times, of which one is used.
@@ -96,7 +98,7 @@ class ModelAdapter:
         if placeholders != expected:
             raise ModelError(
                 f"{placeholders} image placeholder tokens for pictures that need {expected}; the "
-                "ids and the pictures of a sequence do not belong together"
+                "ids and the pictures of the sequence do not match"
             )
         if not self._multimodal_positions or not images:
             return torch.arange(len(ids_L)).expand(3, -1)
@@ -115,14 +117,14 @@ class ModelAdapter:
         attention_mask: Tensor | None,
         cache: Any = None,
     ) -> Tensor:
-        """Last hidden states, (batch, time, width).
+        """Computes the last hidden states, (batch, time, width).
 
         Args:
             ids_BT: int64.
             positions_3BT: as `positions`, stacked.
             images: all pictures whose placeholders are in ``ids_BT``, row by row, in order.
-            attention_mask: (batch, time) or a ready (batch, 1, query, key) bool mask, or None.
-            cache: keys and values of earlier tokens; updated.
+            attention_mask: (batch, time), or (batch, 1, query, key) bool, or None.
+            cache: keys and values of earlier tokens; updated in place.
         """
         if attention_mask is not None and attention_mask.dim() == 4 and self._additive_mask:
             lowest = torch.finfo(self.head.weight.dtype).min

@@ -1,11 +1,15 @@
-"""The two things a policy can do: continue sequences, and score the ones that exist."""
+"""What a policy is: it generates sequences, and scores existing ones."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from reopold_agent.types import Completion, Request, Sampling, TokenScores, Trajectory
+
+if TYPE_CHECKING:
+    from reopold_agent.policies.loading import Processing  # would import PyTorch
 
 
 class Generator(Protocol):
@@ -103,3 +107,25 @@ class Closeable(Protocol):
     def close(self) -> None:
         """Ends them."""
         ...
+
+
+@dataclass(frozen=True)
+class PolicyRole:
+    """What a maker of policies (`PolicyKind.make`) is given for one role.
+
+    Attributes:
+        role: ``student``, ``teacher`` or ``model``; used in messages.
+        settings: the role's, without ``name``.
+        processing: the checkpoint's tokenizer and picture processor, and where it is.
+        dtype: to compute in unless the settings say otherwise, ``float32`` or ``bfloat16``.
+        forbidden_ids: ids that have probability 0 everywhere, besides those that the tokenizer
+            does not know.
+        stop_ids: a turn ends with the first of these.
+    """
+
+    role: str
+    settings: Mapping[str, Any]
+    processing: Processing
+    dtype: str
+    forbidden_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]

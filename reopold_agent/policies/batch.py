@@ -1,12 +1,15 @@
-"""Trajectories as padded batches for a forward pass."""
+"""Padded batches of trajectories for a forward pass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.types import EncodedImage, Trajectory
@@ -14,7 +17,7 @@ from reopold_agent.types import EncodedImage, Trajectory
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """Trajectories padded on the right. The ``N`` loss tokens are listed row by row."""
+    """Trajectories padded on the right; the ``N`` loss tokens are listed row by row."""
 
     ids_BT: Tensor
     positions_3BT: Tensor
@@ -25,20 +28,16 @@ class TrajectoryBatch:
 
     @classmethod
     def build(cls, adapter: ModelAdapter, trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
-        """Pads with id 0 under a mask; no mask at all when all lengths are equal."""
+        """Pads with id 0 and masks it; there is no mask when all lengths are equal."""
         device = adapter.device
-        lengths = [len(t.ids) for t in trajectories]
-        shape = (len(trajectories), max(lengths))
-        ids = torch.zeros(shape, dtype=torch.int64)
-        positions = torch.zeros((3, *shape), dtype=torch.int64)
-        attention = torch.zeros(shape, dtype=torch.bool)
-        loss = torch.zeros(shape, dtype=torch.bool)
+        ids = _padded([t.ids for t in trajectories])
+        positions = torch.zeros((3, *ids.shape), dtype=torch.int64)
+        attention = torch.zeros(ids.shape, dtype=torch.bool)
         for row, trajectory in enumerate(trajectories):
-            length = lengths[row]
-            ids[row, :length] = torch.from_numpy(trajectory.ids)
+            length = len(trajectory.ids)
             positions[:, row, :length] = adapter.positions(trajectory.ids, trajectory.images)
             attention[row, :length] = True
-            loss[row, :length] = torch.from_numpy(trajectory.loss_mask)
+        loss = _padded([t.loss_mask for t in trajectories])
         row_N, column_N = torch.nonzero(loss, as_tuple=True)
         return cls(
             ids_BT=ids.to(device),
@@ -50,16 +49,24 @@ class TrajectoryBatch:
         )
 
     def scatter(self, values_N: Tensor) -> Tensor:
-        """(batch, time) with the values at the loss tokens and 0 elsewhere; differentiable."""
+        """Returns (batch, time) with values at the loss tokens and 0 elsewhere; differentiable."""
         filled = torch.zeros(self.ids_BT.shape, dtype=values_N.dtype, device=values_N.device)
         return filled.index_put((self.row_N, self.column_N), values_N)
 
+    def padded(self, values: Sequence[npt.NDArray[Any]]) -> Tensor:
+        """Returns the trajectories' values, each aligned with its ids, as (batch, time)."""
+        return _padded(values).to(self.ids_BT.device)
+
+
+def _padded(values: Sequence[npt.NDArray[Any]]) -> Tensor:
+    return pad_sequence([torch.from_numpy(each) for each in values], batch_first=True)
+
 
 def split_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Groups indices so that rows x longest stays within ``most``; similar lengths together.
+    """Groups the indices of sequences of similar length so that rows x longest is at most ``most``.
 
-    A sequence longer than ``most`` forms a group of its own. Order within and between groups
-    depends on the lengths only.
+    A longer sequence forms a group of its own. The order within and between groups depends only on
+    the lengths.
     """
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -1,8 +1,7 @@
 """Generation by continuous batching with one key-value slot per sequence.
 
-Turns enter and leave the batch one by one, a sequence that comes back from a tool pays only for
-its observation, the prompts' common beginning is computed once, and equal prompts (a group's
-samples) once per group.
+Turns enter and leave the batch one by one. After a tool call only the observation is computed. The
+prompts' common prefix is computed once, and equal prompts (a group's samples) once per group.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from reopold_agent.policies.kv_cache import SlotCache, Window
 from reopold_agent.types import Completion, EncodedImage, Request, Sampling
 
 _SHARED_PREFIX = 16
-"""A common beginning shorter than this many tokens is not worth a pass of its own."""
+"""A common prefix with fewer tokens than this is not worth a separate pass."""
 
 
 @dataclass
 class _Sequence:
-    """State of one sequence: its slot, what is cached, and the turn in flight."""
+    """State of one sequence: its slot, its cached tokens, and the turn in flight."""
 
     key: int
     slot: int
@@ -41,7 +40,7 @@ class _Sequence:
 
 @dataclass
 class _Prefill:
-    """One row of a prefill pass: ``ids[start:]`` of a sequence with all its positions."""
+    """One row of a prefill pass: ``ids[start:]`` of a sequence, and positions of all its ids."""
 
     sequence: _Sequence
     ids: list[int]
@@ -58,10 +57,10 @@ class TransformersGenerator:
         sampling: temperature and top_p.
         banned: int64 ids of probability 0.
         stop_ids: a turn ends with the first of these.
-        max_tokens_per_pass: bound on rows x tokens of one prefill pass.
+        max_tokens_per_pass: most rows x tokens of one prefill pass.
 
-    Slots ``[0, decoding)`` are the turns in flight, so that a decoding pass reads the cache
-    without gathering; the other slots belong to sequences that wait for their environment.
+    Slots ``[0, decoding)`` hold the turns in flight, so that a decoding pass reads the cache
+    without gathering. The other slots hold sequences that wait for their environment.
     """
 
     def __init__(
@@ -91,8 +90,8 @@ class TransformersGenerator:
 
         Raises:
             ValueError: a key already has a turn in flight, or the ids do not continue what the
-                session has seen of the sequence. No request of the call was taken then.
-            ModelError: a request's ids and pictures do not match; likewise.
+                session has seen of the sequence. No request of the call is accepted then.
+            ModelError: a request's ids and pictures do not match. No request is accepted either.
         """
         with torch.no_grad():
             self._submit(requests)
@@ -135,7 +134,7 @@ class TransformersGenerator:
                 originals.setdefault(identity, request)
             else:
                 copies.append((request, originals[identity]))
-        # All positions before any sequence enters: they may find a request at fault.
+        # Compute all positions before any sequence enters, since this may reject a request.
         positions = [self._adapter.positions(r.ids, r.images) for r in unique]
         # Rows that need a pass enter first, so that their slots are adjacent.
         rows = [self._prefill(r, p) for r, p in zip(unique, positions, strict=True)]
@@ -163,9 +162,7 @@ class TransformersGenerator:
         if sequence is not None and sequence.request is not None:
             raise ValueError(f"sequence {request.key} already has a turn in flight")
         if list(request.ids[: len(cached)]) != cached:
-            raise ValueError(
-                f"the ids of sequence {request.key} do not continue what was sent before"
-            )
+            raise ValueError(f"the ids of sequence {request.key} do not continue those sent before")
         if len(request.ids) <= len(cached):
             raise ValueError(f"sequence {request.key} has no new token to continue from")
         if request.max_tokens < 1:
@@ -195,7 +192,7 @@ class TransformersGenerator:
         )
 
     def _share_prefix(self, rows: list[_Prefill]) -> None:
-        """Computes the text that all new prompts begin with once and copies it to each slot."""
+        """Computes the common text prefix of all new prompts once and copies it to each slot."""
         first = rows[0].ids
         length = min(len(row.ids) for row in rows) - 1
         for row in rows[1:]:
@@ -213,7 +210,7 @@ class TransformersGenerator:
             row.start = length
 
     def _pass(self, rows: Sequence[_Prefill]) -> Tensor:
-        """One forward pass over rows in adjacent slots; hidden state after each row's last id."""
+        """Runs rows in adjacent slots and returns the hidden state after each row's last id."""
         device = self._adapter.device
         lengths = [len(row.ids) - row.start for row in rows]
         shape = (len(rows), max(lengths))
@@ -327,7 +324,7 @@ class TransformersGenerator:
 
 
 def _contiguous_groups(rows: Sequence[_Prefill], most: int) -> Iterator[list[_Prefill]]:
-    """Runs of rows in adjacent slots whose rows x longest new part stays within ``most``."""
+    """Yields rows in adjacent slots whose rows x longest new part is at most ``most``."""
     group: list[_Prefill] = []
     longest = 0
     for row in sorted(rows, key=lambda r: r.sequence.slot):
@@ -347,8 +344,8 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> T
 
     Args:
         logits_BV: float32; impossible ids at `BANNED`.
-        uniform_B: float64 in [0, 1): one draw per row, so that a row's token depends only on its
-            own stream.
+        uniform_B: float64 in [0, 1), one draw per row, so that a row's token depends only on its
+            own random stream.
         sampling: temperature 0 takes the largest logit; top_p keeps the smallest set of most
             likely ids whose probability reaches it.
 

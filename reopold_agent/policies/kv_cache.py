@@ -1,4 +1,4 @@
-"""Keys and values of many sequences of different lengths, one slot each.
+"""Key-value cache for many sequences of different lengths, with one slot each.
 
 Slots are contiguous from position 0 of each sequence, so continuing a sequence after a tool call
 costs only its new tokens, and a batch never carries another batch's padding.
@@ -44,7 +44,7 @@ class SlotCache:
         self._flat: tuple[Tensor, Tensor, Tensor] | None = None
 
     def set_window(self, window: Window) -> None:
-        """Prepares a pass of ``rows`` slots from ``first``; ``ends_at`` keys are visible."""
+        """Prepares the next forward pass."""
         self._window = window
         if int(window.lengths.max()) == 1:
             self._flat = None
@@ -55,7 +55,7 @@ class SlotCache:
         self._flat = (row, step, window.starts[row] + step)
 
     def attention_mask(self, query_length: int) -> Tensor:
-        """(rows, 1, query, key) bool: each query sees the keys up to its own position."""
+        """Returns (rows, 1, query, key) bool: each query sees the keys up to its own position."""
         window = self._current()
         queries = window.starts[:, None] + torch.arange(query_length, device=window.starts.device)
         keys = torch.arange(window.ends_at, device=window.starts.device)
@@ -83,7 +83,7 @@ class SlotCache:
         )
 
     def get_seq_length(self, layer: int = 0) -> int:
-        """Keys visible to the current pass; Hugging Face asks for it in some models."""
+        """Returns how many keys the current pass sees; some Hugging Face models call this."""
         return 0 if self._window is None else self._window.ends_at
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -126,7 +126,7 @@ class SlotCache:
 
 
 def _resized(buffer: Tensor, slots: int, length: int) -> Tensor:
-    if slots > buffer.shape[0]:  # one slot at a time, many slots would be copied many times
+    if slots > buffer.shape[0]:  # growing by one slot at a time would copy the buffer each time
         slots = max(slots, buffer.shape[0] + buffer.shape[0] // 4)
     grown = buffer.new_zeros((slots, buffer.shape[1], length, buffer.shape[3]))
     grown[: buffer.shape[0], :, : buffer.shape[2]] = buffer

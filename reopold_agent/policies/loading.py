@@ -1,4 +1,4 @@
-"""Checkpoints in: from a local folder, the Hugging Face hub, or the package's own demo."""
+"""Loads checkpoints from local folders, the Hugging Face hub or the embedded demo."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -32,6 +33,7 @@ from reopold_agent.errors import (
     first_line,
 )
 from reopold_agent.policies.adapter import ModelAdapter
+from reopold_agent.policies.merging import merge_adapter
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
 
@@ -40,7 +42,7 @@ _log = logging.getLogger(__name__)
 DEMO_PREFIX = "demo:"
 _MULTIMODAL = ("qwen2_5_vl",)
 _UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
-"""Files that are cut off, absent in the hub's cache, or of other shapes than the configuration."""
+"""Raised for truncated files, files missing in the hub's cache, and shapes that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class ModelSpec:
     """Which checkpoint to load and how.
 
     Attributes:
-        path: ``demo:student``, ``demo:teacher`` (any folder of the package's demo weights), a local
+        path: ``demo:NAME`` (a folder of the embedded weights, such as ``demo:student``), a local
             folder, or a hub id ``org/name``.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: dtype of the weights: ``float32``, ``bfloat16`` or ``float16``.
         attention: ``sdpa`` or ``eager``.
-        trust_remote_code: run code that comes with the checkpoint; off by default.
-        lora: settings of `peft.LoraConfig` (``r``, ``lora_alpha``, ``target_modules`` ...), or
+        trust_remote_code: whether to run code that the checkpoint contains.
+        lora: arguments of `peft.LoraConfig` (``r``, ``lora_alpha``, ``target_modules`` ...), or
             None to train all weights.
         gradient_checkpointing: recompute activations in the backward pass.
     """
@@ -73,10 +75,16 @@ class ModelSpec:
                 f"model dtype must be float32, bfloat16 or float16, got '{self.dtype}'"
             )
 
+    def saved_in(self, folder: Path) -> ModelSpec:
+        """Returns how to load the complete model, without an adapter, that a run has saved."""
+        return replace(
+            self, path=str(folder), revision=None, lora=None, gradient_checkpointing=False
+        )
+
 
 @dataclass
 class Processing:
-    """What belongs to a checkpoint besides its weights: tokenizer and picture processor."""
+    """A checkpoint's tokenizer, picture processor and configuration, without its weights."""
 
     spec: ModelSpec
     tokenizer: PreTrainedTokenizerBase
@@ -85,13 +93,13 @@ class Processing:
 
     @property
     def image_token_id(self) -> int | None:
-        """Id of the placeholder of a merged patch; None for text-only models."""
+        """Id of the image placeholder token; None for text-only models."""
         return None if self.vision is None else int(self.config.image_token_id)
 
 
 @dataclass
 class LoadedModel(Processing):
-    """A checkpoint ready to use."""
+    """A checkpoint with its weights, ready to use."""
 
     adapter: ModelAdapter
 
@@ -100,9 +108,9 @@ class LoadedModel(Processing):
         *,
         forbidden_ids: Sequence[int],
         stop_ids: Sequence[int],
-        max_tokens_per_pass: int,
+        max_tokens_per_pass: int = 16384,
     ) -> TransformersPolicy:
-        """The model as a policy; ids are those of the conversation format (`ChatRenderer`)."""
+        """Returns a policy; the ids are those of the conversation format (`ChatRenderer`)."""
         return TransformersPolicy(
             self.adapter,
             allowed_ids=len(self.tokenizer),
@@ -111,43 +119,48 @@ class LoadedModel(Processing):
             max_tokens_per_pass=max_tokens_per_pass,
         )
 
-    def save(self, folder: Path, *, merge: bool = False) -> None:
+    def save(self, folder: Path, *, merge: bool = False, dtype: str | None = None) -> None:
         """Writes model, tokenizer and picture processor in Hugging Face layout, as safetensors.
 
         Args:
-            folder: where to.
-            merge: fold a LoRA adapter into the weights and write a complete model; training
-                cannot go on afterwards. Otherwise only the adapter is written.
+            folder: where to write.
+            merge: merge a LoRA adapter into the weights and write a complete model, after which
+                training cannot continue. Otherwise only the adapter is written.
+            dtype: convert the weights to this dtype first; None keeps theirs.
         """
         model: Any = self.adapter.model
         if merge and self.spec.lora is not None:
-            model = model.merge_and_unload()
+            model = merge_adapter(model)
+        if dtype is not None:
+            model.to(getattr(torch, dtype))
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         if self.vision is not None:
             self.vision.processor.save_pretrained(folder)
 
 
-def pick_device(wanted: str) -> torch.device:
-    """The device of a setting: ``auto`` is a GPU where there is one.
+def pick_device(name: str) -> torch.device:
+    """Returns the device of a setting; ``auto`` is a GPU if there is one.
 
     Raises:
-        ConfigError: a GPU is asked for and PyTorch sees none.
+        ConfigError: the setting names a GPU and PyTorch sees none.
     """
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError("engine.device asks for a GPU, but PyTorch sees none; use device=cpu")
-    return torch.device(wanted)
+    return torch.device(name)
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or ``cpu``; for records."""
+    """Returns the GPU's name, or ``cpu``, for records."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def model_path(model: str) -> str:
-    """The checkpoint that ``model=`` means: a training run's folder stands for its student.
+    """Returns the checkpoint that ``model=`` refers to; a run's folder stands for its student.
+
+    That is ``final/`` of a finished run, and else the newest checkpoint (`final_student`).
 
     Raises:
         ConfigError: the run has neither a final model nor a checkpoint.
@@ -155,20 +168,44 @@ def model_path(model: str) -> str:
     folder = Path(model).expanduser()
     if not (folder / "metrics.jsonl").is_file():
         return model
-    if (folder / "final" / "config.json").is_file():
-        return str(folder / "final")
     found = sorted((folder / "checkpoints").glob("step-*/model/config.json"))
+    final = final_student(folder, has_checkpoint=bool(found))
+    if final is not None:
+        return str(final)
     if not found:
         raise ConfigError(f"the run {folder} has neither a final model nor a full checkpoint yet")
     return str(found[-1].parent)
 
 
+def final_student(run: Path, *, has_checkpoint: bool) -> Path | None:
+    """Returns the folder of a run's trained student; None if a checkpoint is newer, or without one.
+
+    Args:
+        run: the run folder.
+        has_checkpoint: whether it has a checkpoint to take instead. A run that goes on for more
+            steps has no ``summary.json`` until its end, but still its old ``final/``.
+    """
+    goes_on = (run / "config.yaml").is_file() and not (run / "summary.json").is_file()
+    if not (run / "final" / "config.json").is_file() or (goes_on and has_checkpoint):
+        return None
+    return run / "final"
+
+
+def sees_pictures(config: Any) -> bool:
+    """Returns whether a checkpoint with this configuration (`check_available`) takes pictures."""
+    return config.model_type in _MULTIMODAL
+
+
+def context_length(config: Any) -> int | None:
+    """Returns the longest sequence of a checkpoint with this configuration; None if it has none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def resolve_path(path: str) -> str:
-    """Turns ``demo:NAME`` into the folder that the package ships, and the folder of a training
-    run into its student; other paths stay.
+    """Resolves ``demo:NAME`` and run folders to a checkpoint's folder; other paths are unchanged.
 
     Raises:
-        ModelError: no such demo model.
+        ModelError: there is no such demo model.
     """
     if not path.startswith(DEMO_PREFIX):
         return model_path(path)
@@ -182,20 +219,20 @@ def resolve_path(path: str) -> str:
 
 
 def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
-    """Reads a checkpoint's configuration and makes sure its files can be had.
+    """Reads a checkpoint's configuration and checks that its files are present.
 
-    Call it for student and teacher before anything heavy is loaded.
+    Call it for student and teacher before loading weights.
 
     Args:
         spec: the checkpoint.
         role: ``student`` or ``teacher``; used in messages.
-        weights: whether a folder must hold the weights too; not so where a server has them.
+        weights: whether a local folder must contain the weights, which a server may hold instead.
 
     Returns:
         The Hugging Face configuration.
 
     Raises:
-        ModelError: the message says what is missing and what to download or set.
+        ModelError: something is missing; the message says what to download or set.
     """
     path = resolve_path(spec.path)
     folder = Path(path)
@@ -209,17 +246,17 @@ def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"the {role} '{path}' wants to run Python code of its own, which is refused. Read "
-                f"that code, then set {_setting(role, 'trust_remote_code')}=true if you trust it"
+                f"the {role} '{path}' contains Python code, which is not run by default. Read it, "
+                f"then set {_setting_key(role, 'trust_remote_code')}=true if you trust it"
             ) from error
         if looks_local:
             raise ModelError(f"cannot read the {role} in '{folder}': {error}") from error
         local = re.sub(r"[^\w.-]", "_", path.rsplit("/", 1)[-1])
         raise ModelError(
-            f"the {role} '{path}' is neither a folder here nor could it be read from the Hugging "
-            f"Face hub ({first_line(error)[:200]}).\nDownload it where there is a network:\n"
+            f"the {role} '{path}' is neither a local folder nor could it be read from the Hugging "
+            f"Face hub ({first_line(error)[:200]}).\nDownload it where there is network access:\n"
             f"  hf download {path} --local-dir models/{local}\n"
-            f"and set {_setting(role, 'path')}=models/{local}"
+            f"and set {_setting_key(role, 'path')}=models/{local}"
         ) from error
     if getattr(config, "vision_config", None) is not None and config.model_type not in _MULTIMODAL:
         raise ModelError(
@@ -237,27 +274,27 @@ def load_model(
     autocast: torch.dtype | None = None,
     saved: Path | None = None,
 ) -> LoadedModel:
-    """Loads a checkpoint: weights, tokenizer, and picture processor if it sees.
+    """Loads a checkpoint: weights, tokenizer, and the picture processor of a vision model.
 
     Args:
         spec: the checkpoint.
         role: ``student`` or ``teacher``; used in messages.
-        device: where the weights go.
-        autocast: compute in this dtype while the weights keep theirs (bfloat16 over float32
-            master weights when training: at a learning rate of 1e-6 a bfloat16 weight would not
-            move at all).
-        saved: a folder written by `LoadedModel.save` whose weights (or LoRA adapter) take the
-            place of the checkpoint's own.
+        device: device of the weights.
+        autocast: dtype of the computation if it differs from the weights' (bfloat16 over float32
+            master weights in training, since at a learning rate of 1e-6 a bfloat16 weight would
+            not change at all).
+        saved: a folder written by `LoadedModel.save`, whose weights (or LoRA adapter) replace
+            the checkpoint's own.
 
     Raises:
         ModelError: something is missing or does not fit; see `check_available`.
-        MissingExtraError: LoRA was asked for and peft is not installed.
+        MissingExtraError: LoRA is configured and peft is not installed.
     """
     processing = load_processing(spec, role, saved=saved)
-    sees = processing.vision is not None
+    has_vision = processing.vision is not None
     path = _weights_path(spec, saved)
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run has its own
-    model_class: Any = Qwen2_5_VLForConditionalGeneration if sees else AutoModelForCausalLM
+    model_class: Any = Qwen2_5_VLForConditionalGeneration if has_vision else AutoModelForCausalLM
     try:
         model, report = model_class.from_pretrained(
             path,
@@ -271,7 +308,7 @@ def load_model(
     except _UNREADABLE as error:
         raise ModelError(f"cannot load the {role} from '{path}': {error}") from error
     absent = sorted(report["missing_keys"])
-    if absent:  # transformers would go on with random numbers in their place
+    if absent:  # transformers would continue with random weights instead
         raise ModelError(
             f"the {role} in '{path}' lacks {len(absent)} of its weights, the first is {absent[0]}"
         )
@@ -292,7 +329,7 @@ def load_model(
 def load_processing(
     spec: ModelSpec, role: str, *, saved: Path | None = None, weights: bool = True
 ) -> Processing:
-    """Loads a checkpoint's tokenizer and picture processor, not its weights.
+    """Loads a checkpoint's tokenizer and picture processor, without its weights.
 
     Args:
         spec, role, saved: as in `load_model`.
@@ -308,7 +345,7 @@ def load_processing(
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-        if config.model_type in _MULTIMODAL:
+        if sees_pictures(config):
             processor = Qwen2VLImageProcessorPil.from_pretrained(
                 path, revision=spec.revision or "main"
             )
@@ -319,35 +356,39 @@ def load_processing(
 
 
 def _weights_path(spec: ModelSpec, saved: Path | None) -> str:
-    """Where a checkpoint's files are; a LoRA adapter's base stays where it was."""
+    """Returns where to load weights from; a LoRA adapter's base weights are not in ``saved``."""
     return str(saved) if saved is not None and spec.lora is None else resolve_path(spec.path)
 
 
 def check_vocabularies(student: Processing, teacher: Processing) -> None:
-    """Makes sure that an id means the same to both, before any teacher score is believed.
+    """Checks that each token id means the same to student and teacher.
 
     The models may be padded to different widths (Qwen2.5-VL: 151,936 and 152,064 rows); the
     tokenizers must agree on every id that can occur.
 
     Raises:
-        VocabularyMismatchError: the message shows the first ids that differ.
+        VocabularyMismatchError: they differ; the message shows the first ids.
+        ModelError: the models prepare pictures differently, or the teacher cannot see them.
     """
-    mine = {i: token for token, i in student.tokenizer.get_vocab().items()}
-    theirs = {i: token for token, i in teacher.tokenizer.get_vocab().items()}
-    differing = [i for i in sorted({*mine, *theirs}) if mine.get(i) != theirs.get(i)]
+    of_student = {i: token for token, i in student.tokenizer.get_vocab().items()}
+    of_teacher = {i: token for token, i in teacher.tokenizer.get_vocab().items()}
+    ids = sorted({*of_student, *of_teacher})
+    differing = [i for i in ids if of_student.get(i) != of_teacher.get(i)]
     if differing:
         shown = "\n".join(
-            f"  id {i}: student {mine.get(i)!r}, teacher {theirs.get(i)!r}" for i in differing[:5]
+            f"  id {i}: student {of_student.get(i)!r}, teacher {of_teacher.get(i)!r}"
+            for i in differing[:5]
         )
         raise VocabularyMismatchError(
             f"student '{student.spec.path}' and teacher '{teacher.spec.path}' disagree on "
-            f"{len(differing)} token ids, so the teacher would score other words than the student "
-            f"said. The first:\n{shown}\nUse a teacher with the student's tokenizer."
+            f"{len(differing)} token ids, so the teacher would score other text than the student "
+            f"wrote. The first:\n{shown}\nUse a teacher with the student's tokenizer."
         )
-    ours, his = student.image_token_id, teacher.image_token_id
-    if ours is not None and his is not None and ours != his:
+    student_id, teacher_id = student.image_token_id, teacher.image_token_id
+    if student_id is not None and teacher_id is not None and student_id != teacher_id:
         raise VocabularyMismatchError(
-            f"the image placeholder is id {ours} for the student and {his} for the teacher"
+            f"the image placeholder is id {student_id} for the student and {teacher_id} for the "
+            "teacher"
         )
     if student.vision is not None and teacher.vision is None:
         raise ModelError(
@@ -360,19 +401,16 @@ def check_vocabularies(student: Processing, teacher: Processing) -> None:
 
 def _check_processors(student: VisionProcessor, teacher: VisionProcessor) -> None:
     for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"):
-        mine, his = getattr(student.processor, name), getattr(teacher.processor, name)
-        if list(_listed(mine)) != list(_listed(his)):
+        values = [getattr(each.processor, name) for each in (student, teacher)]
+        if not np.array_equal(values[0], values[1]):
             raise ModelError(
-                f"student and teacher prepare pictures differently: {name} is {mine} and {his}"
+                f"student and teacher prepare pictures differently: {name} is {values[0]} and "
+                f"{values[1]}"
             )
 
 
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _setting(role: str, name: str) -> str:
-    """The setting's key in a command line; `evaluate` and `serve` have one model, of no role."""
+def _setting_key(role: str, name: str) -> str:
+    """Returns a setting's key on the command line; `evaluate` and `serve` have just one model."""
     if role != "model":
         return f"model.{role}.{name}"
     return "model" if name == "path" else name
@@ -381,7 +419,7 @@ def _setting(role: str, name: str) -> str:
 def _check_folder(folder: Path, role: str, weights: bool) -> None:
     if not folder.is_dir():
         raise ModelError(
-            f"the {role}'s folder '{folder}' does not exist; set {_setting(role, 'path')} to a "
+            f"the {role}'s folder '{folder}' does not exist; set {_setting_key(role, 'path')} to a "
             "folder in Hugging Face layout or to a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
     needed = [
@@ -425,6 +463,6 @@ def _with_lora(model: Any, settings: Mapping[str, Any], saved: Path | None) -> A
         raise ModelError(f"model.student.lora does not fit this model: {error}") from error
     head = model.get_output_embeddings()
     if head is not None and type(head) is not torch.nn.Linear:
-        # Log-probs read the projection's weight itself, so an adapter there would never act.
+        # Log-probs use the projection's weight directly, so an adapter there would have no effect.
         raise ModelError("model.student.lora must not cover the output embedding (lm_head)")
     return wrapped

@@ -1,26 +1,23 @@
-"""Log-prob and entropy of given tokens without ever holding tokens x vocabulary in float32.
+"""Log-probs and entropies of given tokens, without storing tokens x vocabulary in float32.
 
-The last hidden states are multiplied by the output embedding a slice of tokens at a time; only
-``log pi`` and the entropy leave a slice. The backward pass makes the logits again, and only for
-tokens whose gradient is not zero: in Reopold's refinement phase that is one token in five.
+The last hidden states are multiplied by the output embedding for a slice of tokens at a time, and
+only log-probs and entropies are kept. The backward pass recomputes the logits, only for tokens with
+a nonzero gradient: one in five in Reopold's refinement phase.
 (Peers that keep the logits: vllm #5907, trl #2215.)
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from reopold_agent.objectives.chunks import (
     SLICE_ELEMENTS,
-    at_rows,
-    banned_inside,
+    backward_by_blocks,
     compute_dtype,
     make_logits,
-    some_rows,
-    vocabulary_block,
 )
 
 
@@ -33,15 +30,15 @@ def token_logprobs(
     with_entropy: bool = False,
     slice_elements: int = SLICE_ELEMENTS,
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of ``targets`` under ``softmax(hidden @ weight.T)`` and, if asked, entropies.
+    """Computes log-probs of ``targets`` under ``softmax(hidden @ weight.T)``, and entropies.
 
     Args:
         hidden_ND: last hidden states at the positions that predict the targets, any float dtype.
         weight_VD: output embedding, any float dtype.
-        targets: int64 token ids, (N,), or several for each position, (N, K).
+        targets: int64 token ids, (N,), or several per position, (N, K).
         banned: int64 ids that have probability 0 (forbidden or padded rows), or None.
         with_entropy: also return the entropy of the same distribution (nats, no gradient).
-        slice_elements: upper limit on tokens x vocabulary held at once.
+        slice_elements: most tokens x vocabulary held at once.
 
     Returns:
         ``(logp, entropy_N or None)``, float32; ``logp`` has the shape of ``targets`` and is
@@ -74,7 +71,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
             logits = make_logits(hidden[part].to(dtype), matrix, banned)
-            # One exponential for everything: with x = logits - max, the normaliser is log sum e^x
+            # One exponential serves both: with x = logits - max, the normaliser is log sum e^x
             # and the entropy is that minus sum(x e^x) / sum(e^x).
             top = logits.amax(dim=-1, keepdim=True)
             logits.sub_(top)
@@ -88,7 +85,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 total = logits.exp_().sum(dim=-1)
             logp[part] = chosen - total.log()[:, None]
             normaliser[part] = top[:, 0] + total.log()
-            del logits  # or the next slice would stand beside it
+            del logits  # free it before the next slice is allocated
         ctx.save_for_backward(hidden, weight, targets, normaliser)
         ctx.banned, ctx.compute_dtype = banned, dtype
         ctx.slice_elements = slice_elements
@@ -99,33 +96,15 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser = ctx.saved_tensors
         live = torch.nonzero(grads[0].any(dim=1))[:, 0]
-        states_ND = some_rows(hidden, live).to(ctx.compute_dtype)
         grad_NK = grads[0][live].float()
         grad_N = grad_NK.sum(dim=1)
         targets_NK, normaliser_N = targets[live], normaliser[live]
-        grad_states = torch.zeros(states_ND.shape, dtype=torch.float32, device=hidden.device)
-        needs_weight = ctx.needs_input_grad[1]
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
-        # By blocks of the vocabulary, not of tokens: each row of the weight's gradient, the
-        # largest tensor here, is then written once.
-        block = vocabulary_block(ctx.slice_elements, len(live), weight.shape[1])
-        for start in range(0, weight.shape[0] if len(live) else 0, block):
-            matrix = weight[start : start + block].to(ctx.compute_dtype)
-            stop = start + matrix.shape[0]
+
+        def logit_gradient(logits: Tensor, start: int, stop: int) -> Tensor:
             # d logp / d logits = onehot(target) - softmax
-            grad_logits = make_logits(states_ND, matrix, None)
-            grad_logits.sub_(normaliser_N[:, None]).exp_().mul_(-grad_N[:, None])
-            if ctx.banned is not None:
-                grad_logits.index_fill_(1, banned_inside(ctx.banned, start, stop), 0.0)
+            logits.sub_(normaliser_N[:, None]).exp_().mul_(-grad_N[:, None])
             rows, which = torch.nonzero((targets_NK >= start) & (targets_NK < stop), as_tuple=True)
             places = (rows, targets_NK[rows, which] - start)
-            grad_logits.index_put_(places, grad_NK[rows, which], accumulate=True)
-            grad_logits = grad_logits.to(ctx.compute_dtype)
-            grad_states += grad_logits @ matrix
-            if grad_weight is not None:
-                grad_weight[start:stop] = (grad_logits.T @ states_ND).to(weight.dtype)
-            del grad_logits
-        grad_hidden = None
-        if ctx.needs_input_grad[0]:
-            grad_hidden = at_rows(grad_states, live, len(hidden), hidden.dtype)
-        return cast("tuple[Tensor | None, ...]", (grad_hidden, grad_weight, None, None, None, None))
+            return logits.index_put_(places, grad_NK[rows, which], accumulate=True)
+
+        return *backward_by_blocks(ctx, hidden, weight, live, logit_gradient), *(None,) * 4

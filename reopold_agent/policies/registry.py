@@ -10,33 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reopold_agent.policies.base import Policy
+from reopold_agent.policies.base import Policy, PolicyRole
 from reopold_agent.policies.loading import Processing
 from reopold_agent.registry import Registry
 
 TRANSFORMERS = "transformers"
-
-
-@dataclass(frozen=True)
-class PolicyRole:
-    """What a kind of policy needs to know to serve one role.
-
-    Attributes:
-        role: ``student``, ``teacher`` or ``model``; used in messages.
-        settings: the role's, without ``name``.
-        processing: the checkpoint's tokenizer and picture processor, and where it is.
-        dtype: to compute in unless the settings say otherwise, ``float32`` or ``bfloat16``.
-        forbidden_ids: ids that have probability 0 everywhere, besides those that the tokenizer
-            does not know.
-        stop_ids: a turn ends with the first of these.
-    """
-
-    role: str
-    settings: Mapping[str, Any]
-    processing: Processing
-    dtype: str
-    forbidden_ids: tuple[int, ...]
-    stop_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -120,7 +98,7 @@ def make_policy(
 
     Raises:
         UnknownNameError: there is no such kind of policy.
-        ReopoldError: it cannot be had.
+        ReopoldError: the policy cannot be made.
     """
     rest = {key: value for key, value in settings.items() if key != "name"}
     kind = POLICIES.get(settings["name"])

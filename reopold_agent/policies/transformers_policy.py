@@ -21,10 +21,10 @@ class TransformersPolicy:
 
     Args:
         adapter: the model.
-        allowed_ids: number of ids the tokenizer knows; rows from there on are padding.
-        forbidden_ids: ids that must not be sampled; they have probability 0 everywhere.
+        allowed_ids: size of the tokenizer; further rows of the output embedding are padding.
+        forbidden_ids: further ids that get probability 0.
         stop_ids: a turn ends with the first of these.
-        max_tokens_per_pass: bound on rows x tokens of one forward pass (memory).
+        max_tokens_per_pass: most rows x tokens of one forward pass (memory).
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TransformersPolicy:
         self.banned = torch.tensor(banned, dtype=torch.int64, device=adapter.device)
 
     def generator(self, sampling: Sampling) -> TransformersGenerator:
-        """A new session; end it (drop it) before the weights change."""
+        """Starts a generation session; do not use it after the weights change."""
         self.adapter.model.eval()
         return TransformersGenerator(
             self.adapter,
@@ -58,7 +58,7 @@ class TransformersPolicy:
     def score(
         self, trajectories: Sequence[Trajectory], *, with_entropy: bool = False
     ) -> list[TokenScores]:
-        """See `Policy.score`; passes are bounded by ``max_tokens_per_pass``."""
+        """Computes log-probs of the student's tokens, and entropies (zeros unless asked for)."""
         was_training = self.adapter.model.training
         self.adapter.model.eval()
         scores: list[TokenScores | None] = [None] * len(trajectories)
@@ -77,9 +77,9 @@ class TransformersPolicy:
     def logprobs(
         self, batch: TrajectoryBatch, *, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Log-probs (and entropies) of the batch's loss tokens, flat; see `TrajectoryBatch`.
+        """Computes log-probs (N,) and entropies (N,) of the batch's loss tokens.
 
-        Differentiable unless called under ``no_grad``.
+        Log-probs are differentiable unless called under ``no_grad``.
         """
         hidden_ND, targets_N = self._states(batch)
         with self.adapter.autocast():
@@ -97,43 +97,46 @@ class TransformersPolicy:
         teacher: TransformersPolicy,
         settings: DivergenceSettings,
     ) -> tuple[Tensor, Tensor]:
-        """Divergence from the teacher's distribution at each loss token, flat as `logprobs`.
+        """Computes the divergence from the teacher's distribution at each loss token.
 
         Args:
-            trajectories: one forward pass of each model over all of them.
+            trajectories: each model runs them in one forward pass.
             teacher: a policy over the same allowed ids; no gradient reaches it.
             settings: which divergence; see `reopold_agent.objectives.gkd.GKD`.
 
         Returns:
-            ``(divergence_N, logp_N)``: the first is differentiable, the second is the student's
-            log-prob of the token itself.
+            ``(divergence_N, logp_N)``: the differentiable divergence, and the student's log-prob of
+            the token.
         """
-        own_ND, targets_N = self._states(TrajectoryBatch.build(self.adapter, trajectories))
+        student_ND, targets_N = self._states(TrajectoryBatch.build(self.adapter, trajectories))
         with torch.no_grad():
-            his_NE, _ = teacher._states(TrajectoryBatch.build(teacher.adapter, trajectories))
-        own_VD, his_VE = self.adapter.head.weight, teacher.adapter.head.weight
+            teacher_NE, _ = teacher._states(TrajectoryBatch.build(teacher.adapter, trajectories))
+        student_VD, teacher_VE = self.adapter.head.weight, teacher.adapter.head.weight
         with self.adapter.autocast():
             if settings.top_k is None:
-                rows = min(len(own_VD), len(his_VE))  # padded rows beyond the tokenizer are banned
+                # Padded rows beyond the tokenizer are banned.
+                rows = min(len(student_VD), len(teacher_VE))
                 return divergence_of_states(
-                    own_ND,
-                    own_VD if rows == len(own_VD) else own_VD[:rows],
-                    his_NE,
-                    his_VE[:rows],
+                    student_ND,
+                    student_VD if rows == len(student_VD) else student_VD[:rows],
+                    teacher_NE,
+                    teacher_VE[:rows],
                     targets_N,
                     settings.beta,
                     self.banned[self.banned < rows],
                 )
-            ids_NK, his_NK = top_tokens(his_NE, his_VE, settings.top_k, teacher.banned)
+            ids_NK, teacher_NK = top_tokens(teacher_NE, teacher_VE, settings.top_k, teacher.banned)
             both_NK, _ = token_logprobs(
-                own_ND, own_VD, torch.cat([ids_NK, targets_N[:, None]], dim=1), self.banned
+                student_ND, student_VD, torch.cat([ids_NK, targets_N[:, None]], dim=1), self.banned
             )
-            own_NK, logp_N = both_NK[:, :-1], both_NK[:, -1].detach()
-            divergence_N = topk_divergence(own_NK, his_NK, settings.beta, rest=settings.rest)
+            student_NK, logp_N = both_NK[:, :-1], both_NK[:, -1].detach()
+            divergence_N = topk_divergence(
+                student_NK, teacher_NK, settings.beta, rest=settings.rest
+            )
             return divergence_N, logp_N
 
     def _states(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor]:
-        """The states that predict the batch's loss tokens, (N, width), and those tokens."""
+        """Returns the states that predict the loss tokens, (N, width), and these tokens, (N,)."""
         hidden_BTD = self.adapter.hidden_states(
             batch.ids_BT, batch.positions_3BT, batch.images, batch.attention_BT
         )

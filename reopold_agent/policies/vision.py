@@ -1,8 +1,8 @@
-"""One place that decides the pixels: resize once, then everybody sees the same array.
+"""Resizes each picture once, so that student, teacher and trainer see the same pixels.
 
-Student, teacher and trainer get the same `EncodedImage`. It holds the resized picture as uint8
-(8 times smaller than the model's float patches, which are made when needed), so the grid and the
-number of placeholder tokens are fixed at encoding time and can never disagree with the features.
+They share one `EncodedImage`, which holds the resized picture as uint8 (8 times smaller than the
+model's float patches, which are computed when needed). Grid and number of placeholder tokens are
+fixed at encoding time, so they always match the features.
 """
 
 from __future__ import annotations
@@ -10,45 +10,24 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
-    Qwen2VLImageProcessorPil,
-    smart_resize,
-)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reopold_agent.common.pixels import PixelLimits, padded
 from reopold_agent.errors import ConfigError
 from reopold_agent.types import EncodedImage, PixelArray
 
 
-@dataclass(frozen=True)
-class PixelLimits:
-    """Bounds on height x width after the resize, in pixels.
-
-    Qwen2.5-VL spends one token per 28 x 28 pixels, so ``tokens = pixels / 784``.
-    """
-
-    min_pixels: int
-    max_pixels: int
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise ConfigError(
-                f"pixel limits need 0 < min_pixels <= max_pixels, got {self.min_pixels} and "
-                f"{self.max_pixels}"
-            )
-
-
 class VisionProcessor:
-    """Turns pictures into `EncodedImage` and those into the patches a model reads.
+    """Turns pictures into `EncodedImage`, and these into a model's input patches.
 
-    The resize rule and the normalisation are the checkpoint's own Qwen2-VL image processor (PIL
-    backend; no torchvision needed).
+    Resizing and normalisation follow the checkpoint's own Qwen2-VL image processor (PIL backend;
+    torchvision is not needed).
     """
 
     def __init__(
@@ -63,8 +42,8 @@ class VisionProcessor:
         """Resizes (bicubic) to a multiple of patch x merge within the limits.
 
         Equal pictures under equal limits give the same object, so that the samples of a group
-        share their prompt. A picture whose sides differ by more than a factor of 200, which
-        Qwen's rule refuses, is padded with grey first: the student may well ask for such a crop.
+        share their prompt. Qwen's rule rejects pictures whose sides differ by more than a factor
+        of 200, but a student may request such a crop: it is padded with grey first.
         """
         array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
         if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
@@ -72,18 +51,16 @@ class VisionProcessor:
                 "a picture must be a non-empty (height, width, 3) uint8 array, got "
                 f"shape {array.shape}, dtype {array.dtype}"
             )
-        digest = hashlib.blake2b(np.ascontiguousarray(array).tobytes(), digest_size=16)
+        digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
         digest.update(repr((array.shape, limits)).encode())
         key = digest.digest()
         found = self._encoded.get(key)
         if found is not None:
             return found
-        array = _limit_aspect(array, 190)
-        height, width = smart_resize(
-            array.shape[0], array.shape[1], self.factor, limits.min_pixels, limits.max_pixels
-        )
-        if (height, width) != array.shape[:2]:
-            resized = Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC)
+        array = _limit_aspect(array)
+        size = limits.resized((array.shape[1], array.shape[0]), self.factor)
+        if size != (array.shape[1], array.shape[0]):
+            resized = Image.fromarray(array).resize(size, Image.Resampling.BICUBIC)
             array = np.asarray(resized)
         elif isinstance(image, np.ndarray):
             array = array.copy()  # the environment may draw on its own array later
@@ -92,10 +69,10 @@ class VisionProcessor:
         return encoded
 
     def adopt(self, pixels: PixelArray) -> EncodedImage:
-        """An `EncodedImage` of pixels that `encode` has resized already, here or elsewhere.
+        """Returns an `EncodedImage` of pixels that `encode` has already resized, here or elsewhere.
 
         Raises:
-            ConfigError: a side is no multiple of patch x merge.
+            ConfigError: a side is not a multiple of patch x merge.
         """
         height, width = pixels.shape[:2]
         if height % self.factor or width % self.factor:
@@ -109,7 +86,7 @@ class VisionProcessor:
         return EncodedImage(pixels=pixels, grid=grid, tokens=tokens)
 
     def patches(self, images: Sequence[EncodedImage]) -> tuple[Tensor, Tensor]:
-        """The model's inputs for some pictures, in order.
+        """Computes the model's inputs for pictures, in order.
 
         Returns:
             ``pixel_values`` (sum of t*h*w, 3 * 2 * patch**2) float32 and ``image_grid_thw``
@@ -120,7 +97,10 @@ class VisionProcessor:
             part = self._patches.get(image.key)
             if part is None:
                 features: Any = self.processor(
-                    images=[Image.fromarray(image.pixels)], do_resize=False, return_tensors="pt"
+                    images=[image.pixels],
+                    do_resize=False,
+                    input_data_format="channels_last",
+                    return_tensors="pt",
                 )
                 part = features["pixel_values"]
                 if tuple(features["image_grid_thw"][0].tolist()) != image.grid:
@@ -130,14 +110,14 @@ class VisionProcessor:
         return torch.cat(parts), torch.tensor([image.grid for image in images])
 
 
-def _limit_aspect(array: PixelArray, most: int) -> PixelArray:
+def _limit_aspect(array: PixelArray) -> PixelArray:
     height, width = array.shape[:2]
-    rows, columns = max(height, -(-width // most)), max(width, -(-height // most))
+    columns, rows = padded((width, height))
     if (rows, columns) == (height, width):
         return array
-    padded = np.full((rows, columns, 3), 128, dtype=np.uint8)
-    padded[:height, :width] = array
-    return padded
+    whole = np.full((rows, columns, 3), 128, dtype=np.uint8)
+    whole[:height, :width] = array
+    return whole
 
 
 _K = TypeVar("_K")
@@ -145,7 +125,7 @@ _V = TypeVar("_V")
 
 
 class _ByteLimitedCache(Generic[_K, _V]):
-    """Least recently used first out, limited by the bytes of what it holds."""
+    """A least-recently-used cache, limited by the total size of its values in bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._bytes = max_bytes, 0

@@ -1,1 +1,1 @@
-"""Episodes: environment x policy -> `Trajectory`."""
+"""Plays episodes of a policy in environments and records them as `Trajectory` objects."""

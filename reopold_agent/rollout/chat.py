@@ -1,12 +1,12 @@
-"""Conversations as token ids, by the checkpoint's own chat template, without drift.
+"""Renders conversations as token ids with the checkpoint's chat template, without drift.
 
-The ids that the student sampled are kept as they are; nothing is decoded and encoded again. What
-the template would put around an observation is encoded on its own and appended. That gives the
-template's own tokenisation of the whole conversation because every piece starts or ends at a
-control token, across which no tokenizer merges (drift elsewhere: trl #5224, verl #6719).
+The ids that the student sampled are kept; they are not decoded and encoded again. The template's
+text around an observation is encoded separately and appended. The result equals the template's
+tokenisation of the whole conversation, because every piece starts or ends at a control token, and
+no tokenizer merges across one (drift elsewhere: trl #5224, verl #6719).
 
-Text that merely looks like a control token (a question that says ``<|im_end|>``) is encoded as
-ordinary text, so no question, file name or tool output can forge a turn or an image.
+Text that only looks like a control token (a question that contains ``<|im_end|>``) is encoded as
+ordinary text, so that no question, file name or tool output can forge a turn or an image.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from reopold_agent.types import IMAGE_MARK, EncodedImage, Message, Observation
 
 IMAGE_TOKEN = "<|image_pad|>"
 FORBIDDEN_TOKENS = (IMAGE_TOKEN, "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-"""Never sampled: an image token without a picture would break the match with the features."""
+"""Never sampled: image tokens without a picture would not match the number of image features."""
 
 _ANSWER = "\N{INVISIBLE SEPARATOR}student\N{INVISIBLE SEPARATOR}"
 _THOUGHT = f"\N{INVISIBLE SEPARATOR}thought\N{INVISIBLE SEPARATOR}\n</think>\n\n{_ANSWER}"
@@ -33,12 +33,16 @@ _THOUGHT = f"\N{INVISIBLE SEPARATOR}thought\N{INVISIBLE SEPARATOR}\n</think>\n\n
 class ChatRenderer:
     """Renders prompts and observations for one tokenizer.
 
-    Templates that rewrite earlier turns (Qwen3's and DeepSeek-R1-Distill's drop the thoughts) do
-    for episodes of one turn; `continuation` refuses them.
+    Templates that rewrite earlier turns (Qwen3's and DeepSeek-R1-Distill's drop the thoughts) can
+    be used for episodes of one turn only; `check_appends` and `continuation` refuse them.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer.
+        stop_at_tool_call: whether ``</tool_call>`` ends a turn.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or one that ends turns with no control
-            token.
+        ModelError: the tokenizer has no chat template, or the template ends turns without a
+            control token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_at_tool_call: bool = True):
@@ -84,10 +88,18 @@ class ChatRenderer:
             stops.add(names["</tool_call>"])
         self.stop_ids = tuple(sorted(stops))
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[EncodedImage]]:
-        """Ids of a conversation that the student continues, and its images in order.
+    def check_appends(self) -> None:
+        """Checks that the template can be used for episodes of several turns.
 
-        Each image stands as one placeholder id per merged patch.
+        Raises:
+            ModelError: the template rewrites earlier turns.
+        """
+        self._continuation_text(Message("user", ("?",)))
+
+    def prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[EncodedImage]]:
+        """Returns the ids of a conversation for the student to continue, and its images in order.
+
+        Each image takes one placeholder id per merged patch.
         """
         guarded, guards = self._guard(messages)
         images = _images(messages)
@@ -96,12 +108,12 @@ class ChatRenderer:
     def continuation(
         self, observation: Message, last_id: int
     ) -> tuple[list[int], list[EncodedImage]]:
-        """Ids to append after the student's turn so that it can take the next one.
+        """Returns the ids between the student's turn and its next one, and their images.
 
         Args:
             observation: the user turn that answers the student.
-            last_id: the last id the student sampled; if it is the end of turn, which the
-                template would write, that id is not repeated.
+            last_id: the last id that the student sampled; if it is the end of turn, the one that
+                the template writes is left out.
 
         Raises:
             ModelError: the template rewrites earlier turns.
@@ -112,7 +124,7 @@ class ChatRenderer:
         return (ids[1:] if last_id == self.turn_end_id else ids), images
 
     def text(self, ids: Sequence[int]) -> str:
-        """The student's words: control tokens removed, nothing else changed."""
+        """Decodes ids without control tokens and without any other change."""
         return str(
             self.tokenizer.decode(
                 list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -120,10 +132,10 @@ class ChatRenderer:
         )
 
     def turn_ids(self, text: str) -> list[int]:
-        """Ids of an assistant's turn that somebody else wrote, with the end of turn.
+        """Returns the ids of an assistant turn that the student did not sample, with its end.
 
-        A tool call ends generation by itself; any other turn by the end-of-turn token. Other
-        control strings that the text holds are text.
+        The turn ends with a tool call or with the end-of-turn token. Other control strings in the
+        text are encoded as ordinary text.
         """
         ids: list[int] = []
         for words in self._cut(text, self._turn_marks):
@@ -131,7 +143,7 @@ class ChatRenderer:
         return ids if ids and ids[-1] in self.stop_ids else [*ids, self.turn_end_id]
 
     def raw(self, ids: Sequence[int]) -> str:
-        """Everything, control tokens included, for records and viewers."""
+        """Decodes ids with control tokens, for records and viewers."""
         return str(
             self.tokenizer.decode(
                 list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -160,7 +172,7 @@ class ChatRenderer:
         return ids
 
     def _unguarded(self, piece: str, guards: dict[str, str]) -> list[str]:
-        """The piece with its original words, in parts that hold no control token."""
+        """Returns the piece with its original words, in parts that contain no control token."""
         if not guards:
             return [piece] if piece else []
         words = re.sub("[" + "".join(guards) + "]", lambda guard: guards[guard.group()], piece)
@@ -168,9 +180,9 @@ class ChatRenderer:
 
     @staticmethod
     def _cut(text: str, tokens: Collection[str]) -> list[str]:
-        """The text in parts that hold none of these tokens: cut after the first character of each.
+        """Splits the text after the first character of each token, so that no part contains one.
 
-        The tokenizer can be told to read special tokens as text, but not other added tokens.
+        A tokenizer can read special tokens as text, but not other added tokens.
         """
         if not tokens:
             return [text] if text else []
@@ -179,13 +191,13 @@ class ChatRenderer:
         return [text[a:b] for a, b in itertools.pairwise(cuts) if a < b]
 
     def _plain(self, text: str) -> list[int]:
-        # Half a surrogate pair, which JSON can write, is no text that a tokenizer takes.
+        # JSON can contain half a surrogate pair, which no tokenizer accepts.
         text = text.encode("utf-8", "replace").decode("utf-8")
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
         return [int(i) for i in encoded["input_ids"]]
 
     def _guard(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Hides control strings in the messages' text behind characters they do not contain."""
+        """Replaces control strings in the messages by characters that occur nowhere in them."""
         messages = [Message(m.role, _joined(m.content)) for m in messages]
         whole = "".join(p for m in messages for p in m.content if isinstance(p, str))
         typed = [token for token in self._control if token in whole]
@@ -203,14 +215,17 @@ class ChatRenderer:
         return [Message(m.role, tuple(hide(p) for p in m.content)) for m in messages], guards
 
     def _continuation_text(self, observation: Message) -> str:
-        """What the template writes between an assistant's words and its next turn."""
+        """Returns what the template writes between an assistant's words and its next turn."""
         opening = Message("user", ("?",))
         start = self._apply([opening], True) + _THOUGHT
         whole = self._apply([opening, Message("assistant", (_THOUGHT,)), observation], True)
         if not whole.startswith(start):
             raise ModelError(
-                "this chat template changes earlier turns when one is added, so a multi-turn "
-                "episode cannot be kept token by token; use a template that only appends"
+                f"the chat template of '{self.tokenizer.name_or_path}' rewrites earlier turns (it "
+                "drops their thoughts, for example), so it cannot be used for several turns.\n"
+                "Play one turn (rollout.max_turns=1 evaluation.max_turns=1; in evaluate "
+                "agentic.max_turns=1), or put a chat_template.jinja that only appends beside the "
+                "checkpoint's tokenizer."
             )
         return whole.removeprefix(start)
 
@@ -227,7 +242,7 @@ def _images(messages: Sequence[Message]) -> list[EncodedImage]:
 
 
 def _joined(content: Sequence[str | EncodedImage]) -> tuple[str | EncodedImage, ...]:
-    """Neighbouring texts as one, as the template joins them: a control string may span two."""
+    """Joins neighbouring texts, as the template does: a control string may span two of them."""
     joined: list[str | EncodedImage] = []
     for part in content:
         if joined and isinstance(part, str) and isinstance(joined[-1], str):
@@ -248,10 +263,10 @@ def _template_content(message: Message) -> str | list[dict[str, str]]:
 
 
 def observation_message(observation: Observation, images: Sequence[EncodedImage]) -> Message:
-    """The user turn of an observation; ``images`` are its pictures, encoded, in order.
+    """Makes the user turn of an observation; ``images`` are its encoded pictures in order.
 
     Raises:
-        ValueError: the text's image marks and the pictures differ in number.
+        ValueError: the numbers of image marks in the text and of pictures differ.
     """
     texts = observation["text"].split(IMAGE_MARK)
     if len(texts) - 1 != len(images):

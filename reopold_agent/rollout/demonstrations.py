@@ -1,4 +1,4 @@
-"""Recorded conversations as trajectories: the same ids and pixels that a rollout would have."""
+"""Converts recorded conversations to trajectories, with the ids and pixels of a rollout."""
 
 from __future__ import annotations
 
@@ -6,55 +6,53 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from reopold_agent.data.demonstrations import Demonstration, Parts
-from reopold_agent.errors import DataError
-from reopold_agent.policies.vision import PixelLimits
+from reopold_agent.common.pixels import PixelLimits
+from reopold_agent.data.demonstrations import Demonstration, RecordedCall, RecordedTurn
+from reopold_agent.errors import DataError, ToolError
 from reopold_agent.rollout.runner import RolloutRunner
-from reopold_agent.types import EncodedImage, Message, Role, StopReason, Trajectory, Turn
+from reopold_agent.tools.parse import write_tool_call
+from reopold_agent.tools.prompt import BASE_PROMPT, with_tools
+from reopold_agent.types import EncodedImage, Message, StopReason, Trajectory, Turn
 
 
 def demonstrated(demonstration: Demonstration, index: int, runner: RolloutRunner) -> Trajectory:
     """Renders a conversation as ``runner`` would have recorded it.
 
-    The trajectory's ``logp`` and ``entropy`` are zeros: nobody sampled. The assistant's tokens,
-    with the end of each turn, are its loss tokens. Its outcome is unknown: ``success`` is false
-    and ``reward`` 0.
+    The trajectory's ``logp`` and ``entropy`` are zeros, because no policy sampled it. The
+    assistant's tokens, including the end of each turn, are its loss tokens, except in turns that
+    are not trained on. Its outcome is unknown: ``success`` is false and ``reward`` 0.
 
     Raises:
-        DataError: it is longer than the runner's response budget, or has pictures that the
-            model cannot see.
+        DataError: the conversation is longer than the runner's response budget, has pictures
+            but the model reads text only, or has calls that the model could not make.
     """
     chat = runner.chat
-    turns = list(demonstration.turns)
-    opening = turns[: 2 if turns[0][0] == "system" else 1]
-    messages = [
-        _message(role, parts, runner, runner.prompt_pixels, demonstration.id)
-        for role, parts in opening
-    ]
-    ids, shown = chat.prompt(messages)
+    turns = _with_system(demonstration)
+    opening = turns[: 2 if turns[0].role == "system" else 1]
+    messages = [_message(turn, runner, runner.prompt_pixels, demonstration.id) for turn in opening]
+    ids, images = chat.prompt(messages)
     prompt_length = len(ids)
     mask = [False] * prompt_length
     recorded: list[Turn] = []
-    for role, parts in turns[len(opening) :]:
-        if role == "assistant":
-            text = "".join(part for part in parts if isinstance(part, str))
-            own = chat.turn_ids(text)
-            recorded.append(Turn(len(ids), len(ids) + len(own), text, "stop"))
-            ids += own
-            mask += [True] * len(own)
+    for turn in turns[len(opening) :]:
+        if turn.role == "assistant":
+            text, turn_ids = _said(turn, runner, demonstration.id)
+            recorded.append(Turn(len(ids), len(ids) + len(turn_ids), text, "stop"))
+            ids += turn_ids
+            mask += [turn.trained] * len(turn_ids)
             continue
-        message = _message(role, parts, runner, runner.observation_pixels, demonstration.id)
-        more, seen = chat.continuation(message, ids[-1])
-        ids += more
-        mask += [False] * len(more)
-        shown += seen
+        message = _message(turn, runner, runner.observation_pixels, demonstration.id)
+        observation_ids, more_images = chat.continuation(message, ids[-1])
+        ids += observation_ids
+        mask += [False] * len(observation_ids)
+        images += more_images
     longest = runner.limits.max_response_tokens
     if len(ids) - prompt_length > longest:
         raise DataError(
             f"the conversation {demonstration.id} has {len(ids) - prompt_length} tokens after its "
             f"prompt, but rollout.max_response_tokens is {longest}: raise it or leave the row out"
         )
-    trajectory = unsampled(demonstration.id, prompt_length, ids, mask, shown, index=index)
+    trajectory = unsampled(demonstration.id, prompt_length, ids, mask, images, index=index)
     trajectory.turns = recorded
     return trajectory
 
@@ -68,8 +66,7 @@ def unsampled(
     *,
     index: int = 0,
 ) -> Trajectory:
-    """A trajectory of tokens that nobody sampled: ``logp`` and ``entropy`` are zeros, and so is the
-    outcome, which is unknown."""
+    """Makes a trajectory that no policy sampled: log-probs, entropies and reward are zeros."""
     return Trajectory(
         task_id=task_id,
         index=index,
@@ -87,20 +84,49 @@ def unsampled(
     )
 
 
-def _message(
-    role: Role,
-    parts: Parts,
-    runner: RolloutRunner,
-    limits: PixelLimits,
-    name: str,
-) -> Message:
+def _with_system(demonstration: Demonstration) -> list[RecordedTurn]:
+    """Returns the turns with the tools' descriptions in the system message."""
+    turns = list(demonstration.turns)
+    if not demonstration.tools:
+        return turns
+    base = _words(turns.pop(0)) if turns[0].role == "system" else BASE_PROMPT
+    return [RecordedTurn("system", (with_tools(base, demonstration.tools),)), *turns]
+
+
+def _words(turn: RecordedTurn) -> str:
+    return "".join(part for part in turn.parts if isinstance(part, str))
+
+
+def _said(turn: RecordedTurn, runner: RolloutRunner, name: str) -> tuple[str, list[int]]:
+    """Returns an assistant's turn as text, its calls after its words, and as ids."""
+    words = _words(turn)
+    calls = [part for part in turn.parts if isinstance(part, RecordedCall)]
+    try:
+        written = [write_tool_call(call.name, call.arguments) for call in calls]
+    except ToolError as error:
+        raise DataError(
+            f"the conversation {name} has a call that cannot be read: {error}"
+        ) from error
+    text = "\n".join([words] * bool(words) + written)
+    ids = runner.chat.turn_ids(text)
+    if calls and not set(runner.chat.stop_ids).isdisjoint(ids[:-1]):
+        raise DataError(
+            f"the conversation {name} has several tool calls in one turn, but a turn ends with its "
+            "first call: give each call a turn of its own, or set rollout.stop_at_tool_call=false "
+            "if your environment runs several"
+        )
+    return text, ids
+
+
+def _message(turn: RecordedTurn, runner: RolloutRunner, limits: PixelLimits, name: str) -> Message:
     content: list[str | EncodedImage] = []
-    for part in parts:
+    for part in turn.parts:
         if isinstance(part, str):
             content.append(part)
             continue
+        if isinstance(part, RecordedCall):
+            raise ValueError(f"a {turn.role} turn cannot call tools")
         if runner.vision is None:
             raise DataError(f"the conversation {name} has pictures, but the model reads text only")
-        opened = np.asarray(part.open())
-        content.append(runner.vision.encode(opened, limits))
-    return Message(role, tuple(content))
+        content.append(runner.vision.encode(np.asarray(part.open()), limits))
+    return Message(turn.role, tuple(content))

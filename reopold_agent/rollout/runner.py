@@ -1,9 +1,9 @@
-"""Episodes in bulk: many environments, one policy, trajectories out.
+"""Plays many episodes at once, with many environments and one policy.
 
-The loop keeps the generator busy: a turn that ends goes to its environment on a worker thread
-while the others keep decoding, and comes back with its observation. When an episode comes back
-depends on counts, never on the clock, so a run with the same seeds gives the same trajectories.
-(A generator that works on by itself gets observations as they arrive; see `RunsBeside`.)
+The loop keeps the generator busy: a finished turn goes to its environment on a worker thread and
+comes back with its observation, while other episodes keep decoding. When an episode comes back
+depends on counts, never on the clock, so that runs with the same seeds give the same trajectories.
+(A generator that runs in the background gets observations as they arrive; see `RunsBeside`.)
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import gymnasium
 import numpy as np
 
+from reopold_agent.common.pixels import PixelLimits, ShownSizes
+from reopold_agent.envs.base import ToolEnv, end_episode, show_as
 from reopold_agent.envs.registration import task_seed
+from reopold_agent.errors import ModelError
 from reopold_agent.policies.base import Generator, Policy, RunsBeside
-from reopold_agent.policies.vision import PixelLimits, VisionProcessor
+from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
 from reopold_agent.rollout.workers import Outcome, Worker
 from reopold_agent.types import (
@@ -46,12 +49,14 @@ class RolloutLimits:
     """Budgets of one episode.
 
     Attributes:
-        max_response_tokens: everything after the prompt: turns, observations, separators.
-        max_turn_tokens: one assistant turn.
-        max_turns: assistant turns; the environment may end an episode earlier.
-        env_seconds: wall-clock bound on one ``reset`` or ``step`` of an environment. Tools have
-            their own, shorter limits inside it; this one catches environments that hang.
-        concurrency: episodes in flight at once.
+        max_response_tokens: number of tokens after the prompt: turns, observations, separators.
+        max_turn_tokens: number of tokens of one assistant turn.
+        max_turns: number of assistant turns; the environment may end an episode earlier.
+        env_seconds: time limit of one ``reset`` or ``step`` of an environment. Tools have their
+            own, shorter limits; this one catches environments that hang.
+        concurrency: number of episodes in flight at once.
+        max_prompt_tokens: number of tokens of a prompt; an episode with a longer one fails. None
+            sets no limit.
     """
 
     max_response_tokens: int = 8192
@@ -59,6 +64,7 @@ class RolloutLimits:
     max_turns: int = 5
     env_seconds: float = 120.0
     concurrency: int = 64
+    max_prompt_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_response_tokens", "max_turn_tokens", "max_turns", "concurrency"):
@@ -70,7 +76,7 @@ class RolloutLimits:
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """Which episode to play: task ``index`` of ``split``, its ``sample``-th repetition."""
+    """The episode to play: repetition ``sample`` of task ``index`` of ``split``."""
 
     split: str
     index: int
@@ -79,7 +85,7 @@ class EpisodeSpec:
 
 @dataclass
 class RolloutStats:
-    """Where the time of a rollout went, in seconds of wall-clock on the main thread."""
+    """Wall-clock seconds that the main thread spent on a rollout, and the tokens sampled."""
 
     generate_seconds: float = 0.0
     env_wait_seconds: float = 0.0
@@ -118,12 +124,13 @@ class RolloutRunner:
     """Plays episodes and records them as trajectories.
 
     Args:
-        make_env: makes one environment; called once per concurrent episode and kept.
+        make_env: makes one environment; called once per concurrent episode; environments are
+            reused.
         chat: renders conversations for the policy's tokenizer.
         vision: encodes pictures; None for text-only models (a picture is then an error).
-        prompt_pixels, observation_pixels: size limits of the first observation's pictures and of
-            those that tools return.
-        limits: budgets.
+        prompt_pixels: size limits of the first observation's pictures.
+        observation_pixels: size limits of the pictures that tools return.
+        limits: budgets of an episode.
     """
 
     def __init__(
@@ -143,6 +150,41 @@ class RolloutRunner:
         self._idle: list[Worker] = []
         self.stats = RolloutStats()
 
+    def check_turns(self) -> None:
+        """Checks that the chat template can be used, if an episode may have several turns.
+
+        Raises:
+            ModelError: it rewrites earlier turns.
+        """
+        if self.limits.max_turns == 1:
+            return
+        try:
+            self.chat.check_appends()
+        except ModelError:
+            env = self._make_env()
+            inner = env.unwrapped
+            env.close()
+            if not isinstance(inner, ToolEnv) or inner.max_turns > 1:
+                raise
+
+    def prompt(
+        self, observation: Observation, info: Mapping[str, Any]
+    ) -> tuple[list[int], list[EncodedImage]]:
+        """Renders the first turns: system message and history of ``info``, and the question.
+
+        Args:
+            observation, info: what the environment's ``reset`` returned.
+
+        Returns:
+            The ids for the student to continue, and the pictures in order.
+        """
+        system = str(info.get("system_prompt", ""))
+        messages = [Message("system", (system,))] if system else []
+        for role, turn in [*info.get("history", ()), ("user", observation)]:
+            content = observation_message(turn, self._encode(turn, self.prompt_pixels)).content
+            messages.append(Message(role, content))
+        return self.chat.prompt(messages)
+
     def run(
         self,
         policy: Policy,
@@ -155,20 +197,20 @@ class RolloutRunner:
         """Plays the episodes and returns their trajectories in the given order.
 
         Args:
-            policy: who generates.
-            episodes: what to play.
+            policy: generates the turns.
+            episodes: the episodes to play.
             sampling: temperature and top_p.
-            seed: with the episode's index and sample it fixes every random draw. The
-                environment's own seed depends on split and index only, so that all samples of a
-                group face the same task.
-            on_done: called with each trajectory as its episode ends, in that order.
+            seed: determines every random draw together with the episode's index and sample. The
+                environment's seed depends on split and index only, so that all samples of a group
+                get the same task.
+            on_done: called with each trajectory when its episode ends.
         """
         self.stats = RolloutStats()
         specs = list(episodes)
         generator = policy.generator(sampling)
         waiting = list(enumerate(specs))[::-1]
         finished: dict[int, Trajectory] = {}
-        pending: list[_Episode] = []  # at their environments, in the order they went there
+        pending: list[_Episode] = []  # at their environments, in order of arrival there
         playing: dict[int, _Episode] = {}
         try:
             while len(finished) < len(specs):
@@ -186,7 +228,7 @@ class RolloutRunner:
                 for completion in self._timed_step(generator):
                     episode = playing[completion.key]
                     if completion.error is not None:
-                        self._give_up(episode, completion.error)
+                        self._fail_generation(episode, completion.error)
                         generator.release(episode.key)
                         continue
                     self._end_turn(episode, completion)
@@ -195,6 +237,7 @@ class RolloutRunner:
                     episode = playing.pop(key)
                     finished[key] = self._trajectory(episode)
                     if episode.stop is not StopReason.ENV_ERROR:
+                        episode.worker.tell(end_episode)
                         self._idle.append(episode.worker)
                     if on_done is not None:
                         on_done(finished[key])
@@ -210,7 +253,14 @@ class RolloutRunner:
         self._idle.clear()
 
     def _worker(self) -> Worker:
-        return self._idle.pop() if self._idle else Worker(self._make_env)
+        return self._idle.pop() if self._idle else Worker(self._make)
+
+    def _make(self) -> Env:
+        env = self._make_env()
+        if self.vision is not None:
+            sizes = ShownSizes(self.prompt_pixels, self.observation_pixels, self.vision.factor)
+            show_as(env, sizes)
+        return env
 
     def _start_reset(self, episode: _Episode) -> None:
         spec = episode.spec
@@ -219,17 +269,17 @@ class RolloutRunner:
         episode.worker.call(lambda env: env.reset(seed=seed, options=options))
 
     def _due(self, pending: list[_Episode], generator: Generator) -> list[_Episode]:
-        """Whose environments to hear now."""
+        """Returns the episodes whose environments to wait for now."""
         if not isinstance(generator, RunsBeside):
-            # When at least as many episodes wait as decode: few, large prefills. The rule counts
-            # and never looks at the clock.
+            # Receives once at least as many episodes wait as decode, for few, large prefills. The
+            # rule depends on counts, never on the clock.
             return pending if len(pending) >= generator.in_flight else []
         arrived = [e for e in pending if e.worker.answered(self.limits.env_seconds)]
-        # With nothing to generate, wait for the one that has been away longest.
+        # With nothing to generate, wait for the episode that has waited longest.
         return arrived or ([] if generator.in_flight else pending[:1])
 
     def _receive(self, episode: _Episode, generator: Generator) -> bool:
-        """Takes the environment's answer; true if the student is to go on."""
+        """Receives the environment's answer; returns whether the student continues."""
         started = time.perf_counter()
         outcome = episode.worker.result(self.limits.env_seconds)
         self.stats.env_wait_seconds += time.perf_counter() - started
@@ -237,24 +287,24 @@ class RolloutRunner:
             episode.turns[-1].env_seconds = outcome.seconds
         started = time.perf_counter()
         try:
-            going_on = self._handle(episode, outcome)
+            continues = self._handle(episode, outcome)
         except (AttributeError, LookupError, TypeError, ValueError) as error:
-            # What it returned is not what an environment returns: a failure of its own episode.
+            # The environment returned something invalid, which fails only its own episode.
             text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-            going_on = self._fail(episode, text)
+            continues = self._fail_env(episode, text)
         finally:
             self.stats.render_seconds += time.perf_counter() - started
-        if not going_on and episode.turns:
+        if not continues and episode.turns:
             generator.release(episode.key)
-        return going_on
+        return continues
 
     def _handle(self, episode: _Episode, outcome: Outcome) -> bool:
         if outcome.error is not None:
-            return self._fail(episode, outcome.error)
+            return self._fail_env(episode, outcome.error)
         if not episode.turns:
             observation, info = outcome.value
             episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
-            self._add_prompt(episode, observation, str(info.get("system_prompt", "")))
+            self._add_prompt(episode, observation, info)
             return True
         observation, reward, terminated, truncated, info = outcome.value
         turn = episode.turns[-1]
@@ -265,7 +315,7 @@ class RolloutRunner:
             episode.success = bool(info.get("success", reward > 0))
             episode.info = {k: info[k] for k in ("answer", "success") if k in info}
             if terminated:
-                # A turn cut by the budget is graded as it stands, but it is not an answer.
+                # A turn cut by the budget is graded, but it does not count as an answer.
                 cut = turn.finish == "length"
                 episode.stop = StopReason.MAX_TOKENS if cut else StopReason.ANSWER
             elif info.get("time_limit"):
@@ -277,8 +327,8 @@ class RolloutRunner:
         return self._add_observation(episode, observation)
 
     @staticmethod
-    def _fail(episode: _Episode, error: str) -> bool:
-        """Ends the episode, keeps what it has, and gives its environment up."""
+    def _fail_env(episode: _Episode, error: str) -> bool:
+        """Ends the episode with what it has so far and abandons its environment."""
         where = "step" if episode.turns else "reset"
         task = episode.task_id or episode.spec
         _log.error("the environment failed in %s of task %s: %s", where, task, error)
@@ -288,18 +338,21 @@ class RolloutRunner:
         return False
 
     @staticmethod
-    def _give_up(episode: _Episode, error: str) -> None:
+    def _fail_generation(episode: _Episode, error: str) -> None:
         """Ends the episode because its next turn could not be generated."""
         _log.error("no turn could be generated for task %s: %s", episode.task_id, error)
         episode.info["error"] = error
         episode.stop = StopReason.POLICY_ERROR
 
-    def _add_prompt(self, episode: _Episode, observation: Observation, system: str) -> None:
-        images = self._encode(observation, self.prompt_pixels)
-        messages = [observation_message(observation, images)]
-        if system:
-            messages.insert(0, Message("system", (system,)))
-        ids, images = self.chat.prompt(messages)
+    def _add_prompt(
+        self, episode: _Episode, observation: Observation, info: Mapping[str, Any]
+    ) -> None:
+        ids, images = self.prompt(observation, info)
+        most = self.limits.max_prompt_tokens
+        if most is not None and len(ids) > most:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; engine.max_prompt_tokens is {most}"
+            )
         episode.append(ids)
         episode.images += images
         episode.prompt_length = len(ids)
@@ -312,7 +365,7 @@ class RolloutRunner:
         message = observation_message(observation, images)
         ids, images = self.chat.continuation(message, episode.ids[-1])
         used = len(episode.ids) - episode.prompt_length
-        # An observation is added whole or not at all, never cut inside an image; and it must
+        # An observation is added as a whole or not at all, so that no image is cut, and it must
         # leave room for at least one token of the student.
         if used + len(ids) + 1 > self.limits.max_response_tokens:
             episode.stop = StopReason.MAX_TOKENS
@@ -358,7 +411,7 @@ class RolloutRunner:
         return completions
 
     def _end_turn(self, episode: _Episode, completion: Completion) -> None:
-        """Records the student's turn and hands its words to the environment."""
+        """Records the student's turn and passes its text to the environment."""
         start = len(episode.ids)
         episode.ids += completion.ids
         episode.loss += [True] * len(completion.ids)

@@ -1,7 +1,7 @@
-"""One environment per thread, with a bound on every call.
+"""Runs each environment on its own thread, with a time limit on every call.
 
-Threads are daemons: an environment that hangs for ever costs its thread, never the run or the
-process's exit. (Peers wait for ever: verl #2445.)
+The threads are daemons: an environment that hangs blocks its thread, but neither the run nor the
+end of the process. (Peers wait for ever: verl #2445.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call gave: its value, or the error as text (last line first, then the traceback)."""
+    """The result of a call: its value, or the error as text (message, then traceback)."""
 
     value: Any
     error: str | None
@@ -30,10 +30,11 @@ class Outcome:
 
 
 class Worker:
-    """Owns one environment and runs its calls in order on one daemon thread."""
+    """An environment whose calls run in order on one daemon thread."""
 
     def __init__(self, make_env: Callable[[], gymnasium.Env[Any, str]]) -> None:
-        self._calls: queue.SimpleQueue[Callable[[Any], Any] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Callable[[Any], Any], bool] | None]
+        self._calls = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._make_env = make_env
         self._called_at = 0.0
@@ -41,14 +42,18 @@ class Worker:
         self._thread.start()
 
     def call(self, function: Callable[[Any], Any]) -> None:
-        """Queues ``function(env)``; the time of `result` counts from here."""
+        """Queues ``function(env)``; the time limit of `result` starts here."""
         self._called_at = time.perf_counter()
-        self._calls.put(function)
+        self._calls.put((function, True))
+
+    def tell(self, function: Callable[[Any], None]) -> None:
+        """Queues ``function(env)``, which has no outcome; an error is logged."""
+        self._calls.put((function, False))
 
     def result(self, seconds: float) -> Outcome:
-        """The outcome of the call, waiting at most until ``seconds`` after it was made.
+        """Returns the outcome of the call, waiting at most until ``seconds`` after `call`.
 
-        Workers that hang at the same time thus cost one time limit, not one each.
+        So workers that hang at the same time cost one time limit together, not one each.
         """
         remaining = self._called_at + seconds - time.perf_counter()
         try:
@@ -57,12 +62,12 @@ class Worker:
             return Outcome(None, f"no answer within {seconds:g} s", seconds)
 
     def answered(self, seconds: float) -> bool:
-        """Whether `result` would return at once: there is an outcome, or the time is up."""
+        """Returns whether `result` would return at once: with an outcome or because time is up."""
         late = time.perf_counter() >= self._called_at + seconds
         return late or not self._outcomes.empty()
 
     def abandon(self) -> None:
-        """Lets the thread end after its current call, if that ever returns."""
+        """Lets the thread end after its current call, if that call ever returns."""
         self._calls.put(None)
 
     def close(self) -> None:
@@ -73,19 +78,24 @@ class Worker:
     def _serve(self) -> None:
         env: gymnasium.Env[Any, str] | None = None
         while True:
-            function = self._calls.get()
-            if function is None:
+            called = self._calls.get()
+            if called is None:
                 break
+            function, answers = called
             started = time.perf_counter()
             try:
                 if env is None:
                     env = self._make_env()
                 outcome = Outcome(function(env), None, time.perf_counter() - started)
             except BaseException as error:
-                # The boundary to third-party code, SystemExit included: reported, not hidden.
+                # Third-party code may raise anything, SystemExit included; it is reported.
                 text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
                 outcome = Outcome(None, text, time.perf_counter() - started)
-            self._outcomes.put(outcome)
+            if answers:
+                self._outcomes.put(outcome)
+            elif outcome.error is not None:
+                _log.error("a call of an environment failed: %s", outcome.error)
+            del called, function, outcome  # while it waits, the pictures in them are not held
         if env is not None:
             try:
                 env.close()

@@ -2,6 +2,7 @@
 
 ``python -m reopold_agent.study name=ablation`` trains every setting with every seed and writes
 tables and figures; ``--help`` lists the studies. `studies` defines them, `grid` is what they are
-made of, `run` trains, `probe` plays trained models several times per task, `collect` and
-`analyse` turn runs into numbers, `figures` and `report` show them.
+made of, `run` trains, `probe` samples several answers per task from trained models, `collect` and
+`analyse` turn runs into numbers, `claims`, `tables` and `figures` draw conclusions from them,
+`pages` says what each study's report contains, and `report` writes it.
 """

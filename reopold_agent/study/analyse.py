@@ -1,4 +1,4 @@
-"""Numbers over seeds: means with intervals, paired differences, and how soon a curve gets there.
+"""Statistics over seeds: means with intervals, paired differences, and when curves reach a target.
 
 Pure functions. The unit is the seed, never the task: all seeds play the same held-out tasks, so
 an interval over tasks would say nothing about another training run.
@@ -9,31 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean, median
+from statistics import fmean, median
 
 import numpy as np
 import numpy.typing as npt
 
-from reopold_agent.eval.metrics import bootstrap_interval
+from reopold_agent.common.statistics import bootstrap_confidence, bootstrap_interval
 
 MIN_SEEDS = 5
-"""Fewer decide nothing: that two seeds agree by luck alone happens every second time, five once in
+"""Least number of seeds for a verdict: two seeds agree by chance every second time, five once in
 sixteen."""
 
 Curve = Sequence[tuple[float, float]]
 """Points (x, success), x ascending: steps or episodes."""
 
-# 97.5 % points of Student's t for 1 to 30 degrees of freedom.
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds. ``low`` and ``high`` are None for a single seed, which has no spread."""
+    """A mean over seeds with its interval; ``low`` and ``high`` are None for a single seed."""
 
     mean: float
     low: float | None
@@ -57,7 +50,7 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 if the interval lies above 0, -1 if below, 0 if it holds 0 or seeds are too few."""
+        """1 if the interval lies above 0, -1 if below, 0 if it contains 0 or seeds are too few."""
         low, high = self.estimate.low, self.estimate.high
         if low is None or high is None or self.estimate.n < MIN_SEEDS:
             return 0
@@ -66,13 +59,13 @@ class Difference:
 
 @dataclass(frozen=True)
 class Reach:
-    """How far the seeds had to go to a target.
+    """When training reaches a target, in steps or episodes.
 
     Attributes:
         per_seed: by seed; None where the target was not reached.
-        median: over all seeds, those that did not arrive counting as infinite; None if infinite.
-        of_mean: where the mean curve of all seeds arrives, or None.
-        low: lower end of the 95 % interval of ``of_mean``, by drawing seeds; None if infinite.
+        median: over all seeds, where not reaching counts as infinite; None if infinite.
+        of_mean: where the mean curve of all seeds reaches the target, or None.
+        low: lower end of the 95 % interval of ``of_mean`` (bootstrap over seeds); None if infinite.
         high: upper end.
     """
 
@@ -84,28 +77,12 @@ class Reach:
 
     @property
     def reached(self) -> int:
-        """How many seeds arrived."""
+        """Number of seeds that reached the target."""
         return sum(value is not None for value in self.per_seed.values())
 
 
-def confidence_for(n: int) -> float:
-    """The confidence to ask of a percentile bootstrap of n values so that it holds 95 %.
-
-    Percentile intervals of few values are too narrow. Their expansion by sqrt(n / (n - 1)) times
-    the ratio of the t to the normal quantile mends most of it (Hesterberg 2015, "What teachers
-    should know about the bootstrap", section 5.3).
-
-    Raises:
-        ValueError: fewer than two values.
-    """
-    if n < 2:
-        raise ValueError(f"an interval over seeds needs at least two, got {n}")
-    t = _T[n - 2] if n - 2 < len(_T) else NormalDist().inv_cdf(0.975)
-    return 1 - 2 * NormalDist().cdf(-math.sqrt(n / (n - 1)) * t)
-
-
 def estimate(values: Sequence[float], *, seed: int = 0) -> Estimate:
-    """Mean over seeds with its 95 % interval (bootstrap over seeds, see `confidence_for`).
+    """Returns the mean over seeds with its 95 % interval (bootstrap, see `bootstrap_confidence`).
 
     Raises:
         ValueError: there are no values.
@@ -115,12 +92,12 @@ def estimate(values: Sequence[float], *, seed: int = 0) -> Estimate:
     n = len(values)
     if n == 1:
         return Estimate(values[0], None, None, 1)
-    low, high = bootstrap_interval(values, seed=seed, confidence=confidence_for(n))
+    low, high = bootstrap_interval(values, seed=seed, confidence=bootstrap_confidence(n))
     return Estimate(fmean(values), low, high, n)
 
 
 def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
-    """Second minus first over the seeds that both have; None if there is none."""
+    """Returns second minus first over their shared seeds, or None without any."""
     shared = sorted(first.keys() & second.keys())
     if not shared:
         return None
@@ -129,15 +106,15 @@ def difference(first: Mapping[int, float], second: Mapping[int, float]) -> Diffe
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Each inner point averaged with its two neighbours; the first and the last stay."""
+    """Averages each inner point with its two neighbours; the first and the last stay."""
     inner = [fmean(values[i - 1 : i + 2]) for i in range(1, len(values) - 1)]
     return [*values[:1], *inner, *values[1:][-1:]]
 
 
 def reach(curve: Curve, target: float) -> float | None:
-    """The x at which a curve, lightly smoothed, first is at or above a target.
+    """Returns the x at which a curve, lightly smoothed, first is at or above a target.
 
-    Between two points the curve is a straight line. None if it never gets there.
+    The curve is linear between two points. None if it never reaches the target.
     """
     xs, ys = [x for x, _ in curve], smoothed([y for _, y in curve])
     for i, y in enumerate(ys):
@@ -150,14 +127,14 @@ def reach(curve: Curve, target: float) -> float | None:
 
 
 def mean_curve(curves: Sequence[Curve]) -> list[tuple[float, float]]:
-    """Point by point mean over seeds, at the points that all of them have."""
+    """Returns the mean curve over seeds, at the points that all of them have."""
     tables = [dict(curve) for curve in curves]
     shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     return [(x, fmean(table[x] for table in tables)) for x in shared]
 
 
 def band(curves: Sequence[Curve]) -> list[tuple[float, Estimate]]:
-    """`mean_curve` with intervals."""
+    """Returns `mean_curve` with an interval at each point."""
     tables = [dict(curve) for curve in curves]
     return [(x, estimate([table[x] for table in tables])) for x, _ in mean_curve(curves)]
 
@@ -165,10 +142,9 @@ def band(curves: Sequence[Curve]) -> list[tuple[float, Estimate]]:
 def reach_over_seeds(
     curves: Mapping[int, Curve], target: float, *, seed: int = 0, resamples: int = 2000
 ) -> Reach:
-    """`reach` for each seed and for the mean curve, whose interval comes from drawing seeds.
+    """Applies `reach` to each seed and to the mean curve, with an interval by bootstrap over seeds.
 
-    The interval is that of where this method arrives at a fixed target; see `reach_share` for
-    one that takes the target's own spread in.
+    The target is taken as fixed; `reach_share` also accounts for its spread.
     """
     per_seed = {key: reach(curve, target) for key, curve in sorted(curves.items())}
     found = median(math.inf if value is None else value for value in per_seed.values())
@@ -177,7 +153,7 @@ def reach_over_seeds(
         matrix = _Matrix(list(curves.values()))
         random = np.random.default_rng(seed)
         draws = [matrix.reach(random, lambda: target) for _ in range(resamples)]
-        low, high = _interval(draws, confidence_for(len(curves)))
+        low, high = _interval(draws, bootstrap_confidence(len(curves)))
     return Reach(
         per_seed, _finite(found), reach(mean_curve(list(curves.values())), target), low, high
     )
@@ -190,19 +166,19 @@ def reach_share(
     seed: int = 0,
     resamples: int = 2000,
 ) -> tuple[float | None, float | None, float | None]:
-    """How much of the slow method's whole run the fast one needs for the slow one's final success.
+    """Returns the share of the slow run after which the fast one reaches the slow one's end.
 
-    Mean curves of both; the interval comes from drawing the seeds of both, so that it knows that
-    the target is uncertain as well.
+    Both are mean curves. The interval is bootstrapped over the seeds of both, so that it accounts
+    for the uncertainty of the target.
 
     Returns:
-        Share, lower and upper end; None stands for "not reached" (for the upper end: for a
-        part of the draws that the interval cannot leave out).
+        Share, lower and upper end; None stands for "not reached" (for the upper end: not
+        reached in more draws than the interval leaves out).
     """
     whole = max(x for curve in slow.values() for x, _ in curve)
     target = fmean(curve[-1][1] for curve in slow.values())
-    there = reach(mean_curve(list(fast.values())), target)
-    share = None if there is None else there / whole
+    reached = reach(mean_curve(list(fast.values())), target)
+    share = None if reached is None else reached / whole
     n = min(len(fast), len(slow))
     if n < 2:
         return share, None, None
@@ -214,18 +190,18 @@ def reach_share(
         return float(ends[random.integers(len(ends), size=len(ends))].mean())
 
     draws = [matrix.reach(random, drawn_target) / whole for _ in range(resamples)]
-    low, high = _interval(draws, confidence_for(n))
+    low, high = _interval(draws, bootstrap_confidence(n))
     return share, low, high
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """Of a sorted copy the value below which ``share`` lie; infinities are allowed."""
+    """Returns the value below which a share of the values lies; infinities are allowed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, math.floor(share * len(ordered)))]
 
 
 class _Matrix:
-    """Curves over seeds as a matrix, for fast draws."""
+    """Curves over seeds as a matrix, for fast resampling."""
 
     def __init__(self, curves: Sequence[Curve]) -> None:
         tables = [dict(curve) for curve in curves]
@@ -235,7 +211,7 @@ class _Matrix:
         )
 
     def reach(self, random: np.random.Generator, target: Callable[[], float]) -> float:
-        """Where the mean of drawn seeds arrives; infinity if nowhere."""
+        """Returns where the mean curve of resampled seeds reaches the target, or infinity."""
         rows = random.integers(len(self.ys), size=len(self.ys))
         mean = self.ys[rows].mean(axis=0)
         found = reach(list(zip(self.xs, mean.tolist(), strict=True)), target())

@@ -1,4 +1,4 @@
-"""The paper's claims held against a study's numbers. Verdicts are computed, never written."""
+"""Tests of the paper's claims on a study's numbers. Verdicts are computed, never typed in."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ YES, NO, UNDECIDED, MISSING = "yes", "no", "not decided", "not measured"
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim of the paper and what came out here.
+    """A claim of the paper and the result here.
 
     Attributes:
         claim: in a few words, with its place in the paper.
         here: the numbers.
-        verdict: ``yes``, ``no``, ``not decided`` (the interval holds both) or ``not measured``.
+        verdict: ``yes``, ``no``, ``not decided`` (the interval contains both) or ``not measured``.
     """
 
     claim: str
@@ -40,30 +40,30 @@ class Claim:
 
 
 def verdict_of(found: Difference | None) -> str:
-    """Of the claim that a difference is positive."""
+    """Returns the verdict on the claim that a difference is positive."""
     if found is None:
         return MISSING
     return {1: YES, -1: NO, 0: UNDECIDED}[found.sign]
 
 
 def better(claim: str, results: Results, first: str, second: str) -> Claim:
-    """Whether the second setting ends with more success than the first."""
-    found = difference(results.ends(first), results.ends(second))
+    """Tests whether the second setting ends with more success than the first."""
+    found = difference(results.final_successes(first), results.final_successes(second))
     return Claim(claim, show_difference(found), verdict_of(found))
 
 
 def greater_mean(
     claim: str, results: Results, key: str, small: str, large: str, *, until: float = 1.0
 ) -> Claim:
-    """Whether a number of the training steps is greater in one setting than in another.
+    """Tests whether a metric of training is greater in one setting than in another.
 
     Args:
-        claim: in words.
-        results: of the study.
-        key: of the rows.
-        small: the setting that is claimed to have the smaller mean.
-        large: the other.
-        until: only over this first share of the steps.
+        claim: its text.
+        results: results of the study.
+        key: name of the metric.
+        small: setting with the smaller mean, according to the claim.
+        large: the other setting.
+        until: share of the steps, from the first, over which to average.
     """
     found = difference(
         _step_means(results, small, key, until), _step_means(results, large, key, until)
@@ -79,7 +79,7 @@ def greater_mean(
 
 
 def heavy_tail(claim: str, results: Results, label: str) -> Claim:
-    """Whether strongly negative rewards outnumber strongly positive ones (figure 4)."""
+    """Tests whether strongly negative rewards outnumber strongly positive ones (figure 4)."""
     gaps: list[float] = []
     below, above, least = [], [], 0.0
     for record in results.records.get(label, {}).values():
@@ -103,7 +103,7 @@ def heavy_tail(claim: str, results: Results, label: str) -> Claim:
 
 
 def low_entropy_is_silent(claim: str, results: Results, label: str) -> Claim:
-    """Whether the lower six tenths of the tokens by entropy carry less than a tenth of |R|."""
+    """Tests whether the lower 60 % of the tokens by entropy carry less than a tenth of |R|."""
     means = [value.mean for value in decile_means(results, label)]
     if len(means) != 10 or not sum(means):
         return Claim(claim, "-", MISSING)
@@ -113,7 +113,7 @@ def low_entropy_is_silent(claim: str, results: Results, label: str) -> Claim:
 
 
 def below(claim: str, results: Results, label: str, key: str, bound: float, skip: float) -> Claim:
-    """Whether a share of tokens stays below a bound in every step after the first ones."""
+    """Tests whether a share of tokens stays below a bound in every step after the first ones."""
     worst, everything = 0.0, []
     for record in results.records.get(label, {}).values():
         steps, values = record.history.series(key)
@@ -130,7 +130,7 @@ def below(claim: str, results: Results, label: str, key: str, bound: float, skip
 
 
 def time_share(claim: str, results: Results, label: str, low: float, high: float) -> Claim:
-    """Whether the teacher's share of a step lies in the paper's range."""
+    """Tests whether the teacher's share of a step lies in the paper's range."""
     if label not in results.records:
         return Claim(claim, "-", MISSING)
     share = mean_time_shares(results, label)["teacher"]
@@ -139,7 +139,7 @@ def time_share(claim: str, results: Results, label: str, low: float, high: float
 
 
 def rises(claim: str, results: Results, label: str) -> Claim:
-    """Whether avg@k and pass@k both end higher than before training (figure 6)."""
+    """Tests whether avg@k and pass@k both end higher than before training (figure 6)."""
     start = results.model("student")
     records = results.records.get(label, {}).values()
     probes = [record.probes[-1] for record in records if record.probes]
@@ -160,7 +160,7 @@ def rises(claim: str, results: Results, label: str) -> Claim:
 
 
 def smaller_range(claim: str, results: Results, steady: str, moving: str) -> Claim:
-    """Whether final success varies less over a family's values than over another's."""
+    """Tests whether final success varies less over a family's values than over another's."""
     ranges = [_ranges(results, family) for family in (steady, moving)]
     found = difference(ranges[0], ranges[1])
     if found is None:
@@ -174,12 +174,12 @@ def smaller_range(claim: str, results: Results, steady: str, moving: str) -> Cla
 
 
 def worst_beats_best(claim: str, results: Results, family: str, other: str) -> Claim:
-    """Whether a family's lowest mean success is above another family's highest."""
-    ours, theirs = _by_mean(results, family), _by_mean(results, other)
-    if not ours or not theirs:
+    """Tests whether a family's lowest mean success is above another family's highest."""
+    labels, other_labels = _by_mean(results, family), _by_mean(results, other)
+    if not labels or not other_labels:
         return Claim(claim, "-", MISSING)
-    worst, best = ours[0], theirs[-1]
-    found = difference(results.ends(best), results.ends(worst))
+    worst, best = labels[0], other_labels[-1]
+    found = difference(results.final_successes(best), results.final_successes(worst))
     here = f"{results.title(worst)} less {results.title(best)}: {show_difference(found)}"
     return Claim(claim, here, verdict_of(found))
 
@@ -187,15 +187,15 @@ def worst_beats_best(claim: str, results: Results, family: str, other: str) -> C
 def reaches(
     claim: str, results: Results, fast: str, slow: str, bound: float, *, episodes: bool
 ) -> Claim:
-    """Whether the fast setting needs at most a share of the slow one's whole run."""
-    ours = results.curves(fast, episodes=episodes)
-    theirs = results.curves(slow, episodes=episodes)
-    if not ours or not theirs:
+    """Tests whether the fast setting needs at most a share of the slow one's whole run."""
+    fast_curves = results.curves(fast, episodes=episodes)
+    slow_curves = results.curves(slow, episodes=episodes)
+    if not fast_curves or not slow_curves:
         return Claim(claim, "-", MISSING)
     unit = "episodes" if episodes else "steps"
     gain = difference(
-        {seed: curve[0][1] for seed, curve in theirs.items()},
-        {seed: curve[-1][1] for seed, curve in theirs.items()},
+        {seed: curve[0][1] for seed, curve in slow_curves.items()},
+        {seed: curve[-1][1] for seed, curve in slow_curves.items()},
     )
     if gain is not None and gain.estimate.n >= MIN_SEEDS and gain.sign < 1:
         here = (
@@ -203,24 +203,26 @@ def reaches(
             "so its end is no target"
         )
         return Claim(claim, here, UNDECIDED)
-    target = fmean(curve[-1][1] for curve in theirs.values())
-    whole = max(x for curve in theirs.values() for x, _ in curve)
-    share, low, high = reach_share(ours, theirs)
-    found = reach_over_seeds(ours, target)
-    own = reach_over_seeds(theirs, target)
-    where = "not reached" if found.of_mean is None else f"{found.of_mean:.0f}"
+    target = fmean(curve[-1][1] for curve in slow_curves.values())
+    whole = max(x for curve in slow_curves.values() for x, _ in curve)
+    share, low, high = reach_share(fast_curves, slow_curves)
+    fast_reach = reach_over_seeds(fast_curves, target)
+    slow_reach = reach_over_seeds(slow_curves, target)
+    where = "not reached" if fast_reach.of_mean is None else f"{fast_reach.of_mean:.0f}"
     here = (
         f"target {target:.3f}, {results.title(slow)}'s end after {whole:.0f} {unit}; mean curve "
         f"{where} {unit}"
     )
     if share is not None:
         here += f", {share:.2f} of the run [{_end(low)}, {_end(high)}]"
-    here += f"; seeds that get there {found.reached} of {len(found.per_seed)}"
-    if found.median is not None:
-        here += f", median {found.median:.0f}"
-    if own.of_mean is not None:
-        here += f"; {results.title(slow)}'s own mean curve is first there at {own.of_mean:.0f}"
-    if min(len(ours), len(theirs)) < MIN_SEEDS:
+    here += f"; seeds that get there {fast_reach.reached} of {len(fast_reach.per_seed)}"
+    if fast_reach.median is not None:
+        here += f", median {fast_reach.median:.0f}"
+    if slow_reach.of_mean is not None:
+        here += (
+            f"; {results.title(slow)}'s own mean curve is first there at {slow_reach.of_mean:.0f}"
+        )
+    if min(len(fast_curves), len(slow_curves)) < MIN_SEEDS:
         verdict = UNDECIDED
     elif high is not None and high <= bound:
         verdict = YES
@@ -232,20 +234,20 @@ def reaches(
 
 
 def faster_than_teacher(claim: str, results: Results, label: str) -> Claim:
-    """The greatest factor by which a student reaches the teacher's pass@k sooner."""
-    ours, theirs = results.latency(label), results.latency("teacher")
-    mine, goal = (scaling_points(results, each, "pass") for each in (label, "teacher"))
+    """Tests whether a student reaches any of the teacher's pass@k in less time."""
+    student_seconds, teacher_seconds = results.latency(label), results.latency("teacher")
+    student, teacher = (scaling_points(results, each, "pass") for each in (label, "teacher"))
     factors = {}
-    for k, seconds in theirs.items():
-        if k not in goal:
+    for k, seconds in teacher_seconds.items():
+        if k not in teacher:
             continue
-        ks = [j for j in sorted(ours) if j in mine]
-        values = [mine[j].mean for j in ks]
-        if values and max(values) >= goal[k].mean:
+        ks = [j for j in sorted(student_seconds) if j in student]
+        values = [student[j].mean for j in ks]
+        if values and max(values) >= teacher[k].mean:
             order = np.maximum.accumulate(values)
-            times = [ours[j] for j in ks]
-            factors[k] = seconds / float(np.interp(goal[k].mean, order, times))
-    if not theirs or not mine:
+            times = [student_seconds[j] for j in ks]
+            factors[k] = seconds / float(np.interp(teacher[k].mean, order, times))
+    if not teacher_seconds or not student:
         return Claim(claim, "-", MISSING)
     enough = len(results.records[label]) >= MIN_SEEDS
     if not factors:
@@ -254,20 +256,20 @@ def faster_than_teacher(claim: str, results: Results, label: str) -> Claim:
     best = max(factors, key=lambda k: factors[k])
     here = (
         f"at most {factors[best]:.2f} times as fast, at the teacher's pass@{best} of "
-        f"{goal[best].mean:.3f} (means; no interval)"
+        f"{teacher[best].mean:.3f} (means; no interval)"
     )
     return Claim(claim, here, (YES if factors[best] > 1 else NO) if enough else UNDECIDED)
 
 
 def show(value: Estimate, form: str = ".3f") -> str:
-    """A mean and its interval."""
+    """Formats a mean and its interval."""
     if value.low is None or value.high is None:
         return f"{value.mean:{form}} (one seed)"
     return f"{value.mean:{form}} [{value.low:{form}}, {value.high:{form}}]"
 
 
 def show_difference(found: Difference | None) -> str:
-    """A paired difference, its interval, and in how many seeds it is positive."""
+    """Formats a paired difference, its interval, and the numbers of seeds by sign."""
     if found is None:
         return "-"
     value = found.estimate
@@ -280,7 +282,7 @@ def show_difference(found: Difference | None) -> str:
 
 
 _FAR = 2.5
-"""Nats: a reward beyond this is an outlier here. An edge of the histograms, near the floor of
+"""Nats: rewards beyond this count as outliers. It is an edge of the histograms, near the floor of
 lambda 0.1."""
 
 _SILENT = 0.1
@@ -301,7 +303,9 @@ def _family(results: Results, family: str) -> list[str]:
 
 
 def _ranges(results: Results, family: str) -> dict[int, float]:
-    ends: list[Mapping[int, float]] = [results.ends(each) for each in _family(results, family)]
+    ends: list[Mapping[int, float]] = [
+        results.final_successes(each) for each in _family(results, family)
+    ]
     if not ends:
         return {}
     seeds = set.intersection(*(set(each) for each in ends))
@@ -309,7 +313,9 @@ def _ranges(results: Results, family: str) -> dict[int, float]:
 
 
 def _by_mean(results: Results, family: str) -> list[str]:
-    return sorted(_family(results, family), key=lambda label: fmean(results.ends(label).values()))
+    return sorted(
+        _family(results, family), key=lambda label: fmean(results.final_successes(label).values())
+    )
 
 
 def _end(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a study's finished runs measured, read from their folders."""
+"""Reads the measurements of a study's finished runs from their folders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from reopold_agent.errors import DataError
-from reopold_agent.eval.metrics import pass_at_k
+from reopold_agent.evaluate.metrics import pass_at_k
 from reopold_agent.study.grid import Run, Setting
 from reopold_agent.study.run import finished
 from reopold_agent.tracking.history import History, number
@@ -31,7 +31,7 @@ SERIES = (
     "grad_norm",
     "time/step",
 )
-"""Of a training step, what ``numbers.json`` keeps."""
+"""Metrics of a training step that ``numbers.json`` keeps."""
 
 PARTS = ("generate", "environment", "teacher", "old_logp", "update", "sync", "other")
 """Parts of a step's time."""
@@ -41,8 +41,8 @@ class Record:
     """One finished run.
 
     Attributes:
-        run: which.
-        history: its rows.
+        run: the run.
+        history: rows of its metrics.
     """
 
     def __init__(self, run: Run) -> None:
@@ -52,51 +52,51 @@ class Record:
 
     @cached_property
     def steps(self) -> int:
-        """Of the run."""
+        """Number of training steps."""
         return len(self.history.train)
 
     @cached_property
     def episodes(self) -> list[float]:
-        """Episodes rolled out until after step 0, 1, 2 ...: ``episodes[s]`` before step s."""
+        """Cumulative episodes: ``episodes[s]`` have been rolled out before step s."""
         return [0.0, *accumulate(self.history.column("rollout/episodes").tolist())]
 
     @cached_property
     def curve(self) -> list[tuple[float, float]]:
-        """Held-out success, sampled, by updates done: from before training to the end."""
+        """Held-out success of sampled answers by step, from before training to the end."""
         rows = self.history.evaluation_rows("student", "sampled")
         return [(float(row["step"]), float(row["success"])) for row in rows]
 
     @property
     def episode_curve(self) -> list[tuple[float, float]]:
-        """The same by episodes that were rolled out."""
+        """`curve` by episodes rolled out instead of steps."""
         return [(self.episodes[int(step)], success) for step, success in self.curve]
 
-    def end(self, sampling: str = "sampled") -> float:
-        """Held-out success after the last step."""
+    def final_success(self, sampling: str = "sampled") -> float:
+        """Returns held-out success after the last step."""
         rows = self.history.evaluation_rows("student", sampling)
         return float(rows[-1]["success"])
 
     def time_shares(self) -> dict[str, float]:
-        """Share of all steps' seconds by part."""
+        """Returns the share of training time by part of a step."""
         seconds = {part: float(self.history.column(f"time/{part}").sum()) for part in PARTS}
         whole = sum(seconds.values()) or 1.0
         return {part: value / whole for part, value in seconds.items()}
 
     def mean(self, key: str) -> float | None:
-        """Of a step's number over all steps."""
+        """Returns the mean of a metric over all steps."""
         return History.mean(self.history.train, key)
 
     @cached_property
-    def probes(self) -> list[Probed]:
-        """States that were played several times per task, by step."""
+    def probes(self) -> list[ProbeResult]:
+        """Results of the run's probe, by step."""
         return read_probe(self.run.probe)
 
     def numbers(self) -> dict[str, Any]:
-        """Everything that figures and tables use, as plain values."""
+        """Returns everything that figures and tables use, as plain values."""
         return {
             "setting": self.run.setting.label,
             "seed": self.run.seed,
-            "words": list(self.run.words),
+            "words": list(self.run.overrides),
             "curve": [
                 {
                     key: row.get(key)
@@ -106,7 +106,7 @@ class Record:
                 if row.get("who") == "student"
             ],
             "steps": {
-                key: [_short(number(row.get(key))) for row in self.history.train]
+                key: [_rounded(number(row.get(key))) for row in self.history.train]
                 for key in SERIES
                 if self.history.has(key)
             },
@@ -115,25 +115,25 @@ class Record:
                     "steps": label,
                     "histogram": _histogram(rows),
                     "abs_by_entropy_decile": [
-                        _short(v) for v in History.mean_list(rows, "reward/abs_by_entropy_decile")
+                        _rounded(v) for v in History.mean_list(rows, "reward/abs_by_entropy_decile")
                     ],
                 }
                 for label, rows in self.history.windows("reward/histogram")
             ],
-            "time_shares": {k: _short(v) for k, v in self.time_shares().items()},
+            "time_shares": {k: _rounded(v) for k, v in self.time_shares().items()},
             "probes": [probe.numbers() for probe in self.probes],
         }
 
 
 @dataclass(frozen=True)
-class Probed:
-    """Several samples per task of one state of a model.
+class ProbeResult:
+    """Several samples per task from one checkpoint of a model.
 
     Attributes:
-        step: updates done.
+        step: training steps before the checkpoint.
         correct: by task, 0 or 1 per sample.
         majority: by k, by task: share of groups of k samples whose most frequent answer is right.
-        tokens: mean per answer.
+        tokens: mean number per answer.
     """
 
     step: int
@@ -143,7 +143,7 @@ class Probed:
 
     @property
     def samples(self) -> int:
-        """Per task."""
+        """Samples per task."""
         return len(self.correct[0])
 
     @property
@@ -152,39 +152,39 @@ class Probed:
         return fmean(fmean(task) for task in self.correct)
 
     def pass_at(self, k: int) -> float:
-        """Chance that one of k answers is right, unbiased, mean over the tasks."""
+        """Returns the unbiased chance that one of k answers is right, averaged over tasks."""
         return fmean(pass_at_k(len(task), sum(task), k) for task in self.correct)
 
     def maj_at(self, k: int) -> float:
-        """Chance that the most frequent of k answers is right, mean over the tasks."""
+        """Returns the chance that the most frequent of k answers is right, averaged over tasks."""
         return fmean(self.majority[k])
 
     @property
     def ks(self) -> list[int]:
-        """Numbers of samples that are powers of two."""
+        """Values of k: the powers of two up to the number of samples."""
         return sorted(self.majority)
 
     def numbers(self) -> dict[str, Any]:
-        """As plain values: right answers by task, and the figures made of them."""
+        """Returns right answers by task and the metrics computed from them, as plain values."""
         return {
             "step": self.step,
             "tasks": len(self.correct),
             "samples": self.samples,
             "right_by_task": [sum(task) for task in self.correct],
-            "avg": _short(self.avg),
-            "pass_at_k": {str(k): _short(self.pass_at(k)) for k in self.ks},
-            "maj_at_k": {str(k): _short(self.maj_at(k)) for k in self.ks},
-            "tokens": _short(self.tokens),
+            "avg": _rounded(self.avg),
+            "pass_at_k": {str(k): _rounded(self.pass_at(k)) for k in self.ks},
+            "maj_at_k": {str(k): _rounded(self.maj_at(k)) for k in self.ks},
+            "tokens": _rounded(self.tokens),
         }
 
 
-def read_probe(path: Path) -> list[Probed]:
-    """States in a file of `reopold_agent.study.probe`; none if there is no file."""
+def read_probe(path: Path) -> list[ProbeResult]:
+    """Reads a file of `reopold_agent.study.probe`; empty if there is none."""
     if not path.is_file():
         return []
     found = json.loads(path.read_text("utf-8"))
     return [
-        Probed(
+        ProbeResult(
             int(point["step"]),
             point["correct"],
             {int(k): values for k, values in point["majority"].items()},
@@ -195,7 +195,7 @@ def read_probe(path: Path) -> list[Probed]:
 
 
 def read_latency(path: Path) -> dict[int, float]:
-    """Mean seconds per question by number of parallel answers; empty if there is no file."""
+    """Reads mean seconds per question by number of parallel answers; empty without a file."""
     if not path.is_file():
         return {}
     found = json.loads(path.read_text("utf-8"))
@@ -207,14 +207,14 @@ class Results:
 
     Attributes:
         out: the study's folder.
-        records: by setting, in the study's order, by seed; settings without a finished run are
-            left out.
-        missing: runs that have not finished.
+        records: by setting, in the study's order, then by seed; settings without a finished run
+            are left out.
+        missing: names of unfinished runs.
     """
 
     def __init__(self, runs: Sequence[Run], out: Path) -> None:
         if not runs:
-            raise DataError("a study without runs has no results")
+            raise DataError("a study needs at least one run")
         self.out, self.study = out, runs[0].study
         self.missing = [run.name for run in runs if not finished(run)]
         self.records: dict[str, dict[int, Record]] = {}
@@ -223,36 +223,36 @@ class Results:
                 self.records.setdefault(run.setting.label, {})[run.seed] = Record(run)
 
     def setting(self, label: str) -> Setting:
-        """The setting of that name."""
+        """Returns the setting with this label."""
         return next(s for s in self.study.settings if s.label == label)
 
     def title(self, label: str) -> str:
-        """How tables and figures call a setting."""
+        """Returns the name of a setting in tables and figures."""
         return self.setting(label).title
 
-    def ends(self, label: str, sampling: str = "sampled") -> dict[int, float]:
-        """Final success by seed; empty without runs."""
-        return {seed: r.end(sampling) for seed, r in self.records.get(label, {}).items()}
+    def final_successes(self, label: str, sampling: str = "sampled") -> dict[int, float]:
+        """Returns final success by seed; empty without runs."""
+        return {seed: r.final_success(sampling) for seed, r in self.records.get(label, {}).items()}
 
     def curves(self, label: str, *, episodes: bool = False) -> dict[int, list[tuple[float, float]]]:
-        """Success curves by seed, over steps or over episodes."""
+        """Returns success curves by seed, over steps or over episodes."""
         return {
             seed: record.episode_curve if episodes else record.curve
             for seed, record in self.records.get(label, {}).items()
         }
 
-    def model(self, who: str) -> Probed | None:
-        """The ``student`` before training, or the ``teacher``, if they were probed."""
+    def model(self, who: str) -> ProbeResult | None:
+        """Returns the probe of the ``student`` before training or of the ``teacher``, if any."""
         found = read_probe(self.out / "models" / f"{who}.json")
         return found[0] if found else None
 
     def latency(self, name: str) -> dict[int, float]:
-        """Measured latency of a setting's model, or of the ``teacher``."""
+        """Returns the measured latency of a setting's model or of the ``teacher``."""
         return read_latency(self.out / "models" / f"latency-{name}.json")
 
 
 def _histogram(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Counts of the bins that are not empty, with the left edge of the first."""
+    """Returns the counts between the outermost non-empty bins, and the left edge of the first."""
     edges, counts = History.histogram(rows, "reward/histogram")
     full = counts.nonzero()[0]
     if not full.size:
@@ -265,6 +265,6 @@ def _histogram(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _short(value: float | None) -> float | None:
-    """Five digits are more than any of these numbers is worth."""
+def _rounded(value: float | None) -> float | None:
+    """Rounds to five significant digits, more than these measurements support."""
     return None if value is None else float(f"{value:.5g}")

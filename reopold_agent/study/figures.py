@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from reopold_agent.study.analyse import Estimate, band, estimate
-from reopold_agent.study.collect import Probed, Results
+from reopold_agent.study.collect import ProbeResult, Results
 from reopold_agent.tracking.history import History
 from reopold_agent.tracking.plots import (
     BLUE,
@@ -27,7 +27,7 @@ from reopold_agent.tracking.plots import (
     VERMILION,
 )
 
-LOOK: dict[str, tuple[str, str, str]] = {
+STYLES: dict[str, tuple[str, str, str]] = {
     "rkl": (VERMILION, "--", "s"),
     "rkl_sg": (ORANGE, "-.", "^"),
     "rkl_sg_clip": (SKY, "--", "v"),
@@ -39,7 +39,7 @@ LOOK: dict[str, tuple[str, str, str]] = {
     "sft": ("#222222", ":", "x"),
     "grpo": (PURPLE, "-", "p"),
 }
-"""Colour, line and marker by setting or family: never colour alone."""
+"""Colour, line and marker by setting or family. Colour is never the only difference."""
 
 _RAMP = ("#08306b", "#2171b5", "#6baed6", "#fd8d3c", "#a63603", "#444444")
 _DASHES = ("-", "--", "-.", ":", (0, (1, 1)), (0, (5, 1)))
@@ -53,7 +53,7 @@ def save(figure: Figure, path: Path) -> Path:
 
 
 def styled(draw: Callable[..., Figure | None], *arguments: Any, **settings: Any) -> Figure | None:
-    """Draws in the common style without changing it for the process."""
+    """Draws in the common style without changing the style of the process."""
     with matplotlib.rc_context(STYLE):
         return draw(*arguments, **settings)
 
@@ -61,14 +61,14 @@ def styled(draw: Callable[..., Figure | None], *arguments: Any, **settings: Any)
 def success_figure(
     results: Results, labels: Sequence[str], *, episodes: bool = False, log: bool = False
 ) -> Figure | None:
-    """Held-out success over updates, or over episodes: mean over seeds with its interval."""
+    """Draws held-out success over steps or episodes: mean over seeds with its interval."""
     labels = [label for label in labels if label in results.records]
     if not labels:
         return None
-    figure, axes = _one(7.6, 4.4)
+    figure, axes = _single_panel(7.6, 4.4)
     for place, label in enumerate(labels):
         points = band(list(results.curves(label, episodes=episodes).values()))
-        _band(axes, points, results.title(label), _look(label, place))
+        _band(axes, points, results.title(label), _style(label, place))
     teacher = results.model("teacher")
     if teacher is not None:
         axes.axhline(teacher.avg, color="black", lw=1, ls=(0, (1, 2)), label="teacher")
@@ -86,14 +86,14 @@ def success_figure(
 def series_figure(
     results: Results, labels: Sequence[str], key: str, title: str, unit: str, *, share: bool = False
 ) -> Figure | None:
-    """A number of the training steps, averaged over seeds, with its interval."""
+    """Draws a metric of training, averaged over seeds, with its interval."""
     found = {label: _series(results, label, key) for label in labels}
     found = {label: curves for label, curves in found.items() if curves}
     if not found:
         return None
-    figure, axes = _one(7.6, 3.8)
+    figure, axes = _single_panel(7.6, 3.8)
     for place, (label, curves) in enumerate(found.items()):
-        _band(axes, band(curves), results.title(label), _look(label, place), marks=False)
+        _band(axes, band(curves), results.title(label), _style(label, place), marks=False)
     axes.set_title(title)
     axes.set_ylabel(unit)
     axes.set_xlabel("steps done")
@@ -105,14 +105,14 @@ def series_figure(
 
 
 def histogram_figure(results: Results, label: str) -> Figure | None:
-    """Rewards of single tokens at the start and the end of training (paper, figure 4)."""
+    """Draws rewards of single tokens at the start and the end of training (paper, figure 4)."""
     windows: dict[str, list[list[dict[str, Any]]]] = {}
     for record in results.records.get(label, {}).values():
         for name, rows in record.history.windows("reward/histogram"):
             windows.setdefault(name, []).append(rows)
     if not windows:
         return None
-    figure, axes = _one(7.6, 3.8)
+    figure, axes = _single_panel(7.6, 3.8)
     used: list[float] = []
     for (name, runs), colour in zip(windows.items(), (GREY, BLUE), strict=False):
         edges, counts = History.histogram([row for rows in runs for row in rows], _HISTOGRAM)
@@ -138,12 +138,12 @@ def decile_figure(results: Results, labels: Sequence[str]) -> Figure | None:
     found = {label: values for label, values in found.items() if values}
     if not found:
         return None
-    figure, axes = _one(7.6, 3.8)
+    figure, axes = _single_panel(7.6, 3.8)
     width = 0.8 / len(found)
     for place, (label, values) in enumerate(found.items()):
         means = [value.mean for value in values]
         x = np.arange(1, len(means) + 1) + (place - (len(found) - 1) / 2) * width
-        colour = _look(label, place)[0]
+        colour = _style(label, place)[0]
         low = [v.mean - (v.mean if v.low is None else v.low) for v in values]
         high = [(v.mean if v.high is None else v.high) - v.mean for v in values]
         style: dict[str, Any] = {"elinewidth": 0.8, "ecolor": "black"}
@@ -158,7 +158,7 @@ def decile_figure(results: Results, labels: Sequence[str]) -> Figure | None:
 
 
 def exploration_figure(results: Results, labels: Sequence[str]) -> Figure | None:
-    """Entropy, and avg@k and pass@k over training (paper, figure 6)."""
+    """Draws entropy, avg@k and pass@k over training (paper, figure 6)."""
     labels = [label for label in labels if _series(results, label, "entropy/mean")]
     if not labels:
         return None
@@ -166,7 +166,7 @@ def exploration_figure(results: Results, labels: Sequence[str]) -> Figure | None
     figure = Figure(figsize=(10.5 if probed else 7.6, 3.8), dpi=120, layout="constrained")
     panels: list[Axes] = figure.subplots(1, 3 if probed else 1, squeeze=False)[0].tolist()
     for place, label in enumerate(labels):
-        look = _look(label, place)
+        look = _style(label, place)
         curves = _series(results, label, "entropy/mean")
         _band(panels[0], band(curves), results.title(label), look, marks=False)
     panels[0].set_title("Entropy of the student")
@@ -187,7 +187,7 @@ def exploration_figure(results: Results, labels: Sequence[str]) -> Figure | None
             if start is not None:
                 first = probe_value(start, name)
                 curve = [(0.0, Estimate(first, first, first, 1)), *curve]
-            _band(axes, curve, results.title(label), _look(label, place))
+            _band(axes, curve, results.title(label), _style(label, place))
         if teacher is not None:
             axes.axhline(probe_value(teacher, name), color="black", lw=1, ls=(0, (1, 2)))
         axes.set_title(f"{name}@{k}")
@@ -199,11 +199,11 @@ def exploration_figure(results: Results, labels: Sequence[str]) -> Figure | None
 
 
 def time_figure(results: Results, labels: Sequence[str]) -> Figure | None:
-    """Where the seconds of a step go, by setting (paper, figure 14)."""
+    """Draws the share of each part in the time of a step, by setting (paper, figure 14)."""
     labels = [label for label in labels if label in results.records]
     if not labels:
         return None
-    figure, axes = _one(7.6, 0.9 + 0.42 * len(labels))
+    figure, axes = _single_panel(7.6, 0.9 + 0.42 * len(labels))
     for place, label in enumerate(reversed(labels)):
         shares = mean_time_shares(results, label)
         left = 0.0
@@ -226,18 +226,18 @@ def time_figure(results: Results, labels: Sequence[str]) -> Figure | None:
 
 
 def sensitivity_figure(results: Results, xlabel: str, *, log: bool = False) -> Figure | None:
-    """Final success against a setting's value, one line per family (paper, figure 12)."""
+    """Draws final success against a setting's value, one line per family (paper, figure 12)."""
     families: dict[str, list[tuple[float, Estimate]]] = {}
     for label in results.records:
         setting = results.setting(label)
         if setting.value is not None:
-            point = (setting.value, estimate(list(results.ends(label).values())))
+            point = (setting.value, estimate(list(results.final_successes(label).values())))
             families.setdefault(setting.family, []).append(point)
     if not families:
         return None
-    figure, axes = _one(6.4, 4.0)
+    figure, axes = _single_panel(6.4, 4.0)
     for place, (family, points) in enumerate(families.items()):
-        colour, dashes, marker = _look(family, place)
+        colour, dashes, marker = _style(family, place)
         xs = [x for x, _ in points]
         low = [e.mean - (e.mean if e.low is None else e.low) for _, e in points]
         high = [(e.mean if e.high is None else e.high) - e.mean for _, e in points]
@@ -257,7 +257,7 @@ def sensitivity_figure(results: Results, xlabel: str, *, log: bool = False) -> F
 
 
 def scaling_figure(results: Results, labels: Sequence[str]) -> Figure | None:
-    """Pass@k and maj@k against the seconds of k parallel answers (paper, figures 1b and 13)."""
+    """Draws pass@k and maj@k against seconds of k parallel answers (paper, figures 1b and 13)."""
     figure = Figure(figsize=(9.4, 4.0), dpi=120, layout="constrained")
     panels = figure.subplots(1, 2)
     drawn = False
@@ -270,7 +270,7 @@ def scaling_figure(results: Results, labels: Sequence[str]) -> Figure | None:
                 continue
             drawn = True
             title = "teacher" if label == "teacher" else results.title(label)
-            look = ("black", ":", "*") if label == "teacher" else _look(label, place)
+            look = ("black", ":", "*") if label == "teacher" else _style(label, place)
             _band(axes, [(seconds[k], points[k]) for k in ks], title, look)
             for k in ks:
                 at = (seconds[k], points[k].mean)
@@ -288,13 +288,13 @@ def scaling_figure(results: Results, labels: Sequence[str]) -> Figure | None:
 # What figures and reports share
 
 
-def probe_value(probe: Probed, name: str) -> float:
-    """``avg`` or ``pass`` over all samples of a probe."""
+def probe_value(probe: ProbeResult, name: str) -> float:
+    """Returns ``avg`` or ``pass`` at k, the number of samples of a probe."""
     return probe.avg if name == "avg" else probe.pass_at(probe.samples)
 
 
 def scaling_points(results: Results, label: str, name: str) -> dict[int, Estimate]:
-    """Pass@k or maj@k by k at the end of training, over seeds; of the teacher over nothing."""
+    """Returns pass@k or maj@k by k at the end of training, over seeds if not the teacher's."""
     if label == "teacher":
         teacher = results.model("teacher")
         probes = [] if teacher is None else [teacher]
@@ -310,7 +310,7 @@ def scaling_points(results: Results, label: str, name: str) -> dict[int, Estimat
 
 
 def decile_means(results: Results, label: str) -> list[Estimate]:
-    """Mean |R| by entropy decile over the first tenth of training, over seeds."""
+    """Returns mean |R| by entropy decile over the first tenth of training, over seeds."""
     per_seed = []
     for record in results.records.get(label, {}).values():
         windows = record.history.windows("reward/abs_by_entropy_decile")
@@ -320,7 +320,7 @@ def decile_means(results: Results, label: str) -> list[Estimate]:
 
 
 def mean_time_shares(results: Results, label: str) -> dict[str, float]:
-    """Share of a step by part, mean over seeds."""
+    """Returns the share of each part in a step's time, averaged over seeds."""
     runs = [record.time_shares() for record in results.records[label].values()]
     return {part: sum(run[part] for run in runs) / len(runs) for part in runs[0]}
 
@@ -337,8 +337,8 @@ def _series(results: Results, label: str, key: str) -> list[list[tuple[float, fl
     return curves
 
 
-def _probe_points(results: Results, label: str) -> Mapping[int, list[Probed]]:
-    points: dict[int, list[Probed]] = {}
+def _probe_points(results: Results, label: str) -> Mapping[int, list[ProbeResult]]:
+    points: dict[int, list[ProbeResult]] = {}
     for record in results.records.get(label, {}).values():
         for probe in record.probes:
             points.setdefault(probe.step, []).append(probe)
@@ -362,9 +362,9 @@ def _band(
     axes.plot(xs, [e.mean for _, e in points], label=label, marker=marker if marks else "", **style)
 
 
-def _look(label: str, place: int) -> tuple[str, Any, str]:
-    if label in LOOK:
-        return LOOK[label]
+def _style(label: str, place: int) -> tuple[str, Any, str]:
+    if label in STYLES:
+        return STYLES[label]
     return _RAMP[place % len(_RAMP)], _DASHES[place % len(_DASHES)], "osv^Dx"[place % 6]
 
 
@@ -373,7 +373,7 @@ def _family_title(results: Results, family: str) -> str:
     return titles[0].rpartition(",")[0] or family
 
 
-def _one(width: float, height: float) -> tuple[Figure, Axes]:
+def _single_panel(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     axes = figure.subplots()
     axes.xaxis.set_major_locator(MaxNLocator(min_n_ticks=1, steps=[1, 2, 5, 10]))

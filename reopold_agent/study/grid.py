@@ -1,4 +1,4 @@
-"""What a study is: settings times seeds, each of them one training command."""
+"""Definition of a study: settings times seeds, one training command each."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Setting:
 
     Attributes:
         label: name of its folder, and of the setting in ``only=`` and ``numbers.json``.
-        title: how tables and figures call it.
-        words: of the training command; they win over the study's ``base``.
-        longer: it trains this many times the study's steps.
-        family: settings of one family form a line of a sensitivity figure ...
-        value: ... at this place.
-        probe: whether its models are played several times per task as well (`Probe`).
+        title: its name in tables and figures.
+        overrides: of the training command; they take precedence over the study's ``base``.
+        longer: factor on the study's number of steps.
+        family: settings of one family form a line of a sensitivity figure.
+        value: position on that line.
+        probe: whether several answers per task are sampled from its models too (`Probe`).
     """
 
     label: str
     title: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     longer: float = 1.0
     family: str = ""
     value: float | None = None
@@ -37,12 +37,12 @@ class Probe:
     """Several samples per held-out task, for avg@k, pass@k and maj@k.
 
     Attributes:
-        tasks: the first so many held-out tasks.
-        samples: per task.
-        points: states of a run that are probed, evenly over training; the last is its end.
-        latency: numbers of answers in parallel whose seconds per question are measured, on the
+        tasks: number of held-out tasks, from the first.
+        samples: number per task.
+        points: number of checkpoints of a run to probe, evenly over training; the last is its end.
+        latency: numbers of parallel answers for which to measure seconds per question, on the
             first seed of each probed setting and on the teacher; empty for none.
-        questions: on so many questions.
+        questions: number of questions for the latency.
     """
 
     tasks: int
@@ -54,18 +54,18 @@ class Probe:
 
 @dataclass(frozen=True)
 class Study:
-    """A grid of training runs and what it shows.
+    """A grid of training runs and its report.
 
     Attributes:
-        name: in ``name=``.
-        title: of its report.
-        mirrors: the paper's figures and tables that it repeats in small.
-        base: words of every training command.
-        settings: what is compared.
-        steps: of a run, unless its setting is ``longer``.
-        report: name of the function that writes its report (`reopold_agent.study.report`).
-        seeds: numbers of seeds, from 0.
-        seconds: of a run of ``steps`` on one core; for the estimate in ``--help`` only.
+        name: value of ``name=``.
+        title: title of its report.
+        mirrors: the paper's figures and tables that it repeats at small scale.
+        base: overrides of every training command.
+        settings: the settings to compare.
+        steps: steps of a run, unless its setting is ``longer``.
+        report: name of the function that composes its report (`reopold_agent.study.pages`).
+        seeds: number of seeds, from 0.
+        seconds: duration of a run of ``steps`` on one core; only for the estimate in ``--help``.
         probe: how the settings with ``probe`` are probed, and, once per study, the student before
             training and the teacher.
     """
@@ -88,15 +88,15 @@ class Study:
             raise ConfigError(f"study {self.name}: two settings are called {', '.join(twice)}")
 
     def minutes(self, cores: int) -> float:
-        """A rough estimate of its wall-clock time."""
+        """Roughly estimates its wall-clock time."""
         runs = self.seeds * sum(setting.longer for setting in self.settings)
         return runs * self.seconds / 60 / cores
 
     def chosen(self, labels: Sequence[str]) -> tuple[Setting, ...]:
-        """The settings of these names, in the study's order; all if there are none.
+        """Returns the settings with these labels, in the study's order; all without labels.
 
         Raises:
-            UnknownNameError: no such setting; lists what exists and the closest match.
+            UnknownNameError: there is no such setting; lists the known ones and the closest match.
         """
         known = [setting.label for setting in self.settings]
         for label in labels:
@@ -112,47 +112,47 @@ class Run:
     study: Study = field(repr=False)
     setting: Setting
     seed: int
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     folder: Path
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
         return f"{self.setting.label}/seed-{self.seed}"
 
     @property
     def log(self) -> Path:
-        """What the command printed. Beside the folder, which belongs to the trainer."""
+        """File with the output of the command, beside the folder, which belongs to the trainer."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
     def probe(self) -> Path:
-        """What the probe of this run found."""
+        """File with the result of the probe."""
         return self.folder / "probe.json"
 
     @property
     def probed(self) -> Probe | None:
-        """How this run is probed, if it is."""
+        """The probe of this run, if it has one."""
         return self.study.probe if self.setting.probe else None
 
 
-def merge_words(*groups: Iterable[str]) -> tuple[str, ...]:
-    """Words of a training command: of two that set the same key the later one stays.
+def merge_overrides(*groups: Iterable[str]) -> tuple[str, ...]:
+    """Merges overrides of a training command; of two with the same key the later one stays.
 
-    Groups (``env=``, ``model=``, ``objective=`` ...) come first, as their values would otherwise
-    look as if they could undo what was set before.
+    Groups (``env=``, ``model=``, ``objective=`` ...) come first, as they would otherwise seem to
+    undo the overrides before them.
 
     Raises:
-        ConfigError: a word is no ``key=value``.
+        ConfigError: an override is not ``key=value``.
     """
-    words: dict[str, str] = {}
+    merged: dict[str, str] = {}
     for word in (word for group in groups for word in group):
         key, equals, _ = word.partition("=")
         if not equals or not key.strip("+~"):
-            raise ConfigError(f"'{word}' is no training setting; write key=value")
-        words.pop(key.lstrip("+"), None)
-        words[key.lstrip("+")] = word
-    return tuple(sorted(words.values(), key=lambda word: "." in word.partition("=")[0]))
+            raise ConfigError(f"'{word}' is not a training setting; write key=value")
+        merged.pop(key.lstrip("+"), None)
+        merged[key.lstrip("+")] = word
+    return tuple(sorted(merged.values(), key=lambda word: "." in word.partition("=")[0]))
 
 
 def expand(
@@ -164,18 +164,18 @@ def expand(
     steps: int | None = None,
     extra: Sequence[str] = (),
 ) -> list[Run]:
-    """The runs of a study, seed by seed, so that an interrupted study has whole comparisons.
+    """Lists the runs of a study, seed by seed, so that an interrupted study has whole comparisons.
 
     Args:
         study: the definition.
         out: the study's folder.
         seeds: training seeds.
-        only: names of settings; all if there are none.
-        steps: instead of the study's.
-        extra: training words that change the study's base; a setting's own words win.
+        only: labels of settings; empty for all.
+        steps: in place of the study's.
+        extra: overrides of the study's base; the overrides of a setting take precedence.
 
     Raises:
-        UnknownNameError, ConfigError: a name or a word is wrong.
+        UnknownNameError, ConfigError: a label or an override is wrong.
     """
     settings = study.chosen(only)
     return [
@@ -183,11 +183,11 @@ def expand(
             study,
             setting,
             seed,
-            merge_words(
+            merge_overrides(
                 study.base,
                 _length(study, setting, steps or study.steps),
                 extra,
-                setting.words,
+                setting.overrides,
                 (f"seed={seed}",),
             ),
             out / "runs" / setting.label / f"seed-{seed}",
@@ -198,10 +198,10 @@ def expand(
 
 
 def _length(study: Study, setting: Setting, steps: int) -> tuple[str, ...]:
-    """Words for the number of steps and for the checkpoints that the probe needs."""
+    """Returns overrides for the number of steps and for the checkpoints that the probe needs."""
     total = max(1, round(steps * setting.longer))
-    words: tuple[str, ...] = (f"steps={total}",)
+    overrides: tuple[str, ...] = (f"steps={total}",)
     if setting.probe and study.probe is not None and study.probe.points > 1:
         every = max(1, total // study.probe.points)
-        words += (f"checkpoint.every={every}", f"checkpoint.keep={study.probe.points + 1}")
-    return words
+        overrides += (f"checkpoint.every={every}", f"checkpoint.keep={study.probe.points + 1}")
+    return overrides

@@ -1,6 +1,6 @@
-"""Plays held-out tasks several times each with a trained model, for avg@k, pass@k and maj@k.
+"""Samples several answers per held-out task from a trained model, for avg@k, pass@k and maj@k.
 
-``python -m reopold_agent.study.probe RUN`` reads the configuration of a training run and plays
+``python -m reopold_agent.study.probe RUN`` reads the configuration of a training run and evaluates
 its checkpoints, its final student, its student before training, or its teacher.
 """
 
@@ -16,29 +16,30 @@ import torch
 from omegaconf import OmegaConf
 
 import reopold_agent.envs  # noqa: F401  # registers the environments
-from reopold_agent.command import errors_for_people
+from reopold_agent.cli.hydra import report_errors
+from reopold_agent.common.files import dump_json, write_bytes_atomic
 from reopold_agent.config import TrainConfig, build
-from reopold_agent.engines.environments import make_env, make_runner, num_tasks
+from reopold_agent.envs.from_config import make_env, num_tasks
 from reopold_agent.errors import DataError
-from reopold_agent.eval.latency import measure_latency
-from reopold_agent.eval.metrics import maj_at_k
+from reopold_agent.evaluate.latency import measure_latency
+from reopold_agent.evaluate.metrics import maj_at_k
 from reopold_agent.judges.extract import find_answer
 from reopold_agent.policies.base import Policy
 from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.from_config import make_runner
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
-from reopold_agent.tracking.files import dump_json, write_bytes_atomic
 from reopold_agent.types import Sampling, Trajectory
 
 SAMPLING = Sampling(1.0, 1.0)
-"""As held-out success in training."""
+"""The same as of held-out evaluations in training."""
 
 
 def load_config(run: Path) -> TrainConfig:
-    """The configuration that a run was trained with.
+    """Reads the configuration of a training run.
 
     Raises:
-        DataError: there is none.
+        DataError: the folder has none.
     """
     path = run / "config.yaml"
     if not path.is_file():
@@ -48,13 +49,13 @@ def load_config(run: Path) -> TrainConfig:
 
 
 def models_of(run: Path, config: TrainConfig, who: str) -> list[tuple[int, str]]:
-    """Steps and paths of the models that a word means.
+    """Lists steps and paths of the models to probe.
 
     Args:
         run: the run's folder.
         config: its configuration.
-        who: ``run`` for every checkpoint and the end, ``final`` for the end, ``student`` for the
-            model before training, ``teacher``.
+        who: ``run`` (every checkpoint and the final model), ``final``, ``student`` (before
+            training) or ``teacher``.
 
     Raises:
         DataError: the run has no such model.
@@ -76,7 +77,7 @@ def models_of(run: Path, config: TrainConfig, who: str) -> list[tuple[int, str]]
 
 
 class Prober:
-    """Loads models of a run and plays its held-out tasks."""
+    """Loads models of a run and rolls out its held-out tasks."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
@@ -85,7 +86,7 @@ class Prober:
         probe.close()
 
     def load(self, path: str) -> tuple[RolloutRunner, Policy]:
-        """A model and the runner that plays it, under the evaluation's budget of turns."""
+        """Loads a model and its rollout runner, with the turn limit of evaluations."""
         given = self.config.model.student
         spec = ModelSpec(path=path, dtype=given.dtype, attention=given.attention)
         model = load_model(spec, "model", torch.device("cpu"))
@@ -101,12 +102,12 @@ class Prober:
         return make_runner(self.config, chat, model.vision, max_turns=turns), policy
 
     def play(self, path: str, tasks: int, samples: int) -> dict[str, Any]:
-        """Verdicts of ``samples`` answers to each of the first ``tasks`` held-out tasks.
+        """Grades ``samples`` answers to each of the first ``tasks`` held-out tasks.
 
         Returns:
             ``correct``: by task, 0 or 1 per sample; ``majority``: by k (powers of two), by task,
-            the mean over disjoint groups of k samples of whether the most frequent answer was
-            right; ``tokens`` per answer.
+            the share of disjoint groups of k samples whose most frequent answer is right;
+            ``tokens``, the mean number per answer.
         """
         runner, policy = self.load(path)
         count = min(tasks, self.tasks)
@@ -125,7 +126,7 @@ class Prober:
         }
 
     def latency(self, path: str, ks: Sequence[int], questions: int) -> list[dict[str, Any]]:
-        """Seconds per question until the last of k parallel answers is there."""
+        """Measures the seconds per question until the last of k parallel answers."""
         runner, policy = self.load(path)
         points = measure_latency(
             runner,
@@ -150,7 +151,7 @@ def _majority(samples: Sequence[tuple[str | None, bool]], k: int) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m reopold_agent.study.probe", description=__doc__.split("\n\n")[0]
     )
@@ -163,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--questions", type=int, default=16)
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    with errors_for_people():
+    with report_errors():
         config = load_config(options.run)
         prober = Prober(config)
         models = models_of(options.run, config, options.who)

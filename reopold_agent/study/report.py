@@ -9,17 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from reopold_agent.common.files import dump_json, write_bytes_atomic, write_text_atomic
 from reopold_agent.errors import DataError
 from reopold_agent.study.collect import Results
 from reopold_agent.study.figures import save
 from reopold_agent.study.grid import Run
-from reopold_agent.study.reports import REPORTS, Page
+from reopold_agent.study.pages import PAGES, Page
 from reopold_agent.study.tables import Table
-from reopold_agent.tracking.files import dump_json, write_bytes_atomic, write_text_atomic
 from reopold_agent.tracking.run_folder import versions
 
 MARK = "<!-- made by reopold_agent.study from here on -->"
-"""In the page over all studies: what stands above is a person's."""
+"""In the page over all studies: the text above it is written by hand."""
 
 HOW = """
 - One seed is one training run from the same embedded student; the seed draws the tasks' order and
@@ -38,15 +38,15 @@ HOW = """
 
 
 def write_report(runs: Sequence[Run], out: Path, command: Sequence[str]) -> Results:
-    """Makes tables, figures and numbers of what has finished.
+    """Writes tables, figures and numbers of the finished runs.
 
     Raises:
-        DataError: nothing has.
+        DataError: no run has finished.
     """
     results = Results(runs, out)
     if not results.records:
         raise DataError(f"no run in {out} has finished, so there is nothing to report")
-    page = REPORTS[results.study.report](results)
+    page = PAGES[results.study.report](results)
     for old in out.glob("*.png"):
         old.unlink()
     for name, _, figure in page.figures:
@@ -57,7 +57,7 @@ def write_report(runs: Sequence[Run], out: Path, command: Sequence[str]) -> Resu
 
 
 def numbers(results: Results, page: Page, command: Sequence[str]) -> dict[str, Any]:
-    """Everything that the report was made of."""
+    """Returns everything that the report is computed from."""
     return {
         "study": results.study.name,
         "command": _command(command),
@@ -82,7 +82,7 @@ def numbers(results: Results, page: Page, command: Sequence[str]) -> dict[str, A
 
 
 def readme(results: Results, page: Page, command: Sequence[str]) -> str:
-    """The report as Markdown."""
+    """Returns the report as Markdown."""
     study = results.study
     lines = [f"# {study.title}", "", f"Mirrors {study.mirrors} of the paper on embedded tasks."]
     lines += ["", "```", _command(command), "```", ""]
@@ -104,20 +104,23 @@ def readme(results: Results, page: Page, command: Sequence[str]) -> str:
         lines += ["", f"![{caption}]({name})", "", f"*{caption}.*"]
     lines += ["", "## How to read the numbers", HOW.strip()]
     lines += ["", "## Settings", "", "Words of `python -m reopold_agent.train`, common to all:"]
-    lines += ["", "```", " ".join(_common(results)), "```", ""]
-    own = [[results.title(label), f"`{label}`", _own(results, label)] for label in results.records]
-    lines += _markdown(Table("", ["setting", "label", "its own words"], own))
+    lines += ["", "```", " ".join(_shared_overrides(results)), "```", ""]
+    rows = [
+        [results.title(label), f"`{label}`", _specific_overrides(results, label)]
+        for label in results.records
+    ]
+    lines += _markdown(Table("", ["setting", "label", "its own words"], rows))
     lines += ["", "`numbers.json` has every curve, every claim's numbers and each run's words."]
     return "\n".join(lines) + "\n"
 
 
 def _command(words: Sequence[str]) -> str:
-    """The command that makes runs and report; where copies go is no part of it."""
+    """Returns the command that reproduces runs and report, without the options for copies."""
     return shlex.join(w for w in words if not w.startswith(("report=", "docs=")))
 
 
 def copy_to(out: Path, docs: Path) -> Path:
-    """Copies a report, and nothing of the runs, to ``docs/NAME``; renews ``docs/README.md``."""
+    """Copies a report without its runs to ``docs/NAME`` and updates ``docs/README.md``."""
     target = docs / out.name
     target.mkdir(parents=True, exist_ok=True)
     for old in target.glob("*.png"):
@@ -129,9 +132,9 @@ def copy_to(out: Path, docs: Path) -> Path:
 
 
 def index(docs: Path) -> str:
-    """One page over all studies in a folder: their claims and what came out.
+    """Returns a page over all studies in a folder: their claims and verdicts.
 
-    What a person wrote above `MARK` stays.
+    Text above `MARK` stays.
     """
     page = docs / "README.md"
     written = page.read_text("utf-8").partition(MARK)[0] if page.is_file() else ""
@@ -164,7 +167,7 @@ def _setup(results: Results) -> list[str]:
 
 
 def _made_with(results: Results) -> dict[str, Any]:
-    """Where the runs were made, from their own records."""
+    """Returns commits, platform and versions with which the runs were made."""
     commits: dict[str, None] = {}
     for records in results.records.values():
         for record in records.values():
@@ -186,20 +189,20 @@ def _made_with(results: Results) -> dict[str, Any]:
     }
 
 
-def _common(results: Results) -> list[str]:
-    """Words that all runs share, in order, without the seed."""
-    words = [
-        record.run.words for records in results.records.values() for record in records.values()
+def _shared_overrides(results: Results) -> list[str]:
+    """Returns the overrides that all runs share, in order, without the seed."""
+    overrides = [
+        record.run.overrides for records in results.records.values() for record in records.values()
     ]
-    shared = set.intersection(*(set(each) for each in words))
-    return [word for word in words[0] if word in shared and not word.startswith("seed=")]
+    shared = set.intersection(*(set(each) for each in overrides))
+    return [word for word in overrides[0] if word in shared and not word.startswith("seed=")]
 
 
-def _own(results: Results, label: str) -> str:
+def _specific_overrides(results: Results, label: str) -> str:
     record = next(iter(results.records[label].values()))
-    common = set(_common(results))
-    own = [w for w in record.run.words if w not in common and not w.startswith("seed=")]
-    return f"`{' '.join(own)}`" if own else "-"
+    shared = set(_shared_overrides(results))
+    specific = [w for w in record.run.overrides if w not in shared and not w.startswith("seed=")]
+    return f"`{' '.join(specific)}`" if specific else "-"
 
 
 def _markdown(table: Table) -> list[str]:

@@ -1,12 +1,11 @@
-"""Runs a study's commands, several at a time, so that it can be stopped and started at any time.
+"""Runs a study's commands, several at a time; it can be stopped and continued at any time.
 
-Every run is a process of its own, ``python -m reopold_agent.train``: what a study does can be
-repeated by hand, and a run that fails or is killed takes nothing else with it.
+Every run is a process of its own, ``python -m reopold_agent.train``: it can be repeated by hand,
+and a run that fails or is killed leaves the others alone.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,30 +19,29 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from reopold_agent.common.files import write_json_atomic
+from reopold_agent.common.processes import die_with_parent
+from reopold_agent.common.terminal import duration
 from reopold_agent.errors import CheckpointError, Terminated
 from reopold_agent.study.grid import Probe, Run
-from reopold_agent.tracking.files import write_json_atomic
-from reopold_agent.tracking.progress import duration
 
 TAIL = 12
-"""Lines of a failed run's log that are shown."""
-
-_PR_SET_PDEATHSIG = 1
+"""Number of lines that are shown of a failed run's log."""
 
 
 @dataclass
 class Work:
-    """One process.
+    """One process of a study.
 
     Attributes:
-        name: for messages.
-        command: makes its words when it starts.
-        log: where its output goes.
-        done: whether it has been done already, or went well.
-        weight: how long it takes, compared with other work; for the time left.
-        after: one of these must have gone well before.
-        alone: nothing else runs beside it, since it measures time.
-        then: called when it went well.
+        name: name for messages.
+        command: returns the command line when the process starts.
+        log: file for its output.
+        done: whether its result exists.
+        weight: duration relative to other work, to estimate the time left.
+        after: work of which at least one must have succeeded before.
+        alone: whether nothing may run beside it, since it measures time.
+        then: called after it succeeded.
     """
 
     name: str
@@ -57,12 +55,8 @@ class Work:
     failed: bool = field(default=False, init=False)
 
 
-class Failures(dict[str, str]):
-    """What failed: the reason by name."""
-
-
-def work_of(runs: Sequence[Run], out: Path) -> list[Work]:
-    """Training runs, and the probes that follow them."""
+def work_for(runs: Sequence[Run], out: Path) -> list[Work]:
+    """Lists the training runs and the probes that follow them."""
     trained = {run: _train_work(run) for run in runs}
     works: list[Work] = []
     for run in runs:
@@ -86,11 +80,11 @@ def work_of(runs: Sequence[Run], out: Path) -> list[Work]:
 
 def run_all(
     works: Sequence[Work], jobs: int, say: Callable[[str], None], *, poll: float = 0.05
-) -> Failures:
-    """Does what is not done, ``jobs`` processes at a time.
+) -> dict[str, str]:
+    """Runs the work that is not done, ``jobs`` processes at a time.
 
     Returns:
-        What failed; the others went on.
+        Reasons by name of the work that failed; it does not stop the rest.
 
     Raises:
         KeyboardInterrupt: after Ctrl-C (or SIGTERM), once the children have saved and ended.
@@ -98,8 +92,8 @@ def run_all(
     waiting = [work for work in works if not work.done()]
     skipped = len(works) - len(waiting)
     if skipped:
-        say(f"{skipped} of {len(works)} are done already")
-    failures = Failures()
+        say(f"{skipped} of {len(works)} are already done")
+    failures: dict[str, str] = {}
     running: list[tuple[Work, subprocess.Popen[bytes], float]] = []
     total, finished, started = sum(work.weight for work in waiting), 0.0, time.monotonic()
     count = 0
@@ -128,44 +122,44 @@ def run_all(
     return failures
 
 
-def check_words(runs: Sequence[Run], out: Path) -> None:
-    """Refuses to mix runs of two definitions, and writes down those of these runs.
+def check_overrides(runs: Sequence[Run], out: Path) -> None:
+    """Refuses to mix runs of two definitions, and saves the definition of these runs.
 
     Raises:
-        CheckpointError: a setting has runs that were made with other words; names them.
+        CheckpointError: a setting has runs that were made with other overrides; names them.
     """
     path = out / "study.json"
     known: dict[str, list[str]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     changed = []
     for run in runs:
-        before, now = known.get(run.setting.label), _without_seed(run.words)
+        before, now = known.get(run.setting.label), _without_seed(run.overrides)
         if before is not None and before != now and _has_runs(run.folder.parent):
-            gone, new = sorted({*before} - {*now}), sorted({*now} - {*before})
-            line = f"{run.setting.label}: {' '.join(gone) or '-'} -> {' '.join(new) or '-'}"
+            removed, added = sorted({*before} - {*now}), sorted({*now} - {*before})
+            line = f"{run.setting.label}: {' '.join(removed) or '-'} -> {' '.join(added) or '-'}"
             changed += [line] if line not in changed else []
         known[run.setting.label] = now
     if changed:
         raise CheckpointError(
             f"{out} has runs of other settings (then -> now):\n  "
             + "\n  ".join(changed)
-            + f"\nChoose another folder with out=, or delete {out / 'runs'}/SETTING to make these "
-            "settings' runs anew."
+            + f"\nChoose another folder with out=, or delete {out / 'runs'}/SETTING to run these "
+            "settings again."
         )
     out.mkdir(parents=True, exist_ok=True)
     write_json_atomic(path, known)
 
 
 def finished(run: Run) -> bool:
-    """Whether a run's training has come to its end."""
+    """Whether the training of a run has finished."""
     return (run.folder / "summary.json").is_file()
 
 
 @contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Holds the study's folder; the kernel frees it however this process ends.
+def locked(out: Path) -> Iterator[None]:
+    """Locks the study's folder; the kernel releases the lock however this process ends.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another process has the lock.
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("a+") as stream:
@@ -180,15 +174,17 @@ def only_one(out: Path) -> Iterator[None]:
 
 
 def _train_work(run: Run) -> Work:
-    words = [*run.words, f"hydra.run.dir={run.folder}"]
-    steps = next((int(w.removeprefix("steps=")) for w in run.words if w.startswith("steps=")), 1)
+    overrides = [*run.overrides, f"hydra.run.dir={run.folder}"]
+    steps = next(
+        (int(w.removeprefix("steps=")) for w in run.overrides if w.startswith("steps=")), 1
+    )
     return Work(
         name=run.name,
-        command=lambda: [sys.executable, "-m", "reopold_agent.train", *words],
+        command=lambda: [sys.executable, "-m", "reopold_agent.train", *overrides],
         log=run.log,
         done=lambda: finished(run),
         weight=steps,
-        then=lambda: _tidy(run.folder),
+        then=lambda: _delete_optimizer_states(run.folder),
     )
 
 
@@ -212,7 +208,7 @@ def _probe_work(run: Run, after: Work) -> Work:
 
 
 def _model_work(trained: Mapping[Run, Work], who: str, probe: Probe, out: Path) -> Work:
-    """Of a model before training, which is the same in all runs: any of them will do."""
+    """Probes a model before training from any finished run: it is the same in all of them."""
     target = out / "models" / f"{who}.json"
     return Work(
         name=f"{who} before training, {probe.samples} samples per task",
@@ -251,7 +247,7 @@ def _start_more(
     waiting: list[Work],
     running: list[tuple[Work, subprocess.Popen[bytes], float]],
     jobs: int,
-    failures: Failures,
+    failures: dict[str, str],
     say: Callable[[str], None],
 ) -> None:
     for work in list(waiting):
@@ -264,7 +260,7 @@ def _start_more(
             continue
         if work.after and not any(other.done() for other in work.after):
             continue
-        # What measures time goes last and alone; all the rest need not wait for it.
+        # Work that measures time comes last, so that the rest need not wait for it.
         if work.alone and (running or any(not other.alone for other in waiting)):
             continue
         waiting.remove(work)
@@ -275,8 +271,8 @@ def _spawn(work: Work) -> subprocess.Popen[bytes]:
     work.log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     with work.log.open("wb") as log:
-        # A session of its own: the terminal's Ctrl-C comes to this process only, which passes on
-        # one, so that children do not take a second for "at once".
+        # A session of its own: the terminal's Ctrl-C reaches only this process, which forwards one,
+        # so that children do not mistake a second one for "stop at once".
         return subprocess.Popen(
             work.command(),
             stdin=subprocess.DEVNULL,
@@ -284,19 +280,15 @@ def _spawn(work: Work) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            # A run that outlived a killed study would keep its folder locked against the next
+            # one. It may be killed: its checkpoints survive that.
+            preexec_fn=die_with_parent,
         )
 
 
-def _die_with_parent() -> None:
-    """Asks the kernel to kill this child when the study is killed: a run that went on would hold
-    its folder against the next command. Checkpoints survive a kill."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _stop(processes: Sequence[subprocess.Popen[bytes]], say: Callable[[str], None]) -> None:
-    """Lets the children save and end; a second Ctrl-C ends them at once."""
-    say(f"stopping {len(processes)} runs; once more to stop at once")
+    """Lets the children save and exit; a second Ctrl-C kills them."""
+    say(f"stopping {len(processes)} runs; press Ctrl-C again to stop at once")
     try:
         for process in processes:
             process.send_signal(signal.SIGINT)
@@ -311,7 +303,7 @@ def _stop(processes: Sequence[subprocess.Popen[bytes]], say: Callable[[str], Non
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM is a Ctrl-C: children are stopped, not left."""
+    """Treats SIGTERM as a Ctrl-C, so that children are stopped."""
 
     def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise Terminated
@@ -330,22 +322,22 @@ def _reason(status: int, log: Path) -> str:
     return f"{how}; end of {log}:\n" + "\n".join(f"    {line}" for line in tail)
 
 
-def _tidy(folder: Path) -> None:
-    """Drops the optimizer states of a finished run, two thirds of its size."""
+def _delete_optimizer_states(folder: Path) -> None:
+    """Deletes the optimizer states of a finished run, two thirds of its size."""
     for state in folder.glob("checkpoints/step-*/state.pt"):
         state.unlink()
 
 
 def _matches(path: Path, probe: Probe) -> bool:
-    """Whether a probe has been done, with as many tasks and samples as now."""
+    """Whether a probe with these numbers of tasks and samples is saved."""
     if not path.is_file():
         return False
     saved: dict[str, Any] = json.loads(path.read_text("utf-8"))
     return (saved["tasks"], saved["samples"]) == (probe.tasks, probe.samples)
 
 
-def _without_seed(words: Sequence[str]) -> list[str]:
-    return [word for word in words if not word.startswith("seed=")]
+def _without_seed(overrides: Sequence[str]) -> list[str]:
+    return [word for word in overrides if not word.startswith("seed=")]
 
 
 def _has_runs(folder: Path) -> bool:

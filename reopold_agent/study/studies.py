@@ -6,11 +6,11 @@ from reopold_agent.errors import UnknownNameError
 from reopold_agent.study.grid import Probe, Setting, Study
 
 STEPS = 80
-"""Of a run under stress."""
+"""Steps of a run under stress."""
 
 HELD_OUT = 96
-"""Held-out tasks of every point of a curve and of its end: the same ones, so that a curve and the
-final success that it is to reach are measured on the same tasks."""
+"""Held-out tasks of every evaluation. They are the same for a curve and for the final success that
+it should reach."""
 
 COMMON = (
     f"evaluation.tasks={HELD_OUT}",
@@ -23,7 +23,7 @@ COMMON = (
     "engine.device=cpu",
     "engine.threads=1",
 )
-"""Small evaluations and hardly any files."""
+"""Small evaluations and few files."""
 
 STRESS = (
     "env=math",
@@ -33,21 +33,22 @@ STRESS = (
     "optimizer.lr=1e-4",
     *COMMON,
 )
-"""Where the paper's method should matter: a student far from its teacher (the mean reward of its
-tokens is -11 nats), small batches, several updates per rollout."""
+"""A task on which the paper's method should matter: a student far from its teacher (the mean reward
+of its tokens is -11 nats), small batches, several updates per rollout."""
 
 PIXEL = ("env=pixel_reasoner", *COMMON)
 """The embedded tool-use task with its defaults."""
 
 MODELS = Probe(tasks=HELD_OUT, samples=4)
-"""Where no setting is probed: for the student before training and the teacher alone."""
+"""Probe of studies whose settings have none: only for the student before training and the
+teacher."""
 
 GROUPS = ("batch.prompts=4", "batch.samples=8", "batch.mini_batch=1")
 """GRPO's batch under stress: a step is 32 episodes, of which an update sees one group of eight."""
 
 GRPO_LONGER = 1.5
-"""Of GRPO under stress: with steps of four times the episodes, it then sees six times as many as
-the distillations; the paper's claim is that Reopold needs at most a sixth of its samples."""
+"""Factor on GRPO's steps under stress. With four times the episodes per step it sees six times as
+many as distillation; the paper claims that Reopold needs at most a sixth of GRPO's samples."""
 
 _TITLES = {
     "rkl": "RKL",
@@ -64,20 +65,20 @@ _TITLES = {
 
 
 def _setting(label: str, *words: str, longer: float = 1.0, probe: bool = False) -> Setting:
-    """A setting named after its objective, unless a word says which."""
-    chosen = words if any(w.startswith("objective=") for w in words) else ()
-    own = (() if chosen else (f"objective={label}",)) + words
-    return Setting(label, _TITLES.get(label, label), own, longer=longer, probe=probe)
+    """Returns a setting named after its objective, unless ``words`` choose another."""
+    chosen = any(word.startswith("objective=") for word in words)
+    overrides = words if chosen else (f"objective={label}", *words)
+    return Setting(label, _TITLES.get(label, label), overrides, longer=longer, probe=probe)
 
 
-def _line(objective: str, key: str, values: tuple[float, ...]) -> tuple[Setting, ...]:
-    """One objective with several values of one of its settings."""
+def _sweep(objective: str, key: str, values: tuple[float, ...]) -> tuple[Setting, ...]:
+    """Returns an objective with several values of one of its settings."""
     short = key.split(".")[-1]
     return tuple(
         Setting(
             label=f"{objective}-{value:g}",
             title=f"{_TITLES[objective]}, {short} {value:g}",
-            words=(f"objective={objective}", f"{key}={value:g}"),
+            overrides=(f"objective={objective}", f"{key}={value:g}"),
             family=objective,
             value=value,
         )
@@ -117,8 +118,8 @@ STUDIES: dict[str, Study] = {
             mirrors="figure 12",
             base=STRESS,
             settings=(
-                *_line("reopold", "objective.mixture", _LAMBDAS),
-                *_line("skew_rkl", "objective.mixture", _LAMBDAS),
+                *_sweep("reopold", "objective.mixture", _LAMBDAS),
+                *_sweep("skew_rkl", "objective.mixture", _LAMBDAS),
             ),
             steps=STEPS,
             report="sensitivity",
@@ -130,8 +131,8 @@ STUDIES: dict[str, Study] = {
             mirrors="the table of section 5.2 on the token threshold",
             base=STRESS,
             settings=(
-                *_line("rkl_sg_clip_entropy", "objective.top_share", _RHOS),
-                *_line("reopold", "objective.top_share", _RHOS),
+                *_sweep("rkl_sg_clip_entropy", "objective.top_share", _RHOS),
+                *_sweep("reopold", "objective.top_share", _RHOS),
             ),
             steps=STEPS,
             report="sensitivity",
@@ -142,7 +143,7 @@ STUDIES: dict[str, Study] = {
             title="Sensitivity to the switch from exploration to refinement",
             mirrors="section 4.3 (the paper did not tune it: appendix C)",
             base=STRESS,
-            settings=_line("reopold", "objective.switch_share", _SWITCHES),
+            settings=_sweep("reopold", "objective.switch_share", _SWITCHES),
             steps=STEPS,
             report="sensitivity",
             probe=MODELS,
@@ -196,10 +197,10 @@ STUDIES: dict[str, Study] = {
 
 
 def find_study(name: str) -> Study:
-    """The study of that name.
+    """Returns a study by name.
 
     Raises:
-        UnknownNameError: lists what exists and the closest match.
+        UnknownNameError: lists the known studies and the closest match.
     """
     if name not in STUDIES:
         raise UnknownNameError("study", name, STUDIES)

@@ -22,7 +22,7 @@ class Table:
 
 
 def final_table(results: Results, reference: str | None) -> Table:
-    """Final success of every setting, and its difference to one of them, seed by seed."""
+    """Returns final success of every setting, and its paired difference from a reference."""
     header = ["setting", "seeds", "held-out success, T 1", "greedy", "train minutes"]
     if reference in results.records:
         header.append(f"less {results.title(str(reference))}")
@@ -31,12 +31,14 @@ def final_table(results: Results, reference: str | None) -> Table:
         row = [
             results.title(label),
             str(len(records)),
-            show(estimate(list(results.ends(label).values()))),
-            show(estimate(list(results.ends(label, "greedy").values()))),
+            show(estimate(list(results.final_successes(label).values()))),
+            show(estimate(list(results.final_successes(label, "greedy").values()))),
             f"{median(r.history.column('time/step').sum() for r in records.values()) / 60:.1f}",
         ]
         if reference in results.records:
-            found = difference(results.ends(str(reference)), results.ends(label))
+            found = difference(
+                results.final_successes(str(reference)), results.final_successes(label)
+            )
             row.append("" if label == reference else show_difference(found))
         rows.append(row)
     for who, name in (("student", "student before training"), ("teacher", "teacher")):
@@ -48,7 +50,7 @@ def final_table(results: Results, reference: str | None) -> Table:
 
 
 def probe_table(results: Results) -> Table | None:
-    """avg@k, pass@k and maj@k of what was sampled several times per task."""
+    """Returns avg@k, pass@k and maj@k of the probed models."""
     rows: list[list[str]] = []
     ks: list[int] = []
     for who, name in (("student", "student before training"), ("teacher", "teacher")):
@@ -73,8 +75,8 @@ def probe_table(results: Results) -> Table | None:
 
 
 def reach_table(results: Results, target: str, labels: Sequence[str], *, episodes: bool) -> Table:
-    """How soon each setting reaches the final success of one of them."""
-    ends = results.ends(target)
+    """Returns when each setting reaches the final success of one of them."""
+    ends = results.final_successes(target)
     goal = fmean(ends.values())
     unit = "episodes" if episodes else "steps"
     rows = []

@@ -1,4 +1,4 @@
-"""Tools that a student may call, and the registry that third parties add to."""
+"""Tools that a student may call, and the registry that other packages extend."""
 
 from reopold_agent.tools.base import TOOLS, EpisodeState, Tool, ToolResult, tool
 from reopold_agent.tools.crop import crop_image

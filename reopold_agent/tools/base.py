@@ -1,18 +1,17 @@
-"""A tool: a typed function of the episode's state that gives the model text and pictures."""
+"""Tools: typed functions of an episode's state that return text and pictures for the model."""
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from PIL import Image
 
+from reopold_agent.common.bounded import DeadlineError, RaisedError, run_bounded
+from reopold_agent.common.pixels import Shown, ShownSizes
 from reopold_agent.errors import (
     ConfigError,
     ToolError,
@@ -26,24 +25,22 @@ from reopold_agent.types import IMAGE_MARK, Region, Task, ToolCall
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 MAX_CHARACTERS = 1_000_000
-"""A result with more text is refused: no context holds it, and every process would copy it."""
+"""Most characters of a result: no context holds more, and every process would copy them."""
 
 MAX_PICTURES = 256
-"""A result with more pictures is refused (the environment shows fewer still)."""
+"""Most pictures of a result (an environment shows fewer)."""
 
 MAX_PIXELS = 200_000_000
-"""A result with more pixels, of all pictures together, is refused before it is decoded."""
+"""Most pixels of all pictures of a result; checked before they are decoded."""
 
 MAX_MESSAGE = 10_000
-"""Characters of an error that the model is told; the rest is cut."""
+"""Most characters of an error message for the model; the rest is cut."""
 
 
 @dataclass
 class EpisodeState:
-    """What a tool may look at. It changes nothing of it but ``extra``.
+    """What a tool may read. It may change only ``extra``.
 
     Attributes:
         task: the question.
@@ -51,8 +48,11 @@ class EpisodeState:
             the model counts them from 1. Pictures that a tool returns are appended here.
         frames: number of leading ``images`` that are frames of the question's video; 0 if none.
         options: per tool, settings from the environment's configuration.
-        extra: a place for the tools' own notes within an episode: JSON values, since a tool may
-            run in a process of its own (`reopold_agent.tools.isolation`).
+        extra: notes that tools keep within an episode: JSON values, since a tool may run in another
+            process (`reopold_agent.tools.isolation`).
+        sizes: how pictures are resized for the model.
+        overview_side, side: limits of the longer side of the question's pictures and of all
+            pictures, to which the environment scales them down before.
     """
 
     task: Task
@@ -60,12 +60,15 @@ class EpisodeState:
     frames: int = 0
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    sizes: ShownSizes = field(default_factory=ShownSizes)
+    overview_side: int | None = None
+    side: int | None = None
 
     def image(self, number: int) -> Image.Image:
-        """The picture of that number, counted from 1.
+        """Returns picture ``number``, counted from 1.
 
         Raises:
-            ToolError: there is none.
+            ToolError: there is no such picture.
         """
         if not 1 <= number <= len(self.images):
             raise ToolError(
@@ -74,17 +77,31 @@ class EpisodeState:
             )
         return self.images[number - 1]
 
+    def shown(self, number: int) -> Shown:
+        """Returns how large the model sees picture ``number``, counted from 1.
+
+        Raises:
+            ToolError: there is no such picture.
+        """
+        size = self.image(number).size
+        if number > len(self.task.images):
+            return self.shown_later(size)
+        return self.sizes.of(size, prompt=True, sides=(self.overview_side, self.side))
+
+    def shown_later(self, size: tuple[int, int]) -> Shown:
+        """Returns how large the model will see a picture of this size that a tool returns."""
+        return self.sizes.of(size, prompt=False, sides=(self.side,))
+
 
 @dataclass(frozen=True)
 class ToolResult:
     """What the model sees: text with one `IMAGE_MARK` per picture, and the pictures.
 
     Attributes:
-        regions: where the pictures come from, for those who look at the episode later; a tool
-            need not say.
+        regions: which parts of earlier pictures these show, for the viewer; optional.
 
     Raises:
-        ToolResultError: the text is none, or marks and pictures differ in number.
+        ToolResultError: the text is not a string, or marks and pictures differ in number.
     """
 
     text: str
@@ -99,25 +116,8 @@ class ToolResult:
             raise ToolResultError(f"{marks} image marks in its text, but {len(self.images)} images")
 
 
-class RaisedError(Exception):
-    """What a tool raised, where the exception itself must not or cannot be passed on: an exit, an
-    interrupt, anything in another process.
-
-    Attributes:
-        kind: the exception's class, by name.
-        details: its traceback, for the log.
-    """
-
-    def __init__(self, kind: str, details: str) -> None:
-        self.kind, self.details = kind, details
-        super().__init__(kind, details)
-
-    def __str__(self) -> str:
-        return f"{self.kind}\n{self.details}"
-
-
-class Runs(Protocol):
-    """Where a tool runs: on a thread (`on_thread`), or in a worker process."""
+class ToolRunner(Protocol):
+    """Runs a tool: on a thread (`on_thread`), or in a worker process."""
 
     def __call__(
         self, tool: Tool, state: EpisodeState, arguments: dict[str, Any], seconds: float, /
@@ -128,9 +128,9 @@ class Runs(Protocol):
             The result, its pictures RGB and loaded.
 
         Raises:
-            ToolError: for the model, word for word.
-            ToolResultError, ToolProcessError: for the model and the log.
-            Exception: a bug in the tool, for the log.
+            ToolError: its message is shown to the model word for word.
+            ToolResultError, ToolProcessError: its message is shown to the model and logged.
+            Exception: a bug in the tool; it is logged.
         """
         ...
 
@@ -140,14 +140,20 @@ class Tool:
     """A named function that the model may call.
 
     Attributes:
-        name: as the model calls it; `shown_as` changes it.
+        name: the name that the model calls; `shown_as` changes it.
         function: ``function(state, **arguments) -> ToolResult``; raises `ToolError` with a
             message for the model.
-        description: what the model is told.
-        aliases: other names that are accepted.
+        description: for the model.
+        aliases: other accepted names.
         timeout_s: wall-clock limit of one call, seconds.
-        shown_parameters: JSON schema of the arguments as the model is shown it, where that is
-            not the one made from the signature. Calls are checked against the signature anyway.
+        shown_parameters: JSON schema of the arguments for the model if it differs from the one
+            made from the signature. Calls are always checked against the signature.
+        inline: whether it may run on the caller's thread, which is faster but enforces no time
+            limit: for a tool whose work is bounded by the size of the episode's pictures.
+        original_words: for a tool with the option ``sizes`` (``shown`` or ``original``): by
+            argument, the description under ``original``. Under ``shown`` such an argument is in
+            pixels as the model sees them, and an environment that shows the tool's own words
+            states the sizes of the question's pictures. None: the tool has no such option.
     """
 
     name: str
@@ -156,9 +162,16 @@ class Tool:
     aliases: tuple[str, ...] = ()
     timeout_s: float = 20.0
     shown_parameters: Mapping[str, Any] | None = None
+    inline: bool = False
+    original_words: Mapping[str, str] | None = None
+
+    @property
+    def needs_sizes(self) -> bool:
+        """Whether the model needs to know how large it sees the question's pictures."""
+        return bool(self.original_words) and self.shown_parameters is None
 
     def answers_to(self, name: str) -> bool:
-        """Whether a call by that name means this tool."""
+        """Whether a call to ``name`` is a call to this tool."""
         return name == self.name or name in self.aliases
 
     def shown_as(
@@ -168,15 +181,15 @@ class Tool:
         description: str | None = None,
         parameters: Mapping[str, Any] | None = None,
     ) -> Tool:
-        """The same tool in the words that a checkpoint was trained on.
+        """Returns the same tool with the name and schema that a checkpoint was trained on.
 
         Args:
-            name: another name; the old one stays as an alias.
+            name: another name; the old one becomes an alias.
             description: another description.
             parameters: another JSON schema of the arguments.
 
         Raises:
-            ConfigError: the schema's arguments are not the tool's.
+            ConfigError: the schema names other arguments than the tool has.
         """
         shown = self
         if name is not None and name != self.name:
@@ -195,8 +208,26 @@ class Tool:
             shown = replace(shown, shown_parameters=parameters)
         return shown
 
+    def with_options(self, options: Mapping[str, Any]) -> Tool:
+        """Returns the tool with the words that suit its options; others' words stay.
+
+        Raises:
+            ConfigError: ``sizes`` is neither ``shown`` nor ``original``.
+        """
+        if self.original_words is None:
+            return self
+        sizes = options.get("sizes", "shown")
+        if sizes not in ("shown", "original"):
+            raise ConfigError(f"tool '{self.name}': sizes must be shown or original, got '{sizes}'")
+        if sizes == "shown" or not self.needs_sizes:
+            return self
+        parameters = parameters_schema(self.function)
+        for argument, words in self.original_words.items():
+            parameters["properties"][argument]["description"] = words
+        return replace(self, shown_parameters=parameters)
+
     def schema(self) -> dict[str, Any]:
-        """The JSON schema that goes into the system message (OpenAI's and Qwen's form)."""
+        """Returns the JSON schema for the system message (OpenAI's and Qwen's form)."""
         return {
             "type": "function",
             "function": {
@@ -212,18 +243,18 @@ class Tool:
         arguments: object,
         *,
         seconds: float | None = None,
-        run: Runs | None = None,
+        run: ToolRunner | None = None,
     ) -> tuple[ToolCall, ToolResult]:
-        """Runs the tool. Nothing but a result leaves this method, whatever the tool does.
+        """Runs the tool and turns every failure into a result.
 
         Args:
-            state: the episode.
-            arguments: as the model gave them; checked here.
+            state: the episode's.
+            arguments: as the model gave them; they are checked here.
             seconds: a tighter limit than the tool's own, for an episode that runs out of time.
-            run: where; a thread of this process unless given.
+            run: runs the tool; by default `on_thread`.
 
         Returns:
-            The record of the call, and what the model is shown; on failure a text that begins
+            The record of the call and the result for the model; the text of a failure begins
             with "Execution error:".
         """
         limit = self.timeout_s if seconds is None else min(seconds, self.timeout_s)
@@ -251,24 +282,40 @@ class Tool:
 def on_thread(
     tool: Tool, state: EpisodeState, arguments: dict[str, Any], seconds: float
 ) -> ToolResult:
-    """Runs a tool on a thread of this process; see `Runs`."""
-    # The pictures are checked within the time limit too: opening one may take long.
-    return run_bounded(lambda: usable(tool.function(state, **arguments)), seconds)
-
-
-def usable(result: object) -> ToolResult:
-    """A tool's result with its pictures loaded, as RGB.
+    """Runs a tool in this process, on a thread of its own unless it is ``inline``.
 
     Raises:
-        ToolResultError: see `checked`.
-        OSError: a picture that cannot be read.
+        Exception: as `ToolRunner` does.
     """
-    fit = checked(result)
-    return replace(fit, images=tuple(image.convert("RGB") for image in fit.images))
+    if tool.inline:
+        return usable(tool.function(state, **arguments), state.images)
+    try:
+        # The pictures are checked within the time limit too: opening one may take long.
+        return run_bounded(lambda: usable(tool.function(state, **arguments), state.images), seconds)
+    except DeadlineError:
+        raise ToolTimeoutError(f"The tool did not finish within {seconds:g} seconds.") from None
+
+
+def usable(result: object, known: Sequence[Image.Image]) -> ToolResult:
+    """Checks a tool's result and returns it with its pictures loaded, as RGB.
+
+    Args:
+        result: what the tool returned.
+        known: the episode's pictures, which are not copied if the tool returns them.
+
+    Raises:
+        ToolResultError: the result is invalid; see `checked`.
+        OSError: a picture cannot be read.
+    """
+    valid = checked(result)
+    same = {id(image) for image in known}
+    # A copy, even of RGB: the tool may go on using its own picture.
+    images = (image if id(image) in same else image.convert("RGB") for image in valid.images)
+    return replace(valid, images=tuple(images))
 
 
 def checked(result: object) -> ToolResult:
-    """The result, if it is one that can be shown; its pictures are not decoded yet.
+    """Returns a tool's result if it is valid; does not decode its pictures.
 
     Raises:
         ToolResultError: not a `ToolResult` of text and PIL images, or too much of either.
@@ -294,7 +341,7 @@ def checked(result: object) -> ToolResult:
             raise ToolResultError(f"it returned more than {MAX_PIXELS} pixels")
     regions = tuple(result.regions)
     if len(regions) > MAX_PICTURES or not all(isinstance(each, Region) for each in regions):
-        raise ToolResultError("it returned regions that are none")
+        raise ToolResultError("it returned invalid regions")
     return replace(result, regions=regions)
 
 
@@ -303,7 +350,7 @@ def _named(value: object) -> str:
 
 
 def message_of(error: BaseException) -> str:
-    """An exception's message, which may be a third party's code to make, cut to a bound."""
+    """Returns an exception's message, cut; making it may run a third party's code and fail."""
     try:
         text = str(error)
     except Exception:
@@ -312,40 +359,8 @@ def message_of(error: BaseException) -> str:
 
 
 def failure(reason: str) -> ToolResult:
-    """What the model sees of a call that failed (Pixel-Reasoner's words)."""
+    """Returns the result that the model is shown for a failed call, in Pixel-Reasoner's words."""
     return ToolResult(f"Execution error:\n{reason.replace(IMAGE_MARK, ' ')}")
-
-
-def run_bounded(function: Callable[[], T], seconds: float) -> T:
-    """Runs a function on a daemon thread and waits at most ``seconds`` for it.
-
-    A function that never returns keeps its thread, but neither the episode nor the process's
-    exit. (Code that holds the interpreter's lock for ever cannot be bounded by a thread.)
-
-    Raises:
-        ToolTimeoutError: the time is up.
-        RaisedError: the function wanted to end the process (SystemExit, KeyboardInterrupt ...).
-        Exception: whatever else the function raised.
-    """
-    outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            outcome.put((True, function()))
-        except Exception as error:  # handed to the caller, who raises it
-            outcome.put((False, error))
-        except BaseException as error:  # SystemExit and the like must not pass for success
-            outcome.put((False, RaisedError(type(error).__name__, traceback.format_exc())))
-
-    threading.Thread(target=work, daemon=True, name="reopold-tool").start()
-    try:
-        ok, value = outcome.get(timeout=max(0.0, seconds))
-    except queue.Empty:
-        raise ToolTimeoutError(f"The tool did not finish within {seconds:g} seconds.") from None
-    if not ok:
-        raise value
-    result: T = value
-    return result
 
 
 TOOLS: Registry[Tool] = Registry("tool", "reopold_agent.tools", Tool)
@@ -357,11 +372,13 @@ def tool(
     description: str | None = None,
     aliases: tuple[str, ...] = (),
     timeout_s: float = 20.0,
+    inline: bool = False,
+    original_words: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., ToolResult]], Tool]:
-    """Makes a tool of a function and registers it.
+    """Makes a decorator that turns a function into a tool and registers it.
 
-    The description is the function's docstring unless given. Parameters after the first need
-    annotations (`reopold_agent.tools.schema`).
+    By default the description is the first paragraph of the function's docstring. Parameters after
+    the first need annotations (`reopold_agent.tools.schema`).
 
     Raises:
         ConfigError: no description, an unsupported annotation, or a name that is taken.
@@ -371,7 +388,15 @@ def tool(
         text = description or (function.__doc__ or "").strip().split("\n\n")[0]
         if not text:
             raise ConfigError(f"tool '{name}' needs a description or a docstring")
-        made = Tool(name, function, " ".join(text.split()), aliases, timeout_s)
+        made = Tool(
+            name,
+            function,
+            " ".join(text.split()),
+            aliases,
+            timeout_s,
+            inline=inline,
+            original_words=original_words,
+        )
         made.schema()
         return TOOLS.register(name, made, aliases=aliases)
 

@@ -1,9 +1,10 @@
-"""``select_frames``: look closer at some frames of a video."""
+"""The tool ``select_frames``: shows some frames of a video at full size."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
+from reopold_agent.common.pixels import Shown, stated
 from reopold_agent.errors import ToolError
 from reopold_agent.tools.base import EpisodeState, ToolResult, tool
 from reopold_agent.tools.schema import shorten
@@ -15,6 +16,8 @@ MAX_SELECTED = 8
 @tool(
     "select_frames",
     description="Select frames from a video, to look at them closely.",
+    inline=True,
+    original_words={},
 )
 def select_frames(
     state: EpisodeState,
@@ -24,10 +27,10 @@ def select_frames(
         "in total).",
     ],
 ) -> ToolResult:
-    """Shows the frames again at full size, in the order asked for.
+    """Shows the frames again at full size, in the requested order.
 
-    They are never cropped (VerlTool cuts each with the box of another tool) and too many are an
-    error (Pixel-Reasoner rewrites the student's words instead).
+    Frames are not cropped (VerlTool crops each with the box of another tool), and too many are an
+    error (Pixel-Reasoner rewrites the student's text instead). Option ``sizes``: as `crop_image`'s.
     """
     if not state.frames:
         raise ToolError("This question has no video; use crop_image to look closer at an image.")
@@ -47,9 +50,10 @@ def select_frames(
         raise ToolError("A frame is named twice in 'target_frames'.")
     frames = tuple(state.images[number - 1] for number in target_frames)
     first = len(state.images) + 1
-    size = f"{frames[0].width}x{frames[0].height}"
+    original = state.options.get("select_frames", {}).get("sizes") == "original"
+    shown = [Shown(*each.size) if original else state.shown_later(each.size) for each in frames]
     return ToolResult(
-        f"Here are the selected frames (Frame Size: {size}, Numbered {first} to "
+        f"Here are the selected frames (Frame {stated(shown)}, Numbered {first} to "
         f"{first + len(frames) - 1}):\n" + IMAGE_MARK * len(frames),
         frames,
         tuple(Region(number, (0.0, 0.0, 1.0, 1.0)) for number in target_frames),

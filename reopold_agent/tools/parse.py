@@ -1,17 +1,20 @@
-"""Finding the tool call in what the model said.
+"""Finds the tool call in a turn of the model, and writes calls as the model has to.
 
-The words of the model are never changed; a call that cannot be read becomes a message to it.
+The model's text is never changed. A call that cannot be parsed becomes an error message for it.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from reopold_agent.errors import ToolError
-from reopold_agent.tools.schema import shorten
+from reopold_agent.tools.schema import as_json, shorten
+
+FORM = '{"name": <function-name>, "arguments": <args-json-object>}'
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _CALL = re.compile(
@@ -19,33 +22,32 @@ _CALL = re.compile(
 )
 
 MAX_CALL_CHARACTERS = 20_000
-"""A longer call is not parsed: no tool here needs one."""
+"""A longer call is refused: no tool needs one."""
 
 MAX_DEPTH = 32
-"""A call nested deeper is refused: what reads it later (messages, logs) recurses."""
+"""A call that is nested deeper is refused: code that reads it later recurses."""
 
 
 @dataclass(frozen=True)
 class ParsedCall:
-    """A call as the model wrote it; ``arguments`` are not checked yet."""
+    """A call as the model wrote it; its ``arguments`` are unchecked."""
 
     name: str
     arguments: Any
 
 
 def find_tool_call(text: str, policy: Literal["first", "last"] = "first") -> ParsedCall | None:
-    """The tool call in an assistant's turn.
+    """Returns the tool call in an assistant's turn.
 
     Args:
         text: the turn.
-        policy: which of several calls counts. VerlTool runs the first, Pixel-Reasoner the last;
-            the default is the first.
+        policy: which of several calls to return. VerlTool runs the first, Pixel-Reasoner the last.
 
     Returns:
-        The call, or None when the turn has no ``<tool_call>`` at all.
+        The call, or None if the turn has no ``<tool_call>``.
 
     Raises:
-        ToolError: there is a call, but it cannot be read; says why.
+        ToolError: the call cannot be parsed; the message says why.
     """
     bodies = [match.group(1) for match in _CALL.finditer(text)]
     if not bodies:
@@ -53,6 +55,19 @@ def find_tool_call(text: str, policy: Literal["first", "last"] = "first") -> Par
             raise ToolError(f"The tool call is not closed; end it with {CLOSE}.")
         return None
     return _read(bodies[0 if policy == "first" else -1])
+
+
+def write_tool_call(name: str, arguments: Mapping[str, Any]) -> str:
+    """Returns the text with which a model calls a tool, as the tools' prompt asks for it.
+
+    Raises:
+        ToolError: `find_tool_call` could not read the call.
+    """
+    call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    text = f"{OPEN}\n{call}\n{CLOSE}"
+    if find_tool_call(text) != ParsedCall(name, arguments):
+        raise ToolError(f"The arguments of '{shorten(name)}' contain {CLOSE}.")
+    return text
 
 
 def _read(body: str) -> ParsedCall:
@@ -66,15 +81,16 @@ def _read(body: str) -> ParsedCall:
         raise ToolError("The tool call is nested too deeply.") from None
     except ValueError as error:
         reason = getattr(error, "msg", "a number is too long")
-        raise ToolError(
-            f"The tool call is not valid JSON ({reason}). Write "
-            '{"name": <function-name>, "arguments": <args-json-object>}.'
-        ) from None
+        raise ToolError(f"The tool call is not valid JSON ({reason}). Write {FORM}.") from None
     if not isinstance(call, dict):
-        raise ToolError(f"The tool call must be a JSON object, got {shorten(call)}.")
+        raise ToolError(f"The tool call must be a JSON object, got {as_json(call)}.")
     name = call.get("name")
     if not isinstance(name, str) or not name:
-        raise ToolError('The tool call has no "name".')
+        raise ToolError(f'The tool call has no "name". Write {FORM}.')
+    others = [key for key in call if key != "name"]
+    if others and "arguments" not in call:
+        given = shorten(", ".join(map(as_json, others)))
+        raise ToolError(f'The tool call has no "arguments", but {given}. Write {FORM}.')
     arguments = call.get("arguments", {})
     if isinstance(arguments, str):  # OpenAI's form: the arguments as a JSON string
         try:
@@ -87,7 +103,7 @@ def _read(body: str) -> ParsedCall:
 
 
 def _depth(value: Any) -> int:
-    """How many lists and objects are inside each other, 0 for a plain value."""
+    """Returns how deep lists and objects are nested; 0 for a plain value."""
     level, depth = [value], 0
     while True:
         inner = [v for v in level if isinstance(v, (list, dict))]

@@ -1,4 +1,4 @@
-"""One worker process for tools: started, asked, watched and ended from here."""
+"""One worker process for tools, from the side that asks it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import select
 import shutil
@@ -16,12 +17,15 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from typing_extensions import override
 
+from reopold_agent.common.bounded import DeadlineError
+from reopold_agent.common.processes import ChildProcess, descendants
 from reopold_agent.errors import ToolProcessError, ToolTimeoutError
 from reopold_agent.tools import sandbox
 from reopold_agent.tools.isolation import Isolation
@@ -31,37 +35,44 @@ from reopold_agent.tools.worker import LOST
 _log = logging.getLogger(__name__)
 
 START_SECONDS = 60.0
-"""For starting a process, and again for importing a tool in it; no call's limit counts these."""
+"""Limit of starting a process, and of importing a tool in it; the limit of a call excludes both."""
 
 MAX_PROCESSES = 64
-"""That one call may have running at once."""
+"""A call that has more processes running at once is ended."""
 
 MAX_THREADS, MAX_FILES = 64, 128
-"""A process that has more of them after a call is replaced: its tool leaks them."""
+"""A process that has more of them after a call is replaced, since its tool leaks them."""
 
 LOGGED_OUTPUT = 4000
-"""Bytes of what a call prints that go to the log."""
+"""Bytes of a call's output that are logged."""
 
-_TICK = 0.1
+_LOOK_SECONDS = 0.1
+"""Between two looks at the memory of a running call."""
+
 _PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
-# The import path is this process's: plugins are found where they are found here.
+# With this process's import path, plugins are found where they are found here.
 _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1])['path']; "
     "from reopold_agent.tools.worker import main; main()"
 )
-_told = {"landlock": False}
+_warned = {"landlock": False}
 
 
-class ToolProcess:
-    """A process that runs one call at a time.
+class ToolProcess(ChildProcess):
+    """A confined process that runs one tool call at a time.
+
+    It consists of two: a guard, which is the child of this process and only waits, and the guard's
+    child, which runs the tools (`reopold_agent.tools.worker`). A third party's code runs there, so
+    unlike other child processes it is confined, its memory and its descendants are watched, and
+    what it prints and sends is bounded.
 
     Args:
         isolation: what it may do.
-        landlock: whether to use Landlock where there is one.
+        landlock: whether to use Landlock if the kernel has it.
 
     Attributes:
-        pid: of the process that runs the tools (its parent only waits).
+        pid: of the process that runs the tools; until it has started, of the guard.
 
     Raises:
         ToolProcessError: it does not start.
@@ -70,24 +81,24 @@ class ToolProcess:
     def __init__(self, isolation: Isolation, *, landlock: bool) -> None:
         self._memory = isolation.memory_mb << 20
         self._folder = Path(tempfile.mkdtemp(prefix="reopold-tool-"))
-        self._socket, theirs = socket.socketpair()
         theirs_lifeline, lifeline = os.pipe()
         output, theirs_output = os.pipe()
         os.set_blocking(output, False)
-        # As objects: a number might be another file's by the time that it is used late.
+        # As objects: a number could be another file's by the time it is used.
         self._lifeline, self._output = io.FileIO(lifeline, "w"), io.FileIO(output)
-        settings = {
-            "path": [os.path.abspath(each) for each in sys.path if isinstance(each, str)],
-            "socket": theirs.fileno(),
-            "lifeline": theirs_lifeline,
-            "folder": str(self._folder),
-            "read": list(isolation.read),
-            "network": isolation.network,
-            "memory": self._memory,
-            "landlock": landlock,
-        }
-        try:
-            self._guard = subprocess.Popen(
+
+        def start(theirs: socket.socket) -> subprocess.Popen[bytes]:
+            settings = {
+                "path": [os.path.abspath(each) for each in sys.path if isinstance(each, str)],
+                "socket": theirs.fileno(),
+                "lifeline": theirs_lifeline,
+                "folder": str(self._folder),
+                "read": list(isolation.read),
+                "network": isolation.network,
+                "memory": self._memory,
+                "landlock": landlock,
+            }
+            return subprocess.Popen(
                 [sys.executable, "-c", _START, json.dumps(settings)],
                 stdin=subprocess.DEVNULL,
                 stdout=theirs_output,
@@ -97,62 +108,58 @@ class ToolProcess:
                 cwd=self._folder,
                 start_new_session=True,
             )
+
+        try:
+            super().__init__(start)
         except OSError as error:
-            self._close()
+            self._lifeline.close()
+            self._output.close()
+            shutil.rmtree(self._folder, ignore_errors=True)
             raise ToolProcessError(f"a worker process cannot be started ({error})") from error
         finally:
-            theirs.close()
             os.close(theirs_lifeline)
             os.close(theirs_output)
-        self.pid = 0
-        self._socket.setblocking(False)
-        self._poll = select.poll()
         self._poll.register(self._output, select.POLLIN)
         self._printed, self._print_count = bytearray(), 0
         self._loaded: set[str] = set()
         self._held: OrderedDict[int, int] = OrderedDict()  # picture -> bytes, oldest first
         self._base = self._base_share = 0
-        self._deadline = self._look_at = time.monotonic() + START_SECONDS
-        self._watched = False
+        self._look_at = math.inf  # time of the next look at memory; no call is running yet
+        self._deadline = time.monotonic() + START_SECONDS
         try:
             hello = read_frame(self._read)[0]
             self.pid = int(hello["pid"])
-        except ToolTimeoutError:
+        except DeadlineError:
             self.stop()
             raise ToolProcessError(f"no worker process within {START_SECONDS:g} s") from None
         except BaseException:
             self.stop()
             raise
-        if not hello["landlock"] and not _told["landlock"]:
-            _told["landlock"] = True
+        if not hello["landlock"] and not _warned["landlock"]:
+            _warned["landlock"] = True
             _log.warning(
                 "this kernel has no Landlock: tools in processes may read files and use the "
                 "network; they cannot write to files"
             )
 
-    @property
-    def alive(self) -> bool:
-        """Whether it still runs."""
-        return self._guard.poll() is None
-
     def held_bytes(self, pictures: Mapping[int, Image.Image]) -> int:
-        """How much of these pictures it has already."""
+        """Returns how much of these pictures it has already."""
         return sum(self._held.get(key, 0) for key in pictures)
 
     def load(self, address: Mapping[str, str]) -> None:
-        """Has it import a tool, if it has not yet.
+        """Has it import a tool unless it has already.
 
         Raises:
-            ToolProcessError: it cannot.
+            ToolProcessError: the import fails.
         """
         name = json.dumps(address)
         if name in self._loaded:
             return
-        self._deadline, self._watched = time.monotonic() + START_SECONDS, False
+        self._deadline = time.monotonic() + START_SECONDS
         try:
-            self._send({"load": address})
+            self._send_frame({"load": address})
             reply = read_frame(self._read)[0]
-        except ToolTimeoutError:
+        except DeadlineError:
             raise ToolProcessError(f"its import took more than {START_SECONDS:g} s") from None
         finally:
             self._log_output("while it was imported")
@@ -164,45 +171,47 @@ class ToolProcess:
     def call(
         self, request: dict[str, Any], pictures: Mapping[int, Image.Image], seconds: float
     ) -> tuple[dict[str, Any], tuple[Image.Image, ...]]:
-        """Sends a call and returns the reply; see `reopold_agent.tools.worker`.
+        """Sends a call and returns the reply; `reopold_agent.tools.worker` says what they hold.
 
         Args:
             request: the call.
             pictures: the episode's, by key; those that the tool looks at are sent.
-            seconds: for everything.
+            seconds: time limit of the whole call.
 
         Raises:
             ToolTimeoutError: the time is up.
             ToolProcessError: the process ended, or took too much.
-            WireError: what it sent is no frame.
+            WireError: what it sent is not a frame.
         """
-        forgotten = self._forget(self._memory // 8)
-        self._deadline, self._watched = time.monotonic() + seconds, True
-        self._look_at = time.monotonic() + _TICK
+        forgotten = self._forget_pictures(self._memory // 8)
+        now = time.monotonic()
+        self._deadline, self._look_at = now + seconds, now + _LOOK_SECONDS
         try:
-            self._send({**request, "forget": forgotten})
+            self._send_frame({**request, "forget": forgotten})
             while True:
                 message, images = read_frame(self._read)
                 if "picture" not in message:
                     return message, images
                 key = message["picture"]
                 if type(key) is not int or key not in pictures:
-                    raise WireError("a picture is wanted that is not the episode's")
-                self._send({}, pictures[key])
-                # Pillow keeps four bytes of an RGB pixel.
+                    raise WireError("a request for a picture that is not the episode's")
+                self._send_frame({}, pictures[key])
+                # Pillow keeps four bytes per RGB pixel.
                 self._held[key] = 4 * pictures[key].width * pictures[key].height
-        except ToolTimeoutError:
+        except DeadlineError:
             raise ToolTimeoutError(f"The tool did not finish within {seconds:g} seconds.") from None
         finally:
+            self._look_at = math.inf
             for key in pictures:
                 if key in self._held:
                     self._held.move_to_end(key)
             self._log_output(f"in a call of {request['call']}")
 
+    @override
     def fit(self) -> bool:
-        """Whether it is as good as new after a call; says in the log why not."""
+        """Whether it is as good as new after a call; logs the reason if it is not."""
         reason = None
-        if len(list(_tree(self._guard.pid))) > 1:
+        if len(list(descendants(self._process.pid))) > 1:
             reason = "left processes running"
         elif _resident(self.pid) - self._base > self._memory // 2:
             reason = "kept more than half of its memory"
@@ -216,89 +225,63 @@ class ToolProcess:
             _log.warning("a tool %s; its process is replaced", reason)
         return reason is None
 
+    @override
     def stop(self) -> None:
         """Ends it with everything it started, and removes its folder."""
-        # A word, since a fork of this process may hold the pipe open too.
+        # Closing the pipe is not enough: a fork of this process may hold it open too.
         with contextlib.suppress(OSError, ValueError):
             self._lifeline.write(b"x")
         self._close()
         try:
-            self._guard.wait(5.0)
+            self._process.wait(5.0)
         except subprocess.TimeoutExpired:
-            for group in (self.pid, self._guard.pid):
-                if group:
-                    with contextlib.suppress(ProcessLookupError, PermissionError):
-                        os.killpg(group, signal.SIGKILL)
-            self._guard.wait()
+            for group in (self.pid, self._process.pid):
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(group, signal.SIGKILL)
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # The stream
 
-    def _send(self, message: dict[str, Any], *pictures: Image.Image) -> None:
+    def _send_frame(self, message: dict[str, Any], *pictures: Image.Image) -> None:
         for piece in frame(message, pictures):
-            view = memoryview(piece)
-            while view:
-                self._wait(select.POLLOUT)
-                try:
-                    view = view[self._socket.send(view) :]
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    raise self._ended() from None
+            self._send(piece)
 
     def _read(self, count: int) -> bytearray:
         data = bytearray(count)
-        view, got = memoryview(data), 0
-        while got < count:
-            self._wait(select.POLLIN)
-            try:
-                more = self._socket.recv_into(view[got:])
-            except BlockingIOError:
-                continue
-            except OSError:
-                more = 0
-            if not more:
-                raise self._ended()
-            got += more
+        view = memoryview(data)
+        while view:
+            view = view[self._receive(view) :]
         return data
 
-    def _wait(self, event: int) -> None:
-        """Until the socket is ready; takes what is printed, and looks at memory meanwhile."""
-        self._poll.register(self._socket, event)
-        while True:
-            now = time.monotonic()
-            if now >= self._deadline:
-                raise ToolTimeoutError("The time is up.")
-            if self._watched and now >= self._look_at:
-                self._look()
-                self._look_at = time.monotonic() + _TICK
-            if not self.alive:  # a descendant may still hold the other end of the socket
-                raise self._ended()
-            limit = min(_TICK, self._deadline - now)
-            ready = dict(self._poll.poll(1000 * limit + 1))
-            if self._output.fileno() in ready:
-                self._take_output()
-            if self._socket.fileno() in ready:
-                return
-
-    def _look(self) -> None:
+    @override
+    def _watch(self, now: float) -> None:
         """Sums memory and processes of everything that the call has running.
 
         Raises:
             ToolProcessError: more than it may.
         """
+        if now < self._look_at:
+            return
         used, count = -self._base_share, 0
-        for pid in _tree(self._guard.pid):
+        for pid in descendants(self._process.pid):
             count += 1
             used += _share(pid)
         if count > MAX_PROCESSES:
             raise ToolProcessError(f"it started more than {MAX_PROCESSES} processes")
         if used > self._memory:
             raise ToolProcessError(f"it used more than {self._memory >> 20} MB of memory")
+        self._look_at = time.monotonic() + _LOOK_SECONDS
 
+    @override
+    def _meanwhile(self, ready: set[int]) -> None:
+        if self._output.fileno() in ready:
+            self._take_output()
+
+    @override
     def _ended(self) -> ToolProcessError:
         try:
-            status = self._guard.wait(5.0)
+            status = self._process.wait(5.0)
         except subprocess.TimeoutExpired:
             return ToolProcessError("its process hung up")
         if status > 128:
@@ -322,7 +305,7 @@ class ToolProcess:
         self._printed += data[: LOGGED_OUTPUT - len(self._printed)]
 
     def _log_output(self, when: str) -> None:
-        with contextlib.suppress(KeyError):  # nothing more to come
+        with contextlib.suppress(KeyError, ValueError):  # nothing more to come, or it was stopped
             if select.select([self._output], [], [], 0)[0]:
                 self._take_output()
         if self._printed:
@@ -333,32 +316,21 @@ class ToolProcess:
             self._printed.clear()
             self._print_count = 0
 
-    def _forget(self, most: int) -> list[int]:
-        """Drops the pictures that were not used for longest; returns their keys."""
+    def _forget_pictures(self, most: int) -> list[int]:
+        """Drops the pictures that were unused for longest; returns their keys."""
         gone = []
         while sum(self._held.values()) > most:
             gone.append(self._held.popitem(last=False)[0])
         return gone
 
+    @override
     def _close(self) -> None:
-        for end in (self._socket, self._lifeline, self._output):
-            end.close()
+        super()._close()
+        self._lifeline.close()
+        self._output.close()
 
 
-# What the kernel says; nothing where there is no /proc
-
-
-def _tree(pid: int) -> Iterator[int]:
-    """All descendants of a process."""
-    left = [pid]
-    while left:
-        parent = left.pop()
-        with contextlib.suppress(OSError):
-            for task in os.listdir(f"/proc/{parent}/task"):
-                with open(f"/proc/{parent}/task/{task}/children") as file:
-                    for child in map(int, file.read().split()):
-                        left.append(child)
-                        yield child
+# What the kernel says; 0 without /proc
 
 
 def _resident(pid: int) -> int:

@@ -1,29 +1,29 @@
-"""What a tool's process may do: limits of the kernel, set by that process for itself.
+"""Confines a tool's process: limits of the kernel that the process sets for itself.
 
 Files by Landlock (Linux 5.13; documentation: https://docs.kernel.org/userspace-api/landlock.html),
-through its system calls, since Python has no binding. It needs no privilege and holds for all
-children. Memory by ``RLIMIT_DATA``, what a process may write to: ``RLIMIT_AS`` also counts
-libraries and addresses that are merely reserved, gigabytes for some (PyTorch, CUDA).
+through its system calls, since Python has no binding; it needs no privilege and covers all
+children. Memory by ``RLIMIT_DATA``, which counts writable memory: ``RLIMIT_AS`` also counts
+libraries and reserved addresses, which are gigabytes for PyTorch or CUDA.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import stat
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from reopold_agent.common.processes import forbid_new_privileges
+from reopold_agent.common.secrets import is_secret_name
+
 OPEN_FILES = 256
 
 FILE_BYTES = 256 << 20
-"""A file that a tool writes is no longer than this."""
+"""Most bytes of a file that a tool writes."""
 
-_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
-
-# The system's own: libraries, fonts, certificates, time zones. Not /etc, /proc, /home as a whole.
+# The system: libraries, fonts, certificates, time zones; not all of /etc, /proc or /home.
 _SYSTEM = (
     "/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin",
     "/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/fonts", "/etc/ssl",
@@ -39,7 +39,6 @@ _TRUNCATE, _IOCTL = 1 << 14, 1 << 15
 _OF_FILES = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL
 _READING = _EXECUTE | _READ_FILE | _READ_DIR
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every architecture
-_PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER, _PR_SET_PDEATHSIG = 38, 36, 1
 
 
 class _Ruleset(ctypes.Structure):
@@ -56,22 +55,17 @@ class _PathRule(ctypes.Structure):
     _fields_ = (("access", ctypes.c_uint64), ("parent", ctypes.c_int32))
 
 
-def sounds_secret(name: str) -> bool:
-    """Whether a variable of that name probably holds a key or a password."""
-    return any(word in name.upper() for word in _SECRET)
-
-
 def environment(passed: Iterable[str], folder: str) -> dict[str, str]:
-    """This process's environment for a tool's: no secrets, one thread, a home of its own.
+    """Returns this process's environment for a tool's: no secrets, one thread, another home.
 
     Args:
-        passed: variables that are kept although their name sounds like a secret's.
+        passed: variables that are kept although their names look like a secret's.
         folder: the home and the folder for temporary files.
     """
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name in passed or not sounds_secret(name)
+        if name in passed or not is_secret_name(name)
     }
     threads = ("OMP", "OPENBLAS", "MKL", "NUMEXPR")
     return {
@@ -83,20 +77,8 @@ def environment(passed: Iterable[str], folder: str) -> dict[str, str]:
     }
 
 
-def adopt_orphans() -> None:
-    """Makes this process the parent of descendants whose own parent ended (Linux)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def follow_parent() -> None:
-    """Has the kernel end this process when its parent, which must have one thread, ends (Linux)."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-
-
 def limit_resources(*, may_write: bool) -> None:
-    """Bounds files, core dumps and, without Landlock, writing to files at all."""
+    """Limits open files, file sizes and core dumps; without Landlock, forbids writing to files."""
     import resource
 
     _soft("RLIMIT_NOFILE", OPEN_FILES)
@@ -105,21 +87,23 @@ def limit_resources(*, may_write: bool) -> None:
 
 
 def limit_memory(more: int | None) -> None:
-    """Allows so many more bytes than this process has now (None: any number); what goes beyond
-    is a MemoryError."""
+    """Allows so many more bytes than this process uses now (None: no limit).
+
+    An allocation beyond them raises MemoryError.
+    """
     used = _status("VmData")
-    if used is not None:  # elsewhere than on Linux RLIMIT_DATA means little
+    if used is not None:  # on other systems than Linux, RLIMIT_DATA covers little
         _soft("RLIMIT_DATA", None if more is None else used + more)
 
 
 def limit_cpu(seconds: float) -> None:
-    """Has the kernel end this process after so many more processor seconds."""
+    """Has the kernel end this process after so many more seconds of processor time."""
     spent = sum(os.times()[:2])
     _soft("RLIMIT_CPU", int(spent + seconds) + 1)
 
 
 def landlock_version() -> int:
-    """The kernel's version of Landlock's interface; 0 without."""
+    """Returns the version of the kernel's Landlock interface; 0 without Landlock."""
     if not sys.platform.startswith("linux"):
         return 0
     system = ctypes.CDLL(None, use_errno=True)
@@ -127,24 +111,24 @@ def landlock_version() -> int:
 
 
 def restrict(read: Iterable[str], write: str, *, network: bool) -> int:
-    """Confines this (single-threaded) process and its children by Landlock, for good.
+    """Confines this single-threaded process and its children by Landlock, permanently.
 
     Args:
-        read: files and folders that may be read and executed; missing ones are passed over.
-        write: the one folder where everything is allowed.
+        read: files and folders that may be read and executed; missing ones are skipped.
+        write: the only folder where everything is allowed.
         network: whether TCP is allowed (the kernel can forbid it from Linux 6.7 on).
 
     Returns:
         `landlock_version`; if 0, nothing is restricted.
 
     Raises:
-        OSError: it has, but refused.
+        OSError: the kernel has Landlock but refuses the rules.
     """
     version = landlock_version()
     if not version:
         return 0
     system = ctypes.CDLL(None, use_errno=True)
-    # Later kernels know more kinds of access; what a kernel does not know it refuses to handle.
+    # Later kernels know more kinds of access; a kernel refuses those that it does not know.
     kinds = 16 if version >= 5 else 15 if version >= 3 else 14 if version >= 2 else 13
     attributes = _Ruleset(
         (1 << kinds) - 1,
@@ -160,7 +144,7 @@ def restrict(read: Iterable[str], write: str, *, network: bool) -> int:
             _allow(system, rules, path, _READING)
         _allow(system, rules, "/dev/null", _READING | _WRITE_FILE | _TRUNCATE)
         _allow(system, rules, write, attributes.files)
-        _checked(system.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        forbid_new_privileges()
         _checked(system.syscall(_RESTRICT_SELF, rules, 0))
     finally:
         os.close(rules)
@@ -168,7 +152,7 @@ def restrict(read: Iterable[str], write: str, *, network: bool) -> int:
 
 
 def readable(folders: Iterable[str]) -> list[str]:
-    """What Python needs to read, and these folders."""
+    """Returns the paths that Python needs to read, and ``folders``."""
     python = [sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path]
     # Packages that pip installed with -e from where they lie, by setuptools' import hooks.
     hooks = [module for name, module in sys.modules.items() if name.startswith("__editable__")]
@@ -202,7 +186,7 @@ def _checked(result: int) -> int:
 
 
 def _soft(name: str, value: int | None) -> None:
-    """Sets a limit, at most as high as the hard one that this process was given (None: as high)."""
+    """Sets a soft limit, at most as high as the hard limit (None: as high as that)."""
     import resource
 
     which = getattr(resource, name)
@@ -213,7 +197,7 @@ def _soft(name: str, value: int | None) -> None:
 
 
 def _status(key: str) -> int | None:
-    """A figure of /proc/self/status, in bytes."""
+    """Returns a value of /proc/self/status in bytes; None if there is none."""
     try:
         text = Path("/proc/self/status").read_text()
     except OSError:

@@ -1,14 +1,16 @@
-"""From a typed signature to a JSON schema, and from a model's arguments to checked values.
+"""Makes a JSON schema from a typed signature, and checks a model's arguments against it.
 
-The two are made from the same annotations, so what the model is told and what is accepted cannot
-differ. Strict on purpose: a boolean is not a number, a string is not a list, NaN is nothing.
+Both use the same annotations, so the schema and the accepted values cannot differ. The check is
+strict on purpose: a boolean is not a number, a string is not a list, and NaN is refused.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from reopold_agent.errors import ConfigError, ToolError
@@ -18,9 +20,9 @@ _ARTICLES = {int: "an integer", float: "a number", str: "a string", bool: "true 
 
 
 def parameters_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """JSON schema of a tool's arguments: every parameter after the first (the episode's state).
+    """Returns the JSON schema of a tool's arguments: all parameters after the episode's state.
 
-    ``Annotated[T, "text"]`` gives the description; a default makes a parameter optional.
+    ``Annotated[T, "text"]`` adds a description; a default makes a parameter optional.
 
     Raises:
         ConfigError: an annotation is missing or not supported.
@@ -36,13 +38,13 @@ def parameters_schema(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def check_arguments(function: Callable[..., Any], arguments: object) -> dict[str, Any]:
-    """The arguments as the function wants them.
+    """Checks and converts the arguments of a call.
 
     Raises:
-        ToolError: says which argument is wrong and what is expected; meant for the model.
+        ToolError: an argument is wrong; the message says for the model what is expected.
     """
     if not isinstance(arguments, Mapping):
-        raise ToolError(f"The arguments must be a JSON object, got {shorten(arguments)}.")
+        raise ToolError(f"The arguments must be a JSON object, got {as_json(arguments)}.")
     known = _arguments(function)
     unknown = [str(key) for key in arguments if key not in known]
     if unknown:
@@ -58,8 +60,17 @@ def check_arguments(function: Callable[..., Any], arguments: object) -> dict[str
     return checked
 
 
+def as_json(value: object) -> str:
+    """Returns a value as a model writes it, cut as `shorten` does: strings have quotes."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except (RecursionError, TypeError, ValueError):  # too deep, or too many digits
+        text = f"a {type(value).__name__}"
+    return shorten(text)
+
+
 def shorten(value: object, most: int = 80) -> str:
-    """A value as text for a message, cut so that a huge argument cannot fill the context."""
+    """Returns a value as text for a message, cut so that it cannot fill the context."""
     try:
         text = value if isinstance(value, str) else repr(value)
     except (RecursionError, ValueError):  # too deep, or an integer of more digits than allowed
@@ -73,9 +84,14 @@ def _arguments(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return dict(list(inspect.signature(function).parameters.items())[1:])
 
 
+@lru_cache(maxsize=512)  # reading them takes ten times as long as checking the arguments
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(function, include_extras=True)
+
+
 def _hint(function: Callable[..., Any], name: str) -> Any:
     try:
-        hints = get_type_hints(function, include_extras=True)
+        hints = _hints(function)
     except NameError as error:
         raise ConfigError(
             f"an annotation of tool '{function.__name__}' cannot be read: {error}; import the name "
@@ -117,7 +133,7 @@ def _check(hint: Any, value: Any, where: str) -> Any:
         return _check(get_args(hint)[0], value, where)
     if get_origin(hint) is list:
         if not isinstance(value, list):
-            raise ToolError(f"'{where}' must be a list, got {shorten(value)}.")
+            raise ToolError(f"'{where}' must be a list, got {as_json(value)}.")
         (item,) = get_args(hint)
         return [_check(item, each, f"{where}[{i}]") for i, each in enumerate(value)]
     if get_origin(hint) is Literal:
@@ -126,9 +142,9 @@ def _check(hint: Any, value: Any, where: str) -> Any:
             same = type(value) is type(option) or (type(value), type(option)) == (float, int)
             if same and value == option:
                 return option
-        options = ", ".join(map(repr, get_args(hint)))
-        raise ToolError(f"'{where}' must be one of {options}, got {shorten(value)}.")
-    wrong = ToolError(f"'{where}' must be {_ARTICLES[hint]}, got {shorten(value)}.")
+        options = ", ".join(map(as_json, get_args(hint)))
+        raise ToolError(f"'{where}' must be one of {options}, got {as_json(value)}.")
+    wrong = ToolError(f"'{where}' must be {_ARTICLES[hint]}, got {as_json(value)}.")
     if isinstance(value, bool) != (hint is bool):
         raise wrong
     if hint is float:

@@ -1,8 +1,8 @@
-"""What goes between this process and a tool's: JSON and raw pixels, bounded.
+"""The protocol between this process and a tool's: JSON and raw pixels of bounded size.
 
-No pickle: unpickling runs whatever code the sender likes. A frame is two lengths (32 and 64 bits,
-big-endian), a JSON object in UTF-8, and pixels: rows of RGB bytes of one picture after another,
-whose sizes the JSON says. Pictures go in bands of rows, so that neither side holds a second copy.
+There is no pickle, because unpickling runs code of the sender. A frame is two lengths (32 and 64
+bits, big-endian), a JSON object in UTF-8, and the pixels of the pictures: rows of RGB bytes, whose
+sizes the JSON states. A picture is sent in bands of rows, so that neither side holds a second copy.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from reopold_agent.tools.base import MAX_PIXELS
 HEADER = struct.Struct(">IQ")
 
 MAX_JSON = 16 << 20
-"""Bytes of a frame's JSON."""
+"""Most bytes of a frame's JSON."""
 
 BAND_PIXELS = 1 << 21
-"""Pixels of a band; 6 MB."""
+"""Pixels of a band (6 MB)."""
 
 Size = tuple[int, int]
 
 
 class WireError(Exception):
-    """What came is no frame, or a larger one than allowed."""
+    """The received bytes are not a frame, or the frame is too large."""
 
 
 def frame(message: dict[str, Any], pictures: Sequence[Image.Image] = ()) -> Iterator[bytes]:
-    """The pieces of a frame; ``sizes`` of the pictures are added to the message.
+    """Yields the pieces of a frame; adds the pictures' ``sizes`` to the message.
 
     Raises:
         WireError: the message is longer than `MAX_JSON`.
@@ -55,16 +55,16 @@ def frame(message: dict[str, Any], pictures: Sequence[Image.Image] = ()) -> Iter
 def read_frame(
     read: Callable[[int], bytes | bytearray],
 ) -> tuple[dict[str, Any], tuple[Image.Image, ...]]:
-    """A frame from a stream.
+    """Reads a frame from a stream.
 
     Args:
-        read: gives exactly so many bytes, or raises.
+        read: returns exactly so many bytes, or raises.
 
     Returns:
         The message without ``sizes``, and the pictures, RGB.
 
     Raises:
-        WireError: it is none.
+        WireError: the bytes are not a frame.
     """
     length, pixels = HEADER.unpack(read(HEADER.size))
     if length > MAX_JSON or pixels > 3 * MAX_PIXELS:
@@ -72,9 +72,9 @@ def read_frame(
     try:
         message = json.loads(read(length))
     except (ValueError, RecursionError) as error:
-        raise WireError(f"no JSON: {type(error).__name__}") from None
+        raise WireError(f"invalid JSON: {type(error).__name__}") from None
     if not isinstance(message, dict):
-        raise WireError("no JSON object")
+        raise WireError("not a JSON object")
     sizes = [_size(each) for each in as_list(message.pop("sizes", None))]
     if sum(3 * w * h for w, h in sizes) != pixels:
         raise WireError("pixels that do not fit the sizes")
@@ -82,10 +82,10 @@ def read_frame(
 
 
 def as_list(value: object) -> list[Any]:
-    """The value if it is a list.
+    """Returns the value if it is a list.
 
     Raises:
-        WireError: it is none.
+        WireError: it is not a list.
     """
     if not isinstance(value, list):
         raise WireError("a list is missing")
@@ -93,10 +93,10 @@ def as_list(value: object) -> list[Any]:
 
 
 def plain(value: object, where: str) -> Any:
-    """The value, if JSON can hold it and gives the same back.
+    """Returns the value if JSON can hold it without a change.
 
     Raises:
-        ValueError: names the first place where it cannot.
+        ValueError: it cannot; the message names the first such place.
     """
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
@@ -111,7 +111,7 @@ def plain(value: object, where: str) -> Any:
 
 
 class PictureKeys:
-    """Numbers for pictures, by identity: the same object keeps its number, no other gets it."""
+    """Unique numbers for picture objects; a number is never used again."""
 
     def __init__(self) -> None:
         self._next = itertools.count()
@@ -119,7 +119,7 @@ class PictureKeys:
         self._lock = threading.RLock()  # a weak reference's callback may run while it is held
 
     def of(self, image: Image.Image) -> int:
-        """The picture's number."""
+        """Returns the picture's number."""
         place = id(image)
         with self._lock:
             found = self._known.get(place)
@@ -146,7 +146,7 @@ def _size(value: object) -> Size:
     width, height = value if isinstance(value, list) and len(value) == 2 else (0, 0)
     for side in (width, height):
         if type(side) is not int or not 0 < side <= MAX_PIXELS:
-            raise WireError("a picture's size that is none")
+            raise WireError("an invalid size of a picture")
     return width, height
 
 

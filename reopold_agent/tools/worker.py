@@ -1,15 +1,16 @@
-"""The process that runs tools: started by `reopold_agent.tools.processes`, never by hand.
+"""The process that runs tools; `reopold_agent.tools.process` starts it.
 
-It forks once. The child runs the tools, confined by `reopold_agent.tools.sandbox`; the parent
-only waits, and ends everything the child has started as soon as the child, or the process that
-wants its results, is gone. The one lifeline is a pipe: anything on it, or its end, means "stop".
+It forks once. The child runs the tools, confined by `reopold_agent.tools.sandbox`. The parent is
+its guard: it only waits, and ends everything that the child has started as soon as the child or
+the process that asks for results has ended. The lifeline is a pipe from the latter: any byte, or
+its end, means "stop".
 
 Requests and replies are frames (`reopold_agent.tools.wire`)::
 
     {"load": ADDRESS}                                    -> {"loaded": true} or {"error": TEXT}
     {"call": ADDRESS, "arguments", "state", "seconds"}   -> {"picture": KEY}*, then the outcome
 
-A picture is sent when the tool first looks at it, and kept for later calls.
+A picture is sent when a tool first reads it, and kept for later calls.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
+from typing_extensions import override
 
+from reopold_agent.common.pixels import PixelLimits, ShownSizes
+from reopold_agent.common.processes import adopt_orphans, descendants, die_with_parent
 from reopold_agent.errors import ToolError, ToolResultError
 from reopold_agent.tools import sandbox
 from reopold_agent.tools.base import TOOLS, EpisodeState, Tool, ToolResult, message_of, usable
@@ -37,18 +41,18 @@ from reopold_agent.tools.wire import frame, plain, read_frame
 from reopold_agent.types import Task
 
 LOST = 100
-"""Exit status of the waiting process when whoever wants the results is gone."""
+"""Exit status of the guard if the process that asks for results has ended."""
 
 MAX_TRACEBACK = 20_000
 
 
 def main() -> None:
-    """Runs tools until told to stop. The settings are one JSON object on the command line."""
+    """Runs tools until told to stop. The command line holds the settings as one JSON object."""
     settings = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer to handle
-    sandbox.adopt_orphans()
+    adopt_orphans()
     owner = os.getppid()
-    # So that the pipe tells at once when the child ends.
+    # With it, the end of the child wakes the guard at once.
     woken, waker = os.pipe()
     os.set_blocking(waker, False)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
@@ -73,17 +77,17 @@ def main() -> None:
         os._exit(status)
 
 
-# The process that waits
+# The guard
 
 
 def _watch(child: int, lifeline: int, woken: int, owner: int, folder: str) -> None:
-    """Waits for an end, makes it everyone's, and exits with how the child ended."""
+    """Waits until one side ends, ends the other, and exits with the child's status."""
     status = LOST
     while True:
         ready, _, _ = select.select([lifeline, woken], [], [], 1.0)
         if woken in ready:
             os.read(woken, 4096)
-        # A child of whoever owns the pipe may hold it open too; a new parent says it all the same.
+        # A child of the pipe's owner may hold it open too, but a new parent shows its end as well.
         if lifeline in ready or os.getppid() != owner:
             break
         done, how = os.waitpid(child, os.WNOHANG)
@@ -99,9 +103,9 @@ def _watch(child: int, lifeline: int, woken: int, owner: int, folder: str) -> No
 
 
 def _end_descendants() -> None:
-    """Ends children, and theirs as this process inherits them, until there are none."""
+    """Ends all descendants, which this process inherits, until no more are left."""
     for _ in range(2000):
-        for pid in _children():
+        for pid in descendants(os.getpid()):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         try:
@@ -112,22 +116,14 @@ def _end_descendants() -> None:
         select.select([], [], [], 0.002)
 
 
-def _children() -> list[int]:
-    try:
-        with open(f"/proc/self/task/{os.getpid()}/children") as file:
-            return [int(pid) for pid in file.read().split()]
-    except OSError:  # no Linux: the process group is all that can be ended
-        return []
-
-
 # The process that runs the tools
 
 
 def _serve(settings: Mapping[str, Any]) -> None:
     os.setpgid(0, 0)
-    sandbox.follow_parent()  # Ray, for one, kills the children of a worker that it ends
+    die_with_parent()  # Ray, for example, kills only the direct children of a worker that it ends
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")  # short of memory, the kernel shall end this process and no other
+        file.write("1000")  # when memory runs out, the kernel ends this process first
     read = sandbox.readable(settings["read"])
     version = 0
     if settings["landlock"]:
@@ -163,10 +159,10 @@ def _load(address: Any, functions: dict[str, Callable[..., ToolResult]]) -> dict
 
 
 def find(address: Mapping[str, str]) -> Callable[..., ToolResult]:
-    """The function at an address that `reopold_agent.tools.isolation.address_of` made.
+    """Returns the function at an address that `reopold_agent.tools.processes.address_of` made.
 
     Raises:
-        Exception: it cannot be imported, or is not there.
+        Exception: the module cannot be imported or has no such function.
     """
     if "registered" in address:
         return TOOLS.get(address["registered"]).function
@@ -180,16 +176,19 @@ def find(address: Mapping[str, str]) -> Callable[..., ToolResult]:
 def _run(
     function: Callable[..., ToolResult], request: Mapping[str, Any], link: _Link
 ) -> tuple[dict[str, Any], tuple[Image.Image, ...]]:
-    """The outcome of a call, as `reopold_agent.tools.processes` reads it."""
+    """Runs a call and returns its outcome for `reopold_agent.tools.processes`."""
     link.forget(request["forget"])
     state = _state(request["state"], link)
+    given = list(state.images)
     try:
-        result = usable(function(state, **request["arguments"]))
+        result = usable(function(state, **request["arguments"]), given)
+        numbers = {id(image): n for n, image in enumerate(given, 1) if image.readonly}
         outcome: dict[str, Any] = {
             "text": result.text,
+            "known": [numbers.get(id(image), 0) for image in result.images],
             "regions": [[r.image, *map(float, r.box)] for r in result.regions],
         }
-        pictures = result.images
+        pictures = tuple(image for image in result.images if id(image) not in numbers)
     except ToolError as error:
         outcome, pictures = {"tool_error": message_of(error)}, ()
     except ToolResultError as error:
@@ -211,12 +210,23 @@ def _state(sent: Mapping[str, Any], link: _Link) -> EpisodeState:
     fields = dict(sent["task"])
     shown = tuple(_Shown(image) for image in images[: fields.pop("images")])
     task = Task(**{**fields, "answers": tuple(fields["answers"])}, images=shown)
-    return EpisodeState(task, images, sent["frames"], sent["options"], sent["extra"])
+    sizes, overview_side, side = sent["sizes"]
+    limits = {k: PixelLimits(**sizes[k]) for k in ("prompt", "observation") if sizes[k] is not None}
+    return EpisodeState(
+        task,
+        images,
+        sent["frames"],
+        sent["options"],
+        sent["extra"],
+        ShownSizes(**limits, factor=sizes["factor"]),
+        overview_side,
+        side,
+    )
 
 
 @dataclass(frozen=True)
 class _Shown:
-    """A task's picture, which was opened already."""
+    """A picture of a task that has been opened already."""
 
     image: Image.Image
 
@@ -225,26 +235,27 @@ class _Shown:
 
 
 class _LazyImage(Image.Image):
-    """A picture whose pixels come when they are first needed, as those of a file do in Pillow."""
+    """A picture whose pixels are fetched when they are first needed, like those of a file."""
 
     def __init__(self, link: _Link, key: int, size: tuple[int, int]) -> None:
         super().__init__()
         self._mode, self._size = "RGB", size
+        # Pillow copies before it draws, and the copy is not read-only: the next call gets the
+        # picture unchanged, and a result that is this picture need not be sent back.
+        self.readonly = 1
         self._link: _Link | None = link
         self._key = key
 
+    @override
     def load(self) -> Any:
-        """See Pillow."""
         if self._link is not None:
             link, self._link = self._link, None
             self.im = link.picture(self._key).im
-            # Drawing on it then makes a copy first: the next call gets the picture as it was.
-            self.readonly = 1
         return super().load()
 
 
 class _Link:
-    """Frames to and from the process that wants the results, and the pictures it sent."""
+    """The connection to the process that asks for results, and the pictures that it sent."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection

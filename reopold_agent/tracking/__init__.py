@@ -1,10 +1,10 @@
-"""What a run shows and leaves behind: metrics, trajectories, progress, plots, summary.
+"""Output of a run: metrics, trajectories, progress, plots, summary.
 
-`reopold_agent.tracking.plots` is not imported here, so that matplotlib is loaded only by those
-who draw, and so that ``python -m reopold_agent.tracking.plots RUN`` works.
+`reopold_agent.tracking.plots` is not imported here, so that matplotlib is only loaded for
+drawing, and so that ``python -m reopold_agent.tracking.plots RUN`` works.
 """
 
-from reopold_agent.tracking.files import to_json, write_json_atomic, write_text_atomic
+from reopold_agent.common.files import to_json, write_json_atomic, write_text_atomic
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_json_lines, read_metrics
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
@@ -12,7 +12,6 @@ from reopold_agent.tracking.statistics import (
     distillation_statistics,
     evaluation_statistics,
     rollout_statistics,
-    wilson_interval,
 )
 from reopold_agent.tracking.summary import print_summary
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
@@ -31,7 +30,6 @@ __all__ = [
     "save_pictures",
     "to_json",
     "trajectory_record",
-    "wilson_interval",
     "write_json_atomic",
     "write_text_atomic",
 ]

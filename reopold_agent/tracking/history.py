@@ -1,4 +1,4 @@
-"""The rows of ``metrics.jsonl`` as series; tolerant of missing keys and of nulls."""
+"""Reads rows of ``metrics.jsonl`` as series; missing keys and nulls are allowed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Floats = npt.NDArray[np.float64]
 
 
 class History:
-    """What a run recorded. Of several rows for one step the last counts.
+    """The recorded metrics of a run. If a step has several rows, the last one counts.
 
     Attributes:
         train: rows of the training steps, by step.
         evaluations: rows of the evaluations with a success, by step.
         steps: (n,) float64, steps of ``train``.
-        switch_step: first step of the refinement phase, None unless another phase precedes it.
-        last_step: the greatest number of updates done that any row knows of.
+        switch_step: first step of the refinement phase; None unless another phase precedes it.
+        last_step: the greatest number of steps done in any row.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
@@ -44,11 +44,11 @@ class History:
         self.last_step = float(max(ends, default=0.0))
 
     def has(self, key: str) -> bool:
-        """Whether any training row holds the key with a value."""
+        """Returns whether any training row has a value for the key."""
         return any(row.get(key) is not None for row in self.train)
 
     def series(self, key: str, part: str | None = None) -> tuple[Floats, Floats]:
-        """Steps and values of a key (or of ``key[part]``) where it is a number; equal lengths."""
+        """Returns steps and values of a key (or of ``key[part]``) where it is a number."""
         pairs = [
             (step, value)
             for step, row in zip(self.steps, self.train, strict=True)
@@ -58,17 +58,17 @@ class History:
         return table[:, 0], table[:, 1]
 
     def column(self, key: str) -> Floats:
-        """Values of a key at every step, 0 where it is missing."""
+        """Returns the values of a key at every step, 0 where it is missing."""
         values = [_value(row, key) for row in self.train]
         return np.asarray([0.0 if v is None else v for v in values], dtype=np.float64)
 
     def last(self, key: str) -> float | None:
-        """The key's last number."""
+        """Returns the last value of a key, or None."""
         _, values = self.series(key)
         return float(values[-1]) if values.size else None
 
     def evaluation_rows(self, who: str, sampling: str, until: float = math.inf) -> list[Row]:
-        """Evaluations of one model with one sampling up to a step, by step."""
+        """Returns evaluations of a model with a kind of sampling up to a step, by step."""
         return [
             row
             for row in self.evaluations
@@ -76,10 +76,10 @@ class History:
         ]
 
     def windows(self, key: str, share: float = 0.1) -> list[tuple[str, list[Row]]]:
-        """The first and the last rows that hold the key, labelled.
+        """Returns the first and the last rows that have the key, labelled.
 
-        Both windows have the same number of steps, ``share`` of all, at least one and never
-        overlapping; a single row is one window; none, no window.
+        Both windows have the same number of steps: ``share`` of all, at least one, without
+        overlap. A single row gives one window, and no row gives none.
         """
         rows = [row for row in self.train if row.get(key)]
         if not rows:
@@ -90,21 +90,21 @@ class History:
 
     @staticmethod
     def histogram(rows: Sequence[Row], key: str) -> tuple[Floats, Floats]:
-        """Edges and summed counts of the rows' histograms; rows of other edges than the last's
-        are left out, since they cannot be added."""
+        """Adds up histograms; returns edges and counts. Rows whose edges differ from the last
+        row's are left out."""
         edges = rows[-1][key]["edges"]
         same = [row[key]["counts"] for row in rows if row[key]["edges"] == edges]
         return np.asarray(edges, np.float64), np.asarray(same, np.float64).sum(axis=0)
 
     @staticmethod
     def mean(rows: Sequence[Row], key: str) -> float | None:
-        """Mean of a key over the rows in which it is a number."""
+        """Returns the mean of a key over the rows in which it is a number."""
         values = [value for row in rows if (value := _value(row, key)) is not None]
         return sum(values) / len(values) if values else None
 
     @staticmethod
     def mean_list(rows: Sequence[Row], key: str) -> list[float]:
-        """Place by place mean of the lists as long as the last; 0 where all are null."""
+        """Returns the elementwise mean of the lists as long as the last; 0 where all are null."""
         same = [row[key] for row in rows if len(row[key]) == len(rows[-1][key])]
         columns = zip(*same, strict=True)
         kept = [[v for item in column if (v := number(item)) is not None] for column in columns]
@@ -112,7 +112,7 @@ class History:
 
 
 def number(value: Any) -> float | None:
-    """The value as a finite float, or None."""
+    """Returns the value as a finite float, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None

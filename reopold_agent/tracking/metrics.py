@@ -1,7 +1,7 @@
-"""Append-only files of JSON lines: ``metrics.jsonl`` and ``trajectories.jsonl``.
+"""Reads and appends files of JSON lines: ``metrics.jsonl`` and ``trajectories.jsonl``.
 
-A line is written by one call and without fsync: after a kill of the process every finished line
-is there, and at most the last one is cut off. Opening such a file again repairs it.
+Each line is written by one call, without fsync, so killing the process can only cut off the last
+line. Opening the file again repairs it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from typing_extensions import Self
 
+from reopold_agent.common.files import dump_json, write_bytes_atomic, writing
 from reopold_agent.errors import DataError
-from reopold_agent.tracking.files import dump_json, write_bytes_atomic, writing
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """Reads the rows of a file, without a last line that a kill cut off.
+    """Reads the rows of a file, except a last line that a kill cut off.
 
     Raises:
         DataError: there is no such file, or a line before the last is not a JSON object; the
@@ -30,7 +30,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each row with the bytes it was read from."""
+    """Reads rows with the bytes of their lines."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
@@ -43,13 +43,13 @@ def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         row = _parse(line)
         if row is not None:
             rows.append((line, row))
-        elif number < len(pieces):  # the last piece has no line break behind it: cut off
+        elif number < len(pieces):  # the last piece has no line break: it was cut off
             raise DataError(f"{path}, line {number}: not a JSON object; repair or delete the line")
     return rows
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of ``metrics.jsonl``; ``path`` is the file or its run folder.
+    """Reads the rows of ``metrics.jsonl``; ``path`` is the file or its run folder.
 
     Raises:
         DataError: as `read_json_lines`.
@@ -67,13 +67,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 class JsonLines:
-    """Appends rows to a file, one strict JSON object a line; the folder must exist.
+    """Appends rows to a file, one strict JSON object per line; the folder must exist.
 
-    Only one process may write to a file (`RunFolder` holds a lock). NaN and the infinities are
-    written as null and no value makes `write` fail (see `to_json`); a full disk does.
+    Only one process may write to a file (`RunFolder` has a lock). NaN and the infinities are
+    written as null, and no value makes `write` fail (see `to_json`); a full disk does.
 
-    A last line that a kill cut off is removed on opening, one that lacks only its line break is
-    completed.
+    Opening the file removes a last line that a kill cut off, or adds its missing line break.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -85,25 +84,25 @@ class JsonLines:
         """Appends one row.
 
         Raises:
-            StorageError: the row could not be written whole; what was written of it is taken back.
+            StorageError: the row could not be written completely; the written part is removed.
         """
         line = memoryview(dump_json(row) + b"\n")
         with writing(self.path):
             start = self._stream.seek(0, 2)
             try:
-                while line:  # a raw write may take only a part of it
+                while line:  # a raw write may write only a part
                     line = line[self._stream.write(line) or 0 :]
             except OSError:
                 self._stream.truncate(start)
                 raise
 
     def truncate_after(self, step: int) -> int:
-        """Drops what a run that goes on from checkpoint ``step`` will write again.
+        """Drops the rows that a run will write again when it resumes from checkpoint ``step``.
 
-        A checkpoint's step is the number of updates done. Dropped are rows with ``kind`` "eval"
-        whose step is greater, and all other rows whose step is at least ``step`` (their step
-        counts from 0, so row ``step`` belongs to the update after the checkpoint). Rows without
-        a step stay. The file is replaced at once.
+        A checkpoint's step is the number of updates done. Rows with ``kind`` "eval" are dropped
+        if their step is greater, and all other rows if it is at least ``step`` (it counts from 0,
+        so row ``step`` belongs to the update after the checkpoint). Rows without a step stay. The
+        file is replaced atomically.
 
         Returns:
             Number of rows dropped.
@@ -134,7 +133,7 @@ class JsonLines:
         self.close()
 
     def _open(self) -> None:
-        # Unbuffered, so that a line is in the kernel's hands when `write` returns.
+        # Unbuffered, so that the kernel has the line when `write` returns.
         with writing(self.path):
             self._stream = self.path.open("ab", buffering=0)
 
@@ -168,7 +167,7 @@ class MetricsWriter(JsonLines):
 
         Raises:
             ValueError: the row's ``kind`` is neither "train" nor "eval", or its ``step`` is not
-                an integer: such a row would survive, or not, a resume by accident.
+                an integer, so that a resume could not decide whether to drop it.
             StorageError: as in `JsonLines.write`.
         """
         kind, step = row.get("kind"), row.get("step")

@@ -1,9 +1,9 @@
-"""Pictures of a run from its ``metrics.jsonl``: ``python -m reopold_agent.tracking.plots RUN``.
+"""Draws a run from its ``metrics.jsonl``: ``python -m reopold_agent.tracking.plots RUN``.
 
 Figures are made without pyplot, so no figure, backend or setting of the process changes.
-Colours are Okabe and Ito's, which stay apart for colour-blind readers; what matters also differs
-by line style or marker. The steps of all axes are updates done: training step ``s`` was played by
-the student after ``s`` updates.
+Colours are Okabe and Ito's, distinct for colour-blind readers; important lines also differ
+by style or marker. The steps of all axes are updates done: the student played training step ``s``
+after ``s`` updates.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from reopold_agent.common.files import write_bytes_atomic
 from reopold_agent.errors import ReopoldError
-from reopold_agent.tracking.files import write_bytes_atomic
 from reopold_agent.tracking.history import History, number
 from reopold_agent.tracking.metrics import read_metrics
 
@@ -55,18 +55,18 @@ STYLE: Any = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
-"""For `matplotlib.rc_context`."""
+"""Settings for `matplotlib.rc_context`."""
 
 
 def make_plots(run_dir: str | Path) -> list[Path]:
-    """Draws ``RUN/plots/*.png`` from what ``RUN/metrics.jsonl`` holds so far.
+    """Draws ``RUN/plots/*.png`` from ``RUN/metrics.jsonl`` so far.
 
     Args:
         run_dir: the run folder.
 
     Returns:
         The files written: ``success.png``, ``reward_histogram.png``, ``entropy_and_masks.png``
-        and ``time.png``, without those for which nothing was recorded.
+        and ``time.png``, except those without recorded data.
 
     Raises:
         reopold_agent.errors.DataError: there is no metrics file, or it is damaged.
@@ -94,7 +94,7 @@ def make_plots(run_dir: str | Path) -> list[Path]:
 
 
 def success_figure(history: History) -> Figure | None:
-    """Success in training and on held-out tasks, and the tool-call rate, over the updates."""
+    """Draws success in training and on held-out tasks, and the tool-call rate, over the updates."""
     if not (history.has("rollout/success") or history.evaluations):
         return None
     figure = Figure(figsize=(8.4, 6.4), dpi=130, layout="constrained")
@@ -146,7 +146,7 @@ def success_figure(history: History) -> Figure | None:
 
 
 def reward_figure(history: History) -> Figure | None:
-    """Distribution of the per-token reward at the start and the end (paper, figure 4)."""
+    """Draws the distribution of the per-token reward at the start and the end (paper, figure 4)."""
     windows = history.windows("reward/histogram")
     if not windows and not history.has("reward/mean"):
         return None
@@ -190,7 +190,7 @@ def reward_figure(history: History) -> Figure | None:
 
 
 def entropy_figure(history: History) -> Figure | None:
-    """Entropy, |reward| by entropy, shares the masks keep, PPO's clip (paper, figures 5, 6, 11)."""
+    """Draws entropy, |reward| by entropy, masks and PPO's clip (paper, figures 5, 6, 11)."""
     keys = ("entropy/mean", "mask/kept_share", "reward/abs_by_entropy_decile")
     if not any(history.has(key) for key in keys):
         return None
@@ -239,7 +239,7 @@ def entropy_figure(history: History) -> Figure | None:
 
 
 def time_figure(history: History) -> Figure | None:
-    """Seconds of each part of a step, and their shares of the run (paper, figure 14)."""
+    """Draws seconds of each part of a step, and their shares of the run (paper, figure 14)."""
     parts = [part for part in PHASES if history.has(f"time/{part[0]}")]
     if not parts:
         return None
@@ -289,7 +289,7 @@ def _line(
     lw: float = 1.8,
     alpha: float = 1.0,
 ) -> None:
-    """One series, where recorded. A few points get markers: one alone would be invisible."""
+    """Draws a series, if recorded. Few points get markers, without which one would be invisible."""
     x, y = history.series(key, part)
     if y.size:
         marker = "o" if y.size <= 3 else ""
@@ -299,7 +299,7 @@ def _line(
 
 
 def _dots_and_mean(axes: Axes, history: History, key: str, label: str) -> None:
-    """One faint dot per step and a centred mean over about a tenth of the run."""
+    """Draws a faint dot per step and a centred mean over about a tenth of the run."""
     x, y = history.series(key)
     if y.size == 0:
         return
@@ -355,7 +355,7 @@ def _mark_switch(axes: Axes, history: History, *, label: bool = False) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draws the plots of the run folders given and prints the files' paths."""
+    """Draws the plots of run folders and prints the files' paths."""
     parser = argparse.ArgumentParser(
         prog="python -m reopold_agent.tracking.plots",
         description="Draws the plots of a run from its metrics.jsonl.",

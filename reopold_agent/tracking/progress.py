@@ -1,12 +1,11 @@
-"""What a run shows while it works: a live display on a terminal, plain lines elsewhere."""
+"""Shows the progress of a run: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -15,23 +14,25 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import Self
 
+from reopold_agent.common.terminal import duration, finite_number, is_terminal, write_plain
+
 
 class Progress:
-    """Shows the course of a run; a context manager.
+    """Shows the progress of a run; a context manager.
 
-    On a terminal three to four lines are redrawn in place, from 60 columns on: a bar with step,
+    On a terminal of at least 60 columns three to four lines are redrawn in place: a bar with step,
     phase and time left; success, reward, tool rate and tokens per second of the last step; the
-    last evaluation; what is being done right now. Notes and evaluations are printed above and
+    last evaluation; the current activity. Notes and evaluations are printed above and
     stay. Elsewhere (a file, a pipe, a dumb terminal) every step is one line without escape codes.
 
-    No value makes a method raise: what is missing or no number shows as "-". The reward shown is
-    the mean of ``log pi_teacher - log pi_student`` (``reward/mean``), or the environment's where
-    there is no teacher.
+    No value makes a method raise: a missing one or one that is not a number shows as "-". The
+    reward is the mean of ``log pi_teacher - log pi_student`` (``reward/mean``), or without a
+    teacher the environment's.
 
     Args:
-        total: number of steps; `start` may say it later.
-        console: where to; standard output by default.
-        clock: seconds, monotonic; for tests.
+        total: number of steps; `start` may set it later.
+        console: output; standard output by default.
+        clock: monotonic seconds; for tests.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Progress:
     ) -> None:
         self._console = console or Console()
         self._clock = clock
-        # Asked of the stream, not of rich: FORCE_COLOR makes rich take a pipe for a terminal.
+        # Asks the stream, not rich, which takes a pipe for a terminal under FORCE_COLOR.
         self.is_live = is_terminal(self._console)
         self._live: Live | None = None
         self._total = _whole(total)
@@ -64,7 +65,7 @@ class Progress:
         self.stop()
 
     def start(self, total: int, done: int = 0) -> None:
-        """Begins: ``total`` steps in all, of which ``done`` are done (by an earlier process)."""
+        """Begins; an earlier process has made ``done`` of the ``total`` steps."""
         self._total, self._done, self._done_before = _whole(total), _whole(done), _whole(done)
         self._started = self._clock()
         if self.is_live and self._live is None:
@@ -76,10 +77,10 @@ class Progress:
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Shows a finished training step, given its row of ``metrics.jsonl``."""
         if self._done == self._done_before:
-            # Count from where this step began: what came before it (an evaluation) is no step.
-            self._started = self._clock() - (_number(metrics.get("time/step")) or 0.0)
+            # Count from the start of this step, since an evaluation may precede it.
+            self._started = self._clock() - (finite_number(metrics.get("time/step")) or 0.0)
         self._row, self._activity = metrics, ""
-        at = _number(metrics.get("step"))
+        at = finite_number(metrics.get("step"))
         self._done = self._done + 1 if at is None else int(at) + 1
         if self._live is None:
             self._print(
@@ -89,16 +90,21 @@ class Progress:
             )
 
     def activity(self, text: str) -> None:
-        """Says what is going on within a step ("rollout 12/32"); only the live display shows it."""
+        """Sets the activity within a step ("rollout 12/32"), which only the live display shows."""
         self._activity = _one_line(text)
 
     def note(self, text: str) -> None:
         """Prints a line that stays; line breaks in it become spaces."""
         self._print(_one_line(text))
 
+    def lines(self, lines: Iterable[str]) -> None:
+        """Prints lines that stay, with their spaces."""
+        for line in lines:
+            self._print("".join(c if c.isprintable() else " " for c in line))
+
     def evaluation(self, row: Mapping[str, Any]) -> None:
         """Prints an evaluation, given its "eval" row of ``metrics.jsonl``."""
-        who, at = _word(row.get("who")), _number(row.get("step"))
+        who, at = _word(row.get("who")), finite_number(row.get("step"))
         where = "" if at is None or who == "teacher" else f" after {int(at)} steps"
         interval = f"{show(row.get('low'))} to {show(row.get('high'))}"
         short = f"{who} {show(row.get('success'))} ({interval}){where}"
@@ -110,14 +116,14 @@ class Progress:
         )
 
     def stop(self) -> None:
-        """Ends the live display and gives the cursor back; may be called twice."""
+        """Ends the live display and restores the cursor; may be called twice."""
         if self._live is not None:
             self._activity = ""
             self._live.stop()
             self._live = None
 
     def values(self) -> list[tuple[str, str]]:
-        """Names and formatted values of the last step's numbers, in the order shown."""
+        """Returns names and formatted values of the last step, in the order shown."""
         row = self._row
         reward = row.get("reward/mean", row.get("rollout/reward"))
         return [
@@ -128,24 +134,24 @@ class Progress:
         ]
 
     def time_left(self) -> str:
-        """Time to the last step, from this process's mean seconds per step so far."""
+        """Estimates the time left from the mean seconds per step of this process."""
         made = self._done - self._done_before
         seconds = self._clock() - self._started
-        # A first step without "time/step" gives no rate yet: 0 seconds would be a promise.
+        # A first step without "time/step" gives no rate yet; 0 seconds would be wrong.
         if made <= 0 or seconds <= 0:
             return "-"
         return duration(seconds / made * max(0, self._total - self._done))
 
     def _print(self, line: str) -> None:
         if self.is_live:
-            # Text, not str: brackets in it are no markup. Above the live display, if one runs.
+            # Text, not str, so that brackets are not markup. Above the live display, if one runs.
             self._console.print(Text(line), highlight=False)
         else:
             write_plain(self._console.file, line)
 
 
 class _Display:
-    """The live display's content, made anew at every refresh."""
+    """Content of the live display, rendered at every refresh."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -173,47 +179,14 @@ class _Display:
             yield Text(progress._activity, "dim", no_wrap=True, overflow="ellipsis")
 
 
-def is_terminal(console: Console) -> bool:
-    """Whether the console writes to a terminal that can move its cursor."""
-    try:
-        return console.file.isatty() and not console.is_dumb_terminal
-    except ValueError:  # a closed stream
-        return False
-
-
-def write_plain(stream: IO[str], line: str) -> None:
-    """Writes a line that any stream can take: characters it cannot encode become "?"."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(line.encode(encoding, "replace").decode(encoding) + "\n")
-    stream.flush()
-
-
 def show(value: Any, form: str = ".2f") -> str:
-    """A number formatted, or "-" for what is none (None, text, NaN, infinity)."""
-    number = _number(value)
+    """Formats a number, or returns "-" for anything else (None, text, NaN, infinity)."""
+    number = finite_number(value)
     return "-" if number is None else format(number, form)
 
 
-def duration(value: Any) -> str:
-    """Seconds as "0:07", "12:30" or "3:05:00"; "-" for what is no duration."""
-    seconds = _number(value)
-    if seconds is None or seconds < 0:
-        return "-"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _whole(value: Any) -> int:
-    return int(_number(value) or 0)
+    return int(finite_number(value) or 0)
 
 
 def _word(value: Any) -> str:
@@ -221,5 +194,5 @@ def _word(value: Any) -> str:
 
 
 def _one_line(text: Any) -> str:
-    # Control characters go too: a model's or tool's text must not steer the terminal.
+    # Control characters too: text of a model or a tool must not control the terminal.
     return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())

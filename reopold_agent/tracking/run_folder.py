@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, who may write to it, and what it was made with."""
+"""The folder of a run: its layout, its lock, and the versions that the run was made with."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from typing import IO, Any
 from typing_extensions import Self
 
 import reopold_agent
-from reopold_agent.errors import CheckpointError
-from reopold_agent.tracking.files import (
+from reopold_agent.common.files import (
     remove_leftovers,
     write_json_atomic,
     write_text_atomic,
     writing,
 )
+from reopold_agent.errors import CheckpointError
 
 if sys.platform != "win32":
     import fcntl
@@ -38,13 +38,13 @@ _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
 class RunFolder:
-    """Where the files of a run lie. Making one touches nothing; `lock` makes the folders.
+    """Paths of the files of a run. Creating one touches nothing; `lock` creates the folders.
 
     Attributes:
         path: the folder, absolute.
         config, versions, metrics, trajectories, summary, data_report, log: paths of its files.
-        pictures, plots, checkpoints: its folders.
-        final: folder of the trained student; made by who saves it.
+        pictures, plots, checkpoints: paths of its folders.
+        final: folder of the trained student, created when it is saved.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,20 +63,21 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[Self]:
-        """Makes the layout and holds the folder for this process while the context lasts.
+        """Creates the folders and locks the run folder for this process during the context.
 
-        The lock is ``flock`` on ``RUN/.lock``: the kernel frees it when the process ends in any
-        way, SIGKILL included, so no stale lock can block a resume. (A child made by a bare fork
-        shares it.) On Windows there is no lock. What a killed owner left half-written is removed.
+        The lock is ``flock`` on ``RUN/.lock``: the kernel releases it when the process ends in any
+        way, including SIGKILL, so no stale lock can block a resume. (A child made by a bare fork
+        shares it.) On Windows there is no lock. Partial files of a killed process are removed,
+        and in the end what this created, if no ``config.yaml`` was written.
 
         Raises:
-            CheckpointError: another process (or this one, by another context) holds the folder,
-                or it cannot be made.
+            CheckpointError: another process (or this one, by another context) has the lock, or
+                the folder cannot be created.
         """
         try:
             for folder in (self.pictures, self.plots, self.checkpoints):
                 folder.mkdir(parents=True, exist_ok=True)
-            # "a" neither fails on nor empties a file whose owner may be alive.
+            # "a" neither fails on the file of a living owner nor empties it.
             stream = (self.path / ".lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise CheckpointError(f"cannot make the run folder {self.path}: {error}") from error
@@ -84,25 +85,38 @@ class RunFolder:
             self._acquire(stream)
             with writing(self.path):
                 remove_leftovers(self.path, self.pictures, self.plots, self.checkpoints)
-            yield self
+            try:
+                yield self
+            finally:
+                self._remove_unused()
+
+    def _remove_unused(self) -> None:
+        """Removes what `lock` created if nothing was run, which begins with ``config.yaml``."""
+        if self.config.exists():
+            return
+        for folder in (self.pictures, self.plots, self.checkpoints):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        if [path.name for path in self.path.iterdir()] == [".lock"]:
+            (self.path / ".lock").unlink()
 
     def checkpoint(self, step: int) -> Path:
-        """Folder of the checkpoint after ``step`` updates."""
+        """Returns the folder of the checkpoint after ``step`` updates."""
         return self.checkpoints / f"step-{step:06d}"
 
     def checkpoint_steps(self) -> list[int]:
-        """Steps of the checkpoints that exist, ascending; folders of other names do not count."""
+        """Lists the steps of existing checkpoints, ascending; other folders do not count."""
         found = (_CHECKPOINT.fullmatch(p.name) for p in self.checkpoints.iterdir() if p.is_dir())
         return sorted(int(match.group(1)) for match in found if match)
 
     def write_config(self, text: str) -> None:
-        """Writes ``config.yaml``, the resolved configuration, at once."""
+        """Writes ``config.yaml``, the resolved configuration, atomically."""
         write_text_atomic(self.config, text)
 
     def write_versions(self, device: str = "cpu") -> dict[str, Any]:
-        """Writes ``versions.json``: what this process runs on and with (see `versions`).
+        """Writes ``versions.json``: platform and package versions of this process (see `versions`).
 
-        When a run goes on with other versions, those of before stay under ``earlier``.
+        When a run resumes with other versions, the earlier ones stay under ``earlier``.
         """
         now = versions(device)
         earlier: list[Any] = []
@@ -112,7 +126,7 @@ class RunFolder:
                 earlier = before.pop("earlier", [])
             except (ValueError, AttributeError) as error:
                 raise CheckpointError(
-                    f"{self.versions} is damaged ({error}); delete it to go on"
+                    f"{self.versions} is damaged ({error}); delete it to continue"
                 ) from error
             if before != now:
                 earlier = [*earlier, before]
@@ -135,22 +149,22 @@ class RunFolder:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            # Some network file systems have no locks; refusing to train there helps nobody.
+            # Some network file systems have no locks; training without one is better than none.
             _log.warning("%s: this file system has no locks (%s)", self.path, error)
-        with writing(self.path / ".lock"):  # without a buffer, which would be flushed once more
+        with writing(self.path / ".lock"):  # unbuffered: a buffer would be flushed again on closing
             os.ftruncate(stream.fileno(), 0)
             os.write(stream.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def versions(device: str = "cpu") -> dict[str, Any]:
-    """What a run runs on and with; null where a package or the checkout is absent.
+    """Returns platform and package versions; null where a package or the checkout is absent.
 
     Args:
-        device: name of the device that trains ("cpu", "NVIDIA H100 80GB HBM3").
+        device: name of the training device ("cpu", "NVIDIA H100 80GB HBM3").
 
     Returns:
         ``reopold_agent``, ``python``, ``platform``, ``cpu_count``, ``device``, ``packages`` (name
-        to version) and ``git`` (``commit``, ``dirty``), null when the package is not run from
+        to version) and ``git`` (``commit``, ``dirty``), null when the package does not run from
         its own checkout.
     """
     return {
@@ -172,7 +186,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(root: Path) -> dict[str, Any] | None:
-    # Only the project's own checkout: an installed copy may lie within someone else's repository.
+    # Only the project's own checkout: an installed copy may be inside another repository.
     if not ((root / ".git").exists() and (root / "pyproject.toml").exists()):
         return None
 

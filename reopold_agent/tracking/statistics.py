@@ -1,65 +1,32 @@
-"""Numbers of a step and of an evaluation, computed from trajectories with NumPy only.
+"""Computes metrics of a step and of an evaluation from trajectories.
 
-Keys are those of ``metrics.jsonl``. A share or mean over nothing is NaN (null in the file).
+Keys are those of ``metrics.jsonl``. A share or mean over no values is NaN (null in the file).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from reopold_agent.common.statistics import wilson_interval
 from reopold_agent.types import FloatArray, StopReason, Trajectory
 
 HISTOGRAM_EDGES: tuple[float, ...] = tuple(i / 4 for i in range(-80, 21))
 """Edges of the reward histograms, nats: -20 to 5 by 0.25, the same at every step and in every
-run, so that they can be added and compared. The two outermost bins also hold all beyond them."""
+run, so that they can be added and compared. The outermost bins also count values beyond them."""
 
 ENTROPY_PERCENTILES = (10, 50, 90, 99)
 
 
-def wilson_interval(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a success rate.
-
-    Unlike the usual normal interval it holds its coverage for few tasks and for rates near 0 or
-    1, and never leaves [0, 1] (Wilson 1927; Brown, Cai and DasGupta 2001).
-
-    Args:
-        successes: number of successes, ``0 <= successes <= n``.
-        n: number of independent trials.
-        confidence: coverage, in (0, 1).
-
-    Returns:
-        Lower and upper bound; (0, 1) when ``n`` is 0, since nothing is known.
-
-    Raises:
-        ValueError: an argument is out of range.
-    """
-    if not 0 <= successes <= n:
-        raise ValueError(f"successes must lie in 0..n, got {successes} of {n}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie strictly in (0, 1), got {confidence}")
-    if n == 0:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate, weight = successes / n, z * z / n
-    centre = (rate + weight / 2) / (1 + weight)
-    half = z * math.sqrt(rate * (1 - rate) / n + weight / (4 * n)) / (1 + weight)
-    # Both bounds are exact at the ends; rounding would leave 1e-17 there.
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == n else min(1.0, centre + half)
-    return low, high
-
-
 def reward_histogram(values: npt.ArrayLike) -> dict[str, list[float] | list[int]]:
-    """Counts of values per bin of `HISTOGRAM_EDGES`.
+    """Counts values per bin of `HISTOGRAM_EDGES`.
 
     Bins include their left edge. Values beyond the edges, the infinities too, count in the
-    outermost bins; NaN counts nowhere.
+    outermost bins; NaN is not counted.
 
     Returns:
         ``{"edges": n + 1 floats, "counts": n ints}``.
@@ -78,26 +45,25 @@ def distillation_statistics(
     logp: Sequence[FloatArray] | None = None,
     entropy: Sequence[FloatArray] | None = None,
 ) -> dict[str, Any]:
-    """Rewards, entropies and mask shares over the tokens that the student sampled.
+    """Computes rewards, entropies and mask shares over the tokens that the student sampled.
 
-    The reward of a token is ``R = teacher_logp - logp`` in float32, nats, under the policy that
-    sampled. Keys without a basis are left out: ``reward/*`` and ``mask/exploration_share`` when
-    no trajectory was scored by a teacher, all when there is no loss token.
+    The reward of a token is ``R = teacher_logp - logp`` in float32, nats, under the sampling
+    policy. Keys without data are left out: ``reward/*`` and ``mask/exploration_share`` if a
+    teacher scored no trajectory, and all keys if there is no loss token.
 
     Means, extremes and percentiles are over finite values; ``reward/nonfinite`` and
-    ``entropy/nonfinite`` count the tokens left out. In shares all loss tokens are the whole; a
-    reward of minus infinity is below the floor, and NaN is neither below nor kept, as in the
-    objective.
+    ``entropy/nonfinite`` count the other tokens. Shares are of all loss tokens; a reward of minus
+    infinity is below the floor, and NaN is neither below nor kept, as in the objective.
 
     Args:
-        trajectories: of the step, those trained on.
+        trajectories: trajectories that the step trained on.
         floor: the objective's reward floor (paper, eq. 7); without it the keys that need it
             (``reward/clipped*``, ``reward/floor``, ``reward/below_floor``,
             ``mask/exploration_share``) are left out.
         threshold: the objective's entropy threshold (tau, eq. 10); without it
             ``entropy/threshold`` and ``mask/refinement_share`` are left out.
-        logp, entropy: per trajectory (L,) float32, used instead of what the trajectories hold,
-            for engines that recompute them by a full pass.
+        logp, entropy: per trajectory (L,) float32, used in place of the trajectories' values by
+            engines that recompute them in a full pass.
 
     Returns:
         Contract keys ``reward/*``, ``entropy/*``, ``mask/exploration_share`` (tokens with
@@ -112,17 +78,17 @@ def distillation_statistics(
     rewards_scored: list[FloatArray] = []
     entropies_scored: list[FloatArray] = []
     entropies_all: list[FloatArray] = []
-    for t, own, uncertain in zip(trajectories, logps, entropies, strict=True):
-        if not own.shape == uncertain.shape == t.loss_mask.shape:
+    for t, logp_L, entropy_L in zip(trajectories, logps, entropies, strict=True):
+        if not logp_L.shape == entropy_L.shape == t.loss_mask.shape:
             raise ValueError(
                 f"task {t.task_id}: loss_mask, logp and entropy have shapes {t.loss_mask.shape}, "
-                f"{own.shape} and {uncertain.shape}; one value per id is needed"
+                f"{logp_L.shape} and {entropy_L.shape}; one value per id is needed"
             )
-        entropies_all.append(uncertain[t.loss_mask])
+        entropies_all.append(entropy_L[t.loss_mask])
         if t.teacher_logp is not None:
             with np.errstate(invalid="ignore"):  # inf - inf is NaN, which is counted below
-                rewards_scored.append(t.teacher_logp[t.loss_mask] - own[t.loss_mask])
-            entropies_scored.append(uncertain[t.loss_mask])
+                rewards_scored.append(t.teacher_logp[t.loss_mask] - logp_L[t.loss_mask])
+            entropies_scored.append(entropy_L[t.loss_mask])
     reward = _concatenate(rewards_scored)
     if reward.size:
         row |= _reward_statistics(reward, floor)
@@ -164,11 +130,11 @@ def _reward_statistics(reward: FloatArray, floor: float | None) -> dict[str, Any
 
 
 def abs_by_decile(reward: npt.ArrayLike, entropy: npt.ArrayLike, groups: int = 10) -> list[float]:
-    """Mean of ``|reward|`` by decile of entropy, least entropy first (paper, figure 5).
+    """Returns the mean of ``|reward|`` by decile of entropy, ascending (paper, figure 5).
 
-    Tokens are sorted by entropy and cut into ``groups`` parts of equal size (the first ones hold
-    one more where it does not divide). Tokens of equal entropy share their mean, so the order in
-    which they come makes no difference. Tokens with a value that is not finite are left out.
+    Tokens are sorted by entropy and cut into ``groups`` parts of equal size (or one more in the
+    first ones). Tokens of equal entropy share their mean, so that their order does not matter.
+    Tokens with a value that is not finite are left out.
 
     Returns:
         ``groups`` floats; NaN for a part without tokens.
@@ -183,7 +149,7 @@ def abs_by_decile(reward: npt.ArrayLike, entropy: npt.ArrayLike, groups: int = 1
 
 
 def rollout_statistics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Outcome of the episodes of a step; every trajectory given counts, failed ones too.
+    """Computes the outcome of the episodes of a step, including failed ones.
 
     Returns:
         ``rollout/success``; ``rollout/reward`` (of the environment, mean of the finite ones);
@@ -212,17 +178,18 @@ def rollout_statistics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 def gap_statistics(
     trajectories: Sequence[Trajectory], logp: Sequence[FloatArray]
 ) -> dict[str, float]:
-    """How far the log-probs that came with the samples are from the trainer's, by which is trained.
+    """Measures the gap between log-probs of the sampler and of the trainer.
 
     Args:
-        trajectories: their ``logp`` are the sampler's.
-        logp: the trainer's, per trajectory (L,) float32.
+        trajectories: trajectories with the sampler's ``logp``.
+        logp: the trainer's log-probs, per trajectory (L,) float32.
 
     Returns:
-        ``sync/logp_gap_mean`` and ``sync/logp_gap_max``, nats, over the sampled tokens; nothing
+        ``sync/logp_gap_mean`` and ``sync/logp_gap_max``, nats, over the sampled tokens; empty
         without trajectories.
     """
-    gaps = [np.abs(t.logp - own)[t.loss_mask] for t, own in zip(trajectories, logp, strict=True)]
+    pairs = zip(trajectories, logp, strict=True)
+    gaps = [np.abs(t.logp - trainer_L)[t.loss_mask] for t, trainer_L in pairs]
     if not gaps:
         return {}
     values = np.concatenate(gaps)
@@ -232,9 +199,9 @@ def gap_statistics(
 def evaluation_statistics(
     trajectories: Sequence[Trajectory], confidence: float = 0.95
 ) -> dict[str, Any]:
-    """Outcome of an evaluation: the values of an "eval" row and of a part of the summary.
+    """Computes the values of an "eval" row, which the summary has too.
 
-    The interval takes episodes as independent: give one episode per task.
+    The interval assumes independent episodes: give one episode per task.
 
     Returns:
         ``success``, ``low``, ``high`` (`wilson_interval`), ``n``, ``tool_rate``,

@@ -1,8 +1,8 @@
-"""The end of a run on one screen: how it went, where the files are, what to run next."""
+"""Prints the summary at the end of a run: success, files, and the next commands."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from reopold_agent.tracking.files import write_json_atomic
-from reopold_agent.tracking.progress import duration, is_terminal, show
+from reopold_agent.common.files import write_json_atomic
+from reopold_agent.common.terminal import duration, is_terminal
+from reopold_agent.tracking.progress import show
 
 __all__ = ["print_summary", "write_json_atomic"]
 
@@ -34,9 +35,9 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
     (sampled) episodes that call a tool, number of tasks. It fits 60 columns.
 
     Args:
-        summary: content of ``summary.json``; what is missing shows as "-" or is left out.
-        console: where to; standard output by default. Where it is no terminal the output is
-            plain ASCII without escape codes.
+        summary: content of ``summary.json``; missing values show as "-" or are left out.
+        console: output; standard output by default. Without a terminal the output is plain
+            ASCII without escape codes.
     """
     console = console or Console()
     pretty = is_terminal(console)
@@ -51,7 +52,8 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
 
     line()
     line(_headline(summary), "bold")
-    console.print(_table(summary, pretty))
+    if any(_part(summary, name) for name, _ in _ROWS):
+        console.print(_table(summary, pretty))
     run = summary.get("run")
     if run:
         line(f"In {run}:")
@@ -71,9 +73,13 @@ def _headline(summary: Mapping[str, Any]) -> str:
     start, end = (show(_part(summary, name).get("success")) for name in ("before", "after"))
     teacher = show(_part(summary, "teacher").get("success"))
     parts = [f"Held-out success {start} -> {end} (teacher {teacher})"]
+    if not any(_part(summary, name) for name, _ in _ROWS):
+        parts = ["Trained without held-out evaluation"]
+    elif summary.get("steps") == 0:
+        parts = [f"Held-out success {start} (teacher {teacher}), not trained"]
     if summary.get("env"):
         parts.append(str(summary["env"]))
-    if summary.get("steps") is not None:
+    if summary.get("steps"):
         training = duration(summary.get("train_seconds"))
         parts.append(f"{show(summary['steps'], '.0f')} steps in {training}")
     if summary.get("seconds"):
@@ -93,7 +99,10 @@ def _table(summary: Mapping[str, Any], pretty: bool) -> Table:
     table.add_column("", no_wrap=True)
     for heading in ("T 1", "95 % interval", "greedy", "tools", "n"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, label in _ROWS:
+    rows: Sequence[tuple[str, str]] = _ROWS
+    if summary.get("steps") == 0:
+        rows = (("before", "student"), ("teacher", "teacher"))
+    for name, label in rows:
         part = _part(summary, name)
         greedy = _part(part, "greedy")
         table.add_row(

@@ -1,4 +1,4 @@
-"""Several runs as one Markdown table: ``python -m reopold_agent.tracking.table RUN [RUN ...]``."""
+"""Shows runs as one Markdown table: ``python -m reopold_agent.tracking.table RUN [RUN ...]``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ _HEADER = (
 
 
 def results_table(runs: Sequence[Path]) -> str:
-    """One row per run, by seed: held-out success with its 95 % interval, greedy success, share of
-    sampled episodes that call a tool, and seconds of training.
+    """Returns a table with one row per run, by seed.
+
+    Columns: held-out success with its 95 % interval, greedy success, share of sampled episodes
+    that call a tool, and seconds of training.
 
     Raises:
-        DataError: a folder has no ``summary.json``: the run has not finished.
+        DataError: a folder has no ``summary.json``, since the run has not finished.
     """
     summaries = sorted((_summary(run) for run in runs), key=lambda s: int(s["seed"]))
     return "\n".join([_HEADER, *(_row(summary) for summary in summaries)])
@@ -63,7 +65,7 @@ def _number(value: float | None) -> str:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     print(results_table(parser.parse_args().runs))

@@ -1,4 +1,4 @@
-"""Rows of ``trajectories.jsonl`` and the pictures beside them."""
+"""Makes rows of ``trajectories.jsonl`` and saves their pictures."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from reopold_agent.tracking.files import write_bytes_atomic, writing
+from reopold_agent.common.files import write_bytes_atomic, writing
 from reopold_agent.types import BoolArray, EncodedImage, FloatArray, PixelArray, Trajectory, Turn
 
 
 @dataclass(frozen=True)
 class TokenUse:
-    """What an update made of the tokens of one trajectory.
+    """Use of a trajectory's tokens in an update.
 
     Attributes:
-        reward: (L,) float32, with which each token was trained (above the objective's floor);
-            0 where the student did not sample.
+        reward: (L,) float32, reward of each token in the objective (above its floor); 0 where the
+            student did not sample.
         kept: (L,) bool: whether the objective's mask kept the token.
     """
 
@@ -41,31 +41,29 @@ def trajectory_record(
     decode: Callable[[Sequence[int]], str] | None = None,
     use: TokenUse | None = None,
 ) -> dict[str, Any]:
-    """One episode as a row that holds all one needs to read it or to compute it again.
+    """Returns an episode as a row, with everything needed to read it or to recompute it.
 
     Args:
         trajectory: the episode.
         step: training step from 0 (kind "train") or number of updates done (kind "eval").
-        kind: which of both; `JsonLines.truncate_after` reads it.
+        kind: kind of the row, which `JsonLines.truncate_after` needs.
         who: "student", "teacher", or "recorded" for an expert's conversations.
         pictures: paths from `save_pictures`, one per image, or none.
-        decode: ids to text with control tokens kept, for readers without the tokenizer; it gives
-            ``prompt`` and ``tokens``.
-        use: what the update made of its tokens; none where it was not trained on.
+        decode: converts ids to text, with control tokens, for readers without the tokenizer; it
+            gives ``prompt`` and ``tokens``.
+        use: use of its tokens in the update; None if it was not trained on.
 
     Returns:
         ``kind``, ``step``, ``who``, ``task_id``, ``index``, ``sample``, ``success``, ``reward``,
         ``advantage`` (null where the objective has none), ``stop_reason``, ``seconds``,
         ``prompt`` (null without ``decode``; a run of one id, such as an image's placeholders,
-        stands as "token*count"), ``prompt_length``,
-        ``response_tokens``,
+        is written as "token*count"), ``prompt_length``, ``response_tokens``,
         ``turns`` (``start``, ``end``, ``text``, ``finish``, ``tool_call``, ``observation``,
         ``env_seconds``), ``images`` (``grid``, ``tokens``, ``width``, ``height``, ``picture``),
-        ``info`` (its plain values only) and, each as long as ``ids``: ``ids``, ``loss_mask`` (0
+        ``info`` (only plain values) and, each as long as ``ids``: ``ids``, ``loss_mask`` (0
         or 1), ``logp``, ``entropy``, ``teacher_logp`` (null when not scored), ``token_reward`` and
         ``kept`` (0 or 1; both null when not trained on), ``tokens`` (one text per id; null without
-        ``decode``). Floats are the shortest that read back as the
-        same float32.
+        ``decode``). Floats are the shortest that read back as the same float32.
 
     Raises:
         ValueError: ``pictures`` has another length than the images.
@@ -97,12 +95,12 @@ def trajectory_record(
         "info": {key: value for key, value in trajectory.info.items() if isinstance(value, plain)},
         "ids": ids,
         "loss_mask": [int(m) for m in trajectory.loss_mask],
-        "logp": _short(trajectory.logp),
-        "entropy": _short(trajectory.entropy),
+        "logp": _shortest(trajectory.logp),
+        "entropy": _shortest(trajectory.entropy),
         "teacher_logp": None
         if trajectory.teacher_logp is None
-        else _short(trajectory.teacher_logp),
-        "token_reward": None if use is None else _short(use.reward),
+        else _shortest(trajectory.teacher_logp),
+        "token_reward": None if use is None else _shortest(use.reward),
         "kept": None if use is None else [int(kept) for kept in use.kept],
         "tokens": decode and _tokens(ids, decode),
     }
@@ -117,7 +115,7 @@ def _prompt(ids: list[int], decode: Callable[[Sequence[int]], str]) -> str:
     text, pending = "", list[int]()
     for token, group in itertools.groupby(ids):
         count = sum(1 for _ in group)
-        if count <= 3:  # "..." and blank lines are words; longer runs are placeholders
+        if count <= 3:  # "..." and blank lines are text; longer runs are placeholders
             pending += [token] * count
             continue
         text += (decode(pending) if pending else "") + f"{decode([token])}*{count}"
@@ -158,24 +156,24 @@ def _image(image: EncodedImage, path: str | None) -> dict[str, Any]:
     }
 
 
-def _short(values: FloatArray) -> list[float]:
-    # str of a float32 is the shortest decimal that reads back as it: a third of float64's length.
+def _shortest(values: FloatArray) -> list[float]:
+    # str of a float32 is the shortest decimal that reads back as it, a third of float64's length.
     return [float(str(value)) for value in np.asarray(values, dtype=np.float32)]
 
 
 def picture_name(pixels: PixelArray) -> str:
-    """File name of a picture: a hash of its shape and pixels, so equal ones share a file."""
+    """Returns the file name of a picture: a hash, so that equal pictures share a file."""
     pixels = np.ascontiguousarray(pixels)
     digest = hashlib.sha256(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes())
     return f"{digest.hexdigest()[:24]}.png"
 
 
 def save_pictures(trajectory: Trajectory, run_dir: str | Path) -> list[str]:
-    """Writes the pictures that the model saw as PNG; one that is there already stays.
+    """Writes the pictures that the model saw as PNG, unless they exist already.
 
     Args:
-        trajectory: whose ``images`` to write, after their resize.
-        run_dir: the run folder; its ``pictures`` is made when missing.
+        trajectory: trajectory whose resized ``images`` to write.
+        run_dir: the run folder; its ``pictures`` is created if missing.
 
     Returns:
         One path per image, ``pictures/<hash>.png``, relative to the run folder, with slashes.

@@ -1,4 +1,4 @@
-"""The environment: tasks, tools and words; everything else is `ToolEnv`'s."""
+"""The environment: it defines tasks, tools and guideline; `ToolEnv` does the rest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class RotatedDigitsEnv(ToolEnv):
 
     Args:
         size: tasks per split.
-        seed: another seed, other tasks.
-        **settings: see `ToolEnv`.
+        seed: of the tasks.
+        **settings: passed to `ToolEnv`.
     """
 
     default_tools: ClassVar[tuple[str, ...]] = ("rotate_image", "brighten_image", "crop_image")
@@ -31,9 +31,9 @@ class RotatedDigitsEnv(ToolEnv):
         super().__init__(size=size, seed=seed, **settings)
 
     def load_tasks(self, split: str, **source: Any) -> TaskSource:
-        """The tasks of a split. ``source`` is what the constructor did not know itself."""
+        """Returns the tasks of a split; ``source`` has the settings that are not `ToolEnv`'s."""
         if split not in ("train", "eval"):
-            raise ConfigError(f"split is 'train' or 'eval', got '{split}'")
+            raise ConfigError(f"split must be 'train' or 'eval', got '{split}'")
         unknown = set(source) - {"size", "seed"}
         if unknown:
             raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")

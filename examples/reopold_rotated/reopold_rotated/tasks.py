@@ -1,4 +1,4 @@
-"""The embedded digits, in dark photographs that lie on their side or on their head."""
+"""The embedded digits, in dark photographs that are turned to the side or upside down."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from reopold_agent.demo.tasks import DemoTasks, Split
+from reopold_agent.demo.base import Split
+from reopold_agent.demo.tasks import DemoTasks
 from reopold_agent.types import ImageSource, Task
 
 
 @dataclass(frozen=True)
 class SpoiledImage:
-    """A picture that is turned (degrees, counter-clockwise) and darkened when it is opened."""
+    """A picture that is turned (by degrees, counter-clockwise) and darkened when it is opened."""
 
     source: ImageSource
     degrees: int
@@ -27,7 +28,7 @@ class SpoiledImage:
 
 @dataclass(frozen=True)
 class RotatedDigits:
-    """Tasks by (seed, split, index): the same index is the same picture on every machine.
+    """Tasks that depend only on (seed, split, index), so they are the same on every machine.
 
     A task's metadata has ``degrees``, the turn that makes the picture upright again.
     """
@@ -40,7 +41,7 @@ class RotatedDigits:
         return self.size
 
     def __getitem__(self, index: int, /) -> Task:
-        """The task at ``index``.
+        """Returns the task at ``index``.
 
         Raises:
             IndexError: not in ``range(len(self))``.
@@ -53,7 +54,7 @@ class RotatedDigits:
             id=task.id.replace("demo", "rotated"),
             question="The picture is dark and not upright. Which digit is on the white card in it?",
             images=tuple(SpoiledImage(image, spoiled, brightness) for image in task.images),
-            # The card is no longer where the original's metadata say.
+            # The original's metadata of the card's place no longer hold.
             metadata={
                 "overview_max_side": task.metadata["overview_max_side"],
                 "degrees": 360 - spoiled,

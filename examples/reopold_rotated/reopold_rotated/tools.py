@@ -31,7 +31,7 @@ def brighten_image(
     factor: Annotated[float, "How much brighter: 2 is twice as bright."] = 4.0,
 ) -> ToolResult:
     """Brighten an image that is too dark to read."""
-    # A message that says what is allowed: the model reads it and may try again.
+    # The message says what is allowed: the model reads it and can try again.
     if not 0 < factor <= MAX_FACTOR:
         raise ToolError(f"'factor' must be above 0 and at most {MAX_FACTOR:g}, got {factor:g}.")
     brighter = ImageEnhance.Brightness(state.image(target_image)).enhance(factor)

@@ -1,1 +1,1 @@
-"""The embedded mathematics: written arithmetic, and small text models that know it."""
+"""The embedded mathematics: tasks of written arithmetic."""

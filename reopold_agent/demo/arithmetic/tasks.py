@@ -1,8 +1,8 @@
-"""Made-up problems of written arithmetic, exact answers, no two splits with a problem in common.
+"""Generated problems of written arithmetic with exact answers; the splits share no problem.
 
-Three kinds: sums and differences of two three-digit numbers, and two digits times one. Every
-problem has at least one carry (or borrow), so that leaving carries out never gives the answer.
-Everything is a function of (seed, split, index), so a set needs no storage.
+There are three kinds: sums and differences of two three-digit numbers, and two digits times one.
+Every problem has at least one carry (or borrow), so that forgetting the carries never gives the
+answer. A task is a function of (seed, split, index), so a set needs no storage.
 """
 
 from __future__ import annotations
@@ -12,22 +12,23 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 import numpy as np
+from typing_extensions import override
 
+from reopold_agent.demo.base import GeneratedTasks
 from reopold_agent.types import Task
 
-Split = Literal["train", "eval"]
 Operation = Literal["+", "-", "x"]
 
 HELD_OUT_SHARE: Final = 8
-"""One problem in so many belongs to the held-out split."""
+"""One problem in this many belongs to the held-out split."""
 
 OPERATIONS: Final[tuple[Operation, ...]] = ("+", "-", "x")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """``first operation second``. Of a difference the first is the larger; of a product the
-    second has one digit."""
+    """``first operation second``, with the larger number first in a difference and one digit second
+    in a product."""
 
     first: int
     operation: Operation
@@ -49,7 +50,7 @@ class Problem:
 
     @property
     def has_carry(self) -> bool:
-        """Whether some column but the first hands something to the next."""
+        """Whether any column carries to, or borrows from, the next."""
         if self.operation == "x":
             return self.first % 10 * self.second > 9
         sign = 1 if self.operation == "+" else -1
@@ -67,59 +68,44 @@ class Problem:
 
 
 def digits(number: int, count: int = 3) -> list[int]:
-    """Digits from the ones upwards."""
+    """Returns the digits from the ones upwards."""
     return [number // 10**place % 10 for place in range(count)]
 
 
 @dataclass(frozen=True)
-class ArithmeticTasks:
-    """The tasks of a split, made when they are asked for.
+class ArithmeticTasks(GeneratedTasks):
+    """The tasks of a split, each made when it is read.
 
     Attributes:
         split: ``"train"`` or ``"eval"``.
         size: number of tasks.
-        seed: another seed, other tasks.
-        operations: which kinds, each as often as it is named.
+        seed: of the tasks.
+        operations: kinds of problems, drawn uniformly; repeat one to draw it more often.
 
     Raises:
         ValueError: an attribute is out of range.
     """
 
-    split: Split = "train"
-    size: int = 4096
-    seed: int = 0
     operations: tuple[Operation, ...] = OPERATIONS
 
     def __post_init__(self) -> None:
-        if self.split not in ("train", "eval"):
-            raise ValueError(f"split must be 'train' or 'eval', got {self.split!r}")
-        if self.size < 1 or self.seed < 0:
-            raise ValueError(f"size must be >= 1 and seed >= 0, got {self.size} and {self.seed}")
+        super().__post_init__()
         if not self.operations or set(self.operations) - set(OPERATIONS):
             raise ValueError(
                 f"operations must be some of {', '.join(OPERATIONS)}, got {list(self.operations)}"
             )
 
-    def __len__(self) -> int:
-        return self.size
-
     def problem(self, index: int) -> Problem:
-        """The problem at ``index``."""
-        rng = np.random.default_rng((self.seed, int(self.split == "eval"), index))
+        """Returns the problem at ``index``."""
+        rng = self.rng(index)
         operation = self.operations[int(rng.integers(len(self.operations)))]
         while True:
             problem = _draw(rng, operation)
             if problem.has_carry and problem.held_out == (self.split == "eval"):
                 return problem
 
-    def __getitem__(self, index: int, /) -> Task:
-        """The task at ``index``.
-
-        Raises:
-            IndexError: not in ``range(len(self))``.
-        """
-        if not 0 <= index < self.size:
-            raise IndexError(f"task {index} of {self.size}")
+    @override
+    def make(self, index: int) -> Task:
         problem = self.problem(index)
         return Task(
             id=f"arithmetic-{self.split}-{self.seed}-{index}",
@@ -134,7 +120,7 @@ def _draw(rng: np.random.Generator, operation: Operation) -> Problem:
         return Problem(int(rng.integers(12, 100)), "x", int(rng.integers(2, 10)))
     one, other = (int(v) for v in rng.integers(100, 1000, size=2))
     if operation == "-":
-        # A three-digit result: every column is written.
+        # The result has three digits, so that every column is written.
         while abs(one - other) < 100:
             one, other = (int(v) for v in rng.integers(100, 1000, size=2))
         one, other = max(one, other), min(one, other)

@@ -1,1 +1,1 @@
-"""The geometry environment's embedded default: drawn figures, a tiny student and teacher."""
+"""The embedded geometry: tasks with drawn figures."""

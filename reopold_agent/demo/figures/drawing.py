@@ -1,7 +1,7 @@
 """A small drawing board: antialiased lines, arcs and labels on one square picture.
 
 Everything is drawn `FINER` times larger and averaged down. Labels use Pillow's built-in typeface,
-so no font file is needed, and have a rim of the paper's colour that keeps them legible on lines.
+so no font file is needed; a rim of the paper's colour keeps them legible on lines.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from PIL import Image, ImageDraw, ImageFont
 from reopold_agent.types import PixelArray
 
 SIDE: Final = 280
-"""Pixels of a figure, both ways."""
+"""Width and height of a figure, pixels."""
 FINER: Final = 2
 LETTER: Final = 36
-"""Size of a label's typeface, pixels: digits are 25 high, so 13 in a prompt of 140 x 140."""
+"""Size of a label's typeface, pixels: digits are 25 high, or 13 in a prompt of 140 x 140."""
 
 LATTICE: Final = 14.0
 LATTICE_START: Final = -10.0
-"""Labels begin at places so many pixels apart, half a patch of a prompt: models this small learn to
-read in minutes when a digit lies in few ways across the patches, and hardly at all otherwise."""
+"""Labels start on a grid of this many pixels, half a patch of a prompt. If a digit can lie across
+patches in few ways only, models this small learn to read in minutes; otherwise hardly at all."""
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -50,7 +50,7 @@ LABEL_INK: Final[Colour] = (10, 10, 10)
 
 @functools.cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    # FreeType is part of every wheel of Pillow; without it this returns a bitmap of one size.
+    # Every wheel of Pillow contains FreeType; without it this returns a bitmap of one size.
     font = ImageFont.load_default(size=size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise RuntimeError("figures need a Pillow with FreeType; install Pillow's own wheel")
@@ -59,7 +59,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 @functools.cache
 def label_size(text: str, degrees: bool = False) -> tuple[float, float]:
-    """Width and height of a label in pixels, its degree sign included."""
+    """Returns width and height of a label with its degree sign, in pixels."""
     left, top, right, bottom = _font(LETTER * FINER).getbbox(text, anchor="ls")
     sign = LETTER * FINER * (_SIGN_GAP + 2 * _SIGN_RADIUS) if degrees else 0
     return (right - left + sign) / FINER, (bottom - top) / FINER
@@ -67,12 +67,13 @@ def label_size(text: str, degrees: bool = False) -> tuple[float, float]:
 
 _SIGN_RADIUS: Final = 0.1
 _SIGN_GAP: Final = 0.06
-"""Of a degree sign, as shares of the typeface's size. Drawn, as the typeface may lack it."""
+"""Of a degree sign, as shares of the typeface's size. The typeface may lack the sign, so it is
+drawn."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """What varies between figures without meaning anything."""
+    """The random appearance of a figure, which has no meaning."""
 
     paper: Colour
     ink: Colour
@@ -81,7 +82,7 @@ class Style:
 
     @classmethod
     def drawn(cls, rng: np.random.Generator) -> Style:
-        """A random style."""
+        """Draws a random style."""
         paper = PAPERS[int(rng.integers(len(PAPERS)))]
         ink = INKS[int(rng.integers(len(INKS)))]
         strength = 0.08 if rng.random() < 0.4 else 0.0
@@ -91,12 +92,12 @@ class Style:
 
 @dataclass
 class Board:
-    """A picture in the making. Coordinates are pixels of the finished one, y downwards."""
+    """A picture to draw on. Coordinates are pixels of the finished picture, y downwards."""
 
     style: Style
     side: int = SIDE
     boxes: list[tuple[str, Box]] = field(default_factory=list)
-    """Labels drawn so far: text and (left, top, right, bottom)."""
+    """Labels so far: text and (left, top, right, bottom)."""
 
     def __post_init__(self) -> None:
         size = (self.side * FINER, self.side * FINER)
@@ -105,29 +106,29 @@ class Board:
         self._labels: list[tuple[Point, str, bool]] = []
 
     def line(self, a: Point, b: Point) -> None:
-        """A line with round ends."""
+        """Draws a line with round ends."""
         width = self.style.width * FINER
         self._draw.line([_fine(a), _fine(b)], self.style.ink, round(width))
         for point in (a, b):
             self.dot(point, self.style.width / 2)
 
     def polygon(self, points: list[Point]) -> None:
-        """A closed outline, faintly filled."""
+        """Draws a closed outline, faintly filled."""
         self._draw.polygon([_fine(point) for point in points], fill=self.style.tint)
         for a, b in zip(points, [*points[1:], points[0]], strict=True):
             self.line(a, b)
 
     def dot(self, point: Point, radius: float) -> None:
-        """A filled disc."""
+        """Draws a filled disc."""
         self._draw.ellipse(_around(point, radius), fill=self.style.ink)
 
     def circle(self, centre: Point, radius: float) -> None:
-        """A circle, faintly filled."""
+        """Draws a circle, faintly filled."""
         width = round(self.style.width * FINER)
         self._draw.ellipse(_around(centre, radius), self.style.tint, self.style.ink, width)
 
     def tick(self, a: Point, b: Point, length: float = 14.0) -> None:
-        """The mark of equal sides: a short stroke across the middle of a side."""
+        """Draws the mark of equal sides: a short stroke across the middle of a side."""
         middle, (x, y) = ((a[0] + b[0]) / 2, (a[1] + b[1]) / 2), unit(a, b)
         half = length / 2
         self.line(
@@ -136,14 +137,14 @@ class Board:
         )
 
     def arrow(self, a: Point, b: Point, length: float = 9.0) -> None:
-        """The mark of parallel lines: an arrowhead at ``b`` that points away from ``a``."""
+        """Draws the mark of parallel lines: an arrowhead at ``b`` that points away from ``a``."""
         x, y = unit(a, b)
         for side in (-1, 1):
             end = (b[0] - length * (x + side * 0.7 * y), b[1] - length * (y - side * 0.7 * x))
             self.line(b, end)
 
     def arc(self, vertex: Point, a: Point, b: Point, radius: float) -> None:
-        """The arc of the angle (below 180 degrees) between two arms."""
+        """Draws the arc of the angle (below 180 degrees) between two arms."""
         start, end = sorted(
             math.degrees(math.atan2(p[1] - vertex[1], p[0] - vertex[0])) for p in (a, b)
         )
@@ -153,9 +154,9 @@ class Board:
         self._draw.arc(_around(vertex, radius), start, end, self.style.ink, width)
 
     def label(self, centre: Point, text: str, degrees: bool = False) -> None:
-        """Writes a label when the picture is finished, on top of everything.
+        """Adds a label, which `finished` writes on top of everything else.
 
-        Its corner is moved to the `LATTICE`, and inwards where it would leave the picture.
+        Its corner is moved to the `LATTICE`, and inwards if it would leave the picture.
         """
         width, height = label_size(text, degrees)
         left = _on_grid(centre[0] - width / 2, self.side - width - 3)
@@ -173,7 +174,7 @@ class Board:
         )
 
     def finished(self) -> PixelArray:
-        """The picture, (side, side, 3) uint8."""
+        """Writes the labels and returns the picture, (side, side, 3) uint8."""
         font, rim = _font(LETTER * FINER), 3 * FINER
         for (text, (left, top, _, bottom)), (_, _, degrees) in zip(
             self.boxes, self._labels, strict=True
@@ -199,13 +200,13 @@ class Board:
 
 
 def unit(a: Point, b: Point) -> Point:
-    """The direction from ``a`` to ``b``."""
+    """Returns the direction from ``a`` to ``b`` as a vector of length 1."""
     length = math.dist(a, b)
     return (b[0] - a[0]) / length, (b[1] - a[1]) / length
 
 
 def _on_grid(value: float, most: float) -> float:
-    """The nearest place of the lattice that leaves a rim on both sides."""
+    """Returns the nearest place on the lattice that leaves a rim on both sides."""
     first, last = 1, math.floor((most - LATTICE_START) / LATTICE)
     return LATTICE_START + LATTICE * min(max(round((value - LATTICE_START) / LATTICE), first), last)
 

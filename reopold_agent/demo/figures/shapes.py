@@ -1,7 +1,7 @@
-"""The figures: from a problem's values to points, lines and labels, true to scale.
+"""The figures: points, lines and labels for a problem's values, true to scale.
 
-Each function draws one figure on a `Board` and returns its `Measure` s: what is labelled, as points
-whose angle or distance is the labelled value. A test measures them again.
+Each function draws one figure on a `Board` and returns a `Measure` for each label: the points whose
+angle or distance is the labelled value. A test measures them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Measure:
 
     Attributes:
         label: a number, or `UNKNOWN`.
-        what: an angle (three points, the vertex in the middle) or a length (two points).
+        what: ``angle`` (three points, the vertex in the middle) or ``length`` (two points).
         points: in pixels of the picture.
     """
 
@@ -41,13 +41,17 @@ def triangle(
     labels: Sequence[str],
     equal: bool = False,
 ) -> list[Measure]:
-    """A triangle with these angles; an empty label is left out.
+    """Draws a triangle.
 
     Args:
-        equal: mark the two sides that meet at the first vertex as equal.
+        board: to draw on.
+        rng: for all random draws.
+        angles: at the three corners, degrees.
+        labels: of the angles; empty ones are left out.
+        equal: mark the two sides that meet at the first corner as equal.
     """
     a, b, c = (math.radians(angle) for angle in angles)
-    # Sides are in the ratio of the sines of the angles opposite to them.
+    # The sides are proportional to the sines of the opposite angles.
     corners = [
         (0.0, 0.0),
         (math.sin(c), 0.0),
@@ -69,7 +73,7 @@ def triangle(
 def circle_lengths(
     board: Board, rng: np.random.Generator, radius_label: str, diameter_label: str
 ) -> list[Measure]:
-    """A circle with a radius and a diameter drawn and labelled."""
+    """Draws a circle with a labelled radius and diameter."""
     radius = float(rng.uniform(100, 120))
     centre = _centre(rng, radius)
     board.circle(centre, radius)
@@ -82,7 +86,7 @@ def circle_lengths(
     board.line(centre, tip)
     middle = ((centre[0] + tip[0]) / 2, (centre[1] + tip[1]) / 2)
     board.label(_beside(middle, side + math.pi / 2, radius_label), radius_label)
-    # On the other side of the diameter than the radius.
+    # On the side of the diameter that is opposite to the radius.
     board.label(
         _beside(_around(centre, 0.3 * radius, turn), side + math.pi, diameter_label), diameter_label
     )
@@ -95,14 +99,14 @@ def circle_lengths(
 def circle_angles(
     board: Board, rng: np.random.Generator, central: int, central_label: str, inscribed_label: str
 ) -> list[Measure]:
-    """An angle at the centre and one on the circle over the same arc."""
+    """Draws an angle at the centre of a circle and one on the circle over the same arc."""
     radius = float(rng.uniform(115, 125))
     centre = _centre(rng, radius)
     board.circle(centre, radius)
     board.dot(centre, 5)
     turn, half = float(rng.uniform(0, 2 * math.pi)), math.radians(central / 2)
     a, b = _around(centre, radius, turn - half), _around(centre, radius, turn + half)
-    # Near the middle of the far arc, so that the inscribed angle holds the central one's vertex.
+    # Near the middle of the far arc, so that the centre lies inside the inscribed angle.
     c = _around(centre, radius, turn + math.pi + float(rng.uniform(-0.25, 0.25)))
     for one, other in ((centre, a), (centre, b), (c, a), (c, b)):
         board.line(one, other)
@@ -119,14 +123,19 @@ def parallel_lines(
     relation: Literal["corresponding", "co-interior"],
     given_first: bool,
 ) -> list[Measure]:
-    """Two parallel lines, a transversal, and the given angle and `UNKNOWN` at its crossings.
+    """Draws two parallel lines and a transversal, with the given angle and `UNKNOWN`.
 
     Args:
-        given_first: which of the crossings has the given angle.
+        board: to draw on.
+        rng: for all random draws.
+        angle: the given angle, degrees.
+        relation: of the unknown angle to the given one.
+        given_first: put the given angle at the first crossing, not at the second.
     """
     turn = math.radians(float(rng.uniform(-25, 25))) + (math.pi / 2) * int(rng.integers(4))
     along = (math.cos(turn), math.sin(turn))
-    # The angle at q between its line and the way to p; at p the co-interior one adds up to 180.
+    # The angle at q between its line and the direction to p; with the co-interior one at p it
+    # adds up to 180 degrees.
     slope = math.radians(angle if given_first or relation == "corresponding" else 180 - angle)
     across = (math.cos(turn + slope), math.sin(turn + slope))
     gap = float(rng.uniform(95, 115)) / math.sin(slope)
@@ -157,7 +166,7 @@ def parallel_lines(
 def _angle(
     board: Board, rng: np.random.Generator, arms: tuple[Point, Point, Point], text: str
 ) -> Measure:
-    """Marks and labels an angle: as near to the vertex as its arms leave room."""
+    """Marks and labels an angle, as near to the vertex as its arms allow."""
     a, vertex, b = arms
     (ax, ay), (bx, by) = unit(vertex, a), unit(vertex, b)
     length = math.hypot(ax + bx, ay + by)
@@ -166,7 +175,7 @@ def _angle(
     width, height = label_size(text, degrees)
     room = 0.0
     for ux, uy in ((ax, ay), (bx, by)):
-        # How far the label reaches towards an arm, and how fast it gets away from it.
+        # How far the label reaches towards an arm, and how fast its distance from it grows.
         reach = (width * abs(uy) + height * abs(ux)) / 2 + 3
         away = abs(x * uy - y * ux)
         room = max(room, reach / away)
@@ -178,7 +187,7 @@ def _angle(
 
 
 def _placed(corners: Sequence[Point], rng: np.random.Generator) -> list[Point]:
-    """Turned at random, as large as the picture allows (or a little smaller), and moved."""
+    """Places a shape: rotated at random, about as large as the picture allows, and shifted."""
     turn = float(rng.uniform(0, 2 * math.pi))
     mirror = -1.0 if rng.random() < 0.5 else 1.0
     cos, sin = math.cos(turn), math.sin(turn)
@@ -207,7 +216,7 @@ def _shifted(point: Point, direction: Point, distance: float) -> Point:
 
 
 def _beside(point: Point, turn: float, text: str) -> Point:
-    """Where a label goes to stand beside a line at ``point``, in a direction."""
+    """Returns the centre of a label beside ``point``, in a direction."""
     width, height = label_size(text)
     reach = (width * abs(math.cos(turn)) + height * abs(math.sin(turn))) / 2 + 8
     return _around(point, reach, turn)

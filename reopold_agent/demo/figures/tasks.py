@@ -1,9 +1,9 @@
-"""Made-up geometry: drawn figures with exact answers, in three families.
+"""Generated geometry: drawn figures with exact answers, in three families.
 
-A `Problem` is a kind and its values; a figure is one drawing of it, with its own place, turn, size
-and colours. Training and held-out tasks pose the same kinds of problems on other figures: what is
-held out is the reading of a figure. (Models this small learn "45+80=125" as a fact, and cannot
-know a fact that training leaves out.) Everything is a function of (seed, split, index).
+A `Problem` is a kind and its values; a figure is one drawing of it, with its own place, rotation,
+size and colours. Training and held-out tasks have the same problems but different figures, so that
+the held-out tasks test the reading of figures. (Models this small learn "45+80=125" as a fact and
+cannot know facts that are not in their training.) A task is a function of (seed, split, index).
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
+from typing_extensions import override
 
+from reopold_agent.demo.base import GeneratedTasks
 from reopold_agent.demo.figures import shapes
 from reopold_agent.demo.figures.drawing import Board, Style
 from reopold_agent.demo.figures.shapes import UNKNOWN, Measure
 from reopold_agent.demo.tasks import ArrayImage
 from reopold_agent.types import PixelArray, Task
 
-Split = Literal["train", "eval"]
-
 
 @dataclass(frozen=True)
 class Problem:
-    """What is given and asked.
+    """The given numbers and the answer of a problem.
 
     Attributes:
         kind: a key of `KINDS`.
         given: the labelled numbers, smallest first.
-        answer: the number that `UNKNOWN` stands for.
+        answer: the value of `UNKNOWN`.
     """
 
     kind: str
@@ -48,9 +48,9 @@ class Kind:
 
     Attributes:
         family: ``triangle``, ``circle`` or ``parallel``.
-        question: the words beside the figure.
-        givens: every combination of labelled numbers.
-        solve: the answer from what is given.
+        question: the text beside the figure.
+        givens: all combinations of labelled numbers.
+        solve: computes the answer from the labelled numbers.
         draw: draws one figure of a problem.
     """
 
@@ -195,25 +195,25 @@ SHARES: Final = {
     "corresponding": 1,
     "cointerior": 1,
 }
-"""How often each kind is posed, in parts; the one with most problems most."""
+"""Relative frequency of each kind; the one with the most problems is the most frequent."""
 
 
 @functools.cache
 def problems(kind: str) -> tuple[Problem, ...]:
-    """All problems of a kind."""
+    """Returns all problems of a kind."""
     rule = KINDS[kind]
     return tuple(Problem(kind, given, rule.solve(given)) for given in rule.givens)
 
 
 def draw(problem: Problem, rng: np.random.Generator) -> tuple[PixelArray, dict[str, Any]]:
-    """One figure of a problem.
+    """Draws one figure of a problem.
 
     Returns:
-        The picture, (`SIDE`, `SIDE`, 3) uint8, and what is drawn: ``measures`` (`Measure` s) and
-        ``boxes`` (each label's text and left, top, right, bottom in pixels).
+        The picture, (`SIDE`, `SIDE`, 3) uint8, and its contents: ``measures`` (`Measure` objects)
+        and ``boxes`` (each label's text and left, top, right, bottom in pixels).
     """
     style = Style.drawn(rng)
-    for _ in range(50):  # one drawing in a hundred puts one label on another
+    for _ in range(50):  # labels overlap in one drawing of a hundred
         board = Board(style)
         measures = KINDS[problem.kind].draw(board, rng, problem)
         if not board.crowded:
@@ -222,44 +222,29 @@ def draw(problem: Problem, rng: np.random.Generator) -> tuple[PixelArray, dict[s
 
 
 @dataclass(frozen=True)
-class FigureTasks:
-    """The tasks of a split, drawn when they are asked for.
+class FigureTasks(GeneratedTasks):
+    """The tasks of a split, each drawn when it is read.
 
     Attributes:
         split: ``"train"`` or ``"eval"`` (other figures).
         size: number of tasks.
-        seed: another seed, other tasks.
-        kind: pose only this kind; "" for all of them.
+        seed: of the tasks.
+        kind: the only kind of problem; "" for all kinds.
 
     Raises:
         ValueError: an attribute is out of range.
     """
 
-    split: Split = "train"
-    size: int = 4096
-    seed: int = 0
     kind: str = ""
 
     def __post_init__(self) -> None:
-        if self.split not in ("train", "eval"):
-            raise ValueError(f"split must be 'train' or 'eval', got {self.split!r}")
-        if self.size < 1 or self.seed < 0:
-            raise ValueError(f"size must be >= 1 and seed >= 0, got {self.size} and {self.seed}")
+        super().__post_init__()
         if self.kind and self.kind not in KINDS:
             raise ValueError(f"kind must be '' or one of {', '.join(KINDS)}, got {self.kind!r}")
 
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int, /) -> Task:
-        """The task at ``index``.
-
-        Raises:
-            IndexError: not in ``range(len(self))``.
-        """
-        if not 0 <= index < self.size:
-            raise IndexError(f"task {index} of {self.size}")
-        rng = np.random.default_rng((self.seed, int(self.split == "eval"), index))
+    @override
+    def make(self, index: int) -> Task:
+        rng = self.rng(index)
         parts = np.array(list(SHARES.values()))
         kind = str(rng.choice(list(SHARES), p=parts / parts.sum()))
         choices = problems(self.kind or kind)

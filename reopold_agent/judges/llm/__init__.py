@@ -1,4 +1,4 @@
-"""Judges that read prose: asked where the rules find no answer. See docs/judges.md."""
+"""Judges that read prose, asked where the rules find no answer (docs/judges.md)."""
 
 from reopold_agent.judges.llm.base import (
     Backend,
@@ -6,10 +6,10 @@ from reopold_agent.judges.llm.base import (
     Equal,
     Extract,
     How,
-    Judge,
     JudgeReply,
     JudgeRequest,
     Prompt,
+    ProseJudge,
 )
 from reopold_agent.judges.llm.failures import JudgeError, TransientError, UndecidedError
 from reopold_agent.judges.llm.judge import LlmJudge
@@ -23,7 +23,6 @@ __all__ = [
     "Equal",
     "Extract",
     "How",
-    "Judge",
     "JudgeError",
     "JudgeMaker",
     "JudgeReply",
@@ -31,6 +30,7 @@ __all__ = [
     "LlmJudge",
     "NoJudge",
     "Prompt",
+    "ProseJudge",
     "TransientError",
     "UndecidedError",
     "judge_of",

@@ -1,29 +1,28 @@
-"""What one asks a judge and what it says: the types that every judge shares.
+"""The types that all judges share: requests to a judge and its replies.
 
-A judge reads prose. It is asked only where the rules could not find an answer, and in extraction
-it never sees the ground truth: `Extract` has no field for it.
+A judge reads prose. It is asked only where the rules found no answer, and in extraction it never
+sees the ground truth: `Extract` has no field for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Literal, Protocol, TypeAlias
 
 from typing_extensions import Self
 
-from reopold_agent.compat import StrEnum
+from reopold_agent.common.compat import StrEnum
 
 
 @dataclass(frozen=True)
 class Extract:
-    """Which answer does this response give?
+    """A request: which answer does this response give?
 
     Attributes:
-        kind: what form the answer has ("option", "yes_no", "count", "number", "text", "math",
-            "list" or "auto"); a hint for the judge, an unknown one is as "auto".
-        options: the options' texts, in order, where the question has some.
+        kind: the form of the answer ("option", "yes_no", "count", "number", "text", "math",
+            "list" or "auto"), a hint for the judge; unknown kinds count as "auto".
+        options: the texts of a multiple-choice question's options, in order.
         id: comes back with the reply.
     """
 
@@ -36,7 +35,7 @@ class Extract:
 
 @dataclass(frozen=True)
 class Equal:
-    """Do these two answers to the question mean the same? Only in the optional equality mode."""
+    """A request of the optional equality mode: do these two answers mean the same?"""
 
     question: str
     extracted: str
@@ -55,7 +54,7 @@ class How(StrEnum):
     NO_ANSWER = "judge_no_answer"
     """The judge answered that the response states no answer."""
     NO_JUDGE = "no_judge"
-    """There is no judge (no key); the row was counted."""
+    """There is no judge (no key); the row is only counted."""
     BLOCKED = "blocked"
     """The provider's filters blocked the prompt or the reply."""
     EMPTY = "empty"
@@ -67,7 +66,7 @@ class How(StrEnum):
     TOO_LONG = "too_long"
     """The prompt does not fit the model."""
     UNAVAILABLE = "unavailable"
-    """Rate limits, server errors or timeouts went on through all attempts."""
+    """All attempts failed: rate limits, server errors or timeouts."""
     BUDGET = "budget"
     """The budget of calls is used up."""
 
@@ -78,15 +77,17 @@ class JudgeReply:
 
     Attributes:
         extracted: the answer that the response gives, in the judge's words; None if it gives none
-            or nothing was decided.
+            or if the row is undecided.
         how: how the reply came about.
         equal: the verdict of an `Equal` request; None if undecided or for an `Extract`.
-        cached: nothing was asked: the cache, or an equal request at the same time, had it.
-        input_tokens: tokens that this reply cost now; 0 if cached.
-        output_tokens: likewise, thoughts included.
-        error: why nothing was decided.
-        said: the judge's own words, for the record.
-        id: the request's.
+        cached: whether nothing was sent, because the reply came from the cache or from an equal
+            request at the same time.
+        input_tokens: tokens of the prompt; 0 if cached.
+        output_tokens: tokens of the reply, thoughts included; 0 if cached.
+        error: why the row is undecided.
+        said: the text of the judge's reply, for the record.
+        id: the id of the request.
+        version: the model that answered, as the provider names it; empty if it does not.
     """
 
     extracted: str | None
@@ -98,77 +99,82 @@ class JudgeReply:
     error: str | None = None
     said: str = ""
     id: str = ""
+    version: str = ""
 
     @property
     def tokens(self) -> int:
-        """Input and output tokens together."""
+        """The sum of input and output tokens."""
         return self.input_tokens + self.output_tokens
 
     @property
     def undecided(self) -> bool:
-        """Whether the judge said nothing that one can use."""
+        """Whether the judge gave no usable reply."""
         return self.how not in (How.JUDGE, How.NO_ANSWER)
 
 
-class Judge(Protocol):
-    """What evaluation uses. Methods may be called from several threads."""
+class ProseJudge(Protocol):
+    """A judge that reads prose, as evaluation uses it. Methods may be called from several threads.
+
+    A subclass implements the methods that have no body here.
+    """
 
     @property
     def name(self) -> str:
-        """For records: the judge and its model."""
+        """The judge and its model, for records."""
+        ...
+
+    def ask(self, request: JudgeRequest) -> JudgeReply:
+        """Answers one request; the reply says what went wrong with this row, if anything.
+
+        Raises:
+            JudgeError: this judge cannot answer any request (refused key, unknown model,
+                endpoint down for many rows); the message says what to do.
+        """
         ...
 
     def extract(
         self, question: str, response: str, *, kind: str = "auto", options: Sequence[str] = ()
     ) -> JudgeReply:
-        """The answer that a response gives. What goes wrong with one row is in the reply.
-
-        Raises:
-            JudgeError: nothing can be asked of this judge (refused key, unknown model, endpoint
-                down for many rows); the message says what to do.
-        """
-        ...
+        """Asks for the answer that a response gives; raises as `ask`."""
+        return self.ask(Extract(question, response, kind, tuple(options)))
 
     def equal(self, question: str, extracted: str, answer: str) -> JudgeReply:
-        """Whether an extracted answer means the same as an acceptable one."""
-        ...
+        """Asks whether an extracted answer means the same as an acceptable one; raises as `ask`."""
+        return self.ask(Equal(question, extracted, answer))
 
     def run(
         self, requests: Iterable[JudgeRequest], *, ordered: bool = False
     ) -> Iterator[JudgeReply]:
-        """Asks many at once. ``requests`` is read as replies are taken, never far ahead.
+        """Answers many requests; reads them only a little ahead of the replies that are taken.
 
         Args:
-            requests: what to ask; their ``id`` comes back in the replies.
-            ordered: replies in the order of the requests; otherwise as they come.
+            requests: their ``id`` comes back in the replies.
+            ordered: whether replies come in the order of the requests, or as they arrive.
         """
         ...
 
     def counters(self) -> dict[str, Any]:
-        """What has been asked and what it cost so far, for ``results.json``."""
+        """Returns the number of requests and their cost so far, for ``results.json``."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Settings and versions, for ``results.json``; no secret is among them."""
+        """Returns settings and versions for ``results.json``, without secrets."""
         ...
 
     def close(self) -> None:
         """Releases connections and the cache. The judge is not used afterwards."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a backend sends: instructions, delimited data, and the one field of its JSON reply."""
+    """A prompt for a backend: instructions, delimited data, and the field of the JSON reply."""
 
     system: str
     user: str
@@ -176,50 +182,51 @@ class Prompt:
 
     @property
     def characters(self) -> int:
-        """Length, for the estimate of tokens."""
+        """The length in characters, from which tokens are estimated."""
         return len(self.system) + len(self.user)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A backend's reply: its text as it came, not yet validated."""
+    """A backend's reply: its text, not yet validated; ``version`` is the model that answered."""
 
     text: str
     input_tokens: int = 0
     output_tokens: int = 0
+    version: str = ""
 
 
 class Backend(Protocol):
-    """One way to a model. This is all that a new provider has to write.
+    """A way to ask a model; a new provider implements only this.
 
-    Limits, retries, cache and validation are around it (`reopold_agent.judges.llm.LlmJudge`).
+    `reopold_agent.judges.llm.LlmJudge` adds limits, retries, cache and validation.
     """
 
     @property
     def name(self) -> str:
-        """The provider: "gemini"."""
+        """The provider's name, such as "gemini"."""
         ...
 
     @property
     def model(self) -> str:
-        """The model as the provider names it."""
+        """The provider's name of the model."""
         ...
 
     def settings(self) -> Mapping[str, Any]:
-        """What influences a reply (temperature, limits): part of the cache's key. JSON values."""
+        """Returns the settings that influence a reply as JSON values; part of the cache's key."""
         ...
 
     def describe(self) -> Mapping[str, Any]:
-        """More for the record that influences no reply (SDK's version). No secrets."""
+        """Returns further facts to record, such as the SDK's version, without secrets."""
         ...
 
     def ask(self, prompt: Prompt, timeout: float) -> Completion:
-        """Asks once; called from several threads.
+        """Sends one prompt; may be called from several threads.
 
         Raises:
-            TransientError: worth another attempt.
+            TransientError: another attempt may succeed.
             UndecidedError: this prompt gets no usable reply.
-            JudgeError: no prompt will.
+            JudgeError: no prompt will get a usable reply.
         """
         ...
 
@@ -230,14 +237,14 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class Price:
-    """Money per million tokens, as the user knows it; prices change, none is built in."""
+    """The price per million tokens. The user gives it; none is built in, since prices change."""
 
     input_per_million: float = 0.0
     output_per_million: float = 0.0
     currency: str = "USD"
 
     def of(self, input_tokens: int, output_tokens: int) -> float:
-        """What so many tokens cost."""
+        """Returns the cost of these tokens."""
         return (
             input_tokens * self.input_per_million + output_tokens * self.output_per_million
         ) / 1e6
@@ -245,7 +252,7 @@ class Price:
 
 @dataclass
 class Counters:
-    """What a judge did. ``calls`` are attempts on the wire, each of which a provider counts."""
+    """The activity of a judge. ``calls`` counts attempts, since a provider counts each of them."""
 
     requests: int = 0
     calls: int = 0
@@ -259,6 +266,12 @@ class Counters:
     output_tokens: int = 0
     failures: dict[str, int] = field(default_factory=dict)
     """Failed attempts by kind: "http_429", "timeout", "blocked", "malformed", ..."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """Replies by the model that gave them, cached ones too."""
+
+    def answered_by(self, version: str) -> None:
+        """Counts one reply of a model."""
+        self.versions[version] = self.versions.get(version, 0) + 1
 
     def fail(self, kind: str) -> None:
         """Counts one failed attempt."""

@@ -1,4 +1,4 @@
-"""Replies on disk, shared by processes: an evaluation that is run again asks only what is new."""
+"""Caches replies on disk, so that an evaluation that is run again asks only what is new."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TABLE = """CREATE TABLE IF NOT EXISTS replies (
 
 
 def cache_key(backend: str, model: str, settings: Mapping[str, Any], prompt: Prompt) -> str:
-    """Digest of everything that a reply depends on."""
+    """Returns a digest of everything that a reply depends on."""
     whole = [VERSION, backend, model, dict(settings), prompt.system, prompt.user, prompt.field]
     text = json.dumps(whole, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -34,10 +34,10 @@ class ReplyCache:
     """A table of replies by key. Any number of threads and processes may use the file at once.
 
     Args:
-        path: the file; it and its folder are made.
+        path: the file; it and its folder are created if necessary.
 
     Raises:
-        JudgeError: it cannot be used; the message names it.
+        JudgeError: the file cannot be used.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,8 +62,8 @@ class ReplyCache:
         return connection
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        # Readers and one writer at a time do not wait for each other. SQLite does not wait at
-        # all when two processes turn this on together, so the waiting is done here.
+        # With a write-ahead log, readers and the one writer do not wait for each other. SQLite
+        # fails at once when two processes turn it on together, so this waits instead.
         until = time.monotonic() + _BUSY_SECONDS
         while True:
             try:
@@ -73,17 +73,20 @@ class ReplyCache:
                 if "locked" not in str(error) or time.monotonic() > until:
                     raise
                 time.sleep(0.02)
-        # A power cut may lose the last replies, which then are asked again; never the file.
+        # A power cut may lose the last replies, which are then asked again, but not the file.
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute(_TABLE)
 
-    def get(self, key: str) -> tuple[str, str] | None:
-        """(how, text) of a reply, if it is there."""
-        row = self._execute("SELECT how, text FROM replies WHERE key = ?", (key,))
-        return None if row is None else (str(row[0]), str(row[1]))
+    def get(self, key: str) -> tuple[str, str, str] | None:
+        """Returns (how, text, model that answered) of a reply; None if it is not cached."""
+        row = self._execute("SELECT how, text, model FROM replies WHERE key = ?", (key,))
+        return None if row is None else (str(row[0]), str(row[1]), str(row[2]))
 
     def put(self, key: str, model: str, how: str, text: str, tokens: tuple[int, int]) -> None:
-        """Keeps a reply. The first of two processes that asked the same wins."""
+        """Stores a reply; ``model`` is the version that answered, or the model's name.
+
+        If two processes asked the same, the first reply stays.
+        """
         self._execute(
             "INSERT INTO replies VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             (key, model, how, text, *tokens, time.time()),
@@ -107,6 +110,6 @@ class ReplyCache:
 
     def _unusable(self, error: Exception) -> JudgeError:
         return JudgeError(
-            f"the judge's cache {self.path} cannot be used: {error}. Delete it, name another file "
-            "(judge.cache=FILE) or do without (judge.cache=null)."
+            f"the judge's cache {self.path} cannot be used: {error}. Delete it, use another file "
+            "(judge.cache=FILE) or no cache (judge.cache=null)."
         )

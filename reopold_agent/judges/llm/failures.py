@@ -1,30 +1,32 @@
-"""What can go wrong with a judge, in three kinds: try again, this row, or the whole judge."""
+"""The failures of a judge: of one attempt, of one row, or of the whole judge."""
 
 from __future__ import annotations
 
 import email.utils
 import re
 import time
+from typing import TypeAlias
 
+from reopold_agent.common.secrets import Secret
 from reopold_agent.errors import ReopoldError
 from reopold_agent.judges.llm.base import How
 
 RETRIED_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504, 529})
-"""Statuses that may be gone at the next attempt (529: overloaded, at some providers)."""
+"""Statuses after which another attempt may succeed (529: overloaded, at some providers)."""
 
 _LONGEST_MESSAGE = 500
 
 
 class JudgeError(ReopoldError, RuntimeError):
-    """Nothing can be asked of this judge; the message says what to do."""
+    """This judge cannot answer any request; the message says what to do."""
 
 
 class TransientError(Exception):
-    """An attempt failed in a way that another attempt may not.
+    """An attempt failed, and another one may succeed.
 
     Attributes:
-        kind: for the counters, "http_503".
-        retry_after: seconds that the provider asks one to wait, if it does.
+        kind: the failure's name in the counters, such as "http_503".
+        retry_after: seconds that the provider asks to wait; None if it does not.
     """
 
     def __init__(self, kind: str, message: str, retry_after: float | None = None) -> None:
@@ -33,9 +35,12 @@ class TransientError(Exception):
 
 
 class UndecidedError(Exception):
-    """This prompt gets no usable reply. ``said`` is what came, for the record.
+    """This prompt gets no usable reply.
 
-    ``tokens`` is (input, output): a truncated or malformed reply has been paid for.
+    Attributes:
+        how: the outcome.
+        said: the text of the reply, for the record.
+        tokens: (input, output), because a truncated or malformed reply costs money too.
     """
 
     def __init__(
@@ -43,6 +48,14 @@ class UndecidedError(Exception):
     ) -> None:
         super().__init__(message)
         self.how, self.said, self.tokens = how, said, tokens
+
+    def redacted(self, key: Secret) -> UndecidedError:
+        """Returns the same failure without the key, which a server may have echoed."""
+        said = key.redact(self.said)
+        return UndecidedError(self.how, key.redact(str(self)), said=said, tokens=self.tokens)
+
+
+Failure: TypeAlias = "TransientError | UndecidedError | JudgeError"
 
 
 def from_status(
@@ -52,16 +65,18 @@ def from_status(
     service: str,
     model: str,
     key_hint: str,
+    model_hint: str = "",
     retry_after: float | None = None,
-) -> TransientError | UndecidedError | JudgeError:
-    """The failure that an HTTP status means. The message is the provider's, key already gone.
+) -> Failure:
+    """Returns the failure that an HTTP status means.
 
     Args:
-        status: as answered.
-        message: the provider's own words.
-        service: for messages, "Gemini at https://...".
-        model: the model that was asked.
-        key_hint: what to do about a refused key.
+        status: the HTTP status.
+        message: the provider's message, without the key.
+        service: the service's name in messages, such as "Gemini at https://...".
+        model: the judge's model.
+        key_hint: what to do if the key is refused.
+        model_hint: what to do if there is no such model.
         retry_after: seconds, from the header or the body.
     """
     message = " ".join(message.split())[:_LONGEST_MESSAGE].rstrip(".")
@@ -72,7 +87,7 @@ def from_status(
     if status in (401, 403) or (status == 400 and re.search(r"api.?key", message, re.I)):
         advice = key_hint
     elif status == 404:
-        advice = f"Check the judge's model ('{model}') and endpoint."
+        advice = f"Check the judge's model ('{model}') and endpoint. {model_hint}".rstrip()
     elif 300 <= status < 400:
         advice = "The endpoint redirects; give the address that it redirects to."
     else:
@@ -81,7 +96,7 @@ def from_status(
 
 
 def retry_after_seconds(header: str | None) -> float | None:
-    """Seconds of a ``Retry-After`` header: a number or a date; None if absent or unreadable."""
+    """Returns the seconds of a ``Retry-After`` header, a number or a date; None if unreadable."""
     if not header:
         return None
     try:

@@ -1,130 +1,60 @@
-"""The Gemini API through Google's own SDK: ``google-genai``, else ``google-generativeai``.
+"""Asks the Gemini API through Google's SDK: ``google-genai``, else ``google-generativeai``.
 
-Both speak generateContent to the same service; the older one is deprecated but is what many have
-installed. A transport turns an SDK's reply into a `Wire` and its errors into ours; what they mean
-is decided here, once.
+Both send generateContent requests to the same service; the older one is deprecated, but
+many users have it installed. A client converts an SDK's reply to an `SdkReply` and its errors to
+ours; this module interprets them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import replace
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from typing_extensions import override
+
+from reopold_agent.common.secrets import Secret, key_from_environment, public_address
 from reopold_agent.errors import ConfigError, MissingExtraError
-from reopold_agent.judges.llm.base import Completion, How, Prompt
+from reopold_agent.judges.llm.base import Backend, Completion, How, Prompt
 from reopold_agent.judges.llm.failures import (
-    JudgeError,
+    Failure,
     TransientError,
     UndecidedError,
     from_status,
 )
-from reopold_agent.judges.llm.redact import Secret, key_from_environment, public_address
+from reopold_agent.judges.llm.gemini_types import (
+    DEFAULT_MODEL,
+    GeminiClient,
+    GeminiSettings,
+    HttpStatusError,
+    SdkReply,
+    UnreadableError,
+)
 
 KEY_VARIABLES = ("GEMINI_API_KEY", "GOOGLE_API_KEY")
-DEFAULT_MODEL = "gemini-2.0-flash-001"
-
-SAFETY_CATEGORIES = (
-    "HARM_CATEGORY_HARASSMENT",
-    "HARM_CATEGORY_HATE_SPEECH",
-    "HARM_CATEGORY_SEXUALLY_EXPLICIT",
-    "HARM_CATEGORY_DANGEROUS_CONTENT",
-)
 _KEY_HINT = (
     "Check the key in GEMINI_API_KEY (https://aistudio.google.com/apikey) and that it may use "
     "the Generative Language API; or use judge=none."
 )
+_MODEL_HINT = (
+    f"Set judge.model={DEFAULT_MODEL}, or a model of https://ai.google.dev/gemini-api/docs/models. "
+    "Answers that were already judged are kept: the same command continues."
+)
 _FINISHED = ("STOP", "FINISH_REASON_UNSPECIFIED", "")
 
 
-@dataclass(frozen=True)
-class GeminiSettings:
-    """What influences a reply; see the API's generationConfig and safetySettings.
-
-    Attributes:
-        model: as the API names it.
-        max_output_tokens: of the reply, thoughts included.
-        safety: threshold of all safety categories. The judge reads what models wrote about
-            arbitrary pictures; a blocked row is an undecided row, so that nothing is blocked
-            unless asked for.
-        thinking_budget: tokens of thought for models that think (only ``google-genai``).
-    """
-
-    model: str = DEFAULT_MODEL
-    max_output_tokens: int = 1024
-    safety: str = "BLOCK_NONE"
-    thinking_budget: int | None = None
-
-    def schema(self, prompt: Prompt) -> dict[str, Any]:
-        """The reply's schema, in the API's dialect."""
-        answer: dict[str, Any] = {"type": "STRING", "nullable": True}
-        value = answer if prompt.field == "answer" else {"type": "BOOLEAN"}
-        return {
-            "type": "OBJECT",
-            "properties": {prompt.field: value},
-            "required": [prompt.field],
-        }
-
-
-@dataclass(frozen=True)
-class Wire:
-    """What an SDK received, without its types. Enum values are the API's names."""
-
-    text: str = ""
-    finish: str = ""
-    blocked: str = ""
-    candidates: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-
-
-class HttpStatusError(Exception):
-    """The service answered with an error status."""
-
-    def __init__(self, status: int, message: str, retry_after: float | None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.retry_after = status, message, retry_after
-
-
-class UnreadableError(Exception):
-    """The service answered 200 with something that the SDK could not read."""
-
-
-class Transport(Protocol):
-    """One SDK."""
-
-    @property
-    def sdk(self) -> str:
-        """Package and version, for the record."""
-        ...
-
-    def generate(self, prompt: Prompt, timeout: float) -> Wire:
-        """One generateContent.
-
-        Raises:
-            HttpStatusError: an error status.
-            TransientError: no reply (timeout, connection).
-            UnreadableError: a reply that is no generateContent response.
-        """
-        ...
-
-    def close(self) -> None:
-        """Releases connections."""
-        ...
-
-
-class GeminiBackend:
-    """Implements `Backend` over either SDK.
+class GeminiBackend(Backend):
+    """A backend for the Gemini API, through either SDK.
 
     Args:
         settings: model and generation settings.
         key: the API key.
-        endpoint: another address of the service (tests, proxies); None: the SDK's own.
-        sdk: which SDK; "auto" takes ``google-genai`` where it is installed.
+        endpoint: another address of the service (tests, proxies); None takes the SDK's default.
+        sdk: which SDK; "auto" prefers ``google-genai`` if it is installed.
 
     Raises:
-        MissingExtraError: neither SDK, or not the one that was asked for, is installed.
+        MissingExtraError: the requested SDK, or for "auto" either of them, is not installed.
         ConfigError: the endpoint would get the key in clear text.
     """
 
@@ -139,20 +69,21 @@ class GeminiBackend:
         if endpoint is not None:
             endpoint = _checked(endpoint)
         self._settings, self._key, self._endpoint = settings, key, endpoint
-        self._transport = make_transport(settings, key, endpoint, sdk)
+        self._client = make_client(settings, key, endpoint, sdk)
 
     @property
+    @override
     def name(self) -> str:
-        """See `Backend`."""
         return "gemini"
 
     @property
+    @override
     def model(self) -> str:
-        """See `Backend`."""
         return self._settings.model
 
+    @override
     def settings(self) -> Mapping[str, Any]:
-        """See `Backend`. Both SDKs ask the same, so that the cache serves both."""
+        # Both SDKs send the same request, so they share cached replies.
         return {
             "temperature": 0,
             "max_output_tokens": self._settings.max_output_tokens,
@@ -161,28 +92,23 @@ class GeminiBackend:
             "endpoint": self._shown_endpoint(),
         }
 
+    @override
     def describe(self) -> Mapping[str, Any]:
-        """See `Backend`."""
-        return {"sdk": self._transport.sdk}
+        return {"sdk": self._client.sdk}
 
     def _shown_endpoint(self) -> str | None:
         return None if self._endpoint is None else public_address(self._endpoint)
 
+    @override
     def ask(self, prompt: Prompt, timeout: float) -> Completion:
-        """See `Backend`."""
-        # An SDK's exception holds the request, its headers and so the key, and raising inside of
-        # `except` would chain it to ours: what is raised is made after the handler has ended.
-        failure: TransientError | UndecidedError | JudgeError
+        # An SDK's exception holds the request with the key in its headers, and raising inside
+        # `except` would chain it to ours. Therefore the failure is raised after the handler.
+        failure: Failure
         try:
-            reply = interpret(self._transport.generate(prompt, timeout))
+            reply = interpret(self._client.generate(prompt, timeout))
             return replace(reply, text=self._key.redact(reply.text))
         except UndecidedError as undecided:
-            failure = UndecidedError(
-                undecided.how,
-                self._key.redact(str(undecided)),
-                said=self._key.redact(undecided.said),
-                tokens=undecided.tokens,
-            )
+            failure = undecided.redacted(self._key)
         except TransientError as transient:
             failure = TransientError(
                 transient.kind, self._key.redact(str(transient)), transient.retry_after
@@ -196,53 +122,54 @@ class GeminiBackend:
                 service=f"Gemini at {self._shown_endpoint() or 'Google'}",
                 model=self._settings.model,
                 key_hint=_KEY_HINT,
+                model_hint=_MODEL_HINT,
                 retry_after=error.retry_after,
             )
         raise failure
 
+    @override
     def close(self) -> None:
-        """See `Backend`."""
-        self._transport.close()
+        self._client.close()
 
 
-def interpret(wire: Wire) -> Completion:
-    """The text of a reply.
+def interpret(reply: SdkReply) -> Completion:
+    """Returns the text of a reply.
 
     Raises:
-        UndecidedError: it was blocked, empty or cut off.
+        UndecidedError: the reply was blocked, empty or cut off.
     """
-    tokens = (wire.input_tokens, wire.output_tokens)
-    if wire.blocked not in ("", "BLOCK_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED"):
-        raise UndecidedError(How.BLOCKED, f"the prompt was blocked: {wire.blocked}", tokens=tokens)
-    if not wire.candidates:
+    tokens = (reply.input_tokens, reply.output_tokens)
+    if reply.blocked not in ("", "BLOCK_REASON_UNSPECIFIED", "BLOCKED_REASON_UNSPECIFIED"):
+        raise UndecidedError(How.BLOCKED, f"the prompt was blocked: {reply.blocked}", tokens=tokens)
+    if not reply.candidates:
         raise UndecidedError(How.EMPTY, "the reply has no candidates", tokens=tokens)
-    if wire.finish == "MAX_TOKENS":
+    if reply.finish == "MAX_TOKENS":
         raise UndecidedError(
             How.TRUNCATED,
-            "the reply stopped at max_output_tokens; raise judge.max_output_tokens (thoughts "
-            "count) if it happens often",
-            said=wire.text,
+            "the reply stopped at max_output_tokens; if this happens often, raise "
+            "judge.max_output_tokens (thoughts count)",
+            said=reply.text,
             tokens=tokens,
         )
-    if wire.finish not in _FINISHED:
-        reason = f"the reply was stopped: {wire.finish}"
-        raise UndecidedError(How.BLOCKED, reason, said=wire.text, tokens=tokens)
-    if not wire.text.strip():
+    if reply.finish not in _FINISHED:
+        reason = f"the reply was stopped: {reply.finish}"
+        raise UndecidedError(How.BLOCKED, reason, said=reply.text, tokens=tokens)
+    if not reply.text.strip():
         raise UndecidedError(How.EMPTY, "the reply has no text", tokens=tokens)
-    return Completion(wire.text, *tokens)
+    return Completion(reply.text, *tokens, version=reply.version)
 
 
-def make_transport(
+def make_client(
     settings: GeminiSettings,
     key: Secret,
     endpoint: str | None,
     sdk: Literal["auto", "google-genai", "google-generativeai"],
-) -> Transport:
-    """The transport of the SDK that is asked for, or of the one that is installed.
+) -> GeminiClient:
+    """Returns a client through the requested SDK, or through one that is installed.
 
     Raises:
-        MissingExtraError: it is not installed.
-        ConfigError: a setting that the older SDK does not know, or an unknown name.
+        MissingExtraError: the SDK is not installed.
+        ConfigError: the older SDK does not know a setting, or the SDK's name is unknown.
     """
     if sdk not in ("auto", "google-genai", "google-generativeai"):
         raise ConfigError(
@@ -250,21 +177,21 @@ def make_transport(
         )
     if sdk != "google-generativeai":
         try:
-            from reopold_agent.judges.llm.gemini_genai import GenaiTransport
+            from reopold_agent.judges.llm.gemini_genai import GenaiClient
 
-            return GenaiTransport(settings, key, endpoint)
+            return GenaiClient(settings, key, endpoint)
         except ModuleNotFoundError as error:
             if sdk == "google-genai" or not _is_google(error):
                 raise _missing("google-genai", error) from error
     if settings.thinking_budget is not None:
         raise ConfigError(
             "judge.thinking_budget needs google-genai: google-generativeai does not know it. "
-            'Run: pip install "reopold-agent[judge]"'
+            'Run in the clone: pip install -e ".[judge]"'
         )
     try:
-        from reopold_agent.judges.llm.gemini_legacy import LegacyTransport
+        from reopold_agent.judges.llm.gemini_legacy import LegacyClient
 
-        return LegacyTransport(settings, key, endpoint)
+        return LegacyClient(settings, key, endpoint)
     except ModuleNotFoundError as error:
         wanted = "google-genai" if sdk == "auto" else sdk
         raise _missing(wanted, error) from error
@@ -281,7 +208,7 @@ def _is_google(error: ModuleNotFoundError) -> bool:
 
 
 def gemini_key() -> Secret:
-    """The key from the environment; empty if there is none."""
+    """Returns the key from the environment; empty if no variable is set."""
     return key_from_environment(KEY_VARIABLES)
 
 
@@ -294,20 +221,3 @@ def _checked(endpoint: str) -> str:
             "this machine): the key is sent to it"
         )
     return endpoint.rstrip("/")
-
-
-def retry_delay(details: object) -> float | None:
-    """Seconds of a ``google.rpc.RetryInfo`` among an error's details, if there is one."""
-    if isinstance(details, Mapping):
-        if str(details.get("@type", "")).endswith("google.rpc.RetryInfo"):
-            text = str(details.get("retryDelay", "")).removesuffix("s")
-            try:
-                return max(0.0, float(text))
-            except ValueError:
-                return None
-        found = [retry_delay(value) for value in details.values()]
-    elif isinstance(details, (list, tuple)):
-        found = [retry_delay(value) for value in details]
-    else:
-        return None
-    return next((seconds for seconds in found if seconds is not None), None)

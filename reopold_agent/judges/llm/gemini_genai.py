@@ -1,4 +1,4 @@
-"""Gemini through ``google-genai``, Google's current SDK."""
+"""Asks Gemini through ``google-genai``, Google's current SDK."""
 
 from __future__ import annotations
 
@@ -6,55 +6,57 @@ import importlib
 import logging
 from typing import Any
 
-# Not `from google import genai`: absent, that would be an ImportError without a name.
+# Not `from google import genai`: without the package, its ImportError would have no name.
 import google.genai as genai
 from google.genai import errors, types
+from typing_extensions import override
 
+from reopold_agent.common.secrets import Secret
 from reopold_agent.judges.llm.base import Prompt
 from reopold_agent.judges.llm.failures import TransientError, retry_after_seconds
-from reopold_agent.judges.llm.gemini import (
+from reopold_agent.judges.llm.gemini_types import (
     SAFETY_CATEGORIES,
+    GeminiClient,
     GeminiSettings,
     HttpStatusError,
+    SdkReply,
     UnreadableError,
-    Wire,
     retry_delay,
 )
-from reopold_agent.judges.llm.redact import Secret
 
 
 def _network_errors(name: str) -> tuple[type[Exception], ...]:
-    """Errors of that name in the HTTP clients that releases of the SDK are built on."""
+    """Returns the errors of this name in the HTTP clients that the SDK's releases use."""
     found = []
     for client in ("httpx", "httpx2"):
         try:
             found.append(getattr(importlib.import_module(client), name))
         except ModuleNotFoundError as error:
             if error.name != client:
-                raise  # installed but broken: that is not ours to hide
+                raise  # installed but broken: the user has to see it
     return tuple(found)
 
 
 _TIMEOUTS, _TRANSPORT = _network_errors("TimeoutException"), _network_errors("TransportError")
 
 
-class GenaiTransport:
-    """Implements `Transport`. The SDK's own retries are off: ours know the limits."""
+class GenaiClient(GeminiClient):
+    """A client through ``google-genai``. The SDK's retries are off, since ours obey the limits."""
 
     def __init__(self, settings: GeminiSettings, key: Secret, endpoint: str | None) -> None:
         self._settings = settings
         for name in ("httpx", "httpx2"):
-            # One line per request at INFO, Hydra's level, would bury everything else.
+            # At INFO, Hydra's level, one line per request would hide everything else.
             if logging.getLogger(name).level == logging.NOTSET:
                 logging.getLogger(name).setLevel(logging.WARNING)
-        # Newer releases ask v1, older ones v1beta, which both SDKs know and which has all fields.
+        # Newer releases default to v1; both SDKs know v1beta, which has all fields.
         options: dict[str, Any] = {"api_version": "v1beta"}
         if endpoint is not None:
             options["base_url"] = endpoint
         if "client_args" in types.HttpOptions.model_fields:
-            # A redirect would carry the key's header along, to wherever it points.
+            # A redirect would send the key's header to another address.
             options["client_args"] = {"follow_redirects": False}
-        # Not Vertex, whatever the environment says: a key is what was looked for.
+        # Never Vertex, even if the environment selects it: this backend uses an API key.
         self._client = genai.Client(
             vertexai=False, api_key=key.reveal(), http_options=types.HttpOptions(**options)
         )
@@ -67,12 +69,12 @@ class GenaiTransport:
         ]
 
     @property
+    @override
     def sdk(self) -> str:
-        """See `Transport`."""
         return f"google-genai {genai.__version__}"
 
-    def generate(self, prompt: Prompt, timeout: float) -> Wire:
-        """See `Transport`."""
+    @override
+    def generate(self, prompt: Prompt, timeout: float) -> SdkReply:
         thinking = self._settings.thinking_budget
         config = types.GenerateContentConfig(
             system_instruction=prompt.system,
@@ -98,13 +100,15 @@ class GenaiTransport:
             raise TransientError("timeout", f"no reply within {timeout:.1f} s") from error
         except _TRANSPORT as error:
             raise TransientError("connection", f"{type(error).__name__}: {error}") from error
-        # JSON that is none, or whose values have other types than the API's.
+        # Invalid JSON, or values of other types than the API's.
         except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise UnreadableError(f"the reply is not the API's: {type(error).__name__}") from error
-        return _wire(reply)
+            raise UnreadableError(
+                f"the reply is not in the API's form: {type(error).__name__}"
+            ) from error
+        return _reply(reply)
 
+    @override
     def close(self) -> None:
-        """See `Transport`."""
         close = getattr(self._client, "close", None)  # since 1.44
         if close is not None:
             close()
@@ -120,7 +124,7 @@ def _status(error: errors.APIError) -> HttpStatusError:
     return HttpStatusError(int(error.code), str(error.message or error.status or ""), longest)
 
 
-def _wire(reply: types.GenerateContentResponse) -> Wire:
+def _reply(reply: types.GenerateContentResponse) -> SdkReply:
     feedback, usage = reply.prompt_feedback, reply.usage_metadata
     candidates = reply.candidates or []
     text, finish = "", ""
@@ -133,16 +137,17 @@ def _wire(reply: types.GenerateContentResponse) -> Wire:
     if usage is not None:
         thoughts = getattr(usage, "thoughts_token_count", None)
         spent = (usage.candidates_token_count or 0) + (thoughts or 0)
-    return Wire(
+    return SdkReply(
         text=text,
         finish=finish,
         blocked=_name(feedback.block_reason) if feedback else "",
         candidates=len(candidates),
         input_tokens=(usage.prompt_token_count or 0) if usage is not None else 0,
         output_tokens=spent,
+        version=reply.model_version or "",
     )
 
 
 def _name(value: Any) -> str:
-    # Values that the SDK does not know yet come as plain text.
+    # The SDK gives values that it does not know as plain text.
     return "" if value is None else str(getattr(value, "value", value))

@@ -1,4 +1,4 @@
-"""Gemini through ``google-generativeai``, the deprecated SDK that many still have installed."""
+"""Asks Gemini through ``google-generativeai``, the deprecated SDK, which is still common."""
 
 from __future__ import annotations
 
@@ -8,23 +8,26 @@ import threading
 import warnings
 from typing import Any
 
+from typing_extensions import override
+
+from reopold_agent.common.secrets import Secret
 from reopold_agent.judges.llm.base import Prompt
 from reopold_agent.judges.llm.failures import TransientError, retry_after_seconds
-from reopold_agent.judges.llm.gemini import (
+from reopold_agent.judges.llm.gemini_types import (
     SAFETY_CATEGORIES,
+    GeminiClient,
     GeminiSettings,
     HttpStatusError,
+    SdkReply,
     UnreadableError,
-    Wire,
     retry_delay,
 )
-from reopold_agent.judges.llm.redact import Secret
 
 _configuring = threading.Lock()
 
-# By name: the package is frozen and untyped, and the type checker need not have it.
+# By name, so that the type checker does not need this frozen and untyped package.
 with warnings.catch_warnings():
-    # It announces its own deprecation at import; docs/judges.md says so once, for all.
+    # The import warns that the package is deprecated, which docs/judges.md says already.
     warnings.simplefilter("ignore", FutureWarning)
     legacy: Any = importlib.import_module("google.generativeai")
 legacy_client: Any = importlib.import_module("google.generativeai.client")
@@ -34,28 +37,28 @@ json_format: Any = importlib.import_module("google.protobuf.json_format")
 requests: Any = importlib.import_module("requests")
 
 
-class LegacyTransport:
-    """Implements `Transport` over REST (its other transport, gRPC, takes no plain endpoint)."""
+class LegacyClient(GeminiClient):
+    """A client through ``google-generativeai``, over REST: its gRPC accepts no http endpoint."""
 
     def __init__(self, settings: GeminiSettings, key: Secret, endpoint: str | None) -> None:
         self._settings = settings
         options = {} if endpoint is None else {"api_endpoint": endpoint}
-        # `configure` is global to the process. The client is made here, under a lock, and kept:
-        # a second judge with another key or endpoint then does not change this one's.
+        # `configure` is global to the process. The client is made under a lock and kept, so that
+        # a second judge with another key or endpoint does not change it.
         with _configuring:
             legacy.configure(api_key=key.reveal(), transport="rest", client_options=options)
             self._client: Any = legacy_client.get_default_generative_client()
-        # A redirect would carry the key's header along, to wherever it points.
+        # A redirect would send the key's header to another address.
         self._client.transport._session.max_redirects = 0
         self._safety = dict.fromkeys(SAFETY_CATEGORIES, settings.safety)
 
     @property
+    @override
     def sdk(self) -> str:
-        """See `Transport`."""
         return f"google-generativeai {legacy.__version__}"
 
-    def generate(self, prompt: Prompt, timeout: float) -> Wire:
-        """See `Transport`."""
+    @override
+    def generate(self, prompt: Prompt, timeout: float) -> SdkReply:
         model = legacy.GenerativeModel(
             self._settings.model,
             safety_settings=self._safety,
@@ -81,13 +84,15 @@ class LegacyTransport:
         except (requests.exceptions.Timeout, TimeoutError) as error:
             raise TransientError("timeout", f"no reply within {timeout:.1f} s") from error
         except (requests.exceptions.JSONDecodeError, json_format.ParseError, ValueError) as error:
-            raise UnreadableError(f"the reply is not the API's: {type(error).__name__}") from error
+            raise UnreadableError(
+                f"the reply is not in the API's form: {type(error).__name__}"
+            ) from error
         except (requests.exceptions.RequestException, auth_errors.TransportError) as error:
             raise TransientError("connection", f"{type(error).__name__}: {error}") from error
-        return _wire(reply)
+        return _reply(reply)
 
+    @override
     def close(self) -> None:
-        """See `Transport`."""
         self._client.transport.close()
 
 
@@ -100,23 +105,24 @@ def _status(error: Any) -> HttpStatusError:
     return HttpStatusError(int(error.code or 0), message, longest)
 
 
-def _wire(reply: Any) -> Wire:
+def _reply(reply: Any) -> SdkReply:
     feedback, usage = reply.prompt_feedback, reply.usage_metadata
     candidates = reply.candidates
     text, finish = "", ""
     if candidates:
         finish = _name(candidates[0].finish_reason)
         text = "".join(part.text for part in candidates[0].content.parts)
-    return Wire(
+    return SdkReply(
         text=text,
         finish=finish,
         blocked=_name(feedback.block_reason),
         candidates=len(candidates),
         input_tokens=usage.prompt_token_count,
         output_tokens=usage.candidates_token_count,
+        version=str(getattr(reply._result, "model_version", "")),
     )
 
 
 def _name(value: Any) -> str:
-    # Enum values that this frozen SDK does not know come as bare integers.
+    # This frozen SDK gives enum values that it does not know as integers.
     return str(getattr(value, "name", value))

@@ -1,4 +1,4 @@
-"""A judge over any backend: prompts, cache, limits, retries, validation and counting."""
+"""Makes a judge of any backend: prompts, cache, limits, retries, validation and counting."""
 
 from __future__ import annotations
 
@@ -6,25 +6,23 @@ import dataclasses
 import logging
 import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
-from typing_extensions import Self
+from typing_extensions import override
 
 from reopold_agent.judges.llm.base import (
     Backend,
     Completion,
     Counters,
-    Equal,
-    Extract,
     How,
     JudgeReply,
     JudgeRequest,
     Price,
     Prompt,
+    ProseJudge,
 )
 from reopold_agent.judges.llm.cache import ReplyCache, cache_key
 from reopold_agent.judges.llm.failures import JudgeError, TransientError, UndecidedError
@@ -43,10 +41,10 @@ _log = logging.getLogger(__name__)
 
 _CHARACTERS_PER_TOKEN = 4
 _REPLY_TOKENS = 32
-"""For the estimate before a call; the true number replaces it after."""
+"""Estimated before a call; the true number replaces it afterwards."""
 
 _KEPT = (How.JUDGE, How.BLOCKED, How.TOO_LONG)
-"""What would come out the same if asked again. A fluke (an empty reply) is asked again."""
+"""Outcomes that would not change if asked again, so they are cached; others are asked again."""
 
 
 class _StoppedError(JudgeError):
@@ -55,24 +53,25 @@ class _StoppedError(JudgeError):
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of a prompt, before it is read: ``said`` is the model's text, if any."""
+    """The outcome of a prompt before it is parsed; ``said`` is the model's text, if any."""
 
     how: How
     said: str = ""
     error: str | None = None
     tokens: tuple[int, int] = (0, 0)
+    version: str = ""
 
 
-class LlmJudge:
-    """Asks a `Backend`. Implements `Judge`.
+class LlmJudge(ProseJudge):
+    """A judge that asks a model through a `Backend`.
 
     Args:
-        backend: the way to the model.
+        backend: sends prompts to the model.
         limits: rates, budget, deadlines.
-        cache: where replies are kept; None: nowhere. It is closed with the judge.
-        price: for the estimate of the cost.
-        longest_response: characters of a response that are shown to the judge.
-        clock: time, replaced in tests.
+        cache: keeps replies and is closed with the judge; None keeps none.
+        price: to estimate the cost.
+        longest_response: most characters of a response that are shown to the judge.
+        clock: gives the time; tests replace it.
     """
 
     def __init__(
@@ -97,33 +96,24 @@ class LlmJudge:
         self._closed = threading.Event()
 
     @property
+    @override
     def name(self) -> str:
-        """See `Judge`."""
         return f"{self.backend.name}:{self.backend.model}"
 
-    def extract(
-        self, question: str, response: str, *, kind: str = "auto", options: Sequence[str] = ()
-    ) -> JudgeReply:
-        """See `Judge`."""
-        return self.ask(Extract(question, response, kind, tuple(options)))
-
-    def equal(self, question: str, extracted: str, answer: str) -> JudgeReply:
-        """See `Judge`."""
-        return self.ask(Equal(question, extracted, answer))
-
+    @override
     def run(
         self, requests: Iterable[JudgeRequest], *, ordered: bool = False
     ) -> Iterator[JudgeReply]:
-        """See `Judge`."""
         return run_in_threads(self.ask, requests, self.limits.concurrency, ordered=ordered)
 
+    @override
     def ask(self, request: JudgeRequest, stop: threading.Event | None = None) -> JudgeReply:
-        """One request, in this thread. Once ``stop`` is set, pauses end and nothing is sent."""
+        # Asks in the calling thread. Once ``stop`` is set, pauses end and nothing is sent.
         prompt = build(request, self._longest)
         key = cache_key(self.backend.name, self.backend.model, self.backend.settings(), prompt)
         self._count(requests=1)
         while True:
-            # Equal responses to one question (greedy samples) come together: one of them asks.
+            # Equal prompts (of greedy samples) arrive together: only one of them is sent.
             with self._lock:
                 flight = self._flights.get(key)
                 mine = flight is None
@@ -134,7 +124,7 @@ class LlmJudge:
             try:
                 outcome = flight.result()
             except _StoppedError:
-                continue  # another run was given up; this one asks for itself
+                continue  # the run that sent it was stopped, so this run sends it itself
             self._count(shared=1)
             return self._read(request, prompt, outcome, cached=True)
 
@@ -146,11 +136,11 @@ class LlmJudge:
         flight: Future[_Outcome],
         stop: threading.Event,
     ) -> JudgeReply:
-        """Finds the outcome for all who wait for ``flight``."""
+        """Finds the outcome of a prompt for all threads that wait for ``flight``."""
         try:
             outcome, cached = self._outcome(prompt, key, stop)
         except BaseException as error:
-            # First out of the table, so that whoever is told to ask for itself finds it empty.
+            # Removed first, so that a thread that then sends the prompt itself does not find it.
             self._land(key)
             flight.set_exception(error)
             raise
@@ -168,11 +158,13 @@ class LlmJudge:
             self._count(cached=1)
             how = How(kept[0])
             error = None if how is How.JUDGE else f"{how} (known from an earlier run)"
-            return _Outcome(how, kept[1], error), True
+            # Without a version the provider gave none, and the model itself is recorded.
+            version = kept[2] if kept[2] != self.backend.model else ""
+            return _Outcome(how, kept[1], error, version=version), True
         try:
             completion = self._complete(prompt, stop)
             tokens = completion.input_tokens, completion.output_tokens
-            outcome = _Outcome(How.JUDGE, completion.text, None, tokens)
+            outcome = _Outcome(How.JUDGE, completion.text, None, tokens, completion.version)
         except UndecidedError as failure:
             outcome = _Outcome(failure.how, failure.said, str(failure), failure.tokens)
             if failure.how not in (How.UNAVAILABLE, How.BUDGET):
@@ -180,11 +172,12 @@ class LlmJudge:
         self._count(input_tokens=outcome.tokens[0], output_tokens=outcome.tokens[1])
         self._watch(outcome)
         if self._cache is not None and outcome.how in _KEPT:
-            self._cache.put(key, self.backend.model, outcome.how, outcome.said, outcome.tokens)
+            model = outcome.version or self.backend.model
+            self._cache.put(key, model, outcome.how, outcome.said, outcome.tokens)
         return outcome, False
 
     def _complete(self, prompt: Prompt, stop: threading.Event) -> Completion:
-        """A completion of valid form, after as many attempts as the limits allow."""
+        """Returns a valid completion, after as many attempts as the limits allow."""
         limits, elapsed, attempt = self.limits, 0.0, 1
         while True:
             result = self._attempt(prompt, stop, min(limits.timeout, limits.deadline - elapsed))
@@ -206,7 +199,7 @@ class LlmJudge:
     def _attempt(
         self, prompt: Prompt, stop: threading.Event, timeout: float
     ) -> Completion | tuple[float, TransientError]:
-        """One attempt: what came, or the seconds that it took to fail and how."""
+        """Makes one attempt; returns the completion, or the failure and the seconds until it."""
         estimate = prompt.characters // _CHARACTERS_PER_TOKEN + _REPLY_TOKENS
         used = 0
         self._throttle.enter(estimate, stop)
@@ -233,10 +226,10 @@ class LlmJudge:
             self._throttle.leave()
 
     def _watch(self, outcome: _Outcome) -> None:
-        """Stops a judge that has nothing usable to say to anyone.
+        """Stops a judge that gives no usable replies.
 
         Raises:
-            JudgeError: so many prompts in a row were in vain.
+            JudgeError: ``limits.give_up_after`` prompts in a row got none.
         """
         with self._lock:
             if outcome.how in (How.UNAVAILABLE, How.MALFORMED, How.EMPTY, How.TRUNCATED):
@@ -247,8 +240,8 @@ class LlmJudge:
         if fruitless >= self.limits.give_up_after:
             raise JudgeError(
                 f"{self.name}: {fruitless} requests in a row without a usable reply; the last: "
-                f"{outcome.error}. What was answered is kept: run the same command again once "
-                "the cause is gone, or use judge=none."
+                f"{outcome.error}. Usable replies are kept: fix the cause and run the same "
+                "command again, or use judge=none."
             )
 
     def _read(
@@ -258,7 +251,7 @@ class LlmJudge:
         if how is How.JUDGE:
             try:
                 value = read_reply(outcome.said, prompt)
-            except UndecidedError as failure:  # only a damaged cache: fresh replies were checked
+            except UndecidedError as failure:  # from a damaged cache: new replies were checked
                 how, error = failure.how, str(failure)
             else:
                 how = How.NO_ANSWER if value is None else how
@@ -272,19 +265,26 @@ class LlmJudge:
             error=error,
             said=outcome.said,
             id=request.id,
+            version=outcome.version,
         )
-        self._count(undecided=int(reply.undecided), decided=int(not reply.undecided))
+        self._count(
+            version=outcome.version,
+            undecided=int(reply.undecided),
+            decided=int(not reply.undecided),
+        )
         return reply
 
-    def _count(self, failure: str | None = None, **amounts: int) -> None:
+    def _count(self, failure: str | None = None, version: str = "", **amounts: int) -> None:
         with self._lock:
+            if version:
+                self._counters.answered_by(version)
             if failure is not None:
                 self._counters.fail(str(failure))
             for name, amount in amounts.items():
                 setattr(self._counters, name, getattr(self._counters, name) + amount)
 
+    @override
     def counters(self) -> dict[str, Any]:
-        """See `Judge`."""
         with self._lock:
             counted = dataclasses.asdict(self._counters)
         if self._price is not None:
@@ -292,8 +292,8 @@ class LlmJudge:
             counted["cost"] = {"estimate": cost, "currency": self._price.currency}
         return counted
 
+    @override
     def describe(self) -> dict[str, Any]:
-        """See `Judge`."""
         return {
             "name": self.backend.name,
             "model": self.backend.model,
@@ -304,30 +304,19 @@ class LlmJudge:
             **self.backend.describe(),
         }
 
+    @override
     def close(self) -> None:
-        """See `Judge`."""
         self._closed.set()
         self.backend.close()
         if self._cache is not None:
             self._cache.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _validated(completion: Completion, prompt: Prompt) -> Completion:
     try:
         read_reply(completion.text, prompt)
     except UndecidedError as failure:
-        # It was paid for, whatever it is worth.
+        # An invalid reply costs money too.
         failure.tokens = (completion.input_tokens, completion.output_tokens)
         raise
     return completion

@@ -1,6 +1,6 @@
-"""How fast, how many and how long: rate limits, budget, backoff and deadlines.
+"""Limits of a judge: rates, budget, backoff and deadlines.
 
-Time comes through a `Clock`, so that a minute of waiting can be tested in no time.
+Time comes from a `Clock`, so that tests need not wait.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
+from typing_extensions import override
+
 from reopold_agent.errors import ConfigError
 from reopold_agent.judges.llm.failures import TransientError
 
@@ -22,22 +24,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """The user's limits.
+    """The limits that the user sets.
 
     Attributes:
         concurrency: attempts in flight at once.
         requests_per_minute: attempts started in any 60 seconds; None: no limit.
-        tokens_per_minute: likewise for tokens; estimated before, corrected after each reply.
+        tokens_per_minute: their tokens, estimated before and corrected after each reply.
         max_calls: attempts of this judge in this process, retries included; None: no limit.
         timeout: seconds for one attempt.
-        deadline: seconds for all attempts at one prompt and the pauses between them. Waiting for
-            one's turn under the rate limits is not counted.
-        attempts: how often to try.
+        deadline: seconds for all attempts at one prompt and the pauses between them. Waiting
+            because of the rate limits is not counted.
+        attempts: most attempts at one prompt.
         backoff: seconds before the second attempt; doubled for each further one.
-        longest_backoff: the most seconds between two attempts. A longer Retry-After is kept to
+        longest_backoff: the most seconds between two attempts. A longer Retry-After is obeyed
             if the deadline allows it.
-        give_up_after: so many prompts in a row without a usable reply stop the judge: going on
-            would cost a deadline for each of thousands of rows.
+        give_up_after: the judge stops after this many prompts in a row without a usable reply;
+            otherwise each of thousands of rows would wait for its deadline.
     """
 
     concurrency: int = 16
@@ -62,10 +64,10 @@ class Limits:
 
 
 class Clock(Protocol):
-    """Seconds that only go forward, and waiting."""
+    """A monotonic clock that can wait."""
 
     def now(self) -> float:
-        """Seconds since some moment."""
+        """Returns the seconds since a fixed moment."""
         ...
 
     def sleep(self, seconds: float, stop: threading.Event) -> None:
@@ -73,36 +75,36 @@ class Clock(Protocol):
         ...
 
 
-class RealClock:
-    """The machine's clock."""
+class RealClock(Clock):
+    """The clock of this machine."""
 
+    @override
     def now(self) -> float:
-        """See `Clock`."""
         return time.monotonic()
 
+    @override
     def sleep(self, seconds: float, stop: threading.Event) -> None:
-        """See `Clock`."""
         stop.wait(seconds)
 
 
 class TokenBucket:
-    """At most ``per_minute`` in any 60 seconds, with bursts of at most one second's worth.
+    """A rate limit: at most ``per_minute`` in any 60 seconds, and bursts of one second's amount.
 
-    Whoever takes from it is told how long to wait before going on; the bucket may be in debt
-    meanwhile, so that turns are given in order and a late wake-up costs no rate.
+    `take` returns how long to wait. The level may be negative meanwhile, so that callers go on in
+    their order and waking up late does not lower the rate.
     """
 
     def __init__(self, per_minute: int, clock: Clock) -> None:
         self._clock = clock
         self._capacity = max(1, per_minute // 60)
-        # What a full bucket gives at once is part of the minute's total.
+        # A burst from a full bucket counts towards the minute's total.
         self._rate = (per_minute - self._capacity + 1) / 60
         self._level = float(self._capacity)
         self._at = clock.now()
         self._lock = threading.Lock()
 
     def take(self, amount: float) -> float:
-        """Takes, and returns the seconds to wait before using it."""
+        """Takes an amount; returns the seconds to wait before using it."""
         with self._lock:
             now = self._clock.now()
             self._level = min(self._capacity, self._level + (now - self._at) * self._rate)
@@ -111,13 +113,13 @@ class TokenBucket:
             return max(0.0, -self._level / self._rate)
 
     def correct(self, amount: float) -> None:
-        """Takes more (or gives back, if negative) once the true amount is known."""
+        """Takes a further amount, or returns it if negative, once the true amount is known."""
         with self._lock:
             self._level = min(self._capacity, self._level - amount)
 
 
 class Throttle:
-    """Lets attempts through as the limits allow. Shared by all threads of a judge."""
+    """Delays attempts as the limits require; all threads of a judge share it."""
 
     def __init__(self, limits: Limits, clock: Clock) -> None:
         self._clock = clock
@@ -129,7 +131,7 @@ class Throttle:
         self._lock = threading.Lock()
 
     def spend(self) -> bool:
-        """Takes one call from the budget; False if it is used up."""
+        """Takes one call from the budget; returns False if the budget is used up."""
         with self._lock:
             if self._left is None:
                 return True
@@ -137,7 +139,7 @@ class Throttle:
             return self._left >= 0
 
     def enter(self, tokens: int, stop: threading.Event) -> None:
-        """Waits for one's turn and takes a slot, to be given back by `leave`."""
+        """Waits until an attempt may start and takes a slot, which `leave` returns."""
         self._slots.acquire()
         wait = max(
             self._requests.take(1) if self._requests else 0.0,
@@ -145,21 +147,21 @@ class Throttle:
         )
         if wait > 0:
             self._clock.sleep(wait, stop)
-        # Another thread may have been told to wait while this one was waiting.
+        # Another thread may have received a Retry-After while this one was waiting.
         while (pause := self._resume_at - self._clock.now()) > 0 and not stop.is_set():
             self._clock.sleep(pause, stop)
 
     def leave(self) -> None:
-        """Gives the slot back."""
+        """Returns the slot."""
         self._slots.release()
 
     def settle(self, estimated: int, used: int) -> None:
-        """Corrects the tokens that `enter` was told."""
+        """Replaces the estimate given to `enter` by the tokens used."""
         if self._tokens is not None:
             self._tokens.correct(used - estimated)
 
     def pause(self, seconds: float) -> None:
-        """Holds everyone back: the provider's Retry-After is about the key, not one request."""
+        """Delays all threads, because a provider's Retry-After applies to the key."""
         with self._lock:
             self._resume_at = max(self._resume_at, self._clock.now() + seconds)
 
@@ -169,34 +171,34 @@ def _bucket(per_minute: int | None, clock: Clock) -> TokenBucket | None:
 
 
 def backoff_seconds(limits: Limits, attempt: int, source: random.Random) -> float:
-    """Pause after the ``attempt``-th failure (from 1): between half and all of a doubling time.
+    """Returns the pause after the ``attempt``-th failure (from 1), which doubles each time.
 
-    Jitter keeps threads that failed together from coming back together; the half that is always
-    waited keeps the server from being asked again at once.
+    It is a random part, at least half, of the full pause: threads that failed together do not
+    retry together, and no thread retries at once.
     """
     full = min(limits.longest_backoff, limits.backoff * 2.0 ** min(attempt - 1, 60))
     return full * (0.5 + source.random() / 2)
 
 
 _GRACE = 2.0
-"""Seconds by which a transport's own timeout comes first; it knows better what went wrong."""
+"""Seconds by which a backend's own timeout comes first, since its message says more."""
 
 
 def with_deadline(function: Callable[[], T], seconds: float) -> T:
-    """Calls a function and waits no longer than that for it.
+    """Calls a function and waits for its result for a limited time.
 
-    A socket's timeout restarts with every byte; a server that trickles would hold a row for ever.
-    The thread of such a call is left behind (it is a daemon and ends with its connection).
+    A socket's timeout restarts with every byte, so a slow server could hold a row for ever. The
+    thread of such a call is left running; it is a daemon and ends with its connection.
 
     Raises:
-        TransientError: it took longer.
+        TransientError: the function took longer.
     """
     done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
 
     def call() -> None:
         try:
             done.put((function(), None))
-        # Not swallowed: it is raised in the thread that waits.
+        # Not suppressed: the waiting thread raises it.
         except BaseException as error:
             done.put((None, error))
 

@@ -1,4 +1,4 @@
-"""A judge on this machine: any causal language model of Hugging Face."""
+"""A judge on this machine: any causal language model in Hugging Face layout."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from reopold_agent.errors import ModelError
-from reopold_agent.judges.llm.base import Completion, How, Prompt
+from reopold_agent.judges.llm.base import Backend, Completion, How, Prompt
 from reopold_agent.judges.llm.failures import UndecidedError
 
 if TYPE_CHECKING:
@@ -19,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """Which model and how.
+    """The model and how to run it.
 
     Attributes:
         model: folder or hub id of a causal language model.
-        revision: of a hub id.
+        revision: branch, tag or commit on the hub.
         device: "auto" is the first GPU, else the CPU.
         dtype: "auto" is the checkpoint's own.
-        max_output_tokens: of the reply.
+        max_output_tokens: most tokens of the reply.
         trust_remote_code: whether code of the checkpoint may run.
     """
 
@@ -38,30 +40,30 @@ class LocalSettings:
     trust_remote_code: bool = False
 
 
-class LocalBackend:
-    """Implements `Backend` with transformers; the model is loaded at the first prompt.
+class LocalBackend(Backend):
+    """A model on this machine, with transformers; it is loaded at the first prompt.
 
-    The reply's beginning, ``{"answer": ``, is given, so that a small model cannot miss the form;
-    generation ends with the first complete object.
+    The prompt ends with the reply's beginning, ``{"answer": ``, so that even a small model keeps
+    to the form; generation ends with the first complete object.
     """
 
     def __init__(self, settings: LocalSettings) -> None:
         self._settings = settings
         self._loaded: tuple[Any, Any, torch.device] | None = None
-        self._lock = threading.Lock()  # one model, one prompt at a time
+        self._lock = threading.Lock()  # the model runs one prompt at a time
 
     @property
+    @override
     def name(self) -> str:
-        """See `Backend`."""
         return "local"
 
     @property
+    @override
     def model(self) -> str:
-        """See `Backend`."""
         return self._settings.model
 
+    @override
     def settings(self) -> Mapping[str, Any]:
-        """See `Backend`."""
         return {
             "temperature": 0,
             "revision": self._settings.revision,
@@ -69,8 +71,8 @@ class LocalBackend:
             "max_output_tokens": self._settings.max_output_tokens,
         }
 
+    @override
     def describe(self) -> Mapping[str, Any]:
-        """See `Backend`."""
         import transformers
 
         return {"transformers": transformers.__version__, "device": self._settings.device}
@@ -98,8 +100,8 @@ class LocalBackend:
             ) from error
         return tokenizer, model.to(device).eval(), torch.device(device)
 
+    @override
     def ask(self, prompt: Prompt, timeout: float) -> Completion:
-        """See `Backend`."""
         with self._lock:
             if self._loaded is None:
                 self._loaded = self._load()
@@ -135,17 +137,20 @@ class LocalBackend:
         try:
             _, end = json.JSONDecoder().raw_decode(text)
         except ValueError:
-            # Validation says what is wrong with it, unless it merely is not complete.
+            # If the reply is not merely cut off, validation says what is wrong with it.
             if len(new) >= self._settings.max_output_tokens:
                 raise UndecidedError(
-                    How.TRUNCATED, "the reply has no end", said=text, tokens=tokens
+                    How.TRUNCATED,
+                    "the reply stopped at max_output_tokens",
+                    said=text,
+                    tokens=tokens,
                 ) from None
             return Completion(text, *tokens)
         return Completion(text[:end], *tokens)
 
     @staticmethod
     def _ids(prompt: Prompt, begun: str, tokenizer: Any) -> list[int]:
-        """The prompt's ids. What question and response say is text, never a control token."""
+        """Returns the prompt's ids; control tokens in question and response are encoded as text."""
         mark = next(c for c in map(chr, range(0x100000, 0x10FFFE)) if c not in prompt.user)
         if tokenizer.chat_template:
             messages = [
@@ -165,17 +170,17 @@ class LocalBackend:
         ids = ids + text_ids(prompt.user, tokenizer)
         return list(ids + tokenizer.encode(after + begun, add_special_tokens=False))
 
+    @override
     def close(self) -> None:
-        """See `Backend`."""
         self._loaded = None
 
 
 def text_ids(text: str, tokenizer: Any) -> list[int]:
-    """Ids of a text of which none is an added token, whatever the text says.
+    """Returns the ids of a text without any added token, even where the text spells one.
 
-    Where an added token is written out, the text is cut after its first character. (Tokenizers
-    can be told to read special tokens as text, but not other added ones, such as DeepSeek's turn
-    marks.) Runs of spaces, which some tokenizers add, are no control tokens.
+    A spelled token is cut after its first character. (Tokenizers can read special tokens as text,
+    but not other added tokens, such as DeepSeek's turn marks.) Added tokens that are only spaces
+    are kept: they control nothing.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.content.strip()]

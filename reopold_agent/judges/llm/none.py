@@ -1,24 +1,23 @@
-"""No judge: rules only, and a count of the rows that a judge would have been asked."""
+"""The absence of a judge: only the rules decide, and the rows for a judge are counted."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from threading import Lock
-from types import TracebackType
 from typing import Any
 
-from typing_extensions import Self
+from typing_extensions import override
 
-from reopold_agent.judges.llm.base import Counters, Equal, Extract, How, JudgeReply, JudgeRequest
+from reopold_agent.judges.llm.base import Counters, How, JudgeReply, JudgeRequest, ProseJudge
 
 
-class NoJudge:
-    """Decides nothing. Implements `Judge`.
+class NoJudge(ProseJudge):
+    """A judge that decides nothing and counts its requests.
 
     Args:
-        wanted: the judge that was asked for, if it is its key that is missing.
-        reason: why there is none, for the result.
+        wanted: the judge that the settings name, if only its key is missing.
+        reason: why there is no judge, for the results.
     """
 
     def __init__(self, wanted: str | None = None, reason: str = "judge=none") -> None:
@@ -26,53 +25,33 @@ class NoJudge:
         self._counters, self._lock = Counters(), Lock()
 
     @property
+    @override
     def name(self) -> str:
-        """See `Judge`."""
         return "none"
 
-    def extract(
-        self, question: str, response: str, *, kind: str = "auto", options: Sequence[str] = ()
-    ) -> JudgeReply:
-        """See `Judge`."""
-        return self.ask(Extract(question, response, kind, tuple(options)))
-
-    def equal(self, question: str, extracted: str, answer: str) -> JudgeReply:
-        """See `Judge`."""
-        return self.ask(Equal(question, extracted, answer))
-
+    @override
     def ask(self, request: JudgeRequest) -> JudgeReply:
-        """Counts a request."""
         with self._lock:
             self._counters.requests += 1
             self._counters.would_ask += 1
             self._counters.undecided += 1
         return JudgeReply(None, How.NO_JUDGE, error=self.reason, id=request.id)
 
+    @override
     def run(
         self, requests: Iterable[JudgeRequest], *, ordered: bool = False
     ) -> Iterator[JudgeReply]:
-        """See `Judge`."""
         return map(self.ask, requests)
 
+    @override
     def counters(self) -> dict[str, Any]:
-        """See `Judge`."""
         with self._lock:
             return dataclasses.asdict(self._counters)
 
+    @override
     def describe(self) -> dict[str, Any]:
-        """See `Judge`."""
         return {"name": "none", "wanted": self.wanted, "reason": self.reason}
 
+    @override
     def close(self) -> None:
-        """See `Judge`."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
+        pass

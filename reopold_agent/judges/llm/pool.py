@@ -1,4 +1,4 @@
-"""Requests on threads, replies as they come."""
+"""Asks on several threads and yields the replies as they arrive."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Ask = Callable[[JudgeRequest, threading.Event], JudgeReply]
 def run_in_threads(
     ask: Ask, requests: Iterable[JudgeRequest], threads: int, *, ordered: bool
 ) -> Iterator[JudgeReply]:
-    """Asks on up to ``threads`` threads.
+    """Asks on up to ``threads`` threads and yields the replies.
 
-    The source is read in the caller's thread, at most two requests per thread ahead of the
-    replies that were taken (four if ordered, because one slow reply holds back those after it).
-    When the caller stops early, nothing more is sent; attempts in flight end by themselves.
+    The caller's thread reads ``requests``, at most two per thread ahead of the replies that were
+    taken (four if ordered, because one slow reply delays those after it). When the caller stops
+    early, nothing more is sent; attempts in flight end by themselves.
 
     Raises:
-        What ``ask`` or the source raised, once; requests that wait are dropped.
+        The first exception of ``ask`` or ``requests``; waiting requests are dropped.
     """
     jobs: queue.SimpleQueue[tuple[int, JudgeRequest] | None] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, JudgeReply | BaseException]] = queue.SimpleQueue()
@@ -31,10 +31,10 @@ def run_in_threads(
         while (job := jobs.get()) is not None and not stop.is_set():
             try:
                 done.put((job[0], ask(job[1], stop)))
-            # Not swallowed: it is raised where the replies are taken.
+            # Not suppressed: it is raised where the replies are taken.
             except BaseException as error:
                 done.put((job[0], error))
-                stop.set()  # after that: it, not its consequences, is what the caller gets
+                stop.set()  # afterwards, so that the caller gets this error, not its consequences
 
     workers: list[threading.Thread] = []
     ahead = threads * (4 if ordered else 2)
@@ -43,7 +43,7 @@ def run_in_threads(
     source, more = iter(requests), True
     try:
         while True:
-            # A slow source must not hold back what is ready.
+            # Stops reading when a reply is ready: a slow source must not delay it.
             while more and asked - given < ahead and done.empty():
                 request = next(source, None)
                 if request is None:
@@ -52,7 +52,7 @@ def run_in_threads(
                 jobs.put((asked, request))
                 asked += 1
                 if len(workers) < threads:
-                    # A daemon: a reply that never comes must not keep the program from ending.
+                    # A daemon, so that the program can end without waiting for a reply.
                     workers.append(threading.Thread(target=work, name="judge", daemon=True))
                     workers[-1].start()
             if given == asked and not more:

@@ -1,31 +1,30 @@
-"""Judges by name, and making one from a configuration.
+"""Makes judges from a configuration, by name.
 
-Other packages add theirs by the entry-point group ``reopold_agent.judges``. It is also the group
-of graders (`reopold_agent.judges.JUDGES`, which decide by rule and are chosen by environments), so
-an entry point should point to a module whose import registers what it has, in either.
+Other packages add judges through the entry-point group ``reopold_agent.judges``. Graders, which
+decide by rule and are chosen by environments (`reopold_agent.judges.JUDGES`), share this group,
+so an entry point should name a module that registers its judges and graders on import.
 """
 
 from __future__ import annotations
 
-import difflib
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from reopold_agent.errors import ConfigError
-from reopold_agent.judges.llm.base import Backend, Judge, Price
+from reopold_agent.common.files import cache_folder
+from reopold_agent.common.secrets import key_from_environment
+from reopold_agent.errors import ConfigError, suggestion
+from reopold_agent.judges.llm.base import Backend, Price, ProseJudge
 from reopold_agent.judges.llm.cache import ReplyCache
-from reopold_agent.judges.llm.gemini import KEY_VARIABLES, GeminiBackend, GeminiSettings, gemini_key
+from reopold_agent.judges.llm.gemini import KEY_VARIABLES, GeminiBackend, gemini_key
+from reopold_agent.judges.llm.gemini_types import GeminiSettings
 from reopold_agent.judges.llm.judge import LlmJudge
 from reopold_agent.judges.llm.limits import Limits
 from reopold_agent.judges.llm.local import LocalBackend, LocalSettings
 from reopold_agent.judges.llm.none import NoJudge
-from reopold_agent.judges.llm.openai_compatible import ChatBackend, ChatSettings
-from reopold_agent.judges.llm.redact import key_from_environment
-from reopold_agent.judges.registry import Judge as Grader
+from reopold_agent.judges.registry import Judge
 from reopold_agent.registry import Registry
 
 T = TypeVar("T")
@@ -34,30 +33,30 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JudgeMaker:
-    """How a judge is made.
+    """A named way to make a judge.
 
     Attributes:
-        name: as ``judge=NAME`` selects it.
-        make: makes it of its settings (the configuration without ``name``).
+        name: the name in ``judge=NAME``.
+        make: makes the judge from its settings (the configuration without ``name``).
     """
 
     name: str
-    make: Callable[[Mapping[str, Any]], Judge]
+    make: Callable[[Mapping[str, Any]], ProseJudge]
 
 
 class _LlmJudges(Registry[JudgeMaker]):
-    def _take(self, name: str, thing: object) -> None:
-        if not isinstance(thing, Grader):  # the group's other kind; the other registry takes it
-            super()._take(name, thing)
+    def _add_loaded(self, name: str, thing: object) -> None:
+        if not isinstance(thing, Judge):  # graders share the group; their registry takes them
+            super()._add_loaded(name, thing)
 
 
 LLM_JUDGES: Registry[JudgeMaker] = _LlmJudges("judge", "reopold_agent.judges", JudgeMaker)
 
 
-def make_judge(config: Mapping[str, Any]) -> Judge:
-    """The judge of a configuration: ``{"name": "gemini", ...settings}``.
+def make_judge(config: Mapping[str, Any]) -> ProseJudge:
+    """Makes the judge of a configuration ``{"name": "gemini", ...settings}``.
 
-    Without a key, ``gemini`` becomes a judge that decides nothing and counts what it is asked.
+    Without a key, ``gemini`` becomes a judge that decides nothing and counts its requests.
 
     Raises:
         UnknownNameError: no judge has that name.
@@ -71,15 +70,16 @@ def make_judge(config: Mapping[str, Any]) -> Judge:
     return LLM_JUDGES.get(name).make(settings)
 
 
-def judge_of(backend: Backend, settings: Mapping[str, Any], **defaults: Any) -> Judge:
-    """A judge over a backend, with the common settings (limits, cache, price).
+def judge_of(backend: Backend, settings: Mapping[str, Any], **defaults: Any) -> ProseJudge:
+    """Makes a judge of a backend and the common settings (limits, cache, price).
 
-    For other packages too: write a `Backend`, register a `JudgeMaker` whose ``make`` ends here.
+    Other packages use it too: they write a `Backend` and register a `JudgeMaker` whose ``make``
+    returns the result of this function.
 
     Args:
-        backend: the way to the model.
-        settings: the user's; what the backend itself takes is no longer among them.
-        defaults: this provider's own, where the settings say nothing: ``concurrency=1``.
+        backend: sends prompts to the model.
+        settings: the user's settings, without those of the backend itself.
+        defaults: the provider's defaults of common settings, such as ``concurrency=1``.
     """
     common = {**defaults, **settings}
     cache, longest = common.pop("cache", "auto"), common.pop("longest_response", 32_000)
@@ -100,19 +100,18 @@ def judge_of(backend: Backend, settings: Mapping[str, Any], **defaults: Any) -> 
 
 
 def cache_path(setting: object) -> Path | None:
-    """The file of the setting ``cache``: "auto" is one for all runs of the user."""
+    """Returns the file of the setting ``cache``; "auto" is one file for all runs of the user."""
     if setting is None:
         return None
     if not isinstance(setting, (str, Path)) or not str(setting):
         raise ConfigError(f"judge.cache={setting!r} must be a file, 'auto' or null")
     if setting == "auto":
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return Path(base) / "reopold-agent" / "judge.sqlite"
+        return cache_folder() / "judge.sqlite"
     return Path(setting).expanduser()
 
 
 def settings_of(kind: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
-    """A dataclass of settings, checked.
+    """Returns a dataclass of checked settings.
 
     Raises:
         ConfigError: a name is unknown (with the closest match), missing, or of another type.
@@ -126,14 +125,13 @@ def settings_of(kind: type[T], given: Mapping[str, Any], prefix: str = "") -> T:
                 f"judge.{prefix}{name}: keys are read from the environment, because settings are "
                 "recorded"
             )
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
         raise ConfigError(
-            f"judge.{prefix}{name} is not known.{hint} Known: {', '.join(sorted(known))}."
+            f"judge.{prefix}{name} is not known. {suggestion(name, known)}"
+            f"Known: {', '.join(sorted(known))}."
         )
     hints = get_type_hints(kind)
     for name, each in known.items():
-        if name not in given or given[name] == "???":  # Hydra's mark for what must be given
+        if name not in given or given[name] == "???":  # Hydra's mark for a mandatory setting
             if each.default is MISSING and each.default_factory is MISSING:
                 raise ConfigError(f"judge.{prefix}{name} must be given")
         elif not _fits(given[name], hints[name]):
@@ -162,20 +160,25 @@ def _split(kind: type[Any], settings: Mapping[str, Any]) -> tuple[dict[str, Any]
     return mine, {key: value for key, value in settings.items() if key not in own}
 
 
-def _gemini(settings: Mapping[str, Any]) -> Judge:
+def _gemini(settings: Mapping[str, Any]) -> ProseJudge:
     mine, common = _split(GeminiSettings, settings)
     endpoint, sdk = common.pop("endpoint", None), common.pop("sdk", "auto")
     checked = settings_of(GeminiSettings, mine)
     key = gemini_key()
     if not key:
         reason = f"no key: {' or '.join(KEY_VARIABLES)} is not set"
-        _log.warning("judge=gemini: %s. Rules decide alone; the rows are counted.", reason)
+        _log.warning(
+            "judge=gemini: %s. Only the rules decide; the rows for a judge are counted.", reason
+        )
         return NoJudge(f"gemini:{checked.model}", reason)
     backend = GeminiBackend(checked, key, endpoint=endpoint, sdk=sdk)
     return judge_of(backend, common)
 
 
-def _openai_compatible(settings: Mapping[str, Any]) -> Judge:
+def _openai_compatible(settings: Mapping[str, Any]) -> ProseJudge:
+    # Imported here: httpx takes a tenth of a second, and other judges do not need it.
+    from reopold_agent.judges.llm.openai_compatible import ChatBackend, ChatSettings
+
     mine, common = _split(ChatSettings, settings)
     variable = common.pop("key_env", "OPENAI_API_KEY")
     key = key_from_environment([variable] if variable else [])
@@ -183,14 +186,14 @@ def _openai_compatible(settings: Mapping[str, Any]) -> Judge:
     return judge_of(backend, common)
 
 
-def _local(settings: Mapping[str, Any]) -> Judge:
+def _local(settings: Mapping[str, Any]) -> ProseJudge:
     mine, common = _split(LocalSettings, settings)
     backend = LocalBackend(settings_of(LocalSettings, mine))
-    # One prompt at a time on this machine; the first one waits for the model to be loaded.
+    # The model runs one prompt at a time; the first one waits until it is loaded.
     return judge_of(backend, common, concurrency=1, timeout=1800.0, deadline=1800.0, attempts=1)
 
 
-def _none(settings: Mapping[str, Any]) -> Judge:
+def _none(settings: Mapping[str, Any]) -> ProseJudge:
     if settings:
         raise ConfigError(f"judge=none takes no settings, but got {', '.join(settings)}")
     return NoJudge()

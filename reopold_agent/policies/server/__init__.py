@@ -1,9 +1,9 @@
 """``policy=server``: a model behind HTTP, usually a teacher on another machine.
 
-`policy` is the policy, `transport` the connections (several addresses, retries, time limits),
-`protocol` what our own server and its clients say to each other, `reopold` and `completions` the
-two kinds of server that can be talked to: ours (`service`, `http`; ``python -m
-reopold_agent.serve``) and any vLLM server's ``/v1/completions``.
+`policy` holds the policy, `transport` sends requests (several addresses, retries, time limits),
+`protocol` defines the messages of our server, and `clients` is the interface to the two kinds of
+server: ours (``python -m reopold_agent.serve``; `reopold`) and any vLLM server with
+``/v1/completions`` (`completions`).
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ def make_server_policy(
     tokenizer_fingerprint: str | None = None,
     vocabulary_rows: int | None = None,
 ) -> ServerPolicy:
-    """Connects to the servers of one role and makes sure that they serve the right model.
+    """Connects to the servers of one role and checks that they serve the right model.
 
     Args:
         settings: see `ServerSettings`.
-        tokenizer_size: number of ids the tokenizer knows; rows from there on are padding.
+        tokenizer_size: number of ids that the tokenizer knows; rows from there on are padding.
         forbidden_ids: ids that have probability 0 everywhere.
         stop_ids: a turn ends with the first of these.
         image_token_id: the placeholder of a merged patch; None for text-only models.
-        tokenizer_fingerprint: see `protocol.tokenizer_fingerprint`; None is not compared.
+        tokenizer_fingerprint: the result of `protocol.tokenizer_fingerprint`; None skips its check.
         vocabulary_rows: rows of the model's output embedding, padding included, if known.
 
     Raises:
         ConfigError: a setting is wrong.
-        ModelServerError: no address answered, or one refused us.
+        ModelServerError: no address answered, or one refused the request.
         ModelError: a server serves another model.
     """
     policy = ServerPolicy(

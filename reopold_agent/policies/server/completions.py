@@ -1,19 +1,19 @@
-"""Any vLLM server (``vllm serve MODEL``), by its OpenAI-compatible ``/v1/completions``: text only.
+"""Uses any vLLM server (``vllm serve MODEL``) through ``/v1/completions``, for text only.
 
-Token ids go in as the prompt, ``prompt_logprobs`` and ``return_token_ids`` bring log-probs and the
-ids back. Such a server normalises over the whole vocabulary, padding and forbidden ids included,
-and this project over the allowed ids. With ``m`` the probability of the masked ids::
+The prompt is token ids; ``prompt_logprobs`` and ``return_token_ids`` return log-probs and ids.
+Such a server normalises over the whole vocabulary, padding and forbidden ids included, but this
+project normalises over the allowed ids. With ``m`` the probability of the masked ids::
 
     log p(token | allowed) = log p(token) - log(1 - m)
 
-What the ``top_logprobs`` most likely ids of a position show of ``m`` is taken out exactly. Of the
-rest it is known that no id is more likely than the last one listed, and that all unlisted ids
-together have what is left to 1; so the value given is at most ``bound`` nats too low, never too
-high. `MaskBound` keeps count of that bound.
+The server lists the ``top_logprobs`` most likely ids of a position; their share of ``m`` is removed
+exactly. Each masked id that is not listed is at most as likely as the last one listed, and all
+unlisted ids together have the probability that remains to 1. So the result is at most ``bound``
+nats too low and never too high. `MaskBound` records this bound.
 
-Pictures: vLLM's ``/inference/v1/generate`` takes ids with pictures only as its own preprocessed
-tensors in its internal serialisation, which changes with its version. `reopold_agent.serve` with
-``policy=vllm`` takes pictures, and masks exactly.
+Pictures are not supported: vLLM's ``/inference/v1/generate`` takes them with ids only as
+preprocessed tensors in an internal format, which changes with its version. `reopold_agent.serve`
+with ``policy=vllm`` takes pictures and masks exactly.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from reopold_agent.errors import ConfigError, ModelError
-from reopold_agent.policies.server.backends import finite, same_ids
+from reopold_agent.policies.server.clients import ServerClient, finite, same_ids
 from reopold_agent.policies.server.protocol import Vocabulary
 from reopold_agent.policies.server.settings import ServerSettings
 from reopold_agent.policies.server.transport import Address, Transport
@@ -38,7 +39,7 @@ _LOWEST = -9999.0
 
 
 class MaskBound:
-    """How far log-probs over the allowed ids may lie above what was given, in nats."""
+    """Records by how many nats the true log-probs over allowed ids may exceed the results."""
 
     def __init__(self) -> None:
         self.largest = self._sum = 0.0
@@ -47,24 +48,24 @@ class MaskBound:
 
     @property
     def mean(self) -> float:
-        """Over all tokens so far."""
+        """The mean over all tokens so far."""
         return self._sum / self.tokens if self.tokens else 0.0
 
     def add(self, bounds: Sequence[float]) -> None:
-        """Counts these tokens' bounds."""
+        """Records the bounds of more tokens."""
         with self._lock:
             self.largest = max(self.largest, *bounds, 0.0)
             self._sum += sum(bounds)
             self.tokens += len(bounds)
 
 
-class CompletionsBackend:
-    """Implements `Backend` for vLLM's HTTP server.
+class CompletionsClient(ServerClient):
+    """A client of vLLM's HTTP server.
 
     Args:
-        settings: which model is wanted, and how many ids are listed per token.
-        vocabulary: which ids are allowed.
-        transport: carries the messages.
+        settings: the expected model, and how many ids the server lists per token.
+        vocabulary: the allowed ids.
+        transport: sends the requests.
     """
 
     score_batch = 1
@@ -77,13 +78,16 @@ class CompletionsBackend:
         self._models: dict[Address, str] = {}
         self.bound = MaskBound()
 
+    @override
     def check(self, address: Address, deadline: float) -> None:
-        """See `Backend`. A vLLM server tells its model's name, not its tokenizer."""
+        # A vLLM server reports its model's name, but nothing about its tokenizer.
         answer = self._transport.exchange(address, "GET", _MODELS, None, deadline)
         try:
             names = [str(each["id"]) for each in answer["data"]]
         except (KeyError, TypeError) as error:
-            raise ModelError(f"{address.url} is no OpenAI-compatible server: {error!r}") from error
+            raise ModelError(
+                f"{address.url} is not an OpenAI-compatible server: {error!r}"
+            ) from error
         wanted = self._settings.model
         if wanted is None and len(names) == 1:
             wanted = names[0]
@@ -97,6 +101,7 @@ class CompletionsBackend:
             )
         self._models[address] = wanted
 
+    @override
     def score(
         self,
         address: Address,
@@ -104,11 +109,6 @@ class CompletionsBackend:
         with_entropy: bool,
         deadline: float,
     ) -> list[TokenScores]:
-        """See `Backend`.
-
-        Raises:
-            ValueError: entropies were asked for, which vLLM does not give.
-        """
         if with_entropy:
             raise ValueError("a vLLM server gives no entropies; score with the trainer's model")
         return [self._score(address, each, deadline) for each in trajectories]
@@ -144,10 +144,11 @@ class CompletionsBackend:
         logp[positions] = self._allowed([ids[i] for i in positions.tolist()], found, address.url)
         return TokenScores(logp, np.zeros_like(logp))
 
+    @override
     def generate(
         self, address: Address, name: str, request: Request, sampling: Sampling, deadline: float
     ) -> Completion:
-        """See `Backend`. vLLM finds earlier turns in its prefix cache; entropies are zeros."""
+        # vLLM finds earlier turns in its prefix cache; it returns no entropies.
         self._only_text(request.images)
         prompt = [int(i) for i in request.ids]
         listed = self._settings.top_logprobs
@@ -159,13 +160,13 @@ class CompletionsBackend:
                 "max_tokens": request.max_tokens,
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
-                # Said, because a checkpoint's own generation defaults would slip in otherwise.
+                # Otherwise the checkpoint's own generation defaults would apply.
                 "top_k": 0,
                 "min_p": 0.0,
                 "repetition_penalty": 1.0,
                 "seed": int(seed),
                 "stop_token_ids": list(self._vocabulary.stop_ids),
-                "ignore_eos": True,  # the stop ids are all of them
+                "ignore_eos": True,  # stop_token_ids is complete
                 "logprobs": (self._vocabulary.rows or 0) if listed < 0 else listed,
                 "return_tokens_as_token_ids": True,
                 "logit_bias": {str(i): -100.0 for i in sorted(self._masked)},
@@ -197,8 +198,9 @@ class CompletionsBackend:
             finish="stop" if ids[-1] in self._vocabulary.stop_ids else "length",
         )
 
+    @override
     def release(self, address: Address, names: Sequence[str], deadline: float) -> None:
-        """See `Backend`; vLLM's prefix cache forgets by itself."""
+        pass  # vLLM's prefix cache evicts by itself
 
     def _complete(self, address: Address, body: Mapping[str, Any], deadline: float) -> Any:
         common = {
@@ -218,12 +220,13 @@ class CompletionsBackend:
     def _allowed(
         self, tokens: Sequence[int], listed: Sequence[Mapping[int, float]], url: str
     ) -> list[float]:
-        """Log-probs over the allowed ids; counts their bounds.
+        """Returns log-probs over the allowed ids, and records their bounds.
 
         Args:
-            tokens: the ids themselves.
-            listed: for each, log-probs over the whole vocabulary of itself and of the most likely.
-            url: for messages.
+            tokens: the sampled ids.
+            listed: for each of them, log-probs over the whole vocabulary of this id and of the most
+                likely ids.
+            url: the server, for messages.
         """
         masked, rows = self._masked, self._vocabulary.rows
         most = self._settings.top_logprobs
@@ -251,8 +254,8 @@ class CompletionsBackend:
     def _only_text(self, images: Sequence[Any]) -> None:
         if images:
             raise ConfigError(
-                "a vLLM server takes token ids with pictures only in a form of its own version; "
-                "serve this teacher with: python -m reopold_agent.serve model=... policy=vllm"
+                "a vLLM server takes token ids with pictures only in a format of its own version; "
+                "serve this model with: python -m reopold_agent.serve model=... policy=vllm"
             )
 
 

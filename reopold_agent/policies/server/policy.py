@@ -1,4 +1,4 @@
-"""Generation and scoring by a model behind HTTP."""
+"""Generates and scores with a model behind HTTP."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+from reopold_agent.common.secrets import key_from_environment
 from reopold_agent.errors import ConfigError, ModelServerError, PolicyRequestError, ReopoldError
-from reopold_agent.judges.llm.redact import key_from_environment
-from reopold_agent.policies.server.backends import Backend
-from reopold_agent.policies.server.completions import CompletionsBackend, MaskBound
+from reopold_agent.policies.server.clients import ServerClient
+from reopold_agent.policies.server.completions import CompletionsClient, MaskBound
 from reopold_agent.policies.server.protocol import Vocabulary
-from reopold_agent.policies.server.reopold import ReopoldBackend
+from reopold_agent.policies.server.reopold import ReopoldClient
 from reopold_agent.policies.server.settings import ServerSettings
 from reopold_agent.policies.server.transport import Address, AttemptError, StatusError, Transport
 from reopold_agent.types import Completion, Request, Sampling, TokenScores, Trajectory
@@ -26,15 +26,15 @@ from reopold_agent.types import Completion, Request, Sampling, TokenScores, Traj
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.01
-"""`ServerGenerator.step` returns at least this often, so that tools' results find someone."""
+"""`ServerGenerator.step` returns this often, so that results of tools can be submitted."""
 
 
 class ServerPolicy:
-    """A model served elsewhere; implements `Policy` and `ScoresBeside`.
+    """A model behind HTTP; implements `Policy` and `ScoresBeside`.
 
     Args:
         settings: addresses, limits and the kind of server.
-        vocabulary: what the server must agree on.
+        vocabulary: the facts about ids on which the server must agree.
     """
 
     def __init__(self, settings: ServerSettings, vocabulary: Vocabulary) -> None:
@@ -43,38 +43,39 @@ class ServerPolicy:
         key = key_from_environment([settings.api_key_env] if settings.api_key_env else [])
         self.transport = Transport(settings, key, self._check)
         arguments = (settings, vocabulary, self.transport)
-        self._ours, self._vllm = ReopoldBackend(*arguments), CompletionsBackend(*arguments)
-        self._backend: Backend | None = None
+        self._ours, self._vllm = ReopoldClient(*arguments), CompletionsClient(*arguments)
+        self._client: ServerClient | None = None
         if settings.kind != "auto":
-            self._backend = self._ours if settings.kind == "reopold" else self._vllm
+            self._client = self._ours if settings.kind == "reopold" else self._vllm
         self._detecting = threading.Lock()
-        # One bound on requests, whoever asks: scoring threads, generators, releases.
+        # Limits all requests together: of scoring threads, generators and releases.
         self._slots = threading.BoundedSemaphore(settings.max_in_flight)
         self.pool = ThreadPoolExecutor(settings.max_in_flight, "reopold-server")
 
     @property
     def mask_bound(self) -> MaskBound:
-        """How exact the log-probs of a vLLM server are; stays empty for our own server."""
+        """The error bounds of a vLLM server's log-probs; empty for our own server."""
         return self._vllm.bound
 
     def check(self) -> None:
-        """Makes sure that a server answers and has the right model; the others are checked when
-        they are first used.
+        """Checks that a server answers and has the right model.
+
+        The other addresses are checked when they are first used.
 
         Raises:
-            ModelServerError: none answered, after retries.
-            ModelError: it has another model.
+            ModelServerError: no server answered, after retries.
+            ModelError: the server has another model.
         """
         self.transport.call(lambda address, deadline: None, "connecting")
 
     def generator(self, sampling: Sampling) -> ServerGenerator:
-        """A new session."""
+        """Returns a new generation session."""
         return ServerGenerator(self, sampling)
 
     def score(
         self, trajectories: Sequence[Trajectory], *, with_entropy: bool = False
     ) -> list[TokenScores]:
-        """See `Policy.score`; may be called from several threads.
+        """Scores trajectories, as `Policy.score`; may be called from several threads.
 
         Raises:
             PolicyRequestError: some trajectories could not be scored, after retries; it holds the
@@ -83,7 +84,7 @@ class ServerPolicy:
             NonFiniteError: a server gave log-probs that are not finite.
             ValueError: entropies were asked of a server that gives none.
         """
-        step = self.backend.score_batch
+        step = self.client.score_batch
         parts = [list(trajectories[i : i + step]) for i in range(0, len(trajectories), step)]
         if len(parts) == 1:
             outcomes = self._part(parts[0], with_entropy)
@@ -97,15 +98,15 @@ class ServerPolicy:
         return [each for each in outcomes if isinstance(each, TokenScores)]
 
     def turn(self, name: str, request: Request, sampling: Sampling) -> Completion:
-        """One turn; waits for it.
+        """Generates one turn and waits for it.
 
         Raises:
             ModelServerError, ModelError, NonFiniteError: as `score`.
         """
-        backend = self.backend
+        client = self.client
         with self._slots:
             return self.transport.call(
-                lambda address, deadline: backend.generate(
+                lambda address, deadline: client.generate(
                     address, name, request, sampling, deadline
                 ),
                 f"a turn of sequence {request.key}",
@@ -113,17 +114,17 @@ class ServerPolicy:
             )
 
     def forget(self, names: Sequence[str]) -> None:
-        """Tells all servers in use that sequences have ended; they would find out by themselves."""
+        """Tells all servers in use that they may forget these sequences, which have ended."""
         for address in self.transport.addresses:
             if address.checked:
                 try:
                     deadline = time.monotonic() + self.settings.connect_seconds
-                    self.backend.release(address, names, deadline)
+                    self.client.release(address, names, deadline)
                 except (AttemptError, ReopoldError) as error:  # nothing depends on it
                     _log.debug("could not release sequences at %s: %s", address.url, error)
 
     def close(self) -> None:
-        """Ends connections; the servers go on."""
+        """Closes the connections; the servers keep running."""
         self.transport.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
         if self.mask_bound.tokens:
@@ -136,29 +137,29 @@ class ServerPolicy:
             )
 
     @property
-    def backend(self) -> Backend:
-        """Speaks to these servers' kind.
+    def client(self) -> ServerClient:
+        """The client for this kind of server.
 
         Raises:
-            ModelServerError: it is not known yet, and no server answers.
+            ModelServerError: the kind is not known yet, and no server answers.
         """
-        if self._backend is None:
+        if self._client is None:
             self.check()
-        if self._backend is None:
-            raise ConfigError("the kind of server could not be told; set policy.kind")
-        return self._backend
+        if self._client is None:
+            raise ConfigError("the kind of server is not known; set policy.kind")
+        return self._client
 
     def _part(
         self, trajectories: Sequence[Trajectory], with_entropy: bool
     ) -> list[TokenScores | ModelServerError]:
-        """Scores of one request, or for each trajectory why there are none."""
-        backend = self.backend
+        """Scores with one request; returns scores, or errors for trajectories that have none."""
+        client = self.client
         what = f"scoring {', '.join(t.task_id for t in trajectories)}"
         try:
             with self._slots:
                 return list(
                     self.transport.call(
-                        lambda address, deadline: backend.score(
+                        lambda address, deadline: client.score(
                             address, trajectories, with_entropy, deadline
                         ),
                         what,
@@ -169,23 +170,23 @@ class ServerPolicy:
                 return [error]
         except ModelServerError as error:
             return [error] * len(trajectories)
-        # The server refused them together: one may be at fault.
+        # The server refused the request, perhaps because of one trajectory: score each alone.
         return [each for t in trajectories for each in self._part([t], with_entropy)]
 
     def _check(self, address: Address, deadline: float) -> None:
         with self._detecting:
-            if self._backend is None:
+            if self._client is None:
                 try:
                     self._ours.check(address, deadline)
-                    self._backend = self._ours
+                    self._client = self._ours
                     return
                 except StatusError as error:
                     if error.status != 404:
                         raise
                 self._vllm.check(address, deadline)
-                self._backend = self._vllm
+                self._client = self._vllm
                 return
-        self._backend.check(address, deadline)
+        self._client.check(address, deadline)
 
 
 _Parts: TypeAlias = "Sequence[Future[list[TokenScores | ModelServerError]]]"
@@ -201,8 +202,8 @@ class _Ended:
 class ServerGenerator:
     """One generation session; implements `Generator` and `RunsBeside`.
 
-    Each turn is a request of its own that carries all ids; the server finds what it has computed
-    of earlier turns.
+    Each turn is one request with all ids so far; the server reuses its computation of earlier
+    turns.
     """
 
     runs_beside = True
@@ -230,7 +231,7 @@ class ServerGenerator:
                 raise ValueError(f"sequence {request.key} already has a turn in flight")
             self._number += 1
             self._turns[request.key] = self._number
-            # The ids are the runner's own list, which grows.
+            # Copied, because the runner extends its lists.
             kept = Request(
                 request.key,
                 tuple(request.ids),
@@ -244,9 +245,9 @@ class ServerGenerator:
             future.add_done_callback(partial(self._end, request.key, self._number))
 
     def step(self) -> list[Completion]:
-        """Waits a moment for turns to end and returns those that have, in order of their keys.
+        """Waits a moment and returns the turns that have ended, in order of their keys.
 
-        A turn that could not be had, after retries, comes with ``error`` set.
+        A turn that could not be generated, after retries, has ``error`` set.
 
         Raises:
             ModelError: a server has another model, or continued other ids.
@@ -259,9 +260,9 @@ class ServerGenerator:
                 ended = self._ended.get(timeout=wait)
             except queue.Empty:
                 return sorted(completions, key=lambda completion: completion.key)
-            wait = 0.0  # whatever else has ended by now
+            wait = 0.0  # further ones only if they have ended already
             if self._turns.get(ended.key) != ended.number:
-                continue  # was released
+                continue  # released meanwhile
             del self._turns[ended.key]
             try:
                 completions.append(ended.outcome.result())
@@ -270,7 +271,7 @@ class ServerGenerator:
                 completions.append(Completion(ended.key, (), (), (), "length", error=str(error)))
 
     def release(self, key: int) -> None:
-        """Forgets a sequence, here and at the server."""
+        """Forgets a sequence here, and tells the servers to forget it."""
         self._turns.pop(key, None)
         self._policy.pool.submit(self._policy.forget, [self._name(key)])
 
@@ -282,7 +283,7 @@ class ServerGenerator:
 
 
 def _all(futures: _Parts) -> _Parts:
-    """Waits for all, so that none is left running when one raises."""
+    """Waits for all futures, so that none is still running when one raises; returns them."""
     for future in futures:
         future.exception()
     return futures

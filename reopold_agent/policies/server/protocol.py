@@ -1,4 +1,4 @@
-"""What `reopold_agent.serve` and its clients say to each other, as JSON (docs/server.md).
+"""Defines the JSON messages between `reopold_agent.serve` and its clients (docs/server.md).
 
 Both sides import this module, so that they cannot disagree.
 """
@@ -20,28 +20,28 @@ from reopold_agent.errors import DataError, ModelError, VocabularyMismatchError
 from reopold_agent.types import EncodedImage, PixelArray
 
 PROTOCOL = 1
-"""Changes with every change of the messages that an older side would misread."""
+"""Version of the messages, raised with every change that an older version would misread."""
 
 HEALTH, INFO, IMAGES = "/health", "/v1/info", "/v1/images"
 SCORE, GENERATE, RELEASE = "/v1/score", "/v1/generate", "/v1/release"
 
 UNKNOWN_IMAGES = 409
-"""Status of a request about pictures that the server does not (or no longer) have."""
+"""Status for a request that names pictures that the server does not have (any more)."""
 
 _MOST_PIXELS = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What two sides must agree on before one believes the other's log-probs.
+    """Facts about token ids on which both sides must agree, so that log-probs are comparable.
 
     Attributes:
-        size: number of ids the tokenizer knows.
-        forbidden_ids: sorted; they have probability 0, besides those from ``size`` on.
+        size: number of ids that the tokenizer knows.
+        forbidden_ids: sorted; they have probability 0, as do all ids from ``size`` on.
         stop_ids: sorted; a turn ends with the first of these.
         image_token_id: the placeholder of a merged patch; None for text-only models.
-        fingerprint: of the tokenizer; None if it is not known.
-        rows: of the output embedding, padding included; None if that is not known.
+        fingerprint: the result of `tokenizer_fingerprint`; None if unknown.
+        rows: rows of the output embedding, padding included; None if unknown.
     """
 
     size: int
@@ -62,10 +62,10 @@ class Served:
     """A server's answer to ``/v1/info``.
 
     Attributes:
-        model: as it was asked to load.
-        revision: on the hub, if one was named.
-        vocabulary: of that model.
-        policy: ``transformers``, ``vllm`` ...: what generates and scores there.
+        model: the checkpoint's name, as given to the server.
+        revision: the revision on the hub, if one was given.
+        vocabulary: the model's vocabulary.
+        policy: the policy that generates and scores there: ``transformers``, ``vllm``, ...
         entropy: whether scores can come with entropies.
     """
 
@@ -76,7 +76,7 @@ class Served:
     entropy: bool
 
     def to_json(self) -> dict[str, Any]:
-        """As it goes over the wire."""
+        """Returns the answer as JSON values."""
         return {
             "protocol": PROTOCOL,
             **vars(self),
@@ -91,7 +91,7 @@ class Served:
         """Reads the answer of the server at ``url``.
 
         Raises:
-            ModelError: it speaks another version of the protocol, or another protocol.
+            ModelError: the server uses another version of the protocol, or another protocol.
         """
         try:
             version = said["protocol"]
@@ -107,38 +107,40 @@ class Served:
                     entropy=bool(said["entropy"]),
                 )
         except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"{url} is no reopold_agent.serve: {error!r} in its info") from error
+            raise ModelError(
+                f"{url} is not a reopold_agent.serve: {error!r} in its info"
+            ) from error
         raise ModelError(
-            f"{url} speaks version {version} of the protocol and this side {PROTOCOL}; install "
-            "the same version of reopold-agent on both"
+            f"{url} uses version {version} of the protocol, but this side uses {PROTOCOL}; install "
+            "the same version of reopold-agent on both machines"
         )
 
     def check(self, wanted: Vocabulary, url: str) -> None:
-        """Makes sure that ids mean the same on both sides.
+        """Checks that ids mean the same on both sides.
 
         Raises:
             VocabularyMismatchError: they do not; the message names the server and its model.
         """
         who = f"the server {url} has the model '{self.model}', whose"
-        his = self.vocabulary
+        served = self.vocabulary
         for name, mine, theirs in (
-            ("tokenizer knows another number of ids", wanted.size, his.size),
-            ("tokenizer is another one", wanted.fingerprint, his.fingerprint),
-            ("forbidden ids are others", wanted.forbidden_ids, his.forbidden_ids),
+            ("tokenizer knows another number of ids", wanted.size, served.size),
+            ("tokenizer is another one", wanted.fingerprint, served.fingerprint),
+            ("forbidden ids are others", wanted.forbidden_ids, served.forbidden_ids),
         ):
             if mine != theirs and None not in (mine, theirs):
                 raise VocabularyMismatchError(f"{who} {name}: {theirs} there, {mine} here")
-        if wanted.image_token_id is not None and wanted.image_token_id != his.image_token_id:
+        if wanted.image_token_id is not None and wanted.image_token_id != served.image_token_id:
             raise VocabularyMismatchError(
-                f"{who} image placeholder is id {his.image_token_id} there and "
+                f"{who} image placeholder is id {served.image_token_id} there and "
                 f"{wanted.image_token_id} here"
-                if his.image_token_id is not None
+                if served.image_token_id is not None
                 else f"the server {url} has the model '{self.model}', which reads text only, but "
                 "the student sees pictures"
             )
 
     def check_generates(self, wanted: Vocabulary, url: str) -> None:
-        """Makes sure that turns end with the same ids on both sides; scoring does not mind.
+        """Checks that turns end with the same ids on both sides, which only generation needs.
 
         Raises:
             ModelError: they do not.
@@ -151,7 +153,7 @@ class Served:
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes with every id that means another token (SHA-256 over the sorted vocabulary)."""
+    """Returns the SHA-256 of the sorted vocabulary: equal only if ids mean the same tokens."""
     digest = hashlib.sha256()
     for token, number in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
         digest.update(f"{number}\0{token}\0".encode())
@@ -159,24 +161,24 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def picture_hash(image: EncodedImage) -> str:
-    """A picture's name on the wire: of its pixels and its grid."""
+    """Returns a picture's name in messages: the SHA-256 of its pixels and its grid."""
     digest = hashlib.sha256(repr((image.pixels.shape, image.grid)).encode())
     digest.update(np.ascontiguousarray(image.pixels).tobytes())
     return digest.hexdigest()
 
 
 def picture_to_json(image: EncodedImage) -> dict[str, Any]:
-    """A picture as it goes over the wire: its final pixels as a PNG, which loses nothing."""
+    """Returns a picture as JSON values: its final pixels as a PNG, which loses nothing."""
     buffer = io.BytesIO()
     Image.fromarray(image.pixels).save(buffer, "PNG", compress_level=1)
     return {"png": base64.b64encode(buffer.getvalue()).decode("ascii"), "grid": list(image.grid)}
 
 
 def picture_pixels(said: Mapping[str, Any]) -> PixelArray:
-    """The pixels of `picture_to_json`, (height, width, 3) uint8.
+    """Returns the pixels of `picture_to_json`, (height, width, 3) uint8.
 
     Raises:
-        DataError: it is no RGB picture as PNG, or too large.
+        DataError: the value is not an RGB picture as PNG, or it is too large.
     """
     try:
         raw = base64.b64decode(said["png"], validate=True)
@@ -194,10 +196,10 @@ def picture_pixels(said: Mapping[str, Any]) -> PixelArray:
 
 
 def ids_from_json(said: Any, what: str) -> list[int]:
-    """A list of token ids.
+    """Returns a list of token ids after checking it.
 
     Raises:
-        DataError: it is none.
+        DataError: the value is not a list of token ids.
     """
     if not isinstance(said, list) or not all(type(i) is int and i >= 0 for i in said):
         raise DataError(f"{what} must be a list of token ids")
@@ -205,7 +207,7 @@ def ids_from_json(said: Any, what: str) -> list[int]:
 
 
 def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> str | None:
-    """Where two id sequences differ, in words; None if they are equal."""
+    """Returns a text that says where two id sequences differ; None if they are equal."""
     if len(ours) != len(theirs):
         return f"{len(theirs)} ids instead of {len(ours)}"
     if list(ours) == list(theirs):

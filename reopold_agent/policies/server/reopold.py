@@ -1,4 +1,4 @@
-"""The client's side of our own server's protocol."""
+"""The client of our own server, `reopold_agent.serve`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+from typing_extensions import override
 
 from reopold_agent.errors import ModelError, NonFiniteError
 from reopold_agent.policies.server import protocol
-from reopold_agent.policies.server.backends import finite, same_ids
+from reopold_agent.policies.server.clients import ServerClient, finite, same_ids
 from reopold_agent.policies.server.protocol import Served, Vocabulary
 from reopold_agent.policies.server.settings import ServerSettings
 from reopold_agent.policies.server.transport import Address, AttemptError, StatusError, Transport
@@ -25,19 +26,19 @@ from reopold_agent.types import (
 )
 
 _UPLOAD_BYTES = 32 * 2**20
-"""Pixels of one upload; a larger picture travels alone."""
+"""Bytes of pixels after which an upload is sent."""
 
 _UPLOADS = 3
-"""A store that forgets pictures as fast as they come is too small."""
+"""Most uploads for one request; if they do not suffice, the server's store is too small."""
 
 
-class ReopoldBackend:
-    """Implements `Backend` for `reopold_agent.serve`.
+class ReopoldClient(ServerClient):
+    """A client of `reopold_agent.serve`.
 
     Args:
-        settings: which model is wanted.
-        vocabulary: what the server must agree on.
-        transport: carries the messages.
+        settings: the expected model.
+        vocabulary: the facts about ids on which the server must agree.
+        transport: sends the requests.
     """
 
     def __init__(
@@ -49,8 +50,8 @@ class ReopoldBackend:
         self._hashes: WeakKeyDictionary[EncodedImage, str] = WeakKeyDictionary()
         self._lock = threading.Lock()
 
+    @override
     def check(self, address: Address, deadline: float) -> None:
-        """See `Backend`; the server may be another one than before, with no pictures."""
         served = Served.from_json(
             self._transport.exchange(address, "GET", protocol.INFO, None, deadline), address.url
         )
@@ -65,8 +66,9 @@ class ReopoldBackend:
         state = self._states[address]
         with state.lock:
             state.served = served
-            state.pictures.clear()
+            state.pictures.clear()  # the server may have restarted
 
+    @override
     def score(
         self,
         address: Address,
@@ -74,7 +76,6 @@ class ReopoldBackend:
         with_entropy: bool,
         deadline: float,
     ) -> list[TokenScores]:
-        """See `Backend`."""
         positions = [np.flatnonzero(t.loss_mask) for t in trajectories]
         body = {
             "sequences": [
@@ -102,10 +103,10 @@ class ReopoldBackend:
         except (KeyError, TypeError, ValueError) as error:
             raise _not_ours(address, error) from error
 
+    @override
     def generate(
         self, address: Address, name: str, request: Request, sampling: Sampling, deadline: float
     ) -> Completion:
-        """See `Backend`."""
         served = self._states[address].served
         if served is not None:
             served.check_generates(self._vocabulary, address.url)
@@ -132,7 +133,7 @@ class ReopoldBackend:
                     f"{len(entropy)} entropies where at most {request.max_tokens} were asked for"
                 )
             if finish != ("stop" if ids[-1] in self._vocabulary.stop_ids else "length"):
-                raise ModelError(f"{address.url} says that a turn ended by '{finish}', wrongly")
+                raise ModelError(f"{address.url} wrongly says that a turn ended by '{finish}'")
             return Completion(
                 key=request.key,
                 ids=tuple(int(i) for i in ids),
@@ -143,8 +144,8 @@ class ReopoldBackend:
         except (KeyError, TypeError, ValueError) as error:
             raise _not_ours(address, error) from error
 
+    @override
     def release(self, address: Address, names: Sequence[str], deadline: float) -> None:
-        """See `Backend`."""
         body = {"sequences": list(names)}
         self._transport.exchange(address, "POST", protocol.RELEASE, body, deadline)
 
@@ -170,7 +171,7 @@ class ReopoldBackend:
             array[positions] = finite(values, f"values of {name}", url)
         return TokenScores(logp, entropy)
 
-    # Pictures travel once
+    # Each picture is sent once
 
     def _ask(
         self,
@@ -195,8 +196,8 @@ class ReopoldBackend:
                 with state.lock:
                     state.pictures.difference_update(map(str, reply.get("missing", [])))
         raise AttemptError(
-            f"{address.url} has forgotten the pictures of a request {_UPLOADS} times; give it "
-            "more picture_gib",
+            f"{address.url} has dropped the pictures of a request {_UPLOADS} times; give it a "
+            "larger picture_gib",
             down=False,
         )
 
@@ -204,7 +205,7 @@ class ReopoldBackend:
         self, address: Address, pictures: Mapping[str, EncodedImage], deadline: float
     ) -> None:
         state = self._states[address]
-        # One at a time: requests that share a picture must not all send it.
+        # One upload at a time, so that requests that share a picture send it once.
         with state.lock:
             batch: dict[str, Any] = {}
             size = 0
@@ -230,7 +231,7 @@ class ReopoldBackend:
 
 
 class _State:
-    """What is known of one server. ``pictures`` are the hashes of those that it has."""
+    """The known state of one server; ``pictures`` are the hashes of the pictures that it has."""
 
     def __init__(self) -> None:
         self.served: Served | None = None
@@ -241,4 +242,4 @@ class _State:
 def _not_ours(address: Address, error: Exception) -> ModelError:
     if isinstance(error, ModelError):
         return error
-    return ModelError(f"{address.url} answered in another form than the protocol's: {error!r}")
+    return ModelError(f"{address.url} sent an answer that is not in the protocol's form: {error!r}")

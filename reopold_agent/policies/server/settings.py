@@ -1,4 +1,4 @@
-"""Settings of a policy behind HTTP."""
+"""The settings of a policy behind HTTP."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ KINDS = ("auto", "reopold", "vllm")
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """``policy=server``, for one role.
+    """The settings of ``policy=server``, for one role.
 
     Attributes:
         urls: addresses such as ``http://10.0.0.2:8100``, without a path; requests take turns.
         kind: ``reopold`` (`reopold_agent.serve`), ``vllm`` (``vllm serve``, text only), or
-            ``auto``, which asks the server.
-        model: must be what the server calls its model; null takes what is served.
-        revision: must be the revision that our server loaded; null is not compared.
-        api_key_env: environment variable with the bearer token; unset sends none.
+            ``auto``, which finds out by a request.
+        model: the expected name of the served model; null accepts any.
+        revision: the expected revision at our server; null accepts any.
+        api_key_env: environment variable with the bearer token; none is sent if it is not set.
         connect_seconds: time limit of connecting.
         timeout_seconds: time limit of one attempt at a request, from the first byte sent to the
             last received.
-        retries: further attempts after a failed one; then the episode is dropped and counted.
-        backoff_seconds: before the first further attempt; twice as long before each next one.
-        max_backoff_seconds: longest wait, also where a server asks for more by ``Retry-After``.
-        max_in_flight: requests at once, over all addresses.
-        score_batch: most sequences of one request to our server.
-        top_logprobs: of a vLLM server, the most likely ids reported per token, from which masked
-            ids are taken out of the normalisation: 0 to the server's ``--max-logprobs`` (20), or
-            -1 for the whole vocabulary (exact; tiny vocabularies only).
+        retries: further attempts after a failed one; if all fail, the episode is dropped.
+        backoff_seconds: pause before the first retry; it doubles with each further one.
+        max_backoff_seconds: longest pause, even if a server's ``Retry-After`` asks for more.
+        max_in_flight: most requests at once, over all addresses.
+        score_batch: most sequences in one request to our server.
+        top_logprobs: how many of the most likely ids a vLLM server lists per token; masked ids
+            among them are removed from the normalisation. From 0 to the server's
+            ``--max-logprobs`` (20), or -1 for all (exact, for tiny vocabularies only).
     """
 
     urls: list[Any]

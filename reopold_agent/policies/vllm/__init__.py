@@ -1,15 +1,14 @@
 """``policy=vllm``: generation and scoring with vLLM on this machine.
 
-`policy` is the policy, `engine` the thread that drives vLLM's step loop, `requests` what is said
-to vLLM and heard from it, `worker` what runs inside vLLM's processes, `sync` the way of the
-trainer's weights.
+`policy` is the policy, `engine` drives vLLM's step loop on a thread, `requests` converts requests
+and answers, `worker` runs inside vLLM's processes, and `sync` transfers the trainer's weights.
 """
 
 from __future__ import annotations
 
 from reopold_agent.config import build
+from reopold_agent.policies.base import PolicyRole
 from reopold_agent.policies.loading import resolve_path
-from reopold_agent.policies.registry import PolicyRole
 from reopold_agent.policies.vllm.engine import VllmEngine
 from reopold_agent.policies.vllm.policy import VllmPolicy
 from reopold_agent.policies.vllm.settings import VllmSettings, engine_arguments
@@ -33,7 +32,7 @@ def make_vllm_policy(role: PolicyRole) -> VllmPolicy:
         revision=spec.revision,
         dtype=role.dtype,
         longest=int(config.get_text_config().max_position_embeddings),
-        sees=role.processing.vision is not None,
+        has_vision=role.processing.vision is not None,
         trust_remote_code=spec.trust_remote_code,
     )
     engine = VllmEngine(role.role, arguments, settings)

@@ -1,8 +1,8 @@
-"""One vLLM engine driven by one thread of this process; the model runs in processes of its own.
+"""A vLLM engine driven by one thread of this process; the model runs in separate processes.
 
-Callers on any thread hand in jobs and get told when one has ended, so a trainer can generate with
-one engine while another scores, and nobody waits for an engine that hangs: time limits are the
-waiting side's.
+Callers on any thread submit jobs and are notified when one has ended, so a trainer can generate
+with one engine while another scores. The callers enforce time limits, so that none waits for an
+engine that hangs.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Job:
         parameters: vLLM's ``SamplingParams``.
         ended: called on the engine's thread once ``output`` or ``error`` is set.
         output: vLLM's ``RequestOutput``.
-        error: why there is none.
+        error: why there is no output.
     """
 
     prompt: Mapping[str, Any]
@@ -48,14 +48,14 @@ class VllmEngine:
     """Starts a vLLM engine and drives its step loop on a daemon thread.
 
     Args:
-        name: for messages, ``student`` or ``teacher``.
+        name: ``student`` or ``teacher``, for messages.
         arguments: keyword arguments of `vllm.EngineArgs`.
         settings: time limits and the environment.
-        make: makes the engine; tests put another in the place of vLLM's.
+        make: makes the engine; tests pass a fake one.
 
     Raises:
         MissingExtraError: vLLM is not installed.
-        ModelError: the engine did not start; the message has vLLM's reason.
+        ModelError: the engine did not start; the message gives vLLM's reason.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class VllmEngine:
         self._jobs: dict[str, Job] = {}
         self._numbers = itertools.count()
         self.broken: str | None = None
-        """Why nothing can be had from this engine any more."""
+        """Why the engine can no longer be used; None while it works."""
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._serve,
@@ -83,17 +83,17 @@ class VllmEngine:
         try:
             started.result(settings.start_seconds)
         except FutureTimeoutError as error:
-            self._commands.put(None)  # should it start yet, it ends at once
+            self._commands.put(None)  # ends the engine if it still starts later
             raise ModelError(
                 f"the {name}'s vLLM engine did not start within {settings.start_seconds:g} s"
             ) from error
 
     def start(self, job: Job) -> None:
-        """Hands a job to the engine; returns at once."""
+        """Submits a job to the engine and returns at once."""
         self._commands.put(lambda engine: self._add(engine, job))
 
     def abort(self, job: Job) -> None:
-        """Takes a job back; its ``ended`` is not called any more."""
+        """Cancels a job; its ``ended`` is no longer called."""
         self._commands.put(lambda engine: self._remove(engine, job))
 
     def call(self, function: Callable[[Any], T], seconds: float, what: str) -> T:
@@ -102,10 +102,10 @@ class VllmEngine:
         Args:
             function: gets vLLM's ``LLMEngine``.
             seconds: time limit.
-            what: is being done, for messages.
+            what: description of the call, for messages.
 
         Raises:
-            ModelServerError: it failed or took too long.
+            ModelServerError: the call failed or took too long.
         """
         future: Future[T] = Future()
 
@@ -114,7 +114,7 @@ class VllmEngine:
                 if self.broken is not None:
                     raise ModelServerError(self.broken)
                 future.set_result(function(engine))
-            # The boundary to vLLM: whatever it was, the caller is told.
+            # vLLM may raise anything; the caller gets it.
             except Exception as error:
                 future.set_exception(error)
 
@@ -156,22 +156,22 @@ class VllmEngine:
             return
         # vLLM's own errors come in many kinds, and its process may end for any reason.
         except (Exception, SystemExit) as error:
-            told = ModelError(
+            failure = ModelError(
                 f"the {self.name}'s vLLM engine did not start: {type(error).__name__}: {error}"
             )
-            told.__cause__ = error
-            started.set_exception(told)
+            failure.__cause__ = error
+            started.set_exception(failure)
             return
         started.set_result(None)
         try:
-            while self._obey(engine):
+            while self._run_commands(engine):
                 if self._jobs:
                     self._step(engine)
         finally:
             engine.engine_core.shutdown()
 
-    def _obey(self, engine: Any) -> bool:
-        """Runs the commands that wait; with nothing else to do, waits for one."""
+    def _run_commands(self, engine: Any) -> bool:
+        """Runs pending commands, waiting for one if no job runs; returns False to stop."""
         while True:
             try:
                 command = self._commands.get(block=not self._jobs)
@@ -187,7 +187,7 @@ class VllmEngine:
         name = f"{self.name}-{next(self._numbers)}"
         try:
             engine.add_request(name, job.prompt, job.parameters)
-        # Refused by vLLM (too long, bad picture) or its process has died.
+        # vLLM rejected the request (too long, bad picture), or its process has died.
         except Exception as error:
             return self._end(job, error=f"{type(error).__name__}: {error}")
         self._jobs[name] = job
@@ -203,7 +203,7 @@ class VllmEngine:
     def _step(self, engine: Any) -> None:
         try:
             outputs = engine.step()
-        # The engine's process died or its loop failed; nothing that is in flight will come back.
+        # The engine's process died or its loop failed; no job in flight will be answered.
         except Exception as error:
             self.broken = f"the vLLM engine has failed: {type(error).__name__}: {error}"
             _log.exception("the %s's vLLM engine failed", self.name)
@@ -222,7 +222,7 @@ class VllmEngine:
 
 
 def make_engine(arguments: Mapping[str, Any]) -> Any:
-    """A `vllm.LLMEngine` whose model runs in a process of its own.
+    """Starts a `vllm.LLMEngine` whose model runs in a separate process.
 
     Raises:
         MissingExtraError: vLLM is not installed.

@@ -29,23 +29,23 @@ from reopold_agent.types import Completion, Request, Sampling, TokenScores, Traj
 _log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.01
-"""`VllmGenerator.step` returns at least this often, so that tools' results find someone."""
+"""`VllmGenerator.step` returns at least this often, so that the caller can handle tool results."""
 
 
 class VllmPolicy:
     """A vLLM engine as a policy; implements `Policy`, `ScoresBeside` and `TakesWeights`.
 
     Args:
-        engine: serves this policy alone.
+        engine: an engine that only this policy uses.
         settings: time limits and retries.
-        allowed_ids: number of ids the tokenizer knows; rows from there on are padding.
+        allowed_ids: size of the tokenizer; further rows of the output embedding are padding.
         forbidden_ids: ids that have probability 0 everywhere.
         stop_ids: a turn ends with the first of these.
-        image_token_id: the placeholder; None for text-only models.
-        dtype: of the engine's weights.
+        image_token_id: id of the image placeholder; None for text-only models.
+        dtype: dtype of the engine's weights.
 
     Raises:
-        ModelError: vLLM makes this architecture's logits where they cannot be masked.
+        ModelError: vLLM's logits cannot be masked for this architecture.
     """
 
     def __init__(
@@ -70,21 +70,21 @@ class VllmPolicy:
             raise ModelError("vLLM's model has no logits layer in which ids can be masked")
 
     def generator(self, sampling: Sampling) -> VllmGenerator:
-        """A new session with the engine's current weights."""
+        """Starts a generation session with the engine's current weights."""
         return VllmGenerator(self, sampling)
 
     def score(
         self, trajectories: Sequence[Trajectory], *, with_entropy: bool = False
     ) -> list[TokenScores]:
-        """See `Policy.score`; may be called from several threads.
+        """Computes log-probs of the student's tokens; may be called from several threads.
 
         Raises:
-            ValueError: entropies were asked for, which vLLM does not give.
-            ModelServerError: a request failed, after retries.
-            ModelError: the answer is not about these ids.
+            ValueError: ``with_entropy`` is set; vLLM returns no entropies.
+            ModelServerError: a request failed after all retries.
+            ModelError: the answer is for other ids.
         """
         if with_entropy:
-            raise ValueError("vLLM gives no entropies; score with the trainer's model")
+            raise ValueError("vLLM returns no entropies; score with the trainer's model")
         waiting = [_Scoring(self, trajectory) for trajectory in trajectories]
         logps = [each.result() for each in waiting]
         return [TokenScores(logp, np.zeros_like(logp)) for logp in logps]
@@ -98,7 +98,7 @@ class VllmPolicy:
         )
 
     def check_alive(self) -> None:
-        """Raises `ModelServerError` once the engine itself is gone: no retry can help then."""
+        """Raises `ModelServerError` if the engine has failed, since retries cannot help then."""
         if self.engine.broken is not None:
             raise ModelServerError(
                 f"the {self.engine.name}'s {self.engine.broken}. Start the run again to continue "
@@ -106,25 +106,25 @@ class VllmPolicy:
             )
 
     def sync(self, model: nn.Module) -> None:
-        """Replaces the weights by the trainer's, in place, and forgets what the old ones computed.
+        """Replaces the weights by the trainer's, in place, and drops what the old ones computed.
 
-        LoRA adapters are merged on the way. No turn may be in flight.
+        LoRA adapters are merged. No turn may be in flight.
 
         Raises:
-            ModelServerError: the engine did not take them.
-            ModelError: the model has adapters of another kind than LoRA.
+            ModelServerError: the engine failed to load them.
+            ModelError: the model has adapters other than LoRA.
         """
         for path in written_weights(model, self.dtype, self.settings.bucket_mib * 2**20):
             self.rpc("load_file", path, what="loading weights")
-        self.engine.call(_forget, self.settings.seconds, "emptying the caches")
+        self.engine.call(_clear_caches, self.settings.seconds, "emptying the caches")
 
     def sleep(self) -> None:
-        """Gives the GPU's memory back (weights move to the CPU, the cache is dropped)."""
+        """Frees GPU memory: moves the weights to the CPU and drops the cache."""
         if self.settings.sleep:
             self.engine.call(lambda engine: engine.sleep(1), self.settings.seconds, "sleeping")
 
     def wake(self) -> None:
-        """Takes the memory again."""
+        """Moves the weights back to the GPU."""
         if self.settings.sleep:
             self.engine.call(lambda engine: engine.wake_up(), self.settings.seconds, "waking")
 
@@ -146,8 +146,8 @@ class _Turn:
 class VllmGenerator:
     """One generation session; implements `Generator`.
 
-    Several turns of a sequence are separate requests to vLLM; the later ones find the keys and
-    values of the earlier ones in its prefix cache.
+    The turns of a sequence are separate requests to vLLM; later ones reuse keys and values of
+    earlier ones from its prefix cache.
     """
 
     runs_beside = True
@@ -163,7 +163,7 @@ class VllmGenerator:
         return len(self._turns)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Hands the requests to the engine; returns at once.
+        """Submits the requests to the engine and returns at once.
 
         Raises:
             ValueError: a key already has a turn in flight.
@@ -175,10 +175,9 @@ class VllmGenerator:
             self._start(request, attempt=0)
 
     def step(self) -> list[Completion]:
-        """Waits a moment for turns to end and returns those that have, in order of their keys.
+        """Waits briefly for turns to end and returns those that have, in order of their keys.
 
-        A turn that failed, or took too long, is tried again, and in the end given back with
-        ``error`` set.
+        A turn that failed or took too long is retried, and finally returned with ``error`` set.
 
         Raises:
             ModelError: vLLM continued other ids than the request's.
@@ -188,10 +187,10 @@ class VllmGenerator:
             wait = _POLL_SECONDS
             while True:
                 key, job = self._ended.get(timeout=wait)
-                wait = 0.0  # whatever else has ended by now
+                wait = 0.0  # collect all others that have ended by now
                 turn = self._turns.get(key)
                 if turn is None or turn.job is not job:
-                    continue  # was given up before
+                    continue  # an earlier attempt, which was aborted
                 completions += self._end(turn)
         except queue.Empty:
             pass
@@ -203,7 +202,7 @@ class VllmGenerator:
         return sorted(completions, key=lambda completion: completion.key)
 
     def release(self, key: int) -> None:
-        """Takes a turn in flight back; vLLM's prefix cache forgets by itself."""
+        """Cancels the sequence's turn in flight; vLLM evicts its prefix cache by itself."""
         turn = self._turns.pop(key, None)
         if turn is not None:
             self._policy.engine.abort(turn.job)
@@ -262,8 +261,8 @@ class _Scoring:
             self._policy.check_alive()
             _log.warning("scoring failed (attempt %d): %s", attempt + 1, error)
         raise ModelServerError(
-            f"scoring task {self._trajectory.task_id} failed {settings.retries + 1} times, at "
-            f"last: {error}"
+            f"scoring task {self._trajectory.task_id} failed {settings.retries + 1} times; the "
+            f"last error: {error}"
         )
 
     def _wait(self, seconds: float) -> str | None:
@@ -279,7 +278,7 @@ class _Scoring:
 
 
 def failure_of(job: Job) -> str | None:
-    """Why a job that has ended has no use, or None."""
+    """Returns why an ended job failed; None if it succeeded."""
     if job.error is not None:
         return job.error
     (answer,) = job.output.outputs
@@ -288,8 +287,8 @@ def failure_of(job: Job) -> str | None:
     return None
 
 
-def _forget(engine: Any) -> None:
-    """Drops keys, values and picture features of the old weights."""
+def _clear_caches(engine: Any) -> None:
+    """Drops keys, values and picture features that the old weights computed."""
     if not engine.reset_prefix_cache():
         raise RuntimeError("a turn is still in flight")
     engine.reset_encoder_cache()

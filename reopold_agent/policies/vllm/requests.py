@@ -1,4 +1,4 @@
-"""Our requests as vLLM's, and vLLM's answers checked and brought back."""
+"""Converts requests to vLLM's form, and checks and converts its answers."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from reopold_agent.types import (
 def prompt_of(
     ids: Sequence[int] | IntArray, images: Sequence[EncodedImage], image_token_id: int | None
 ) -> dict[str, Any]:
-    """A sequence as vLLM takes it: one placeholder per picture, which vLLM expands again.
+    """Converts a sequence to vLLM's prompt: one placeholder per picture, which vLLM expands.
 
     Args:
         ids: the whole sequence with one placeholder per merged patch.
         images: in the order of their placeholders.
-        image_token_id: the placeholder; None for text-only models.
+        image_token_id: id of the placeholder; None for text-only models.
 
     Raises:
         ModelError: placeholders and pictures do not match.
@@ -61,7 +61,7 @@ def prompt_of(
 
 
 def sampling_parameters(request: Request, sampling: Sampling, stop_ids: Sequence[int]) -> Any:
-    """vLLM's ``SamplingParams`` for a turn. The seed is 64 bits of the request's own stream."""
+    """Returns ``vllm.SamplingParams`` for a turn, seeded with 63 bits of the request's stream."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -72,7 +72,7 @@ def sampling_parameters(request: Request, sampling: Sampling, stop_ids: Sequence
         top_p=sampling.top_p,
         seed=seed,
         stop_token_ids=list(stop_ids),
-        ignore_eos=True,  # the stop ids are all of them, with or without the checkpoint's own
+        ignore_eos=True,  # only the given stop ids end a turn
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,
@@ -81,7 +81,7 @@ def sampling_parameters(request: Request, sampling: Sampling, stop_ids: Sequence
 
 
 def scoring_parameters() -> Any:
-    """vLLM's ``SamplingParams`` for the log-probs of a whole sequence."""
+    """Returns ``vllm.SamplingParams`` for the log-probs of a whole sequence."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -96,10 +96,10 @@ def scoring_parameters() -> Any:
 
 
 def completion_of(request: Request, output: Any, stop_ids: frozenset[int]) -> Completion:
-    """The turn that vLLM sampled. Entropies are zeros: vLLM has none.
+    """Returns the turn that vLLM sampled, with entropies of zero, which vLLM does not compute.
 
     Raises:
-        ModelError: vLLM continued other ids than the request's, or its answer is not whole.
+        ModelError: vLLM continued other ids than the request's, or its answer is incomplete.
     """
     _same_ids(request.ids, output.prompt_token_ids, f"sequence {request.key}")
     (answer,) = output.outputs
@@ -120,7 +120,7 @@ def completion_of(request: Request, output: Any, stop_ids: frozenset[int]) -> Co
 
 
 def scores_of(trajectory: Trajectory, output: Any) -> FloatArray:
-    """Log-probs of the student's tokens, (L,) float32, 0 where ``loss_mask`` is false.
+    """Returns log-probs of the student's tokens, (L,) float32, 0 where ``loss_mask`` is false.
 
     Raises:
         ModelError: vLLM scored other ids than the trajectory's, or not all of them (peers were
@@ -130,7 +130,7 @@ def scores_of(trajectory: Trajectory, output: Any) -> FloatArray:
     length = len(trajectory.ids)
     _same_ids(trajectory.ids, output.prompt_token_ids, f"task {trajectory.task_id}")
     given = output.prompt_logprobs
-    # Entry i is about token i given those before it; the first has nothing before it.
+    # Entry i is for token i given those before it; the first token has no log-prob.
     _same_ids(trajectory.ids[1:], given.token_ids, f"the log-probs of task {trajectory.task_id}")
     values = np.zeros(length, dtype=np.float32)
     values[1:] = np.where(trajectory.loss_mask[1:], given.logprobs, 0.0)

@@ -1,4 +1,4 @@
-"""Settings of one vLLM engine, and how they become vLLM's own."""
+"""Settings of a vLLM engine, and their conversion to vLLM's own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from reopold_agent.common.processes import SWITCH
 from reopold_agent.errors import ConfigError
-from reopold_agent.orphans import SWITCH
 
 _WORKER = "reopold_agent.policies.vllm.worker.WorkerExtension"
 
@@ -21,27 +21,26 @@ class VllmSettings:
     """``policy=vllm``; one engine serves one role.
 
     Attributes:
-        dtype: what the engine computes in; null follows ``engine.precision``.
-        gpu_memory_utilization: share of the GPU's memory that the engine may take, weights
-            included.
-        kv_cache_gib: size of the cache of keys and values instead of that share; null leaves it
-            to the share on a GPU and takes 1 GiB on a CPU.
-        max_model_len: longest sequence in tokens; null takes the model's own limit. Longer
+        dtype: dtype of the computation; null follows ``engine.precision``.
+        gpu_memory_utilization: share of the GPU's memory for the engine, including weights.
+        kv_cache_gib: size of the key-value cache; null takes what the share above leaves on a
+            GPU, and 1 GiB on a CPU.
+        max_model_len: longest sequence in tokens; null uses the model's own limit. Longer
             episodes are dropped and counted.
         tensor_parallel_size: GPUs that share the model.
-        gpus: which GPUs, as in CUDA_VISIBLE_DEVICES ("1", "2,3"); null takes the process's own.
-        enforce_eager: do without compilation and CUDA graphs; null does so on a CPU only.
+        gpus: which GPUs, as in CUDA_VISIBLE_DEVICES ("1", "2,3"); null uses the process's own.
+        enforce_eager: run without compilation and CUDA graphs; null does so on a CPU only.
         max_num_seqs: turns (or scored trajectories) computed together.
         max_images: most pictures of one sequence.
         score_chunk: most tokens of one forward pass; longer sequences are read in parts. In
             scoring it bounds the full-vocabulary log-probs that vLLM holds (float32, tokens x
             vocabulary; vllm #5907). On a CPU a part is at least one whole sequence.
-        seed: of the engine; what is sampled depends on the requests' own seeds.
+        seed: seed of the engine; samples depend on the requests' own seeds.
         seconds: time limit of one attempt at a request.
         start_seconds: time limit of the start.
-        retries: further attempts after a failed request; then the episode is dropped.
-        sleep: give the GPU's memory back while the trainer computes (vLLM's sleep mode).
-        bucket_mib: most weights in transit at once when they are synchronised.
+        retries: further attempts after a failed request, before the episode is dropped.
+        sleep: free GPU memory while the trainer computes (vLLM's sleep mode).
+        bucket_mib: most weights in transit at once during synchronisation.
         engine: further settings by vLLM's names (`vllm.EngineArgs`), applied last.
     """
 
@@ -85,18 +84,18 @@ def engine_arguments(
     revision: str | None,
     dtype: str,
     longest: int,
-    sees: bool,
+    has_vision: bool,
     **more: Any,
 ) -> dict[str, Any]:
-    """Keyword arguments of `vllm.EngineArgs`.
+    """Returns keyword arguments of `vllm.EngineArgs`.
 
     Args:
-        settings: the role's.
+        settings: settings of the role.
         path, revision: the checkpoint.
-        dtype: of the computation where the settings leave it open.
+        dtype: dtype of the computation unless the settings give one.
         longest: tokens of the longest sequence that the model can read.
-        sees: whether the model takes pictures.
-        more: further ones, such as ``trust_remote_code``.
+        has_vision: whether the model takes pictures.
+        more: further arguments, such as ``trust_remote_code``.
     """
     on_cpu = not torch.cuda.is_available()
     kv_cache = settings.kv_cache_gib if not on_cpu or settings.kv_cache_gib else 1.0
@@ -121,7 +120,7 @@ def engine_arguments(
         "enable_prefix_caching": True,
         "enable_chunked_prefill": in_parts,
         "enable_sleep_mode": settings.sleep,
-        # The checkpoint's own sampling defaults (top_k, penalties) must not slip in.
+        # Otherwise the checkpoint's sampling defaults (top_k, penalties) would apply.
         "generation_config": "vllm",
         "logprobs_mode": "raw_logprobs",
         "disable_log_stats": True,
@@ -130,31 +129,31 @@ def engine_arguments(
     }
     if on_cpu and settings.tensor_parallel_size == 1:
         arguments["distributed_executor_backend"] = "uni"
-    if sees:
+    if has_vision:
         arguments["limit_mm_per_prompt"] = {"image": settings.max_images, "video": 0}
-        # The pictures that are sent have their final size.
+        # The pictures sent already have their final size.
         arguments["mm_processor_kwargs"] = {"do_resize": False}
     return {**arguments, **settings.engine}
 
 
 @contextmanager
 def start_environment(settings: VllmSettings) -> Iterator[None]:
-    """Environment variables that vLLM's processes start with; what the user set stays."""
+    """Sets environment variables for the start of vLLM's processes, except those the user set."""
     on_cpu = not torch.cuda.is_available()
-    wanted = {
+    defaults = {
         # Forking a process in which PyTorch has threads may hang.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-        # `make_engine` asks for a process in any case. On a CPU vLLM would put the model in one
-        # more, to bind OpenMP's threads to cores, which is not wanted here.
+        # `make_engine` starts a process in any case. On a CPU vLLM would start one more for the
+        # model, to bind OpenMP's threads to cores, which is not useful here.
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if on_cpu else "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
         SWITCH: "1",
     }
     if on_cpu:
-        # Several engines and the trainer share the cores: none may claim some for itself.
-        wanted |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-    changes = {name: value for name, value in wanted.items() if name not in os.environ}
+        # Several engines and the trainer share the cores, so none may reserve any.
+        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    changes = {name: value for name, value in defaults.items() if name not in os.environ}
     if settings.gpus is not None:
         changes["CUDA_VISIBLE_DEVICES"] = settings.gpus
     before: Mapping[str, str | None] = {name: os.environ.get(name) for name in changes}

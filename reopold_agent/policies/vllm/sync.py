@@ -1,4 +1,4 @@
-"""The trainer's weights into a running vLLM engine on the same machine.
+"""Transfers the trainer's weights to a running vLLM engine on the same machine.
 
 Weights travel as safetensors files in shared memory, one bucket at a time: no process holds a
 second copy of the model, and nothing is pickled.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,18 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 
 def written_weights(model: nn.Module, dtype: torch.dtype, size: int) -> Iterator[str]:
-    """Writes a model's weights bucket by bucket, LoRA adapters merged; the model is not changed.
+    """Writes a copy of a model's weights, with LoRA adapters merged, bucket by bucket.
 
     Args:
-        model: the trainer's.
-        dtype: of floating-point weights in the files.
+        model: the trainer's model.
+        dtype: dtype of floating-point weights in the files.
         size: bytes of a bucket; a larger tensor is a bucket of its own.
 
     Yields:
         The path of a safetensors file; asking for the next one overwrites it.
 
     Raises:
-        ModelError: an adapter of another kind than LoRA.
+        ModelError: the model has an adapter other than LoRA.
     """
     with tempfile.TemporaryDirectory(dir=_folder(2 * size), prefix="reopold-weights-") as folder:
         path = Path(folder) / "bucket.safetensors"
@@ -44,10 +44,10 @@ def written_weights(model: nn.Module, dtype: torch.dtype, size: int) -> Iterator
 
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Names (Hugging Face's, without peft's) and values, LoRA adapters added to their base.
+    """Yields weights by Hugging Face name (without peft's), with LoRA adapters added to their base.
 
     Raises:
-        ModelError: an adapter of another kind than LoRA.
+        ModelError: the model has an adapter other than LoRA, or one that unties its embeddings.
     """
     if not hasattr(model, "get_base_model"):
         yield from model.named_parameters()
@@ -57,6 +57,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     adapted = {
         name: module for name, module in base.named_modules() if hasattr(module, "base_layer")
     }
+    _check_adapter(base, adapted)
     for name, parameter in base.named_parameters():
         layer = next((each for each in adapted if name.startswith(f"{each}.")), None)
         if layer is None:
@@ -76,6 +77,30 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield f"{layer}.{rest.removeprefix('base_layer.')}", value
 
 
+def _check_adapter(base: Any, adapted: Mapping[str, Any]) -> None:
+    """Checks that base weights and `get_delta_weight` give all that the adapter computes."""
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if embedding in adapted.values() and embedding.base_layer.weight is head.weight:
+        raise ModelError(
+            "policy.student.name=vllm: model.student.lora changes the input embedding, which is "
+            "the output embedding too, and vLLM keeps one for both.\n"
+            "Leave embed_tokens out of target_modules, or use policy.student.name=transformers."
+        )
+    others = [name for name, module in base.named_modules() if hasattr(module, "original_module")]
+    others += [
+        name
+        for name, module in adapted.items()
+        if any(getattr(module, "lora_variant", {}))
+        or any(getattr(module, "lora_bias", {}).values())
+    ]
+    if others:
+        raise ModelError(
+            f"policy.student.name=vllm takes plain LoRA only, and {others[0]} is trained in "
+            "another way.\nLeave modules_to_save, use_dora and lora_bias out of "
+            "model.student.lora, or use policy.student.name=transformers."
+        )
+
+
 @torch.no_grad()
 def _buckets(model: nn.Module, dtype: torch.dtype, size: int) -> Iterator[dict[str, Tensor]]:
     bucket: dict[str, Tensor] = {}
@@ -91,9 +116,9 @@ def _buckets(model: nn.Module, dtype: torch.dtype, size: int) -> Iterator[dict[s
         yield bucket
 
 
-def _folder(wanted: int) -> str | None:
-    """Shared memory where it has room (containers often have 64 MiB), else the usual place."""
+def _folder(size: int) -> str | None:
+    """Returns shared memory if it has room (containers often have 64 MiB); None: the default."""
     usable = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
-    if usable and shutil.disk_usage(_SHARED_MEMORY).free >= wanted:
+    if usable and shutil.disk_usage(_SHARED_MEMORY).free >= size:
         return str(_SHARED_MEMORY)
     return None

@@ -1,7 +1,7 @@
-"""What runs inside vLLM's worker processes: masked ids, and weights loaded in place.
+"""Runs inside vLLM's worker processes: masks ids and loads weights in place.
 
 vLLM mixes `WorkerExtension` into its worker class (``worker_extension_cls``) and calls its methods
-by name (``collective_rpc``): both are public, nothing installed is changed.
+by name (``collective_rpc``). Both are public interfaces; nothing is patched.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker; ``self.model_runner`` is the worker's."""
+    """Methods that vLLM mixes into its worker, which provides ``model_runner``."""
 
     model_runner: Any
 
@@ -24,17 +24,17 @@ class WorkerExtension:
         return super().__new__(cls)
 
     def mask_ids(self, allowed_ids: int, forbidden_ids: list[int]) -> int:
-        """Gives ids probability 0 in everything that this model computes from now on.
+        """Gives ids probability 0 in all later computations of this model.
 
         vLLM applies logits processors when it samples, but not to the log-probs of sampled or
-        prompt tokens; the mask therefore acts on the logits themselves.
+        prompt tokens; the mask is therefore applied to the logits themselves.
 
         Args:
-            allowed_ids: number of ids the tokenizer knows; rows from there on are padding.
+            allowed_ids: size of the tokenizer; further rows of the output embedding are padding.
             forbidden_ids: further ids to mask.
 
         Returns:
-            Number of places where logits are made in this model.
+            Number of layers of this model that compute logits.
         """
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -44,7 +44,7 @@ class WorkerExtension:
         return len(places)
 
     def load_file(self, path: str) -> int:
-        """Replaces the weights that a safetensors file holds, by their Hugging Face names.
+        """Replaces the weights in a safetensors file, by their Hugging Face names.
 
         Returns:
             Number of tensors read.
@@ -59,10 +59,10 @@ class WorkerExtension:
 
 
 def keep_weights_replaceable() -> None:
-    """To be called in a worker process before vLLM loads a model.
+    """Keeps weights replaceable on a CPU; call it in a worker process before vLLM loads a model.
 
     On a CPU vLLM packs weights for oneDNN after loading and drops the originals, so that they
-    could not be replaced any more. This is its own switch, read when weights are processed.
+    could no longer be replaced. This is vLLM's own switch, read when weights are processed.
     """
     import vllm._custom_ops
 
@@ -70,7 +70,7 @@ def keep_weights_replaceable() -> None:
 
 
 class _Mask:
-    """Forward hook of the layer that makes the logits."""
+    """Forward hook of the layer that computes the logits."""
 
     def __init__(self, allowed_ids: int, forbidden_ids: list[int]) -> None:
         self._allowed = allowed_ids

@@ -1,7 +1,7 @@
 """Sends a run's figures to TensorBoard, Weights & Biases, MLflow, or a tracker of a plugin.
 
-``metrics.jsonl`` stays the record. `feed.Trackers` reads what is written there and hands it on,
-each tracker on a thread of its own, so that a tracker that is slow or fails delays nothing.
+``metrics.jsonl`` remains the record. `feed.Trackers` reads its rows and sends them, with one thread
+per tracker, so that a slow or failing tracker delays nothing.
 """
 
 from reopold_agent.tracking.trackers.base import (

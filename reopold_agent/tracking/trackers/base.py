@@ -1,4 +1,4 @@
-"""What a tracker is, what it is told, and where trackers are found by name."""
+"""The interface of trackers, and their registry."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from reopold_agent.errors import ConfigError, MissingExtraError
 from reopold_agent.registry import Registry
 
 SENT = "reopold/rows"
-"""A metric beside the run's own in trackers that can be asked for the last value of one: how many
-rows they hold. It comes with the row itself, so no kill can fall between the two."""
+"""Name of an additional metric: the number of rows sent, for trackers that can return the last
+value of a metric. It is sent with the row, so that a kill cannot separate the two."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Point:
     """The numbers of one row of ``metrics.jsonl``.
 
     Attributes:
-        step: the row's own. Both kinds of rows describe the student after that many updates: the
-            episodes of training step 7 (counted from 0) are those of a student with 7 updates.
-        values: by name. A training row's names are those of ``metrics.jsonl``; an evaluation's
-            are prefixed: ``eval/student/greedy/success``.
+        step: step of the row. Both kinds of rows describe the student after that many updates:
+            the episodes of training step 7 (from 0) are those of a student with 7 updates.
+        values: numbers by name, as in ``metrics.jsonl``; those of an evaluation have a prefix:
+            ``eval/student/greedy/success``.
     """
 
     step: int
@@ -35,17 +35,17 @@ class Point:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told when it starts.
+    """The run that a tracker starts with.
 
     Attributes:
         folder: the run folder.
         kind: ``train`` or ``evaluate``.
         config: the run's settings by dotted key (see `flat_settings`).
-        id: the tracker's own name for this run, if it has been started for it before.
-        sent: rows that it acknowledged before.
-        points: the rows that the run has by now, in order; steps never fall.
-        kept: how many of the first of these are as they were before this process began; a run
-            that goes on from a checkpoint makes the later ones anew, with other values.
+        id: the tracker's id of this run, if the tracker has been started for it before.
+        sent: number of rows that it acknowledged before.
+        points: rows of the run so far, in order; steps never decrease.
+        kept: number of first rows that are unchanged since before this process; a run that
+            resumes from a checkpoint makes the later ones again, with other values.
     """
 
     folder: Path
@@ -64,11 +64,11 @@ class TrackedRun:
 
 @dataclass(frozen=True)
 class Started:
-    """What a tracker says when it has started.
+    """State of a tracker after its start.
 
     Attributes:
-        id: its own name for the run, remembered for when the run goes on.
-        sent: how many rows it holds; those behind them are sent.
+        id: the tracker's id of the run, saved for when the run resumes.
+        sent: number of rows that the tracker has; the later ones are sent.
     """
 
     id: str | None
@@ -77,21 +77,20 @@ class Started:
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Where a run's figures go besides its folder.
+    """A destination of a run's metrics besides its folder.
 
     A tracker is a dataclass whose fields are the settings ``tracking.NAME.*``; other packages
-    register theirs by the entry-point group ``reopold_agent.trackers``. The three methods are
-    called on one thread, in this order. Each may block and may raise: a call that raised is made
-    again a few times, and training goes on all the while.
+    register theirs through the entry-point group ``reopold_agent.trackers``. The three methods are
+    called on one thread, in this order. Each may block and may raise: a call that raised is
+    repeated a few times, while training continues.
     """
 
     def start(self, run: TrackedRun) -> Started:
-        """Opens the run, or goes on with the one that ``run.id`` names."""
+        """Opens a new run, or resumes the one with ``run.id``."""
         ...
 
     def log(self, point: Point, sent: int) -> None:
-        """Takes one row, the ``sent``-th; when it returns, a kill of this process must not lose
-        the row."""
+        """Sends the ``sent``-th row, which must survive a kill of this process afterwards."""
         ...
 
     def finish(self, status: str) -> None:
@@ -103,26 +102,26 @@ TRACKERS: Registry[type[Any]] = Registry("tracker", "reopold_agent.trackers", ty
 
 
 def make_trackers(settings: Mapping[str, Any]) -> dict[str, Tracker]:
-    """The trackers of a run by name.
+    """Makes the trackers of a run, by name.
 
     Args:
-        settings: the section ``tracking``: each tracker's settings by its name.
+        settings: the section ``tracking``: settings of each tracker by name.
 
     Raises:
-        ConfigError: unknown settings, or a plugin that is no tracker.
-        UnknownNameError: no such tracker; lists what exists and the closest match.
-        MissingExtraError: its package is not installed.
+        ConfigError: unknown settings, or a plugin that is not a tracker.
+        UnknownNameError: no tracker has that name; the message lists the known ones.
+        MissingExtraError: the tracker's package is not installed.
     """
     made: dict[str, Tracker] = {}
     for name, values in settings.items():
         kind = TRACKERS.get(name)
         where = f"tracking.{name}"
         if values is not None and not isinstance(values, Mapping):
-            raise ConfigError(f"'{where}' must be a group of settings; tracking={name} makes it")
+            raise ConfigError(f"'{where}' must be a group of settings; use tracking={name}")
         try:
             tracker = build(kind, values or {}, f"{where}.")
         except TypeError as error:
-            raise ConfigError(f"the tracker '{name}' is no dataclass: {error}") from error
+            raise ConfigError(f"the tracker '{name}' is not a dataclass: {error}") from error
         if not isinstance(tracker, Tracker):
             raise ConfigError(f"the tracker '{name}' lacks one of start, log and finish")
         made[name] = tracker
@@ -140,7 +139,7 @@ def require(package: str, module: str, tracker: str) -> None:
 
 
 def point_of(row: Mapping[str, Any]) -> Point:
-    """The numbers of a row of ``metrics.jsonl``; text, null, lists and histograms stay there."""
+    """Returns the numbers of a row of ``metrics.jsonl``, without text, nulls and lists."""
     prefix = f"eval/{row['who']}/{row['sampling']}/" if row["kind"] == "eval" else ""
     values = {
         f"{prefix}{key}": float(value)
@@ -154,7 +153,7 @@ def point_of(row: Mapping[str, Any]) -> Point:
 
 
 def flat_settings(config: Mapping[str, Any]) -> dict[str, bool | int | float | str]:
-    """A nested configuration by dotted key; null and lists as text."""
+    """Flattens a nested configuration to dotted keys; null and lists become text."""
     flat: dict[str, bool | int | float | str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):

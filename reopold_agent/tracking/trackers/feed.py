@@ -1,9 +1,9 @@
-"""Hands a run's rows to its trackers, each on a thread of its own.
+"""Sends a run's rows to its trackers, each on a thread of its own.
 
-The queue is ``metrics.jsonl`` itself: a thread reads what is new there, sends it, and writes down
-how far it came (``RUN/trackers.json``). So no step waits for a tracker, memory does not grow while
-one is away, rows that it missed are sent when it is back or when the run goes on, and engines whose
-trainer is another process need nothing of their own.
+The queue is ``metrics.jsonl`` itself: a thread reads new rows, sends them, and saves its position
+(``RUN/trackers.json``). So no step waits for a tracker, memory does not grow while one is
+unreachable, missed rows are sent when it is back or when the run resumes, and engines whose trainer
+is another process need nothing more. Kept by hand: no tracker's client sends each row exactly once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import dataclasses
 import json
 import logging
 import os
-import re
 import sys
 import threading
 import time
@@ -24,9 +23,9 @@ from typing import Any
 
 from typing_extensions import Self
 
+from reopold_agent.common.files import dump_json, write_bytes_atomic
+from reopold_agent.common.secrets import Redactor
 from reopold_agent.errors import CheckpointError
-from reopold_agent.judges.llm.redact import HIDDEN, key_from_environment
-from reopold_agent.tracking.files import dump_json, write_bytes_atomic
 from reopold_agent.tracking.trackers.base import (
     Point,
     TrackedRun,
@@ -39,32 +38,30 @@ from reopold_agent.tracking.trackers.base import (
 _log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
-"""Between looks for new rows."""
+"""Pause between checks for new rows."""
 
 RETRY_SECONDS = (1.0, 5.0, 30.0, 120.0)
-"""Pauses after a call that failed; one failure more in a row and the tracker is given up."""
+"""Pauses after failed calls; after one more failure in a row the tracker is given up."""
 
 LAST_TRIES = 3
-"""Calls in a row that may fail at the end of a run, before the rest stays unsent."""
+"""Failed calls in a row at the end of a run after which the remaining rows stay unsent."""
 
 CLOSE_SECONDS = 30.0
-"""How long the end of a run waits for its trackers together."""
-
-_SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+"""Longest wait for all trackers at the end of a run."""
 
 Rows = Callable[[bool], Sequence[Point]]
-"""The rows so far; the argument says that the run has come to its end in order."""
+"""Returns the rows so far; the argument says whether the run has finished."""
 
 
 class MetricsTail:
-    """The rows of a ``metrics.jsonl`` that grows and may be cut; safe to share by threads.
+    """Rows of a ``metrics.jsonl`` that grows and may be truncated; thread-safe.
 
-    Until the file changes there are no rows: a run that goes on from a checkpoint first drops what
-    it will make again, and one that is refused must leave no trace. At the end of a run that was
-    complete already there are all.
+    There are no rows until the file changes: a run that resumes from a checkpoint first drops the
+    rows that it will write again, and a refused run must not send anything. At the end of a run
+    that was already complete there are all rows.
 
     Attributes:
-        before: the rows that were there at first.
+        before: the rows at the start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +77,7 @@ class MetricsTail:
         self.before = tuple(self._points)
 
     def __call__(self, complete: bool) -> Sequence[Point]:
-        """The rows so far, oldest first."""
+        """Returns the rows so far, oldest first."""
         with self._lock:
             state = _state(self._path)
             self._changed = self._changed or complete or state != self._seen
@@ -102,13 +99,15 @@ class MetricsTail:
 
 
 class Trackers:
-    """The trackers of one run; a context manager around it that never fails the run.
+    """The trackers of a run; a context manager whose errors never reach the run.
 
     Args:
-        trackers: by name.
-        run: the folder, ``train`` or ``evaluate``, and the settings.
-        rows: where the rows come from.
-        before: those that were there before this process began.
+        trackers: the trackers by name.
+        folder: the run folder.
+        kind: ``train`` or ``evaluate``.
+        config: the run's settings.
+        rows: source of the rows.
+        before: rows from before this process.
 
     Raises:
         CheckpointError: ``trackers.json`` is damaged.
@@ -160,20 +159,20 @@ class Trackers:
                 print(f"warning: {line}", file=sys.stderr)
 
     def kept(self, points: Sequence[Point]) -> int:
-        """How many of the first points are those that were there before."""
+        """Returns the number of first points that are unchanged since before this process."""
         pairs = enumerate(zip(self._before, points, strict=False))
         shared = min(len(self._before), len(points))
         return next((at for at, (old, new) in pairs if old != new), shared)
 
     def remember(self, name: str, identity: str | None, sent: int) -> None:
-        """Writes down how far a tracker came."""
+        """Saves the position of a tracker."""
         with self._lock:
             self._state[name] = {"id": identity, "rows": sent}
             write_bytes_atomic(self._path, dump_json(self._state, indent=2) + b"\n", flush=False)
 
 
 class _Feeder:
-    """One tracker's thread: starts it with the first row, sends, tries again, gives up."""
+    """Thread of a tracker: starts it with the first row, sends, retries and gives up."""
 
     def __init__(self, name: str, tracker: Tracker, run: TrackedRun, owner: Trackers) -> None:
         self._name, self._tracker, self._run, self._owner = name, tracker, run, owner
@@ -186,12 +185,12 @@ class _Feeder:
         self.thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
 
     def end(self, status: str) -> None:
-        """Lets the thread send what is left and close the tracker."""
+        """Makes the thread send the rest and close the tracker."""
         self._status = status
         self._end.set()
 
     def complaints(self) -> list[str]:
-        """What a user should know at the end of the run."""
+        """Returns warnings for the end of the run."""
         missing = self._total - self._sent
         if self.thread.is_alive():
             reason = f"it did not answer within {CLOSE_SECONDS:g} s"
@@ -204,7 +203,7 @@ class _Feeder:
         what = f"{missing} of {self._total} rows were not sent" if missing > 0 else "not closed"
         return [
             f"tracking={self._name}: {what}; {self._failures} calls failed ({reason}).\n"
-            "  metrics.jsonl has every row; the same command on the same run folder sends the rest."
+            "  metrics.jsonl has every row; run the same command again to send the rest."
         ]
 
     def _work(self) -> None:
@@ -216,7 +215,7 @@ class _Feeder:
                 self._end.wait(RETRY_SECONDS[self._in_a_row - 1])
             else:
                 self._end.wait(LOOK_SECONDS)
-        # The last chance: once if it was given up before, else a few times in a short while.
+        # Last attempts: one if the tracker was given up before, else a few in a short time.
         tries = 1 if self._in_a_row > len(RETRY_SECONDS) else LAST_TRIES
         self._in_a_row = 0
         while not self._attempt(self._send) and self._in_a_row < tries:
@@ -234,7 +233,7 @@ class _Feeder:
             run = dataclasses.replace(self._run, points=points, kept=kept)
             begun = self._tracker.start(run)
             self._started, self._id = True, begun.id
-            # An evaluation that was made again has another value of its one row.
+            # An evaluation that was repeated has other values in its single row.
             self._sent = begun.sent if self._run.kind == "train" else 0
             self._owner.remember(self._name, self._id, self._sent)
         while self._sent < len(points):
@@ -246,14 +245,15 @@ class _Feeder:
     def _attempt(self, call: Callable[[], None]) -> bool:
         try:
             call()
-        except (Exception, SystemExit) as error:  # the tracker's affair, never the run's
+        except (Exception, SystemExit) as error:  # must not end the run
             self._failures += 1
             self._in_a_row += 1
-            self._reason = _without_keys(f"{type(error).__name__}: {error}".splitlines()[0])
+            redact = Redactor(os.environ)
+            self._reason = redact(f"{type(error).__name__}: {error}".splitlines()[0])
             detail = "".join(traceback.format_exception(error)) if _debug() else self._reason
-            _log.info("tracking=%s failed: %s", self._name, _without_keys(detail))
+            _log.info("tracking=%s failed: %s", self._name, redact(detail))
             if self._failures == 1:
-                _log.error("tracking=%s: %s; training goes on", self._name, self._reason)
+                _log.error("tracking=%s: %s; training continues", self._name, self._reason)
             if self._in_a_row == len(RETRY_SECONDS) + 1:
                 _log.error("tracking=%s is given up until the end of the run", self._name)
             return False
@@ -262,7 +262,7 @@ class _Feeder:
 
 
 def follow_run(settings: Mapping[str, Any], folder: Path, config: Mapping[str, Any]) -> Trackers:
-    """The trackers of a training run, fed from its ``metrics.jsonl``.
+    """Returns the trackers of a training run, fed from its ``metrics.jsonl``.
 
     Args:
         settings: the section ``tracking``.
@@ -285,13 +285,13 @@ def send_results(
     config: Mapping[str, Any],
     figures: Mapping[str, float],
 ) -> None:
-    """Sends an evaluation's figures, as one row of step 0, and waits for it.
+    """Sends the metrics of an evaluation as one row of step 0, and waits for it.
 
-    An evaluation that was made again is sent again, to the same run of the tracker.
+    A repeated evaluation is sent again, to the same run of the tracker.
     """
     point = Point(0, dict(figures))
     with Trackers(make_trackers(settings), folder, "evaluate", config, lambda _: (point,)):
-        pass  # its end sends and waits
+        pass  # leaving the context sends and waits
 
 
 def _state(path: Path) -> tuple[int, int, int] | None:
@@ -312,12 +312,6 @@ def _load_state(path: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             f"{path} is damaged ({error}). Delete it: trackers then begin a new run"
         ) from error
-
-
-def _without_keys(text: str) -> str:
-    for name in _SECRETS:
-        text = key_from_environment([name]).redact(text)
-    return re.sub(r"://[^/@\s]+@", f"://{HIDDEN}@", text)
 
 
 def _debug() -> bool:

@@ -1,4 +1,4 @@
-"""MLflow: a folder, a database or a server."""
+"""Sends metrics to MLflow: a folder, a database or a server."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from reopold_agent.tracking.trackers.base import (
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _UNUSABLE = re.compile(r"[^\w\-. :/]")
-"""Characters that MLflow takes in no name, a benchmark's category for example."""
+"""Characters that MLflow refuses in names, such as those of a benchmark's categories."""
 
 _MOST_PARAMETERS = 100
-"""That one request may have."""
+"""Most parameters of one request."""
 
 _LONGEST_PARAMETER = 500
-"""Characters, for servers older than MLflow 2.10; newer ones take 6,000."""
+"""Most characters for servers older than MLflow 2.10; newer ones take 6,000."""
 
 
 @TRACKERS.add("mlflow")
 @dataclass
 class MLflow:
-    """Logs to an MLflow run, whose id ``RUN/trackers.json`` keeps.
+    """Logs to an MLflow run, whose id is saved in ``RUN/trackers.json``.
 
-    Rows that MLflow holds are not sent again when a run goes on: it cannot take a row back.
+    Rows that MLflow has are not sent again when a run resumes, since it cannot delete a row.
 
     Attributes:
         uri: a folder, ``sqlite:///FILE`` (needs the full ``mlflow``) or a server's address; null:
-            what ``MLFLOW_TRACKING_URI`` says, else the folder ``mlruns``.
-        experiment: made if it does not exist.
-        name: of the run; null: the end of the folder's path.
+            ``MLFLOW_TRACKING_URI``, else the folder ``mlruns``.
+        experiment: name of the experiment, created if it does not exist.
+        name: name of the run; null: the end of the folder's path.
 
     Raises:
         MissingExtraError: mlflow-skinny is not installed.
-        ConfigError: a database without what it needs.
+        ConfigError: the package for a database is missing.
     """
 
     uri: str | None = None
@@ -61,7 +61,7 @@ class MLflow:
         if "://" not in where and where != "databricks":
             where = Path(where).absolute().as_uri()
         if where.startswith("file:"):
-            # MLflow 3 wants to be told that a folder is meant; it is all that mlflow-skinny has.
+            # MLflow 3 must be told to use a folder, the only store of mlflow-skinny.
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         elif where.split(":")[0] in ("sqlite", "mysql", "postgresql", "mssql"):
             try:
@@ -74,7 +74,7 @@ class MLflow:
         self._where = where
 
     def start(self, run: TrackedRun) -> Started:
-        """Opens the run of that id, or a new one with the settings as parameters."""
+        """Resumes the run with this id, or opens a new one with the settings as parameters."""
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
@@ -106,7 +106,10 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        values = {**point.values, SENT: float(sent)}  # last: a folder is written in this order
+        values = {
+            **point.values,
+            SENT: float(sent),
+        }  # last, since a folder is written in this order
         metrics = [
             Metric(_UNUSABLE.sub("_", name), value, now, point.step)
             for name, value in values.items()

@@ -1,4 +1,4 @@
-"""TensorBoard: event files in the run folder."""
+"""Sends metrics to TensorBoard: event files in the run folder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from reopold_agent.tracking.trackers.base import (
 class TensorBoard:
     """Writes event files.
 
-    A run that goes on tells TensorBoard to forget the steps from the last one on, and writes them
-    again: what TensorBoard shows is what ``metrics.jsonl`` holds.
+    A run that resumes tells TensorBoard to purge the last step and later ones, and writes them
+    again, so that TensorBoard shows the content of ``metrics.jsonl``.
 
     Attributes:
-        folder: where to; null: ``RUN/tensorboard``.
+        folder: output folder; null: ``RUN/tensorboard``.
 
     Raises:
         MissingExtraError: tensorboard is not installed.
@@ -47,7 +47,7 @@ class TensorBoard:
         sent, step = first_unsure(run.points, min(run.sent, run.kept))
         _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=step)
-        # Not `add_hparams`, which would make a run of its own beside this one.
+        # Not `add_hparams`, which would create a separate run.
         for summary in hparams(dict(run.config), {"eval/student/greedy/success": 0.0}):  # type: ignore[no-untyped-call]
             self._writer.file_writer.add_summary(summary)
         self._writer.flush()
@@ -65,20 +65,23 @@ class TensorBoard:
 
 
 def _wait_for_a_later_name(folder: Path) -> None:
-    """Event files are read in the order of their names, which begin with the second."""
+    """Waits until a new event file sorts last, since files are read in the order of their names.
+
+    A name begins with the time in seconds.
+    """
     names = [path.name.split(".") for path in folder.glob("events.out.tfevents.*")]
     newest = max((int(name[3]) for name in names if name[3].isdecimal()), default=0)
-    for _ in range(20):  # a clock that was put back is not waited for
+    for _ in range(20):  # not for ever: the clock may have been set back
         if int(time.time()) > newest:
             return
         time.sleep(0.1)
 
 
 def first_unsure(points: Sequence[Point], sent: int) -> tuple[int, int]:
-    """Where to write again after a kill: the row to go on with, and its step.
+    """Returns the first row to write again after a kill, and its step.
 
-    Rows of one step cannot be forgotten one by one, so all rows of the last step that was sent are
-    written again.
+    TensorBoard cannot purge single rows of a step, so all rows of the last sent step are written
+    again.
     """
     if sent == 0:
         return 0, 0

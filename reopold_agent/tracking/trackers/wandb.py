@@ -1,4 +1,4 @@
-"""Weights & Biases, online or offline."""
+"""Sends metrics to Weights & Biases, online or offline."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ _MODES = ("online", "offline")
 
 _BLOCK, _HEADER = 32768, 7
 _LAST = (1, 4)
-"""Kinds of pieces that end a record: whole ones and last parts."""
+"""Types of fragments that end a record: full ones and last parts."""
 
 
 @TRACKERS.add("wandb")
 @dataclass
 class WeightsAndBiases:
-    """Logs to a Weights & Biases run, whose id ``RUN/trackers.json`` keeps.
+    """Logs to a Weights & Biases run, whose id is saved in ``RUN/trackers.json``.
 
-    Rows that W&B holds are not sent again when a run goes on: it cannot take a row back. The
+    Rows that W&B has are not sent again when a run resumes, since it cannot delete a row. The
     x-axis of every chart is ``step``, as in ``metrics.jsonl``.
 
     Attributes:
-        project, entity: where to; entity null: the account's default.
-        mode: ``online``, or ``offline``: files in ``RUN/wandb`` for ``wandb sync``. Null: what
-            ``WANDB_MODE`` says, else online.
-        name: of the run; null: the end of the folder's path.
-        group: runs that belong together, seeds for example.
-        tags: of the run.
+        project, entity: destination; entity null: the account's default.
+        mode: ``online``, or ``offline``: files in ``RUN/wandb`` for ``wandb sync``. Null:
+            ``WANDB_MODE``, else online.
+        name: name of the run; null: the end of the folder's path.
+        group: name for runs that belong together, such as seeds.
+        tags: tags of the run.
 
     Raises:
         MissingExtraError: wandb is not installed.
@@ -73,7 +73,7 @@ class WeightsAndBiases:
             )
 
     def start(self, run: TrackedRun) -> Started:
-        """Opens the run of that id, or a new one."""
+        """Resumes the run with this id, or opens a new one."""
         import wandb
 
         name = run.id or uuid.uuid4().hex[:8]
@@ -90,7 +90,7 @@ class WeightsAndBiases:
             job_type=run.kind,
             dir=str(run.folder),
             config=dict(run.config),
-            # The terminal and the code are the run folder's affair.
+            # The run folder has the terminal's output and the version of the code.
             settings=wandb.Settings(
                 console="off", silent=True, disable_git=True, disable_code=True
             ),
@@ -101,13 +101,15 @@ class WeightsAndBiases:
         return Started(name, held_offline(run.folder, name) if offline else self._held())
 
     def _held(self) -> int:
-        """Rows that the server has of a run that goes on."""
+        """Returns the number of rows that the server has of a resumed run."""
         held = self._run.summary.get(SENT)
         return int(held) if isinstance(held, int | float) else 0
 
     def log(self, point: Point, sent: int) -> None:
-        """Hands the row to wandb's own process. A kill of both may lose some; `start` asks then
-        how many rows there are."""
+        """Passes the row to wandb's process.
+
+        A kill of both processes may lose rows; `start` then finds out how many arrived.
+        """
         self._run.log({"step": point.step, SENT: sent, **point.values})
 
     def finish(self, status: str) -> None:
@@ -116,7 +118,7 @@ class WeightsAndBiases:
 
 
 def held_offline(folder: Path, name: str) -> int:
-    """Rows that the offline parts of a run hold: a kill loses those that wandb had not written."""
+    """Counts rows in the offline files of a run; a kill loses those that wandb had not written."""
     held = 0
     for path in sorted((folder / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb")):
         for record in offline_records(path):
@@ -127,19 +129,19 @@ def held_offline(folder: Path, name: str) -> int:
 
 
 def offline_records(path: Path) -> Iterator[Any]:
-    """The records of a ``.wandb`` file, as wandb's `Record` messages, up to where it is cut off.
+    """Reads the records of a ``.wandb`` file, up to where it is cut off.
 
     The format is LevelDB's log (https://github.com/google/leveldb/blob/main/doc/log_format.md)
-    behind a header of 7 bytes; wandb has no reader for Python any more.
+    after a header of 7 bytes; wandb no longer has a reader in Python.
     """
-    # Not a plain import: mypy does not see what protobuf makes.
+    # Not a plain import, since mypy does not see the classes that protobuf makes.
     record: Any = importlib.import_module("wandb.proto.wandb_internal_pb2").Record
 
     data = path.read_bytes()
     at, whole = _HEADER, b""
     while at + _HEADER <= len(data):
         left = _BLOCK - at % _BLOCK
-        if left < _HEADER:  # a block's end that has no room for a record
+        if left < _HEADER:  # the rest of a block is too short for a record
             at += left
             continue
         _, length, kind = struct.unpack("<IHB", data[at : at + _HEADER])
@@ -154,7 +156,7 @@ def offline_records(path: Path) -> Iterator[Any]:
 
 
 def _has_key() -> bool:
-    """Whether wandb has a key for its server: in the environment or from ``wandb login``."""
+    """Returns whether wandb has a key, in the environment or from ``wandb login``."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     import wandb

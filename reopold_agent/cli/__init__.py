@@ -1,0 +1,1 @@
+"""The `reopold` command, and what all commands share: Hydra, error messages, completion."""

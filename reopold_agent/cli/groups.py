@@ -1,0 +1,230 @@
+"""Hydra's config groups, with the environments, objectives, trackers and judges of plugins."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from importlib import metadata, resources
+from typing import Any
+
+import yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from reopold_agent.envs import ENVS
+from reopold_agent.errors import ConfigError, UnknownNameError, first_line
+
+_log = logging.getLogger(__name__)
+
+_FOLDERS = ("--config-dir", "-cd", "hydra.searchpath")
+
+SEVERAL = ("tracking",)
+"""Groups of which one run may select several options, as a list."""
+
+_CHECKPOINT = ("checkpoint", "model")
+"""Names of the word ``model=`` in commands where it is a checkpoint, not a group."""
+
+_SECTIONS = ("data", "pixels", "rollout", "batch", "sampling", "optimizer", "evaluation", "model")
+
+
+def prepare_groups(arguments: Sequence[str], config: str = "train") -> None:
+    """Registers plugins' options with Hydra and checks the options that a command line selects.
+
+    Args:
+        arguments: the arguments of the command line.
+        config: the command's configuration, ``train``, ``evaluate``, ``judge`` or ``serve``.
+
+    Raises:
+        UnknownNameError: a group (``env=``, ``model=``, ``tracking=`` ...) has no such option; the
+            message lists the known ones and the closest match.
+        ConfigError: the configuration of the selected plugin has an unknown section, or a group of
+            a single choice is given a list.
+    """
+    _check_lists(arguments, groups_of(config))
+    OmegaConf.register_new_resolver("groups", _group_list, replace=True)  # for --help
+    OmegaConf.register_new_resolver("options", lambda g: ", ".join(options_of(g)), replace=True)
+    _store_environments(arguments)
+    _store_objectives(_builtin_options("objective"))
+    _store_trackers()
+    if "judge" in groups_of(config):
+        _store_judges()
+    if any(word.startswith(_FOLDERS) for word in arguments):
+        return  # only Hydra knows the options in the user's own folder of configurations
+    for argument in arguments:
+        group, equals, value = argument.partition("=")
+        sweep = "," in value and not value.startswith("[")  # [a,b] selects several at once
+        if not equals or not value or sweep or group not in groups_of(config):
+            continue
+        for name in value.strip("[]").split(","):
+            if name.strip() not in options_of(group):
+                raise UnknownNameError(_noun(group), name.strip(), options_of(group))
+
+
+def _check_lists(arguments: Sequence[str], groups: Sequence[str]) -> None:
+    """Refuses lists for groups of a single choice, of which Hydra would use the last option.
+
+    Raises:
+        ConfigError: names the group and the options in the list.
+    """
+    for argument in arguments:
+        key, _, value = argument.lstrip("+").partition("=")
+        group = key.partition("@")[0]  # policy/role@policy.student
+        if not (group in groups or group in _CHECKPOINT or "/" in group) or group in SEVERAL:
+            continue
+        names = [name.strip() for name in value.strip("[]").split(",")]
+        if value.startswith("[") and len(names) > 1:
+            shown = _CHECKPOINT[-1] if group in _CHECKPOINT else key
+            raise ConfigError(
+                f"'{shown}' takes one option, got {value}.\n"
+                f"Choose one of them ({shown}={names[0]}), or run the command once with each."
+            )
+
+
+def groups_of(config: str) -> list[str]:
+    """Returns the groups that a command's configuration selects from."""
+    text = (resources.files("reopold_agent") / "configs" / f"{config}.yaml").read_text("utf-8")
+    groups = [each for each in yaml.safe_load(text)["defaults"] if isinstance(each, dict)]
+    return [name for each in groups for name in each if "/" not in name]
+
+
+def options_of(group: str) -> list[str]:
+    """Returns a group's options, with those of plugins once `prepare_groups` has run."""
+    stored = ConfigStore.instance().repo.get(group, {})
+    return sorted({*_builtin_options(group), *(name.removesuffix(".yaml") for name in stored)})
+
+
+def _group_list(config: str) -> str:
+    """Lists a command's groups and their options for ``--help``."""
+    groups = sorted(groups_of(config))
+    width = max(map(len, groups))
+    return "\n".join(f"  {group:<{width}}  {', '.join(options_of(group))}" for group in groups)
+
+
+def _store_environments(arguments: Sequence[str]) -> None:
+    builtin = _builtin_options("env")
+    store = ConfigStore.instance()
+    for name in ENVS.names():
+        if name in builtin:
+            continue
+        try:
+            node = _env_option(name)
+        except ConfigError as error:
+            if f"env={name}" in arguments:
+                raise
+            _log.warning("%s", error)  # a broken plugin must not stop other environments
+            continue
+        store.store(group="env", name=name, node=node, package="_global_")
+
+
+def _store_objectives(builtin: Sequence[str]) -> None:
+    """Registers plugins' objectives with their default settings."""
+    if not metadata.entry_points(group="reopold_agent.objectives"):
+        return  # --help need not wait for PyTorch, which the registry imports
+    from reopold_agent.objectives import OBJECTIVES, Needs, Objective
+
+    for name in OBJECTIVES.names():
+        if name in builtin:
+            continue
+        kind = OBJECTIVES.get(name)
+        if not (dataclasses.is_dataclass(kind) and issubclass(kind, Objective)):
+            _log.warning(
+                "the objective plugin '%s' is ignored: %s.%s is not a dataclass derived from "
+                "reopold_agent.objectives.Objective",
+                name,
+                kind.__module__,
+                kind.__qualname__,
+            )
+            continue
+        settings = {each.name: _default(each) for each in dataclasses.fields(kind)}
+        try:
+            grouped = bool(kind().needs & Needs.OUTCOME)
+        except (TypeError, ValueError):  # settings without a default: assume single episodes
+            grouped = False
+        node = {
+            "default_batch": "group" if grouped else "single",
+            "objective": {"name": name, **settings},
+        }
+        try:
+            OmegaConf.create(node)
+        except OmegaConfBaseException as error:
+            _log.warning(
+                "the objective plugin '%s' is ignored: a default of its settings is not a plain "
+                "value: %s",
+                name,
+                first_line(error),
+            )
+            continue
+        ConfigStore.instance().store(group="objective", name=name, node=node, package="_global_")
+
+
+def _store_trackers() -> None:
+    """Registers plugins' trackers with their default settings."""
+    if not metadata.entry_points(group="reopold_agent.trackers"):
+        return
+    from reopold_agent.tracking.trackers import TRACKERS
+
+    for name in TRACKERS.names():
+        kind = TRACKERS.get(name)
+        if name in _builtin_options("tracking"):
+            continue
+        if not dataclasses.is_dataclass(kind):
+            _log.warning("the tracker plugin '%s' is ignored: it is not a dataclass", name)
+            continue
+        settings = {each.name: _default(each) for each in dataclasses.fields(kind) if each.init}
+        ConfigStore.instance().store(group="tracking", name=name, node={name: settings})
+
+
+def _store_judges() -> None:
+    """Registers plugins' judges; their settings are added with + (``+judge.model=NAME``)."""
+    if not metadata.entry_points(group="reopold_agent.judges"):
+        return
+    from reopold_agent.judges.llm.registry import LLM_JUDGES
+
+    for name in LLM_JUDGES.names():
+        if name not in _builtin_options("judge"):
+            ConfigStore.instance().store(group="judge", name=name, node={"name": name})
+
+
+def _default(setting: dataclasses.Field[Any]) -> Any:
+    if setting.default is not dataclasses.MISSING:
+        return setting.default
+    if setting.default_factory is not dataclasses.MISSING:
+        return setting.default_factory()
+    return MISSING
+
+
+def _noun(group: str) -> str:
+    return {"env": "environment", "data": "data set", "tracking": "tracker"}.get(group, group)
+
+
+def _builtin_options(group: str) -> list[str]:
+    folder = resources.files("reopold_agent") / "configs" / group
+    return sorted(
+        p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def _env_option(name: str) -> dict[str, Any]:
+    entry = ENVS.get(name)
+    sections = {key: value for key, value in entry.config.items() if key not in ("kwargs",)}
+    unknown = [key for key in sections if key not in (*_SECTIONS, "takes_data")]
+    if unknown:
+        raise ConfigError(
+            f"environment '{name}': unknown sections {', '.join(unknown)} in its config; known: "
+            f"kwargs, takes_data, {', '.join(_SECTIONS)}"
+        )
+    env = {
+        "name": name,
+        "id": entry.id,
+        "takes_data": bool(sections.pop("takes_data", False)),
+        "kwargs": dict(entry.config.get("kwargs", {})),
+    }
+    return {"env": env, **{key: _plain(value) for key, value in sections.items()}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value

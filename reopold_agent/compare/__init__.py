@@ -1,0 +1,1 @@
+"""Comparison of evaluations: `python -m reopold_agent.compare`."""

@@ -1,0 +1,1 @@
+"""Checks for what would stop a run; each reports what it found and what to do about it."""

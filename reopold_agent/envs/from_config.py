@@ -1,0 +1,168 @@
+"""Makes the environments of a run through Gymnasium's registry."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import gymnasium
+from gymnasium.envs.registration import load_env_creator
+
+from reopold_agent.common.files import write_json_atomic
+from reopold_agent.common.pixels import PixelLimits, ShownSizes
+from reopold_agent.config import PixelsConfig, TrainConfig
+from reopold_agent.data.checks import BadRowsError, DataReport
+from reopold_agent.envs.base import show_as
+from reopold_agent.envs.data_env import DataEnv
+from reopold_agent.envs.registration import find_env, load_env, make_found
+from reopold_agent.errors import ConfigError, DataError
+
+_log = logging.getLogger(__name__)
+
+BadTasks: TypeAlias = "Mapping[int, tuple[str, DataError]]"
+"""Tasks that cannot be played, by position: the task's name and why."""
+
+
+def make_env(config: TrainConfig, *, max_turns: int | None = None) -> gymnasium.Env[Any, str]:
+    """Makes one environment from the run's configuration.
+
+    Args:
+        config: the run's. ``env`` names the environment; ``data`` is passed if it takes data.
+        max_turns: turn budget; passed if the environment has such a setting.
+
+    Raises:
+        UnknownNameError: no environment has that name.
+        ConfigError, DataError: its settings or data cannot be used.
+    """
+    load_env(config.env.name)
+    kwargs: dict[str, Any] = dict(config.env.kwargs)
+    if config.env.takes_data:
+        kwargs = {**config.data.env_kwargs, **kwargs}
+        kwargs.setdefault("data", {s: config.data.specification(s) for s in ("train", "eval")})
+    creator = find_env(config.env.id, "env.id").entry_point
+    made: Any = load_env_creator(creator) if isinstance(creator, str) else creator
+    if config.data.left_out:
+        kwargs["left_out"] = config.data.left_out
+    if max_turns is not None and "max_turns" not in kwargs and _accepts(made, "max_turns"):
+        kwargs["max_turns"] = max_turns
+    isolation = _tool_isolation(config)
+    if isolation["mode"] != "none" and "tool_isolation" not in kwargs:
+        if _accepts(made, "tool_isolation"):
+            kwargs["tool_isolation"] = isolation
+        elif config.tools.isolation != "auto":
+            raise ConfigError(
+                f"tools.isolation={config.tools.isolation}, but the environment {config.env.id} "
+                "has no such setting (no ToolEnv); use tools.isolation=none"
+            )
+    env = make_found(config.env.id, "env.id", **kwargs)
+    show_as(env, shown_sizes(config.pixels))
+    return env
+
+
+def shown_sizes(pixels: PixelsConfig, factor: int = 28) -> ShownSizes:
+    """Returns the rule by which pictures are resized for a model.
+
+    Args:
+        pixels: the limits.
+        factor: the model's patch x merge; by default Qwen2.5-VL's. (A `RolloutRunner` tells its
+            environments that of its model.)
+    """
+    prompt, observation = (
+        PixelLimits(**vars(each)) for each in (pixels.prompt, pixels.observation)
+    )
+    return ShownSizes(prompt, observation, factor)
+
+
+def checked_tasks(
+    config: TrainConfig,
+    report: Path,
+    examine: Callable[[DataEnv, str], BadTasks] | None = None,
+) -> dict[str, int]:
+    """Reads and checks the rows of each split that the run uses; returns its number of tasks.
+
+    Args:
+        config: the run's.
+        report: file for the report on the rows, as JSON by split; it is written even if rows are
+            refused.
+        examine: finds further problems in tasks from files, given the environment and the split.
+
+    Raises:
+        UnknownNameError, ConfigError, DataError: as for `make_env`, or rows cannot be used.
+    """
+    env = make_env(config)
+    counts: dict[str, int] = {}
+    found: dict[str, Any] = {}
+    try:
+        for split in config.splits:
+            try:
+                counts[split] = num_tasks(env, split)
+                inner = env.unwrapped
+                told = inner.data_report(split) if isinstance(inner, DataEnv) else None
+                if isinstance(inner, DataEnv) and told is not None and examine is not None:
+                    bad = examine(inner, split)
+                    counts[split] -= len(bad)
+                    _leave_out(bad, told, config, split)
+            except BadRowsError as error:
+                found[split] = error.report.record()
+                raise
+            if told is not None:
+                found[split] = told.record()
+    finally:
+        env.close()
+        if found:
+            write_json_atomic(report, found)
+    return counts
+
+
+def _leave_out(bad: BadTasks, report: DataReport, config: TrainConfig, split: str) -> None:
+    """Adds tasks to the report and logs it.
+
+    Raises:
+        BadRowsError: the settings do not say to leave them out, or none is left.
+    """
+    if not bad:
+        return
+    for name, error in bad.values():
+        report.add(name, error)
+    report.usable -= len(bad)
+    lost = report.rows - report.usable
+    told = f"{lost} of {report.rows} rows of {report.path} cannot be used:\n{report.table()}"
+    spec = config.data.specification(split) or {}
+    if spec.get("on_bad_row", "fail") != "skip" or not report.usable:
+        advice = f"leave them out with data.{split}.on_bad_row=skip"
+        raise BadRowsError(f"{told}\nChange the settings named above, or {advice}.", report)
+    _log.warning("%s", told)
+
+
+def _tool_isolation(config: TrainConfig) -> dict[str, Any]:
+    """Returns settings of `reopold_agent.tools.Isolation`; resolves ``auto``, allows the data."""
+    settings = dict(vars(config.tools))
+    mode = settings.pop("isolation")
+    if mode == "auto":
+        # A rollout process of Ray serves many episodes; one bad tool must not end them all.
+        mode = "plugins" if config.engine.name == "verl" and hasattr(os, "fork") else "none"
+    sources = [spec.get("path") for spec in (config.data.train, config.data.eval) if spec]
+    folders = [os.path.abspath(path) for path in sources if path and os.path.exists(path)]
+    return {**settings, "mode": mode, "read": [*settings["read"], *folders]}
+
+
+def num_tasks(env: gymnasium.Env[Any, Any], split: str) -> int:
+    """Returns the number of tasks of a split; 2**20, one per seed, if the environment has none."""
+    inner: Any = env.unwrapped
+    if hasattr(inner, "num_tasks"):
+        return int(inner.num_tasks(split))
+    return 2**20
+
+
+def _accepts(creator: Any, name: str) -> bool:
+    """Whether a class (or a base class of it) or a function has the parameter."""
+    candidates = creator.__mro__ if inspect.isclass(creator) else [creator]
+    for candidate in candidates:
+        function = candidate.__init__ if inspect.isclass(candidate) else candidate
+        if name in inspect.signature(function).parameters:
+            return True
+    return False

@@ -1,1 +1,0 @@
-"""Evaluation: benchmarks, playing them, scoring, reports."""

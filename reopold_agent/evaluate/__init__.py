@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, answers, grading, metrics and reports."""

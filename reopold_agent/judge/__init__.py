@@ -1,0 +1,1 @@
+"""Measures rules and judges on labelled pairs: ``python -m reopold_agent.judge check``."""

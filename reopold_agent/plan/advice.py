@@ -1,0 +1,134 @@
+"""Advice: what does not fit or is wasted, and what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.plan.hardware import GIB, Gpu
+from reopold_agent.plan.memory import GpuMemory
+from reopold_agent.plan.timing import Layout, StepSeconds
+from reopold_agent.plan.workload import Workload
+
+
+def warnings_for(
+    config: TrainConfig,
+    layout: Layout,
+    memory: Sequence[GpuMemory],
+    seconds: StepSeconds,
+    gpu: Gpu,
+    work: Workload,
+    room: Mapping[str, float],
+) -> tuple[str, ...]:
+    """Returns sentences of advice, the most serious first; empty if everything fits.
+
+    Args:
+        config: the run's configuration.
+        layout: division of the GPUs.
+        memory: memory of each role.
+        seconds: time of a step.
+        gpu: the GPU.
+        work: episodes of a step.
+        room: of a student's server ``cache`` bytes, sequences that it ``holds``, that are
+            ``wanted`` and that the rollout workers ``allowed``; for ``teacher`` the longest
+            sequences that a teacher's server holds. Empty without servers.
+    """
+    found = [*_does_not_fit(config, memory, gpu), *_servers(config, layout, room)]
+    rows = config.batch.mini_batch * config.batch.samples
+    if layout.schedule != "local" and rows % layout.student:
+        found.append(
+            f"a mini-batch has {rows} episodes, which {layout.student} GPUs cannot divide evenly: "
+            "verl refuses this. Change batch.mini_batch, batch.samples or the division of the GPUs."
+        )
+    if seconds.overlap and layout.teacher:
+        busy = seconds.teacher / seconds.total
+        if seconds.teacher > 1.2 * seconds.generate:
+            found.append(
+                f"the rollout waits for the teacher ({seconds.teacher:.0f} s against "
+                f"{seconds.generate:.0f} s): give it more GPUs (engine.teacher_gpus_per_node)."
+            )
+        elif busy < 0.3:
+            found.append(
+                f"the teacher's {layout.teacher} GPUs work {busy:.0%} of the time: "
+                "engine.teacher_gpus_per_node can be smaller where batch.mini_batch x "
+                "batch.samples divides by the rest."
+            )
+    if layout.schedule != "local" and config.engine.attention == "sdpa":
+        rows_per_pass = config.engine.max_tokens_per_micro_batch / work.length
+        if rows_per_pass >= 2:
+            found.append(
+                f"engine.attention=sdpa pads the about {rows_per_pass:.0f} episodes of a pass to "
+                "the longest, which these figures leave out; flash_attention_2 packs them."
+            )
+    return tuple(found)
+
+
+def _does_not_fit(config: TrainConfig, memory: Sequence[GpuMemory], gpu: Gpu) -> list[str]:
+    found = []
+    for role in memory:
+        for phase, parts in role.phases.items():
+            needed = sum(parts.values())
+            if needed <= gpu.memory:
+                continue
+            largest = max(parts, key=lambda name: parts[name])
+            found.append(
+                f"does not fit: {role.role}, {phase}: {needed / GIB:.1f} GiB of "
+                f"{gpu.memory / GIB:.1f}; most is {largest} ({parts[largest] / GIB:.1f} GiB). "
+                + _remedy(config, role, phase, largest)
+            )
+    return found
+
+
+def _remedy(config: TrainConfig, role: GpuMemory, phase: str, largest: str) -> str:
+    local = config.engine.name == "local"
+    if phase == "score":
+        return "Raise engine.teacher_server.tensor_parallel or lower its memory_share."
+    if phase == "rollout":
+        if local:
+            return "Lower rollout.concurrency, or use engine=verl over several GPUs."
+        return "Lower engine.student_server.memory_share, or set engine.offload=true."
+    if largest in ("activations", "logits"):
+        words = ["engine.max_tokens_per_micro_batch", "rollout.max_response_tokens"]
+        if not config.model.student.gradient_checkpointing:
+            words.insert(0, "model.student.gradient_checkpointing=true, or lower")
+        return f"Lower {' or '.join(words)}."
+    if local:
+        ways = [
+            "engine=verl over several GPUs",
+            "LoRA ('model.student.lora={r: 16, lora_alpha: 32, target_modules: all-linear}')",
+        ]
+        if "teacher" in role.phases[phase]:
+            ways.append("a teacher on another machine (policy=server)")
+        return f"Use {', or '.join(ways)}."
+    return f"Use more GPUs than these {role.gpus} for the student (engine.gpus_per_node, nodes)."
+
+
+def _servers(config: TrainConfig, layout: Layout, room: Mapping[str, float]) -> list[str]:
+    if not room:
+        return []
+    found = []
+    if room.get("teacher", 1) < 1:
+        found.append(
+            "a teacher's server cannot start: its share of the memory holds not one sequence of "
+            "full length beside the weights. Raise engine.teacher_server.tensor_parallel or "
+            "memory_share."
+        )
+    if room["cache"] <= 0 or room["holds"] < 1:
+        return [
+            *found,
+            "a student's server cannot start: its share of the memory holds not one sequence "
+            "beside the weights. Raise engine.student_server.memory_share or tensor_parallel.",
+        ]
+    if room["holds"] < min(room["wanted"], config.engine.student_server.max_sequences):
+        found.append(
+            f"a student's server holds {room['holds']:.0f} sequences of mean length at once and "
+            f"gets {room['wanted']:.0f}: they run in waves. engine.student_server.memory_share, "
+            "tensor_parallel or more GPUs make room."
+        )
+    if room["allowed"] < min(room["wanted"], layout.student_server.slots + 1):
+        found.append(
+            f"rollout.concurrency={config.rollout.concurrency} x engine.rollout_workers="
+            f"{config.engine.rollout_workers} lets a server have {room['allowed']:.0f} episodes "
+            f"at once of its {room['wanted']:.0f}: raise either."
+        )
+    return found

@@ -1,0 +1,172 @@
+"""Checks a run's chat template and rows before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.data.checks import RowError
+from reopold_agent.envs.data_env import DataEnv
+from reopold_agent.envs.from_config import BadTasks, checked_tasks
+from reopold_agent.envs.registration import task_seed
+from reopold_agent.errors import ConfigError, DataError, ModelError
+from reopold_agent.policies.loading import Processing
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.from_config import make_runner
+from reopold_agent.rollout.runner import RolloutRunner
+from reopold_agent.types import IMAGE_MARK, Message
+
+VERL_PROMPT_TOKENS = 8192
+"""Longest prompt with ``engine=verl`` unless a setting says otherwise; its servers reserve it."""
+
+_MARKS = 32
+"""Most tokens that a picture adds besides its own: marks around it, and its size in words."""
+
+
+def checked_run(
+    config: TrainConfig, student: Processing, contexts: Iterable[int | None], report: Path
+) -> tuple[TrainConfig, dict[str, int]]:
+    """Checks chat template and rows of a run.
+
+    Args:
+        config: the run's.
+        student: tokenizer and picture processor of the student.
+        contexts: longest sequence of each model (``max_position_embeddings``), if it has one.
+        report: file for the report on the rows.
+
+    Returns:
+        The configuration with the longest prompt and the tasks to leave out filled in, and the
+        number of the other tasks by split.
+
+    Raises:
+        ModelError: the template rewrites earlier turns, and several turns are possible.
+        ConfigError, DataError: rows cannot be used, or no prompt fits the models.
+    """
+    runner = checked_runner(config, student)
+    context = min((each for each in contexts if each is not None), default=None)
+    most = prompt_limit(config, context)
+    why = f"at most {most} fit the models' context of {context} beside rollout.max_response_tokens"
+    if config.engine.max_prompt_tokens is not None or context is None:
+        why = f"engine.max_prompt_tokens is {most}"
+    left_out: dict[str, list[int]] = {}
+
+    def examine(env: DataEnv, split: str) -> BadTasks:
+        found = _bad_tasks(env, split, runner, most, why)
+        left_out[split] = sorted(found)
+        return found
+
+    counts = checked_tasks(config, report, examine)
+    runner.close()
+    data = replace(config.data, left_out={k: v for k, v in left_out.items() if v})
+    engine = replace(config.engine, max_prompt_tokens=most)
+    return replace(config, data=data, engine=engine), counts
+
+
+def checked_runner(config: TrainConfig, student: Processing) -> RolloutRunner:
+    """Returns a runner whose chat template suits the turns that the run may have.
+
+    Raises:
+        ModelError: the template rewrites earlier turns, and several turns are possible.
+    """
+    chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
+    evaluated = config.evaluation.max_turns if config.evaluation.tasks else 1
+    turns = max(config.rollout.max_turns, evaluated)
+    runner = make_runner(config, chat, student.vision, max_turns=turns)
+    runner.check_turns()
+    return runner
+
+
+def prompt_limit(config: TrainConfig, context: int | None) -> int | None:
+    """Returns the number of tokens of the longest prompt; None without a limit.
+
+    Args:
+        config: the run's.
+        context: longest sequence of the models, if they have one.
+
+    Raises:
+        ConfigError: prompt and response do not fit the context.
+    """
+    limit, response = config.engine.max_prompt_tokens, config.rollout.max_response_tokens
+    if context is None:
+        return limit
+    room = context - response - 1  # scoring adds a token
+    if room < 1:
+        raise ConfigError(
+            f"a response of {response} tokens leaves no room for a prompt in the models' context "
+            f"of {context}.\nLower rollout.max_response_tokens."
+        )
+    if limit is None:
+        return min(room, VERL_PROMPT_TOKENS) if config.engine.name == "verl" else room
+    if limit > room:
+        raise ConfigError(
+            f"a prompt of {limit} and a response of {response} tokens do not fit the models' "
+            f"context of {context}: lower engine.max_prompt_tokens or rollout.max_response_tokens"
+        )
+    return limit
+
+
+def _bad_tasks(
+    env: DataEnv, split: str, runner: RolloutRunner, most: int | None, why: str
+) -> BadTasks:
+    """Returns tasks with more pictures or longer prompts than an episode may have.
+
+    Raises:
+        ModelError: a task has pictures, but the student reads text only.
+    """
+    template = _template_tokens(runner.chat)
+    found: dict[int, tuple[str, DataError]] = {}
+    long: list[int] = []
+    for index in range(env.num_tasks(split)):
+        task = env.task(split, index)
+        texts = [*(text for _, text in task.history), env.question(task)]
+        pictures = len(task.images)
+        at_once = max(text.count(IMAGE_MARK) for text in texts) if task.history else pictures
+        if pictures and runner.vision is None:
+            raise ModelError(
+                f"the student reads text only and cannot see the pictures of {task.id}.\n"
+                "Give a vision-language checkpoint, or data without pictures."
+            )
+        if at_once > env.max_pictures:
+            why_not = f"{at_once} pictures; env.kwargs.max_pictures is {env.max_pictures}"
+            found[index] = task.id, RowError("too many pictures", why_not)
+        elif most is not None:
+            # A token is at least one byte, so that few rows need to be tokenised and opened.
+            words = [env.system_prompt(task), *texts]
+            size = sum(len(text.encode("utf-8", "replace")) + template for text in words)
+            if size + pictures * (_picture_tokens(runner) + _MARKS) > most:
+                long.append(index)
+    console = Console(stderr=True)
+    for index in track(
+        long,
+        f"measuring long prompts, {split}",
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ):
+        name = env.task(split, index).id
+        options = {"split": split, "index": index}
+        try:
+            shown = env.reset(seed=task_seed(split, index), options=options)
+        except DataError as error:
+            found[index] = name, error
+            continue
+        tokens = len(runner.prompt(*shown)[0])
+        if most is not None and tokens > most:
+            found[index] = name, RowError("long prompt", f"{tokens} tokens; {why}")
+    return found
+
+
+def _picture_tokens(runner: RolloutRunner) -> int:
+    factor = 28 if runner.vision is None else runner.vision.factor
+    return runner.prompt_pixels.max_pixels // factor**2
+
+
+def _template_tokens(chat: ChatRenderer) -> int:
+    """Returns the tokens of the longer of the prompts with and without a system message."""
+    user = Message("user", ("?\n",))
+    return max(len(chat.prompt([*system, user])[0]) for system in ([], [Message("system", ("?",))]))

@@ -1,0 +1,53 @@
+"""Makes a rollout runner from the configuration of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from reopold_agent.common.pixels import PixelLimits
+from reopold_agent.config import TrainConfig
+from reopold_agent.envs.from_config import make_env
+from reopold_agent.policies.vision import VisionProcessor
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.runner import Env, RolloutLimits, RolloutRunner
+
+
+def make_runner(
+    config: TrainConfig,
+    chat: ChatRenderer,
+    vision: VisionProcessor | None,
+    *,
+    max_turns: int,
+    concurrency: int | None = None,
+    wrap: Callable[[Env], Env] | None = None,
+) -> RolloutRunner:
+    """Makes the runner for a run's environment and budgets.
+
+    Args:
+        config: the run's.
+        chat: renders conversations for the policy's tokenizer.
+        vision: encodes pictures; None for text-only models.
+        max_turns: assistant turns; training and evaluation differ.
+        concurrency: episodes at once; None takes the configuration's.
+        wrap: wraps each environment, for example to record what it shows.
+    """
+
+    def make() -> Env:
+        env = make_env(config, max_turns=max_turns)
+        return env if wrap is None else wrap(env)
+
+    return RolloutRunner(
+        make,
+        chat,
+        vision,
+        prompt_pixels=PixelLimits(**vars(config.pixels.prompt)),
+        observation_pixels=PixelLimits(**vars(config.pixels.observation)),
+        limits=RolloutLimits(
+            max_response_tokens=config.rollout.max_response_tokens,
+            max_turn_tokens=config.rollout.max_turn_tokens,
+            max_turns=max_turns,
+            env_seconds=config.rollout.env_seconds,
+            concurrency=config.rollout.concurrency if concurrency is None else concurrency,
+            max_prompt_tokens=config.engine.max_prompt_tokens,
+        ),
+    )

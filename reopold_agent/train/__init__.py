@@ -1,0 +1,1 @@
+"""Trains a student: ``python -m reopold_agent.train``."""

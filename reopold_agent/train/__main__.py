@@ -1,0 +1,50 @@
+"""Trains a student: ``python -m reopold_agent.train env=pixel_reasoner``.
+
+``--help`` lists groups and settings, ``--cfg job`` prints the whole configuration.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from reopold_agent.cli.hydra import run_hydra
+from reopold_agent.train.settings import check_student, load_config
+
+
+def run(composed: DictConfig) -> dict[str, Any]:
+    """Runs the training that Hydra composed; returns the summary."""
+    check_student(composed)
+    config, raw = load_config(composed)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    command = started_with()
+    # Imported here so that --help and configuration errors do not wait for PyTorch.
+    if config.engine.name == "verl":
+        from reopold_agent.train.verl.engine import VerlEngine
+
+        return VerlEngine(config, raw, folder, command).run()
+    from reopold_agent.train.setup import LocalEngine
+
+    return LocalEngine(config, raw, folder, command).run()
+
+
+def started_with() -> list[str]:
+    """Returns the command line's words, for commands that repeat them elsewhere."""
+    hydra = HydraConfig.get()
+    folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
+    flags = [word for folder in folders for word in ("--config-dir", folder)]
+    own = [word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
+    return [*flags, *own, *hydra.overrides.task]
+
+
+def main() -> None:
+    """Entry point."""
+    run_hydra(run, "train", sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

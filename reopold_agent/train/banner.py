@@ -1,0 +1,147 @@
+"""The lines that a run begins with: what is trained, on what, and how."""
+
+from __future__ import annotations
+
+import json
+import logging
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from reopold_agent.config import ModelConfig, PixelConfig, TrainConfig
+from reopold_agent.errors import ConfigError
+from reopold_agent.policies.architecture import find_architecture
+from reopold_agent.policies.loading import Processing
+from reopold_agent.tracking.progress import Progress
+from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.train.settings import billions
+
+_log = logging.getLogger(__name__)
+
+_WIDTH = 80
+_LABEL = 11
+
+
+def show_banner(
+    progress: Progress, lines: Sequence[str], config: TrainConfig, student: Processing
+) -> None:
+    """Prints the lines of `banner`, and a warning, and writes them to the run's log.
+
+    The warning is for a student of the embedded tasks that gets other data.
+    """
+    progress.lines([*lines, ""])
+    for line in lines:
+        _log.info("%s", line)
+    if student.spec.path.startswith("demo:") and (config.data.train or {}).get("path"):
+        warning = (
+            f"warning: {student.spec.path} is made for the embedded tasks and too small for other "
+            "data; take model=qwen2_5_vl or model=causal_lm with model.student.path=DIR "
+            "model.teacher.path=DIR"
+        )
+        progress.lines(textwrap.wrap(warning, _WIDTH, subsequent_indent="  "))
+        _log.warning("%s", warning)
+
+
+def banner(
+    config: TrainConfig,
+    folder: RunFolder,
+    student: Processing,
+    tasks: Mapping[str, int],
+    *,
+    device: str,
+    precision: str,
+    teacher: bool,
+) -> list[str]:
+    """Returns the lines, of at most 80 columns unless a path is longer.
+
+    Args:
+        config: the run's configuration, as the checks before training completed it.
+        folder: the run folder, with the report on the rows.
+        student: the student's tokenizer and picture processor.
+        tasks: number of tasks by split.
+        device: name of the device.
+        precision: dtype of the computation.
+        teacher: whether the run has a teacher.
+    """
+    models, batch, engine = config.model, config.batch, config.engine
+    updates = batch.prompts // batch.mini_batch
+    follows = models.teacher is not None and models.teacher.follow is not None
+    rows = {
+        "student": _model(models.student) + (", LoRA" if models.student.lora else ""),
+        "teacher": "none",
+        "data": _rows(config, "train", tasks, folder.data_report),
+        "held out": _rows(config, "eval", tasks, folder.data_report),
+        "objective": _objective(config.objective),
+        "optimizer": f"AdamW, lr {config.optimizer.lr:g}, {_count(updates, 'update')} a step",
+        "pixels": f"pictures {_pixels(config.pixels.prompt)}; "
+        f"of tools {_pixels(config.pixels.observation)}",
+        "tokens": _tokens(config),
+        "steps": f"{config.steps} x {_count(batch.prompts, 'prompt')} x "
+        f"{_count(batch.samples, 'sample')}",
+        "engine": f"{engine.name} on {device}, {precision}",
+        "run": str(folder.path),
+    }
+    if teacher and models.teacher is not None:
+        rows["teacher"] = _model(models.teacher) + (", follows the student" if follows else "")
+    if "eval" in tasks and config.env.takes_data:
+        played = min(config.evaluation.tasks, tasks["eval"])
+        rows["held out"] += f", {played:,} played"
+    if student.vision is None:
+        del rows["pixels"]
+    lines: list[str] = []
+    for label, text in rows.items():
+        lines += textwrap.wrap(
+            text,
+            _WIDTH,
+            initial_indent=label.ljust(_LABEL),
+            subsequent_indent=" " * _LABEL,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return lines
+
+
+def _model(spec: ModelConfig) -> str:
+    try:
+        size = f", {billions(find_architecture(spec.path).parameters)} parameters"
+    except ConfigError:  # only on a server, or of a family whose size is not known
+        size = ""
+    revision = "" if spec.revision is None else f" at {spec.revision}"
+    return f"{spec.path}{revision}{size}, {spec.dtype} weights"
+
+
+def _rows(config: TrainConfig, split: str, tasks: Mapping[str, int], report: Path) -> str:
+    if split not in tasks:
+        return "not played"
+    if not config.env.takes_data:
+        return f"tasks of {config.env.id}"
+    spec = getattr(config.data, split) or {}
+    found: dict[str, Any] = json.loads(report.read_text("utf-8")) if report.is_file() else {}
+    lost = found[split]["rows"] - found[split]["usable"] if split in found else 0
+    left_out = f" ({lost:,} left out)" if lost else ""
+    where = spec.get("path") or f"{spec.get('source')} (embedded)"
+    return f"{_count(tasks[split], 'row')} of {where}{left_out}"
+
+
+def _objective(settings: Mapping[str, Any]) -> str:
+    shown = [f"{key} {value}" for key, value in settings.items() if key != "name" and value]
+    return ", ".join([str(settings["name"]), *shown])
+
+
+def _pixels(limits: PixelConfig) -> str:
+    low, high = f"{limits.min_pixels:,}", f"{limits.max_pixels:,}"
+    return high if low == high else f"{low} to {high}"
+
+
+def _tokens(config: TrainConfig) -> str:
+    rollout, most = config.rollout, config.engine.max_prompt_tokens
+    prompt = "any prompt" if most is None else f"prompt at most {most:,}"
+    return (
+        f"{prompt}, response {rollout.max_response_tokens:,} in at most "
+        f"{_count(rollout.max_turns, 'turn')} of {rollout.max_turn_tokens:,}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,59 @@
+"""Computes the student's log-probs and entropies before the update of a step.
+
+These log-probs are the denominator of the importance ratio; the entropy masks use the entropies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.train.nonfinite import Finding, invalid_entropy, invalid_logp
+from reopold_agent.train.rows import Row, trajectories_of
+
+
+def old_logp_source(setting: str, student: TransformersPolicy) -> str:
+    """Decides ``engine.old_logp=auto``.
+
+    ``rollout`` uses the log-probs of generation, ``recompute`` makes a full pass.
+
+    In float32 the two agree to 1e-5; in bfloat16 the batched decoder and the full pass differ
+    enough to show up in the importance ratio.
+    """
+    if setting != "auto":
+        return setting
+    exact = student.adapter.head.weight.dtype == torch.float32 and not student.adapter.autocasts
+    return "rollout" if exact else "recompute"
+
+
+def set_behaviour(rows: Sequence[Row], student: TransformersPolicy, source: str) -> list[Finding]:
+    """Sets ``old_logp`` and ``entropy`` of rows; returns the rows in which they are invalid.
+
+    Args:
+        rows: the rows of the step to train on.
+        student: the trainer's policy, before the update.
+        source: ``rollout`` or ``recompute``; see `old_logp_source`.
+    """
+    if source == "rollout":
+        for row in rows:
+            row.old_logp, row.entropy = row.trajectory.logp, row.trajectory.entropy
+    else:
+        with student.adapter.autocast():
+            scores = student.score(trajectories_of(rows), with_entropy=True)
+        for row, score in zip(rows, scores, strict=True):
+            row.old_logp, row.entropy = score.logp, score.entropy
+    return invalid_behaviour(rows)
+
+
+def invalid_behaviour(rows: Sequence[Row]) -> list[Finding]:
+    """Returns the rows whose old log-probs or entropies are invalid, with what is wrong."""
+    return [
+        (row, wrong)
+        for row in rows
+        if (
+            wrong := invalid_logp(row.old_logp, row.trajectory, "student's")
+            or invalid_entropy(row.entropy, row.trajectory)
+        )
+    ]

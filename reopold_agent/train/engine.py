@@ -1,0 +1,125 @@
+"""The base of every engine: the run folder, its lock, trackers, objective and checkpoints."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from reopold_agent.common.signals import sigterm_as_interrupt
+from reopold_agent.config import TrainConfig
+from reopold_agent.errors import ConfigError
+from reopold_agent.objectives import Needs, Objective, RunFacts, make_objective
+from reopold_agent.policies.loading import ModelSpec
+from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.trackers import follow_run
+from reopold_agent.train.interrupts import resume_command
+from reopold_agent.train.resume import RunState, filled_in
+
+
+class Engine(ABC):
+    """Trains a student; a subclass implements `_run`.
+
+    Args:
+        config: the checked configuration.
+        raw: the same configuration as plain values, for the run folder and its check on resume.
+        folder: the run folder; an earlier run in it is continued (``resume``).
+        command: the command line's arguments, for messages.
+    """
+
+    def __init__(
+        self, config: TrainConfig, raw: Mapping[str, Any], folder: Path, command: Sequence[str]
+    ) -> None:
+        self.config, self._raw, self._command = config, dict(raw), list(command)
+        self.folder = RunFolder(folder)
+        self._state = RunState(config, self._raw, self.folder)
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end and returns the summary that ``summary.json`` holds.
+
+        Raises:
+            ReopoldError: any problem that the user can fix; the message says how.
+            KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
+        """
+        trackers = follow_run(self.config.tracking, self.folder.path, self._raw)
+        with sigterm_as_interrupt(), self.folder.lock(), trackers:
+            return self._run()
+
+    def _begin(self, objective: Objective, saved: Mapping[str, Any] | None) -> None:
+        """Writes ``config.yaml`` if the run starts, or goes on for more steps than before.
+
+        Args:
+            objective: made for this run; settings that it filled in are written.
+            saved: the configuration in the folder, if the run continues.
+        """
+        if saved is not None and saved["steps"] == self.config.steps:
+            return
+        # First, or a run that is killed later would be taken for complete.
+        self.folder.summary.unlink(missing_ok=True)
+        settings = {
+            key: getattr(objective, key, None) if value is None else value
+            for key, value in self._raw["objective"].items()
+        }
+        command = " ".join(resume_command(self._command, self.folder.path).splitlines())
+        text = OmegaConf.to_yaml(OmegaConf.create({**self._raw, "objective": settings}))
+        self.folder.write_config(f"# {command}\n{text}")
+
+    @abstractmethod
+    def _run(self) -> dict[str, Any]:
+        """Makes the run; the folder is locked."""
+
+
+def run_objective(config: TrainConfig, saved: Mapping[str, Any] | None = None) -> Objective:
+    """Makes the run's objective, with settings that depend on the run filled in.
+
+    Args:
+        config: the run's configuration.
+        saved: the configuration with which a continued run was started: what it filled in then,
+            such as the step of the switch to refinement, stays if the run now gets more steps.
+
+    Raises:
+        ConfigError: a setting is wrong, or there are no groups to compare.
+    """
+    settings = {key: value for key, value in config.objective.items() if key != "name"}
+    if saved is not None:
+        settings = filled_in(settings, saved["objective"])
+    objective = make_objective(config.objective["name"], settings)
+    if objective.needs & Needs.OUTCOME and config.batch.samples < 2:
+        raise ConfigError(
+            f"objective={config.objective['name']} compares the episodes of one task, so "
+            "batch.samples must be at least 2 (8, say, with fewer batch.prompts and "
+            "batch.mini_batch)"
+        )
+    steps = config.steps if saved is None else saved["steps"]
+    return objective.for_run(RunFacts(steps, config.rollout.max_response_tokens))
+
+
+def needs_teacher(config: TrainConfig, objective: Objective) -> bool:
+    """Returns whether the run uses a teacher."""
+    return bool(objective.needs & Needs.TEACHER) or config.evaluation.teacher
+
+
+def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpec]:
+    """Returns the checkpoints that a run needs, by role; ``teacher`` only where one is used.
+
+    Raises:
+        ConfigError: a teacher is needed, but none is configured.
+    """
+    models = config.model
+    specs = {"student": ModelSpec(**vars(models.student))}
+    if not needs_teacher(config, objective):
+        return specs
+    if models.teacher is None:
+        name = config.objective["name"]
+        if objective.needs & Needs.TEACHER:
+            raise ConfigError(f"objective={name} needs model.teacher, which is null")
+        raise ConfigError(
+            f"model.teacher is null, which suits objective={name}; set "
+            "evaluation.teacher=false too, since there is no teacher to evaluate"
+        )
+    values = vars(models.teacher)
+    plain = {key: values[key] for key in values if not key.startswith("follow")}
+    return {**specs, "teacher": ModelSpec(**plain)}

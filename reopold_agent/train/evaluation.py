@@ -1,0 +1,217 @@
+"""Held-out evaluations of a run: which are due, the episodes, and their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from reopold_agent.common.statistics import wilson_interval
+from reopold_agent.config import TrainConfig
+from reopold_agent.policies.base import Policy
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
+from reopold_agent.tracking.metrics import MetricsWriter, read_metrics
+from reopold_agent.tracking.progress import Progress
+from reopold_agent.tracking.statistics import rollout_statistics
+from reopold_agent.train.interrupts import EvaluationStoppedError, Interrupts
+from reopold_agent.train.roles import Roles, computing
+from reopold_agent.types import Sampling, Trajectory
+
+GREEDY = Sampling(temperature=0.0)
+
+MetricsRow = Mapping[str, Any]
+"""A row of ``metrics.jsonl``."""
+
+
+class HeldOutEvaluation:
+    """Evaluates student and teacher on held-out tasks when that is due.
+
+    Args:
+        config: the run's configuration.
+        runner: plays the episodes.
+        roles: the policies.
+        tasks: number of held-out tasks there are.
+        metrics: where rows go; those that are there already are not made again.
+        progress: shows rows to the user.
+        interrupts: a signal ends an evaluation at once; it is made again on resuming.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        runner: RolloutRunner,
+        roles: Roles,
+        tasks: int,
+        metrics: MetricsWriter,
+        progress: Progress,
+        interrupts: Interrupts,
+    ) -> None:
+        self.runner = runner
+        self._config, self._roles, self._tasks = config, roles, tasks
+        self._metrics, self._progress, self._interrupts = metrics, progress, interrupts
+        self._sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
+
+    def before_training(self) -> None:
+        """Evaluates the student, and the teacher as it is at the start.
+
+        Raises:
+            KeyboardInterrupt: a signal came; there is nothing to save yet.
+        """
+        self._evaluate_end("student", 0)
+        if self._config.evaluation.teacher:
+            self._evaluate_end("teacher", 0)
+
+    def after_training(self) -> None:
+        """Evaluates the trained student.
+
+        Raises:
+            KeyboardInterrupt: a signal came; the last step is saved.
+        """
+        self._evaluate_end("student", self._config.steps)
+
+    def during_training(self, step: int) -> None:
+        """Evaluates the student after ``step`` steps, if that is due; a signal ends it quietly."""
+        if curve_due(read_metrics(self._metrics.path), step, self._config):
+            with suppress(EvaluationStoppedError):  # the loop looks at the signal next
+                self._evaluate("student", step, self._sampling, curve=True)
+
+    def _evaluate_end(self, who: str, step: int) -> None:
+        if not self._config.evaluation.tasks:
+            return
+        rows = read_metrics(self._metrics.path)
+        for sampling in ends_due(rows, who, step, self._sampling):
+            try:
+                self._evaluate(who, step, sampling, curve=False)
+            except EvaluationStoppedError:
+                raise self._interrupts.error() from None
+
+    def _evaluate(self, who: str, step: int, sampling: Sampling, *, curve: bool) -> None:
+        policy = self._roles.sampler if who == "student" else self._roles.required_teacher()
+        settings = self._config.evaluation
+        with computing(policy):
+            result = evaluate_policy(
+                self.runner,
+                policy,
+                tasks=min(settings.curve_tasks if curve else settings.tasks, self._tasks),
+                sampling=sampling,
+                seed=self._config.seed,
+                on_done=self._stop_if_asked,
+            )
+        row = evaluation_row(result, who, step, sampling, curve=curve)
+        self._metrics.write(row)
+        self._progress.evaluation(row)
+
+    def _stop_if_asked(self, _: Trajectory) -> None:
+        if self._interrupts.received:
+            raise EvaluationStoppedError
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Success over ``n`` held-out tasks, one episode each.
+
+    ``low`` and ``high`` bound the success rate with 95 % confidence (Wilson's score interval);
+    ``stops`` has the share of episodes by ``stop/<reason>``.
+    """
+
+    success: float
+    low: float
+    high: float
+    n: int
+    tool_rate: float
+    response_tokens: float
+    stops: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory]) -> EvaluationResult:
+        """Returns the result of these episodes, one per task."""
+        n = len(trajectories)
+        successes = sum(t.success for t in trajectories)
+        low, high = wilson_interval(successes, n)
+        statistics = rollout_statistics(trajectories)
+        return cls(
+            success=successes / n,
+            low=low,
+            high=high,
+            n=n,
+            tool_rate=statistics["rollout/tool_rate"],
+            response_tokens=statistics["rollout/response_tokens"],
+            stops={
+                name.removeprefix("rollout/"): share
+                for name, share in statistics.items()
+                if name.startswith("rollout/stop/")
+            },
+        )
+
+    def row(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {**{k: v for k, v in vars(self).items() if k != "stops"}, **self.stops}
+
+
+def evaluate_policy(
+    runner: RolloutRunner,
+    policy: Policy,
+    *,
+    tasks: int,
+    sampling: Sampling,
+    seed: int,
+    split: str = "eval",
+    on_done: Callable[[Trajectory], None] | None = None,
+) -> EvaluationResult:
+    """Plays the first ``tasks`` tasks of a split once each.
+
+    The same seed gives the same random draws to every policy, so that two policies are compared
+    on equal terms.
+    """
+    episodes = [EpisodeSpec(split, index) for index in range(tasks)]
+    trajectories = runner.run(policy, episodes, sampling, (seed, 2), on_done=on_done)
+    return EvaluationResult.of(trajectories)
+
+
+def ends_due(rows: Sequence[MetricsRow], who: str, step: int, sampling: Sampling) -> list[Sampling]:
+    """Returns the samplings with which ``who`` has yet to be evaluated before or after the run:
+    as in training, and greedy.
+
+    A run that was killed between its last step and its end has some of the rows already.
+    """
+    done = end_rows(rows, who, step)
+    return [each for each in (sampling, GREEDY) if _kind(each) not in done]
+
+
+def curve_due(rows: Sequence[MetricsRow], step: int, config: TrainConfig) -> bool:
+    """Returns whether an evaluation after ``step`` steps is due and not in the rows yet."""
+    every = config.evaluation.every
+    if not every or step % every or not 0 < step < config.steps:
+        return False
+    return not any(
+        row["kind"] == "eval" and (row["who"], row["step"], row["curve"]) == ("student", step, True)
+        for row in rows
+    )
+
+
+def evaluation_row(
+    result: EvaluationResult, who: str, step: int, sampling: Sampling, *, curve: bool
+) -> dict[str, Any]:
+    """Returns a row of ``metrics.jsonl``; ``curve`` marks evaluations between the ends of a run."""
+    return {
+        "kind": "eval",
+        "step": step,
+        "who": who,
+        "sampling": _kind(sampling),
+        "curve": curve,
+        **result.row(),
+    }
+
+
+def end_rows(rows: Sequence[MetricsRow], who: str, step: int) -> dict[str, MetricsRow]:
+    """Returns the rows of the evaluations before or after the run, by kind of sampling."""
+    return {
+        row["sampling"]: row
+        for row in rows
+        if row["kind"] == "eval" and (row["who"], row["step"], row["curve"]) == (who, step, False)
+    }
+
+
+def _kind(sampling: Sampling) -> str:
+    return "greedy" if sampling.temperature == 0 else "sampled"

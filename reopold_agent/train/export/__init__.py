@@ -1,0 +1,1 @@
+"""``reopold export``: writes a run's student for other programs."""

@@ -1,0 +1,94 @@
+"""Checks whether a run may start, may continue, or is already complete in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from yaml import YAMLError
+
+from reopold_agent.config import TrainConfig, config_differences
+from reopold_agent.errors import CheckpointError
+from reopold_agent.tracking.plots import make_plots
+from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.summary import print_summary
+
+FREE_TO_CHANGE = ("resume", "checkpoint", "logging", "tracking", "tools", "on_nonfinite")
+"""Sections that do not change the results; a resumed run may change them."""
+
+
+def filled_in(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an objective's settings with the saved values of those that are left to the run."""
+    return {key: saved.get(key) if value is None else value for key, value in settings.items()}
+
+
+class RunState:
+    """The state of a run folder, before anything is loaded.
+
+    Args:
+        config: the checked configuration.
+        raw: the same configuration as plain values.
+        folder: the run folder.
+    """
+
+    def __init__(self, config: TrainConfig, raw: Mapping[str, Any], folder: RunFolder) -> None:
+        self._config, self._raw, self._folder = config, dict(raw), folder
+
+    def check(self, newest: Path | None) -> dict[str, Any] | None:
+        """Checks that the run may start, or continue from the checkpoint ``newest``.
+
+        It may continue with the same settings, or with more steps.
+
+        Returns:
+            The configuration in the folder, if the run continues.
+
+        Raises:
+            CheckpointError: ``resume`` forbids it, or the folder's run has other settings.
+        """
+        resume, folder = self._config.resume, self._folder
+        if resume == "never" and (newest is not None or folder.config.exists()):
+            raise CheckpointError(
+                f"{folder.path} already holds a run. Choose another hydra.run.dir, or "
+                "resume=auto to continue it."
+            )
+        if newest is None:
+            if resume == "must":
+                raise CheckpointError(f"resume=must, but {folder.path} holds no checkpoint")
+            return None
+        if not folder.config.is_file():
+            raise CheckpointError(f"{folder.path} has checkpoints, but no config.yaml")
+        try:
+            saved = OmegaConf.to_container(OmegaConf.load(folder.config))
+        except (OSError, ValueError, YAMLError) as error:
+            raise CheckpointError(f"cannot read {folder.config}: {error}") from error
+        if not isinstance(saved, dict):
+            raise CheckpointError(f"{folder.config} is not a configuration")
+        before = {str(key): value for key, value in saved.items()}
+        now = dict(self._raw)
+        now["objective"] = filled_in(now["objective"], before.get("objective") or {})
+        now["steps"] = min(now["steps"], before.get("steps", now["steps"]))
+        different = config_differences(before, now, FREE_TO_CHANGE)
+        if different:
+            raise CheckpointError(
+                f"{folder.path} was started with other settings (saved -> now):\n  "
+                + "\n  ".join(different)
+                + "\nGive the same settings to continue it (or more steps), or another "
+                "hydra.run.dir to start anew."
+            )
+        return before
+
+    def show_again(self) -> dict[str, Any]:
+        """Prints and returns the summary of a complete run; nothing is computed again."""
+        try:
+            summary: dict[str, Any] = json.loads(self._folder.summary.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot read {self._folder.summary}: {error}\n"
+                "Remove it and give the same command again: it is made anew from metrics.jsonl."
+            ) from error
+        make_plots(self._folder.path)  # the only files that come after the summary
+        print_summary(summary)
+        return summary

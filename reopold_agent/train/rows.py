@@ -1,0 +1,130 @@
+"""Defines the rows of a training step: each trajectory with the values that its update needs.
+
+A row is made when its episode ends. Before the update it gets the trainer's log-probs and
+entropies; after the update it gets the reward and mask that each token was trained with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from reopold_agent.objectives import Objective, Outcomes
+from reopold_agent.rollout.runner import RolloutStats
+from reopold_agent.tracking.trajectories import TokenUse
+from reopold_agent.types import FloatArray, Trajectory
+
+
+@dataclass(eq=False)
+class Row:
+    """One trajectory of a step and the values that its update needs, aligned with its ids.
+
+    The sampler's log-probs, the teacher's scores and the advantage are fields of the trajectory.
+
+    Attributes:
+        trajectory: the episode as tokens.
+        old_logp: (L,) float32, nats: the trainer's log-probs before the update; None until known.
+        entropy: (L,) float32, nats: entropies of the same distributions; None until known.
+        pending_score: the teacher's scoring, if it runs beside the rollout.
+        use: reward and mask that the tokens were trained with; None without an update.
+    """
+
+    trajectory: Trajectory
+    old_logp: FloatArray | None = None
+    entropy: FloatArray | None = None
+    pending_score: Future[Any] | None = field(default=None, repr=False)
+    use: TokenUse | None = None
+
+    @property
+    def behaviour(self) -> tuple[FloatArray, FloatArray]:
+        """The old log-probs and the entropies.
+
+        Raises:
+            ValueError: they have not been computed yet.
+        """
+        if self.old_logp is None or self.entropy is None:
+            raise ValueError(f"{self} has no old log-probs and entropies yet")
+        return self.old_logp, self.entropy
+
+    def __str__(self) -> str:
+        t = self.trajectory
+        return f"task {t.task_id} (index {t.index}, sample {t.sample})"
+
+
+@dataclass
+class StepBatch:
+    """The rows of a step.
+
+    Attributes:
+        position: number of task draws used so far in the run.
+        rows: every episode, in the order of the draws.
+        usable: the rows without an error.
+        chosen: the rows to update on.
+        stats: time and tokens of the rollouts.
+    """
+
+    position: int
+    rows: list[Row] = field(default_factory=list)
+    usable: list[Row] = field(default_factory=list)
+    chosen: list[Row] = field(default_factory=list)
+    stats: RolloutStats = field(default_factory=RolloutStats)
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """The trajectories of all rows."""
+        return trajectories_of(self.rows)
+
+    def add(self, rows: Sequence[Row], stats: RolloutStats) -> None:
+        """Adds the rows and the statistics of a rollout."""
+        self.rows += rows
+        self.usable += [row for row in rows if row.trajectory.trainable]
+        for name, value in vars(stats).items():
+            setattr(self.stats, name, getattr(self.stats, name) + value)
+
+    def drop(self, rows: Sequence[Row]) -> None:
+        """Removes rows from `usable` and `chosen`."""
+        dropped = set(rows)
+        self.usable = [row for row in self.usable if row not in dropped]
+        self.chosen = [row for row in self.chosen if row not in dropped]
+
+
+def trajectories_of(rows: Sequence[Row]) -> list[Trajectory]:
+    """Returns the trajectories of rows, in their order."""
+    return [row.trajectory for row in rows]
+
+
+def entropy_threshold(objective: Objective, rows: Sequence[Row]) -> float | None:
+    """Returns the objective's entropy threshold (paper, eq. 10) over a whole batch.
+
+    It is computed before the batch is split, so that micro- and mini-batches do not change which
+    tokens are kept.
+    """
+    entropy_N = torch.from_numpy(
+        np.concatenate([row.behaviour[1][row.trajectory.loss_mask] for row in rows])
+    )
+    return objective.threshold(entropy_N, torch.ones_like(entropy_N))
+
+
+def outcomes_of(rows: Sequence[Row]) -> Outcomes:
+    """Returns how the episodes ended, for objectives that compare outcomes."""
+    trajectories = trajectories_of(rows)
+    return Outcomes(
+        reward=torch.tensor([t.reward for t in trajectories]),
+        group=torch.tensor([t.index for t in trajectories]),
+        tool_calls=torch.tensor([len(t.tool_calls) for t in trajectories]),
+        tool_successes=torch.tensor([sum(c.ok for c in t.tool_calls) for t in trajectories]),
+        tokens=torch.tensor([t.response_tokens for t in trajectories]),
+    )
+
+
+def set_advantages(objective: Objective, rows: Sequence[Row]) -> list[bool]:
+    """Sets each trajectory's advantage; returns which rows are in informative groups."""
+    outcomes = outcomes_of(rows)
+    for row, advantage in zip(rows, objective.advantages(outcomes).tolist(), strict=True):
+        row.trajectory.advantage = advantage
+    return [bool(kept) for kept in objective.informative(outcomes).tolist()]

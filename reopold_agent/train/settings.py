@@ -1,0 +1,126 @@
+"""Composes and checks a training run's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from reopold_agent.cli.groups import prepare_groups
+from reopold_agent.cli.hydra import plain_values
+from reopold_agent.cli.messages import explain
+from reopold_agent.config import TrainConfig, build, flatten
+from reopold_agent.errors import ConfigError, ReopoldError
+from reopold_agent.policies.architecture import find_architecture
+
+_INTERNAL = ("default_steps", "default_batch", "batches", "size", "sizes", "toy")
+"""Defaults of groups for others."""
+
+_SIZES = {"small": 1.0, "medium": 5.0}
+"""Upper bounds of the sizes of ``model=qwen2_5_vl`` and ``model=causal_lm``, in 1e9 parameters."""
+
+TOY_PARAMETERS = 20_000_000
+"""Models with fewer parameters may be trained with the settings of the embedded ones."""
+
+
+def load_config(composed: DictConfig) -> tuple[TrainConfig, dict[str, Any]]:
+    """Checks a composed configuration.
+
+    Returns:
+        The typed configuration, and the same values untyped.
+
+    Raises:
+        ConfigError: a setting is wrong; the message names it.
+    """
+    if composed.evaluation.tasks == 0:  # held-out data is not needed, so its path may be missing
+        held_out = composed.data.get("eval")
+        if held_out is not None and OmegaConf.missing_keys(held_out):
+            composed.data.eval = None
+    if composed.get("size") == "auto":
+        composed.size = _size(composed.model.student)
+    values = plain_values(composed)
+    for name in _INTERNAL:
+        values.pop(name, None)
+    return build(TrainConfig, values), values
+
+
+def _size(student: DictConfig) -> str:
+    """Returns ``small``, ``medium`` or ``large``; ``auto`` if the checkpoint is not here yet."""
+    if OmegaConf.is_missing(student, "path"):
+        return "auto"
+    try:
+        billions = find_architecture(student.path).parameters / 1e9
+    except ReopoldError:  # reported where the checkpoint is needed
+        return "auto"
+    return next((size for size, most in _SIZES.items() if billions < most), "large")
+
+
+def check_student(composed: DictConfig) -> None:
+    """Fetches the student's ``config.json``; refuses settings of the embedded models for others.
+
+    Settings that the user, a plugin or another group has set are not the embedded models'.
+
+    Raises:
+        ConfigError: names these settings, and the option of ``model`` to take instead.
+        ModelError: the checkpoint cannot be read.
+    """
+    student = composed.model.student
+    unresolved: Any = OmegaConf.to_container(composed, resolve=False)
+    found = [key for key, value in flatten(unresolved).items() if str(value).startswith("${toy.")]
+    missing = OmegaConf.is_missing(student, "path")
+    if missing or student.path.startswith("demo:") or not (found or "size" in composed):
+        return
+    # Imported here so that other configuration errors do not wait for PyTorch.
+    from reopold_agent.policies.loading import (
+        ModelSpec,
+        check_available,
+        resolve_path,
+        sees_pictures,
+    )
+
+    spec = ModelSpec(student.path, student.revision, trust_remote_code=student.trust_remote_code)
+    sees = sees_pictures(check_available(spec, "student", weights=False))
+    parameters = find_architecture(resolve_path(spec.path)).parameters
+    keys = [key for key in found if sees or not key.startswith("pixels.")]
+    if parameters < TOY_PARAMETERS or not keys:
+        return
+    listed = ", ".join(f"{key}={OmegaConf.select(composed, key)}" for key in keys)
+    raise ConfigError(
+        f"the student {spec.path} has {billions(parameters)} parameters, but {listed} are settings "
+        f"of the embedded models.\nAdd model={'qwen2_5_vl' if sees else 'causal_lm'}, or set these "
+        "to the values that you want."
+    )
+
+
+def billions(parameters: int) -> str:
+    """Formats a number of parameters: 0.3M, 494M, 3.8B."""
+    if parameters < 999.5e6:
+        millions = parameters / 1e6
+        return f"{millions:.1f}M" if millions < 10 else f"{millions:.0f}M"
+    return f"{parameters / 1e9:.1f}B"
+
+
+def compose_run(words: Sequence[str]) -> TrainConfig:
+    """Composes and checks the configuration that ``python -m reopold_agent.train`` would use.
+
+    Args:
+        words: the arguments of the command line.
+
+    Raises:
+        ConfigError: an argument is not a setting.
+        UnknownNameError: a group has no such option.
+    """
+    prepare_groups(words)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+            return load_config(compose("train", list(words)))[0]
+    except (HydraException, OmegaConfBaseException) as error:
+        told = explain(error, "train")
+        assert told is not None  # all errors of Hydra are explained
+        raise ConfigError("\n".join(told)) from error

@@ -1,0 +1,162 @@
+"""Records training steps: one row of ``metrics.jsonl`` each, and some episodes in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.objectives import Objective
+from reopold_agent.tracking.metrics import JsonLines, MetricsWriter
+from reopold_agent.tracking.progress import Progress
+from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.statistics import (
+    distillation_statistics,
+    gap_statistics,
+    rollout_statistics,
+)
+from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
+from reopold_agent.train.collect import Collector
+from reopold_agent.train.nonfinite import NonFiniteGuard
+from reopold_agent.train.roles import Roles
+from reopold_agent.train.rows import Row, StepBatch, trajectories_of
+from reopold_agent.train.timing import Clock, step_times
+from reopold_agent.train.update import UpdateStats
+from reopold_agent.types import StopReason, Trajectory
+
+
+def training_metrics(
+    objective: Objective, step: int, rows: Sequence[Row], update: UpdateStats
+) -> dict[str, Any]:
+    """Returns the metrics of a step that every engine logs.
+
+    Args:
+        objective: the objective of the run.
+        step: training step from 0.
+        rows: the rows that the update was made on.
+        update: the figures of the update.
+    """
+    pairs = [row.behaviour for row in rows]
+    return {
+        "kind": "train",
+        "step": step,
+        "phase": objective.phase(step),
+        **update.row(),
+        **distillation_statistics(
+            trajectories_of(rows),
+            floor=objective.floor,
+            threshold=update.threshold,
+            logp=[old_logp for old_logp, _ in pairs],
+            entropy=[entropy for _, entropy in pairs],
+        ),
+    }
+
+
+def sampler_gap(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns how far the sampler's log-probs are from the trainer's, nats."""
+    return gap_statistics(trajectories_of(rows), [row.behaviour[0] for row in rows])
+
+
+class StepLog:
+    """Writes ``metrics.jsonl`` and ``trajectories.jsonl`` of a run, and shows its progress.
+
+    Args:
+        config: the run's configuration.
+        objective: the objective of the run.
+        folder: the run folder.
+        roles, collector: tell which policies sampled and scored.
+        guard: holds rejected rows, which are written too.
+        decode: converts ids to text, with control tokens.
+        progress: shows rows to the user.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        folder: RunFolder,
+        roles: Roles,
+        collector: Collector,
+        guard: NonFiniteGuard,
+        decode: Callable[[Sequence[int]], str],
+        progress: Progress,
+    ) -> None:
+        self._config, self._objective, self._folder = config, objective, folder
+        self._roles, self._collector, self._guard = roles, collector, guard
+        self._decode, self._progress = decode, progress
+        self.metrics = MetricsWriter(folder.metrics)
+        self.trajectories = JsonLines(folder.trajectories)
+
+    def truncate_after(self, step: int) -> None:
+        """Removes the rows that a run writes again when it continues from checkpoint ``step``."""
+        self.metrics.truncate_after(step)
+        self.trajectories.truncate_after(step)
+
+    def write(
+        self, step: int, batch: StepBatch, update: UpdateStats, unscored: int, clock: Clock
+    ) -> None:
+        """Writes a step's row of metrics and its trajectories.
+
+        Args:
+            step: training step from 0.
+            batch: the rows of the step.
+            update: the figures of the update.
+            unscored: number of rows that the teacher failed to score.
+            clock: the seconds of the step's parts so far.
+        """
+        row = {
+            **training_metrics(self._objective, step, batch.chosen, update),
+            **self._rollout_metrics(batch.trajectories),
+            "rollout/trained_share": len(batch.chosen) / len(batch.rows),
+            **self._serving_metrics(batch, unscored),
+        }
+        if self._guard.skips:
+            row["update/skipped"] = update.skipped
+            row["nonfinite/trajectories"] = len(self._guard.rejected)
+        self.write_trajectories(step, batch.rows)
+        clock.lap("other")
+        row.update(step_times(clock, batch.stats))
+        row["tokens_per_second"] = batch.stats.sampled_tokens / max(1e-9, row["time/step"])
+        self.metrics.write(row)
+        self._progress.step(row)
+
+    def write_trajectories(self, step: int, rows: Sequence[Row]) -> None:
+        """Writes the first rows of a step if they are due, and all rejected ones."""
+        settings = self._config.logging
+        due = settings.every and step % settings.every == 0
+        chosen = list(rows[: settings.trajectories]) if due else []
+        for row in dict.fromkeys([*chosen, *self._guard.rejected]):
+            self.trajectories.write(
+                trajectory_record(
+                    row.trajectory,
+                    step=step,
+                    who=self._collector.actor,
+                    pictures=save_pictures(row.trajectory, self._folder.path),
+                    decode=self._decode,
+                    use=row.use,
+                )
+            )
+
+    def close(self) -> None:
+        """Closes the files."""
+        self.metrics.close()
+        self.trajectories.close()
+
+    def _rollout_metrics(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        statistics = rollout_statistics(trajectories)
+        if self._collector.played:
+            return statistics
+        # Recorded conversations were not played, so they have no outcome.
+        known = ("response_tokens", "turns", "episodes")
+        return {key: statistics[key] for key in (f"rollout/{name}" for name in known)}
+
+    def _serving_metrics(self, batch: StepBatch, unscored: int) -> dict[str, float]:
+        """Returns failures of other processes that generate or score, and the sampler's gap."""
+        row: dict[str, float] = {}
+        if self._roles.teacher is not None and self._roles.own_teacher is None:
+            row["teacher/dropped"] = float(unscored)
+        if not self._roles.separate or self._collector.actor != "student":
+            return row
+        failed = [t.stop_reason is StopReason.POLICY_ERROR for t in batch.trajectories]
+        row["rollout/dropped"] = float(sum(failed))
+        return {**row, **sampler_gap(batch.chosen)}

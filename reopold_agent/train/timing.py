@@ -1,0 +1,45 @@
+"""Measures how long the parts of a step take."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from reopold_agent.rollout.runner import RolloutStats
+
+
+class Clock:
+    """A stopwatch: seconds between laps, by name."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Adds the time since the last lap to ``name``, work on a GPU included."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.laps[name] = self.laps.get(name, 0.0) + now - self._last
+        self._last = now
+
+
+def step_times(clock: Clock, stats: RolloutStats) -> dict[str, float]:
+    """Returns the seconds of a step by part, ``time/<part>``, and in all, ``time/step``.
+
+    ``teacher`` is the time spent waiting for scores after the rollout: a teacher that scores during
+    generation takes no time of its own.
+    """
+    laps = clock.laps
+    parts = {
+        "generate": stats.generate_seconds,
+        "environment": stats.env_wait_seconds,
+        "teacher": laps["teacher"],
+        "old_logp": laps["old_logp"],
+        "update": laps["update"],
+        "sync": laps["sync"],
+    }
+    total = sum(laps.values())
+    parts["other"] = max(0.0, total - sum(parts.values()))
+    return {**{f"time/{name}": seconds for name, seconds in parts.items()}, "time/step": total}

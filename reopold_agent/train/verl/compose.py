@@ -1,0 +1,338 @@
+"""Translates a run's configuration into verl's.
+
+verl's YAML files and its dataclasses disagree in places (its distillation, for one), so every key
+that this engine depends on is set here; `overrides` of the user come last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from reopold_agent.config import EngineConfig, ModelConfig, ServerConfig, TrainConfig
+from reopold_agent.errors import ConfigError
+from reopold_agent.objectives import Needs, Objective
+from reopold_agent.policies.loading import resolve_path
+from reopold_agent.rollout.checks import prompt_limit
+from reopold_agent.train.engine import needs_teacher
+
+TEACHER_TOKENS_PER_PASS = 4096
+"""Tokens of one pass of the teacher's servers. Prompt log-probs take ``tokens x vocabulary x 4``
+bytes (2.5 GB with Qwen's vocabulary); without a bound they exhaust a GPU (vllm #5907)."""
+
+CPU_CACHE_BYTES = 256 * 2**20
+"""Keys and values of a server on a CPU, for tiny models."""
+
+
+def check_supported(config: TrainConfig, objective: Objective) -> None:
+    """Refuses what this engine cannot do, before anything is started.
+
+    Raises:
+        ConfigError: names the setting and the way out.
+    """
+    name = config.objective["name"]
+    beyond = objective.needs & ~(Needs.TEACHER | Needs.OUTCOME)
+    if beyond:
+        raise ConfigError(
+            f"engine=verl trains on the student's own samples; objective={name} needs more "
+            f"({beyond.name}). Use engine=local."
+        )
+    if objective.max_rollout_rounds > 1 or getattr(objective, "drop_equal_groups", False):
+        raise ConfigError(
+            "engine=verl trains on every group of a step, rolled out once; set "
+            "objective.drop_equal_groups=false or use engine=local"
+        )
+    if config.model.student.lora is not None:
+        raise ConfigError("engine=verl trains all weights; for LoRA use engine=local")
+    teacher = config.model.teacher
+    if teacher is not None and teacher.follow is not None:
+        raise ConfigError("engine=verl does not support model.teacher.follow; use engine=local")
+    others = [role for role in ("student", "teacher") if _policy(config, role) != "transformers"]
+    if others:
+        raise ConfigError(
+            f"engine=verl starts vLLM servers for both roles; leave policy.{others[0]} at its "
+            "default (policy=transformers), or use engine=local"
+        )
+    student_gpus(config.engine, needs_teacher(config, objective))
+    if config.engine.old_logp != "recompute":
+        raise ConfigError(
+            "engine=verl takes log-probs and entropies from the trainer's own model: "
+            "engine.old_logp must be recompute"
+        )
+
+
+def _policy(config: TrainConfig, role: str) -> str:
+    return str(getattr(config.policy, role)["name"])
+
+
+def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
+    """Returns the number of GPUs per node on which the student trains and rolls out.
+
+    Raises:
+        ConfigError: the GPUs cannot be divided so.
+    """
+    rest = engine.gpus_per_node - (engine.teacher_gpus_per_node if with_teacher else 0)
+    if rest < 1:
+        raise ConfigError(
+            f"engine.gpus_per_node={engine.gpus_per_node} leaves no GPU for the student beside "
+            f"engine.teacher_gpus_per_node={engine.teacher_gpus_per_node}"
+        )
+    for count, server, which in (
+        (rest, engine.student_server, "student_server"),
+        (engine.teacher_gpus_per_node, engine.teacher_server, "teacher_server"),
+    ):
+        if which == "teacher_server" and not with_teacher:
+            continue
+        if count < 1 or count % server.tensor_parallel:
+            raise ConfigError(
+                f"engine.{which}.tensor_parallel={server.tensor_parallel} does not divide the "
+                f"{count} GPUs per node that it has"
+            )
+    return rest
+
+
+def verl_config(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    with_teacher: bool,
+    device: str,
+    contexts: Mapping[str, int],
+) -> DictConfig:
+    """Returns verl's configuration of this run.
+
+    Args:
+        config: the run's configuration.
+        folder: the run folder; verl's checkpoints go to ``folder/checkpoints``.
+        with_teacher: start servers for the teacher.
+        device: ``cuda`` or ``cpu``.
+        contexts: longest sequence of each model (``max_position_embeddings``), by role.
+
+    Raises:
+        ConfigError: sequences do not fit the models, or an override names no key of verl's.
+    """
+    from hydra import compose, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    # Hydra's state is global, and Hydra may have started this process.
+    saved = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("verl.trainer.config", version_base=None):
+            composed = compose("ppo_trainer", overrides=["actor_rollout_ref.rollout.name=vllm"])
+    finally:
+        GlobalHydra.instance().clear()
+        if saved is not None:
+            GlobalHydra.instance().initialize(saved)
+    OmegaConf.set_struct(composed, False)
+    settings = {
+        **_trainer(config, folder, with_teacher, device),
+        **_student(config, device, contexts["student"]),
+        **_optimizer(config),
+    }
+    if with_teacher:
+        settings.update(_teacher(config, device, min(contexts.values())))
+    for key, value in settings.items():
+        OmegaConf.update(composed, key, value, merge=False, force_add=True)
+    for key, value in config.engine.overrides.items():
+        if OmegaConf.select(composed, key, default=_ABSENT) is _ABSENT:
+            raise ConfigError(
+                f"engine.overrides: verl has no setting '{key}' (see its trainer/config/*.yaml)"
+            )
+        OmegaConf.update(composed, key, value, merge=False)
+    return composed
+
+
+_ABSENT = object()
+
+
+def _trainer(config: TrainConfig, folder: Path, with_teacher: bool, device: str) -> dict[str, Any]:
+    engine = config.engine
+    return {
+        "trainer.device": device,
+        "trainer.use_v1": True,
+        "trainer.v1.trainer_mode": "sync",
+        "trainer.nnodes": engine.nodes,
+        "trainer.n_gpus_per_node": student_gpus(engine, with_teacher),
+        "trainer.total_epochs": 1,
+        "trainer.total_training_steps": config.steps,
+        "trainer.logger": [],
+        "trainer.project_name": "reopold",
+        "trainer.experiment_name": folder.name,
+        "trainer.val_before_train": False,
+        "trainer.test_freq": -1,
+        "trainer.save_freq": config.checkpoint.every or config.steps,
+        "trainer.max_actor_ckpt_to_keep": config.checkpoint.keep,
+        "trainer.default_local_dir": str(folder / "checkpoints"),
+        "trainer.resume_mode": "disable" if config.resume == "never" else "auto",
+        "trainer.balance_batch": True,
+        "data.train_batch_size": config.batch.prompts,
+        "data.gen_batch_size": None,
+        "data.shuffle": False,
+        "data.dataloader_num_workers": 0,
+        "algorithm.adv_estimator": "grpo",  # unused: the objective has its own
+        "algorithm.use_kl_in_reward": False,
+        "algorithm.rollout_correction.bypass_mode": False,
+        "critic.enable": False,
+        "reward.num_workers": 1,  # unused: the environment gives the reward
+        "reward.reward_model.enable": False,
+        "reward.reward_model.rollout.name": "vllm",
+        "transfer_queue.enable": True,
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": _storage_units(
+            engine, device
+        ),
+    }
+
+
+def _storage_units(engine: EngineConfig, device: str) -> int:
+    return 1 if device == "cpu" else 2 * engine.nodes
+
+
+def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
+    engine, spec = config.engine, config.model.student
+    prompt, length = _lengths(config, context)
+    tokens = max(engine.max_tokens_per_micro_batch, length)
+    actor, rollout, model = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
+    precision = engine.precision
+    if precision == "auto":
+        precision = "float32" if device == "cpu" else "bfloat16"
+    return {
+        "data.max_prompt_length": prompt,
+        "data.max_response_length": config.rollout.max_response_tokens,
+        f"{model}.path": resolve_path(spec.path),
+        f"{model}.trust_remote_code": spec.trust_remote_code,
+        f"{model}.enable_gradient_checkpointing": spec.gradient_checkpointing,
+        f"{model}.use_remove_padding": engine.attention == "flash_attention_2",
+        f"{model}.use_fused_kernels": False,  # they would not see the banned ids
+        f"{model}.override_config": {"attn_implementation": engine.attention},
+        f"{actor}.strategy": "fsdp2",
+        f"{actor}.use_dynamic_bsz": True,
+        f"{actor}.ppo_max_token_len_per_gpu": tokens,
+        f"{actor}.ppo_mini_batch_size": config.batch.mini_batch,
+        f"{actor}.ppo_epochs": 1,
+        f"{actor}.shuffle": False,
+        f"{actor}.entropy_coeff": 0.0,
+        f"{actor}.use_kl_loss": False,
+        f"{actor}.use_torch_compile": False,
+        f"{actor}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
+        f"{actor}.checkpoint.load_contents": ["model", "optimizer", "extra"],
+        f"{actor}.fsdp_config.model_dtype": "fp32",  # master weights
+        f"{actor}.fsdp_config.mixed_precision": {
+            "param_dtype": "bf16" if precision == "bfloat16" else "fp32",
+            "reduce_dtype": "fp32",
+            "buffer_dtype": "fp32",
+        },
+        f"{actor}.fsdp_config.use_torch_compile": False,
+        f"{actor}.fsdp_config.param_offload": engine.offload,
+        f"{actor}.fsdp_config.optimizer_offload": engine.offload,
+        f"{actor}.fsdp_config.seed": config.seed,
+        f"{rollout}.n": config.batch.samples,
+        f"{rollout}.temperature": 1.0,  # for the trainer's log-probs; requests have their own
+        f"{rollout}.top_p": 1.0,
+        f"{rollout}.calculate_log_probs": True,
+        f"{rollout}.log_prob_use_dynamic_bsz": True,
+        f"{rollout}.log_prob_max_token_len_per_gpu": max(engine.max_tokens_per_pass, length),
+        f"{rollout}.load_format": "safetensors",
+        f"{rollout}.prompt_length": prompt,
+        f"{rollout}.response_length": config.rollout.max_response_tokens,
+        **_server(rollout, engine.student_server, config, spec, device, length),
+    }
+
+
+def _teacher(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
+    engine, spec = config.engine, config.model.teacher
+    if spec is None:
+        raise ConfigError("a teacher is needed, but model.teacher is null")
+    prompt, length = _lengths(config, context)
+    teacher = "distillation.teacher_models.teacher_model"
+    inference = f"{teacher}.inference"
+    loss = "distillation.distillation_loss"
+    return {
+        "distillation.enabled": True,  # for its servers; the loss is ours (`loss.ObjectiveLoss`)
+        "distillation.nnodes": engine.nodes,
+        "distillation.n_gpus_per_node": engine.teacher_gpus_per_node,
+        f"{loss}.loss_mode": "k1",
+        f"{loss}.topk": None,
+        f"{loss}.use_task_rewards": False,
+        f"{loss}.distillation_loss_coef": 1.0,
+        f"{loss}.loss_max_clamp": None,
+        f"{loss}.log_prob_min_clamp": None,
+        f"{loss}.use_policy_gradient": True,
+        f"{loss}.policy_loss_mode": "vanilla",
+        f"{teacher}.model_path": resolve_path(spec.path),
+        f"{inference}.name": "vllm",
+        f"{inference}.temperature": 1.0,
+        f"{inference}.prompt_length": prompt,
+        f"{inference}.response_length": config.rollout.max_response_tokens,
+        f"{inference}.load_format": "auto",
+        **_server(inference, engine.teacher_server, config, spec, device, length),
+        f"{inference}.max_num_batched_tokens": TEACHER_TOKENS_PER_PASS,
+    }
+
+
+def _server(
+    where: str,
+    server: ServerConfig,
+    config: TrainConfig,
+    spec: ModelConfig,
+    device: str,
+    length: int,
+) -> dict[str, Any]:
+    """Returns the settings that the student's and the teacher's vLLM servers share."""
+    cpu = device == "cpu"
+    settings: dict[str, Any] = {
+        "tensor_model_parallel_size": server.tensor_parallel,
+        "data_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "gpu_memory_utilization": server.memory_share,
+        "max_num_seqs": server.max_sequences,
+        "max_model_len": length,
+        "max_num_batched_tokens": 8192,
+        "enforce_eager": cpu or server.eager,
+        "dtype": _server_dtype(config, spec, device),
+        "enable_prefix_caching": True,
+        "enable_chunked_prefill": True,
+        # Sleeping servers give the GPU to the trainer; a CPU has nothing to give.
+        "free_cache_engine": not cpu,
+        "enable_sleep_mode": not cpu,
+        "seed": config.seed,
+        # Pictures come with the size that they keep (`VisionProcessor.encode`).
+        "engine_kwargs": {"vllm": {"mm_processor_kwargs": {"do_resize": False}}},
+    }
+    if cpu:
+        settings["engine_kwargs"]["vllm"]["kv_cache_memory_bytes"] = CPU_CACHE_BYTES
+    return {f"{where}.{key}": value for key, value in settings.items()}
+
+
+def _server_dtype(config: TrainConfig, spec: ModelConfig, device: str) -> str:
+    """Returns float32 only where the whole run uses it."""
+    whole = spec.dtype == "float32" and config.engine.precision == "float32"
+    return "float32" if device == "cpu" or whole else "bfloat16"
+
+
+def _lengths(config: TrainConfig, context: int) -> tuple[int, int]:
+    """Returns the longest prompt, and the longest sequence plus the token that scoring adds."""
+    prompt = prompt_limit(config, context)
+    assert prompt is not None  # a context limits it
+    return prompt, prompt + config.rollout.max_response_tokens + 1
+
+
+def _optimizer(config: TrainConfig) -> dict[str, Any]:
+    settings = config.optimizer
+    optim = "actor_rollout_ref.actor.optim"
+    return {
+        "actor_rollout_ref.actor.grad_clip": settings.max_grad_norm,
+        f"{optim}.optimizer": "AdamW",
+        f"{optim}.optimizer_impl": "torch.optim",
+        f"{optim}.lr": settings.lr,
+        f"{optim}.betas": [settings.beta1, settings.beta2],
+        f"{optim}.weight_decay": settings.weight_decay,
+        f"{optim}.override_optimizer_config": {"eps": settings.eps},
+        f"{optim}.clip_grad": settings.max_grad_norm,
+        f"{optim}.lr_scheduler_type": "constant",
+        f"{optim}.lr_warmup_steps": settings.warmup_steps,  # updates (`training.FsdpEngine`)
+        f"{optim}.total_training_steps": config.steps,
+    }

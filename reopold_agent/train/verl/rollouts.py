@@ -1,0 +1,321 @@
+"""Plays episodes in processes that replace verl's agent loops.
+
+verl asks for ``generate_sequences(prompts)`` and finds the trajectories in its TransferQueue. What
+happens between is this project's own `RolloutRunner`, the same as in the local engine, with the
+vLLM servers as its policy.
+
+A worker that dies is started again by Ray, which also repeats the prompts it was at; random draws
+depend on seed, step, task and sample only, and a row is written under its episode's key, so
+nothing is lost or counted twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+import transfer_queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError
+from reopold_agent.objectives import Needs
+from reopold_agent.policies.loading import ModelSpec, load_processing
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.from_config import make_runner
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
+from reopold_agent.train.engine import run_objective
+from reopold_agent.train.nonfinite import describe, invalid_logp, invalid_outcome
+from reopold_agent.train.rows import Row
+from reopold_agent.train.verl.client import Servers, SharedPictures, VerlPolicy, score
+from reopold_agent.train.verl.records import to_row
+from reopold_agent.types import Sampling, Trajectory
+
+_log = logging.getLogger(__name__)
+
+TRAIN = "train"
+"""The partition of TransferQueue for training rows."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One task of a step and the episodes to play on it.
+
+    ``uid`` names the group in TransferQueue, ``step`` counts from 0.
+    """
+
+    uid: str
+    step: int
+    index: int
+    first_sample: int
+    samples: int
+
+
+class Player:
+    """Plays episodes in one process, for `RolloutWorker`, the Ray actor."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Any,
+        teacher: Any,
+        loop: asyncio.AbstractEventLoop,
+        concurrency: int,
+    ) -> None:
+        processing = load_processing(ModelSpec(**vars(config.model.student)), "student")
+        self._config, self._vision = config, processing.vision
+        self._chat = ChatRenderer(
+            processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call
+        )
+        stops, self.pictures = frozenset(self._chat.stop_ids), SharedPictures()
+        self.student = Servers(student, loop, stops, self.pictures)
+        self.teacher = None if teacher is None else Servers(teacher, loop, stops, self.pictures)
+        self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="reopold-episode")
+        # One thread at a time uses a runner, whose environment is kept for the next episode.
+        self._idle: dict[int, queue.SimpleQueue[RolloutRunner]] = {}
+
+    async def episode(
+        self,
+        spec: EpisodeSpec,
+        sampling: Sampling,
+        seed: tuple[int, ...],
+        *,
+        max_turns: int,
+        by_teacher: bool = False,
+    ) -> Trajectory:
+        """Plays one episode on a thread."""
+        servers = self.teacher if by_teacher else self.student
+        if servers is None:
+            raise ModelError("there is no teacher to play an episode")
+        policy = VerlPolicy(servers)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._threads, self._play, policy, spec, sampling, seed, max_turns
+        )
+
+    def _play(
+        self,
+        policy: VerlPolicy,
+        spec: EpisodeSpec,
+        sampling: Sampling,
+        seed: tuple[int, ...],
+        max_turns: int,
+    ) -> Trajectory:
+        idle = self._idle.setdefault(max_turns, queue.SimpleQueue())
+        try:
+            runner = idle.get_nowait()
+        except queue.Empty:
+            runner = make_runner(
+                self._config, self._chat, self._vision, max_turns=max_turns, concurrency=1
+            )
+        try:
+            return runner.run(policy, [spec], sampling, seed)[0]
+        finally:
+            idle.put(runner)
+
+
+class RolloutWorker:
+    """A Ray actor: plays prompts and puts their scored trajectories into TransferQueue."""
+
+    def __init__(self, config: TrainConfig, student: Any, teacher: Any, concurrency: int) -> None:
+        torch.set_num_threads(1)
+        transfer_queue.init()
+        self._config = config
+        loop = asyncio.get_event_loop()
+        self._player = Player(config, student, teacher, loop, concurrency)
+        self._sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
+        self._outcomes = bool(run_objective(config).needs & Needs.OUTCOME)
+
+    async def play(self, prompt: Prompt) -> None:
+        """Plays the prompt's episodes and marks it as finished. Safe to repeat."""
+        await transfer_queue.async_kv_put(
+            key=prompt.uid, partition_id=TRAIN, tag={"status": "running"}
+        )
+        await asyncio.gather(*[self._record(prompt, session) for session in range(prompt.samples)])
+        # verl trains on the stored rows; a group may have lost episodes.
+        await transfer_queue.async_kv_put(
+            key=prompt.uid, partition_id=TRAIN, tag={"status": "finished"}
+        )
+
+    async def evaluate(
+        self,
+        indices: Sequence[int],
+        sampling: Sampling,
+        seed: tuple[int, ...],
+        max_turns: int,
+        by_teacher: bool,
+    ) -> list[Trajectory]:
+        """Plays held-out tasks once each; the trajectories come without pictures."""
+        played = await asyncio.gather(
+            *[
+                self._player.episode(
+                    EpisodeSpec("eval", index),
+                    sampling,
+                    seed,
+                    max_turns=max_turns,
+                    by_teacher=by_teacher,
+                )
+                for index in indices
+            ]
+        )
+        for trajectory in played:
+            self._player.pictures.forget(trajectory.images)
+            trajectory.images = []
+        return list(played)
+
+    async def _record(self, prompt: Prompt, session: int) -> None:
+        """Plays and scores one episode, and stores its row.
+
+        An unusable episode is logged but not stored; the step counts it as dropped.
+        """
+        spec = EpisodeSpec("train", prompt.index, prompt.first_sample + session)
+        trajectory = await self._player.episode(
+            spec,
+            self._sampling,
+            (self._config.seed, 1, prompt.step),
+            max_turns=self._config.rollout.max_turns,
+        )
+        try:
+            if not trajectory.trainable:
+                return
+            if self._player.teacher is not None:
+                trajectory.teacher_logp = await score(self._player.teacher, trajectory)
+            wrong = self._invalid(trajectory)
+            if wrong is not None:
+                raise NonFiniteError(describe(prompt.step, [(Row(trajectory), wrong)]))
+        except ModelServerError as error:
+            _log.error("episode %s of step %d is dropped: %s", spec, prompt.step, error)
+            return
+        except NonFiniteError as error:
+            if self._config.on_nonfinite == "fail":
+                raise
+            _log.warning("dropped: %s", error)
+            return
+        finally:
+            self._player.pictures.forget(trajectory.images)
+        length = len(trajectory.ids)
+        tag = {
+            "status": "success",
+            "prompt_len": trajectory.prompt_length,
+            "response_len": length - trajectory.prompt_length,
+            "seq_len": length,
+            "global_steps": prompt.step + 1,
+            "min_global_steps": prompt.step,
+            "max_global_steps": prompt.step,
+        }
+        await transfer_queue.async_kv_batch_put(
+            keys=[f"{prompt.uid}_{session}_0"],
+            fields=list_of_dict_to_tensordict([{**to_row(trajectory), "uid": prompt.uid}]),
+            tags=[tag],
+            partition_id=TRAIN,
+        )
+
+    def _invalid(self, trajectory: Trajectory) -> str | None:
+        """Returns why the numbers from other processes are invalid; None if they are valid."""
+        if self._outcomes and (wrong := invalid_outcome(trajectory)):
+            return wrong
+        wrong = invalid_logp(trajectory.logp, trajectory, "student's (vLLM)")
+        if wrong is None and self._player.teacher is not None:
+            wrong = invalid_logp(trajectory.teacher_logp, trajectory, "teacher's (vLLM)")
+        return wrong
+
+
+class RolloutManager:
+    """Spreads prompts over `RolloutWorker` processes, on all nodes in turn.
+
+    Args:
+        config: the run's.
+        student: verl's client of the student's servers.
+        teacher: of the teacher's, or None.
+        workers: number of processes.
+
+    Attributes:
+        failure: why a prompt failed for good; the run must not continue then. None before.
+    """
+
+    def __init__(self, config: TrainConfig, student: Any, teacher: Any, workers: int) -> None:
+        self._config = config
+        nodes = [
+            node["NodeID"]
+            for node in ray.nodes()
+            if node["Alive"] and node["Resources"].get("CPU", 0) > 0
+        ]
+        # Kept, because a worker that is restarted needs its arguments again.
+        self._arguments = [ray.put(value) for value in (config, student, teacher)]
+        actor = ray.remote(RolloutWorker)
+        self._workers = [
+            actor.options(
+                num_cpus=0,
+                max_concurrency=10_000,  # coroutines; the threads limit how many run at once
+                max_restarts=-1,
+                max_task_retries=3,
+                name=f"reopold_rollout_{number}",
+                scheduling_strategy=NodeAffinitySchedulingStrategy(
+                    node_id=nodes[number % len(nodes)], soft=True
+                ),
+            ).remote(*self._arguments, config.rollout.concurrency)
+            for number in range(workers)
+        ]
+        self._next = 0
+        self.failure: Exception | None = None
+
+    def generate_sequences(self, prompts: Any) -> None:
+        """Starts the prompts of a step (verl's call); returns at once.
+
+        Args:
+            prompts: TensorDict with the columns of `tasks.StepTasks` and ``uid``.
+        """
+        samples = self._config.batch.samples
+        started = {}
+        for uid, step, index, first in zip(
+            *[list(prompts[name]) for name in ("uid", "step", "index", "first_sample")],
+            strict=True,
+        ):
+            prompt = Prompt(str(uid), int(step), int(index), int(first), samples)
+            started[self._turn().play.remote(prompt)] = prompt.uid
+        threading.Thread(target=self._watch, args=(started,), daemon=True).start()
+
+    def evaluate(
+        self,
+        tasks: int,
+        sampling: Sampling,
+        seed: tuple[int, ...],
+        *,
+        max_turns: int,
+        by_teacher: bool = False,
+    ) -> list[Trajectory]:
+        """Plays the first ``tasks`` held-out tasks once each, in order of their index."""
+        count = len(self._workers)
+        parts = [list(range(tasks))[number::count] for number in range(count)]
+        played = ray.get(
+            [
+                worker.evaluate.remote(part, sampling, seed, max_turns, by_teacher)
+                for worker, part in zip(self._workers, parts, strict=True)
+                if part
+            ]
+        )
+        return sorted((t for part in played for t in part), key=lambda t: t.index)
+
+    def _turn(self) -> Any:
+        worker = self._workers[self._next % len(self._workers)]
+        self._next += 1
+        return worker
+
+    def _watch(self, started: dict[Any, str]) -> None:
+        """Marks the prompts of workers that failed for good, so that the step does not wait."""
+        for reference, uid in started.items():
+            try:
+                ray.get(reference)
+            except Exception as error:
+                _log.exception("prompt %s failed", uid)
+                self.failure = error
+                transfer_queue.kv_put(key=uid, partition_id=TRAIN, tag={"status": "failure"})

@@ -1,0 +1,55 @@
+"""verl's vLLM server for our rollouts: pictures arrive by reference, and it runs on a CPU too."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import ray
+from PIL import Image
+from verl.plugin.platform import get_platform
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+from reopold_agent.policies.vllm.worker import keep_weights_replaceable
+
+
+class WorkerExtension(vLLMColocateWorkerExtension):
+    """verl's extension of vLLM's worker process, for a worker whose device is the CPU."""
+
+    def __new__(cls, **kwargs: Any) -> Any:
+        """Prepares the process before vLLM loads the model."""
+        keep_weights_replaceable()
+        return super().__new__(cls, **kwargs)
+
+
+class Server(vLLMHttpServer):
+    """One vLLM server of a replica (a Ray actor)."""
+
+    async def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generates as verl's server; pictures may be references into Ray's object store.
+
+        A picture is then moved to a node once, however many turns and servers need it.
+        """
+        pictures = kwargs.get("image_data")
+        if pictures:
+            arrays = await asyncio.gather(*[_resolved(picture) for picture in pictures])
+            kwargs["image_data"] = [Image.fromarray(array) for array in arrays]
+        return await super().generate(*args, **kwargs)
+
+    def _get_worker_extension_cls(self) -> str:
+        if get_platform().device_name == "cpu":
+            return f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
+        return str(super()._get_worker_extension_cls())
+
+
+class Replica(vLLMReplica):
+    """A group of `Server`; registered under verl's name ``vllm``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(Server)
+
+
+async def _resolved(picture: Any) -> Any:
+    return await picture if isinstance(picture, ray.ObjectRef) else picture

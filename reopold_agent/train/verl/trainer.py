@@ -1,0 +1,369 @@
+"""verl's synchronous trainer with this project's batches, objective, evaluation and files.
+
+verl keeps the order of a step: rollouts into TransferQueue, log-probs and entropies by the
+trainer's model, the objective's whole-batch numbers (here), updates, weights to the servers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue
+from tensordict import TensorDict
+from torchdata.stateful_dataloader import StatefulDataLoader
+from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.workers.utils.padding import response_to_nested
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.errors import ConfigError, NonFiniteError
+from reopold_agent.objectives import Needs, Objective
+from reopold_agent.policies.loading import ModelSpec, load_processing
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
+from reopold_agent.tracking.statistics import rollout_statistics
+from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
+from reopold_agent.train.behaviour import invalid_behaviour
+from reopold_agent.train.evaluation import EvaluationResult, ends_due, evaluation_row
+from reopold_agent.train.nonfinite import MAX_STEPS_WITHOUT_UPDATE, describe
+from reopold_agent.train.rows import Row, entropy_threshold, set_advantages, trajectories_of
+from reopold_agent.train.step_log import sampler_gap, training_metrics
+from reopold_agent.train.token_use import expected_use
+from reopold_agent.train.totals import TokenTotals
+from reopold_agent.train.update import UpdateStats
+from reopold_agent.train.verl.loss import STEP, THRESHOLD, ObjectiveLoss
+from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, plain_rows
+from reopold_agent.train.verl.rollouts import TRAIN, RolloutManager
+from reopold_agent.train.verl.tasks import StepTasks
+from reopold_agent.train.verl.training import TOTALS, StudentWorker, banned_ids
+from reopold_agent.types import Sampling, Trajectory
+
+POLL_SECONDS = 0.1
+"""Pause between checks whether a step's episodes have arrived; verl's 2 s exceed a small step."""
+
+
+class Trainer(PPOTrainerSync):
+    """Trains one run; its files are those of the local engine.
+
+    Args:
+        verl_config: verl's whole configuration.
+        config: ours.
+        objective: for this run (`Objective.for_run`).
+        folder: the run folder.
+        tasks: number of tasks by split.
+    """
+
+    def __init__(
+        self,
+        verl_config: Any,
+        config: TrainConfig,
+        objective: Objective,
+        folder: Path,
+        tasks: Mapping[str, int],
+    ) -> None:
+        self.run_config, self.objective, self.folder = config, objective, folder
+        self._without_update = 0  # steps in a row
+        self.task_counts = dict(tasks)
+        self.metrics = MetricsWriter(folder / "metrics.jsonl")
+        self.trajectories = JsonLines(folder / "trajectories.jsonl")
+        processing = load_processing(ModelSpec(**vars(config.model.student)), "student")
+        self._vision = processing.vision
+        self._banned = banned_ids(processing.tokenizer, processing.config)
+        self._chat = ChatRenderer(
+            processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call
+        )
+        self._allowed = len(processing.tokenizer)
+        super().__init__(config=verl_config)
+        self.replay_buffer.poll_interval = POLL_SECONDS
+
+    # verl's hooks, in the order in which they are called
+
+    def _init_dataloader(self) -> None:
+        """Makes the loader of task draws; verl saves and restores its state."""
+        config = self.run_config
+        self.train_dataset = StepTasks(
+            self.task_counts["train"],
+            config.batch.prompts,
+            config.batch.samples,
+            config.steps,
+            config.seed,
+        )
+        self.val_dataset: list[Any] = []
+        self.train_dataloader = StatefulDataLoader(
+            dataset=self.train_dataset,
+            batch_size=config.batch.prompts,
+            num_workers=0,
+            drop_last=True,
+            collate_fn=collate_fn,
+        )
+        self.train_dataloader_it = None
+        self.val_dataloader = None
+        self.steps_per_epoch = self.total_training_steps = config.steps
+        # verl's optimizer needs the length of its schedule.
+        self.config.actor_rollout_ref.actor.optim.total_training_steps = config.steps
+
+    def _init_resource_pool_mgr(self) -> None:
+        """Makes verl's resource pools, with `StudentWorker` on the student's GPUs."""
+        super()._init_resource_pool_mgr()
+        self.role_worker_mapping[Role.ActorRollout] = ray.remote(StudentWorker)
+
+    def on_init_end(self) -> None:
+        """Sets the loss, bans ids at all servers, and sends them the weights."""
+        self.actor_rollout_wg.set_loss_fn(ObjectiveLoss(self.objective))
+        replicas = list(self.llm_server_manager.get_replicas())
+        if self.teacher_model_manager is not None:
+            for manager in self.teacher_model_manager.teacher_model_managers.values():
+                replicas += manager.rollout_replicas
+        ray.get(
+            [
+                server.collective_rpc.remote(
+                    "monkey_patch_model",
+                    kwargs={"vocab_size": self._allowed, "banned_token_ids": self._banned},
+                )
+                for replica in replicas
+                for server in replica.servers
+            ]
+        )
+        super().on_init_end()
+
+    def fit(self, agent_loop_manager: RolloutManager) -> None:
+        """Trains from the checkpoint, or the start, to the last step."""
+        self.rollouts = agent_loop_manager
+        done = self.global_steps
+        kept = done if done else -1
+        self.metrics.truncate_after(kept)
+        self.trajectories.truncate_after(kept)
+        if not done:
+            self._evaluate_ends(0, "student")
+            if self.run_config.evaluation.teacher:
+                self._evaluate_ends(0, "teacher")
+        super().fit(agent_loop_manager)
+        self._evaluate_ends(self.run_config.steps, "student")
+
+    def prepare_step(self) -> dict[str, Any]:
+        """Starts the step's rollouts."""
+        self._started = time.perf_counter()
+        self._position = (self.global_steps - 1) * self.run_config.batch.prompts
+        prepared: dict[str, Any] = super().prepare_step()
+        return prepared
+
+    def _next_train_batch(self, num_prompts: int | None = None) -> Any:
+        batch = super()._next_train_batch(num_prompts)
+        positions = [int(p) for p in batch["position"]]
+        expected = list(range(self._position, self._position + len(positions)))
+        if positions != expected:
+            raise ConfigError(
+                f"step {self.global_steps - 1}: verl's loader gave the draws {positions[:3]} ..., "
+                f"but {expected[:3]} ... come next; its checkpoint does not fit this run"
+            )
+        return batch
+
+    def _step_once(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._step_once(*args, **kwargs)
+        except RuntimeError as error:
+            if self.rollouts.failure is not None:  # verl itself only reports missing rows
+                raise self.rollouts.failure from error
+            raise
+
+    def on_sample_end(self) -> None:
+        """Stops the run if episodes failed for a permanent reason."""
+        if self.rollouts.failure is not None:
+            raise self.rollouts.failure
+        super().on_sample_end()
+
+    def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """Computes threshold and advantages over the whole batch, before it is split."""
+        live = [not tag.get("is_padding", False) for tag in batch.tags]
+        fields = ["prompts", "responses", "response_mask", "rollout_log_probs", "old_log_probs"]
+        fields += ["entropy", "teacher_logprobs", EPISODE]  # without pictures
+        table = transfer_queue.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
+        )
+        self._keys = [key for key, use in zip(batch.keys, live, strict=True) if use]
+        rows = [from_row(row) for row, use in zip(plain_rows(table), live, strict=True) if use]
+        if not rows:
+            raise ConfigError(
+                f"step {self.global_steps - 1}: no episode of the batch could be used; the log of "
+                "the rollout workers gives the reason"
+            )
+        self._rows: list[Row] = rows
+        # These come from the trainer: if the student itself is broken, skipping rows cannot help.
+        findings = invalid_behaviour(rows)
+        if findings:
+            raise NonFiniteError(describe(self.global_steps - 1, findings))
+        self._threshold = entropy_threshold(self.objective, rows)
+        if Needs.OUTCOME not in self.objective.needs:
+            return batch
+        set_advantages(self.objective, rows)
+        advantages = iter([a for row in rows if (a := row.trajectory.advantage) is not None])
+        mask = table["response_mask"]
+        padded = mask.to_padded_tensor(0)
+        values_BT = torch.zeros(padded.shape, dtype=torch.float32)
+        for index, use in enumerate(live):
+            values_BT[index] = next(advantages) if use else 0.0
+        nested = response_to_nested(values_BT * padded, mask)
+        return transfer_queue.kv_batch_put(
+            keys=batch.keys,
+            partition_id=batch.partition_id,
+            fields=TensorDict({"advantages": nested}, batch_size=len(batch)),
+        )
+
+    def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
+        """Lets verl's workers make the updates of the step."""
+        settings = self.config.actor_rollout_ref.actor
+        mini_batch = settings.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        batch.extra_info.update(
+            {STEP: self.global_steps - 1, THRESHOLD: self._threshold},
+            calculate_entropy=False,
+            distillation_use_topk=False,
+            distillation_only=False,
+            global_batch_size=mini_batch,
+            mini_batch_size=mini_batch,
+            epochs=1,
+            seed=self.run_config.seed,
+            dataloader_kwargs={"shuffle": False},
+            temperature=1.0,
+        )
+        output = self.actor_rollout_wg.update_actor(batch)["metrics"]
+        counts = [TokenTotals(**one) for one in output[TOTALS]]
+        norms = [float(norm) for norm in _listed(output["grad_norm"])]
+        finite = [
+            bool(np.isfinite([one.loss, norm]).all())
+            for one, norm in zip(counts, norms, strict=True)
+        ]
+        totals = TokenTotals()
+        for one, made in zip(counts, finite, strict=True):
+            if made:
+                totals.merge(one)
+        losses = [one.loss for one, made in zip(counts, finite, strict=True) if made]
+        kept_norms = [norm for norm, made in zip(norms, finite, strict=True) if made]
+        self._update = UpdateStats(
+            loss=float(np.mean(losses)) if losses else float("nan"),
+            grad_norm=float(np.mean(kept_norms)) if losses else float("nan"),
+            lr=float(_listed(output["lr"])[-1]),
+            threshold=self._threshold,
+            skipped=finite.count(False),
+            **totals.shares(),
+        )
+        self._without_update = 0 if losses else self._without_update + 1
+        if self._update.skipped and (
+            self.run_config.on_nonfinite == "fail"
+            or self._without_update >= MAX_STEPS_WITHOUT_UPDATE
+        ):
+            shown = [f"{one.loss:g} and {norm:g}" for one, norm in zip(counts, norms, strict=True)]
+            first = ", ".join(row.trajectory.task_id for row in self._rows[:8])
+            raise NonFiniteError(
+                f"step {self.global_steps - 1}: loss and gradient norm by mini-batch are "
+                f"{'; '.join(shown)}; verl did not make the updates that are not finite. The "
+                f"step's tasks: {first} ...\nThe last checkpoint is valid; the same command with "
+                "on_nonfinite=skip continues from it without such updates."
+            )
+        return batch
+
+    def _compute_metrics(
+        self, batch: Any, metrics: dict[str, Any], timing_raw: Any, global_steps: int, epoch: int
+    ) -> None:
+        """Writes the step's row and trajectories."""
+        step = global_steps - 1
+        trajectories = trajectories_of(self._rows)
+        wanted = self.run_config.batch.prompts * self.run_config.batch.samples
+        row = {
+            **training_metrics(self.objective, step, self._rows, self._update),
+            **rollout_statistics(trajectories),
+            "rollout/dropped": float(wanted - len(trajectories)),
+            "rollout/trained_share": len(trajectories) / wanted,
+            **sampler_gap(self._rows),
+            **self._skipped(),
+            **_times(timing_raw, time.perf_counter() - self._started),
+        }
+        sampled = sum(t.response_tokens for t in trajectories)
+        row["tokens_per_second"] = sampled / max(1e-9, row["time/step"])
+        self.metrics.write(row)
+        self._write_trajectories(step)
+        every = self.run_config.evaluation.every
+        if every and global_steps % every == 0 and global_steps < self.run_config.steps:
+            self._evaluate("student", global_steps, self._sampling(), curve=True)
+
+    # Methods that verl does not call
+
+    def _skipped(self) -> dict[str, int]:
+        skips = self.run_config.on_nonfinite == "skip"
+        return {"update/skipped": self._update.skipped} if skips else {}
+
+    def _write_trajectories(self, step: int) -> None:
+        settings = self.run_config.logging
+        if not settings.every or step % settings.every:
+            return
+        chosen = self._rows[: settings.trajectories]
+        self._fetch_pictures(trajectories_of(chosen), self._keys[: len(chosen)])
+        for row in chosen:
+            record = trajectory_record(
+                row.trajectory,
+                step=step,
+                who="student",
+                pictures=save_pictures(row.trajectory, self.folder),
+                decode=self._chat.raw,
+                use=expected_use(self.objective, row, step, self._threshold),
+            )
+            self.trajectories.write(record)
+
+    def _fetch_pictures(self, trajectories: Sequence[Trajectory], keys: Sequence[str]) -> None:
+        """Fetches the pictures of some trajectories; those of a whole step can be gigabytes."""
+        if self._vision is None or not keys:
+            return
+        table = transfer_queue.kv_batch_get(
+            keys=list(keys), partition_id=TRAIN, select_fields=["multi_modal_inputs"]
+        )
+        for trajectory, row in zip(trajectories, plain_rows(table), strict=True):
+            trajectory.images = [self._vision.adopt(p) for p in pixels_of(row)]
+
+    def _sampling(self) -> Sampling:
+        return Sampling(self.run_config.sampling.temperature, self.run_config.sampling.top_p)
+
+    def _evaluate_ends(self, step: int, who: str) -> None:
+        if not self.run_config.evaluation.tasks:
+            return
+        rows = read_metrics(self.folder / "metrics.jsonl")
+        for sampling in ends_due(rows, who, step, self._sampling()):
+            self._evaluate(who, step, sampling, curve=False)
+
+    def _evaluate(self, who: str, step: int, sampling: Sampling, *, curve: bool) -> None:
+        settings = self.run_config.evaluation
+        wanted = settings.curve_tasks if curve else settings.tasks
+        played = self.rollouts.evaluate(
+            min(wanted, self.task_counts["eval"]),
+            sampling,
+            (self.run_config.seed, 2),
+            max_turns=settings.max_turns,
+            by_teacher=who == "teacher",
+        )
+        result = EvaluationResult.of(played)
+        self.metrics.write(evaluation_row(result, who, step, sampling, curve=curve))
+
+
+def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
+    """Returns verl's timings under this project's names.
+
+    The teacher scores during generation: its time is part of ``time/generate``.
+    """
+    parts = {
+        "generate": raw.get("gen", 0.0),
+        "old_logp": raw.get("old_log_prob", 0.0),
+        "update": raw.get("update_actor", 0.0),
+        "sync": raw.get("update_weights", 0.0),
+        "checkpoint": raw.get("save_checkpoint", 0.0),
+    }
+    parts["other"] = max(0.0, total - sum(parts.values()))
+    return {**{f"time/{name}": value for name, value in parts.items()}, "time/step": total}
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

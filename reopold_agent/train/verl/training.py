@@ -1,0 +1,172 @@
+"""Adapts verl's FSDP engine to this project's rules, and the worker that holds it.
+
+Three things differ from verl's own: ids that must not be sampled have probability 0 in training
+as in sampling; positions and patches are made from the pictures by `VisionProcessor`; gradients
+are divided once per mini-batch by the number of kept tokens on all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from verl.utils.device import get_device_name
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from reopold_agent.objectives.chunks import BANNED
+from reopold_agent.policies.vision import VisionProcessor
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.train.totals import TokenTotals
+from reopold_agent.train.verl.loss import ObjectiveLoss
+from reopold_agent.train.verl.records import pixels_of
+from reopold_agent.types import EncodedImage
+
+TOTALS = "reopold_totals"
+"""The metric that carries an update's `TokenTotals` from the workers to the trainer."""
+
+
+class FsdpEngine(FSDPEngineWithLMHead):
+    """verl's FSDP engine with banned ids, pictures from pixels, and one division per mini-batch."""
+
+    def initialize(self) -> None:
+        """Builds the model, whose head then gives banned ids probability 0."""
+        super().initialize()
+        banned = banned_ids(self.model_config.tokenizer, self.module.config)
+        index = torch.tensor(banned, device=self._device())
+
+        def ban(module: nn.Module, inputs: Any, logits_BTV: Tensor) -> Tensor:
+            # In place: the projection's backward pass does not need its output.
+            return logits_BTV.index_fill_(-1, index.to(logits_BTV.device), BANNED)
+
+        head = self.module.get_output_embeddings()
+        if banned:
+            head.register_forward_hook(ban)
+        self._vision: VisionProcessor | None = None
+        if hasattr(self.module.config, "vision_config"):
+            processor = Qwen2VLImageProcessorPil.from_pretrained(self.model_config.local_path)
+            self._vision = VisionProcessor(processor, cache_bytes=0)  # each is seen once
+
+    def _build_lr_scheduler(self, optimizer: Any) -> Any:
+        """Returns the local engine's schedule: linear warm-up over updates, then constant."""
+        warmup = self.optimizer_config.lr_warmup_steps
+        return torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda done: min(1.0, (done + 1) / warmup) if warmup > 0 else 1.0
+        )
+
+    def optimizer_step(self) -> Any:
+        """Makes one update and advances the schedule, which in verl advances once per step."""
+        self._rate = float(self.optimizer.param_groups[0]["lr"])
+        norm = super().optimizer_step()
+        if np.isfinite(float(norm)):  # otherwise verl has skipped the update
+            self.lr_scheduler.step()
+        return norm
+
+    def lr_scheduler_step(self) -> float:
+        """Returns the learning rate of the last update."""
+        return self._rate
+
+    def prepare_model_inputs(self, micro_batch: Any) -> Any:
+        """Returns verl's inputs; patches and multimodal positions are made from the pixels."""
+        pictures = _pictures(micro_batch)
+        micro_batch = micro_batch.copy()
+        micro_batch.pop("multi_modal_inputs", None)  # verl expects patches here, not pixels
+        if self._vision is None:
+            return super().prepare_model_inputs(micro_batch=micro_batch)
+        encoded = [[self._vision.adopt(pixels) for pixels in row] for row in pictures]
+        ids = micro_batch["input_ids"]
+        positions = [
+            self._positions(row.cpu(), images)
+            for row, images in zip(ids.unbind(), encoded, strict=True)
+        ]
+        inputs, arguments = super().prepare_model_inputs(micro_batch=micro_batch)
+        shape = inputs["input_ids"].shape
+        if len(positions) == shape[0] and inputs["attention_mask"] is not None:
+            laid = torch.zeros((4, *shape), dtype=torch.int64)
+            for row, position in enumerate(positions):
+                laid[:, row, : position.shape[1]] = position
+        else:  # packed: one row after the other, and padding at the end
+            joined = torch.cat(positions, dim=1)
+            laid = torch.zeros((4, 1, shape[1]), dtype=torch.int64)
+            laid[:, 0, : joined.shape[1]] = joined
+        device = inputs["input_ids"].device
+        inputs["position_ids"] = laid.to(device)
+        images = [image for row in encoded for image in row]
+        if images:
+            patches, grids = self._vision.patches(images)
+            inputs["pixel_values"] = patches.to(device)
+            inputs["image_grid_thw"] = grids.to(device)
+        return inputs, arguments
+
+    def forward_backward_batch(
+        self, data: Any, loss_function: Callable[..., Any], forward_only: bool = False
+    ) -> Any:
+        """Makes verl's passes; for an `ObjectiveLoss`, then divides the sums over all ranks."""
+        output = super().forward_backward_batch(data, loss_function, forward_only)
+        if forward_only or not isinstance(loss_function, ObjectiveLoss):
+            return output
+        totals = self._over_ranks(loss_function.take_totals())
+        # FSDP averages over the ranks, but this is a sum.
+        scale = self.get_data_parallel_size() / max(1.0, totals.denominator)
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(scale)
+        output["loss"] = [totals.loss]
+        output["metrics"][TOTALS] = [vars(totals)] if dist.get_rank() == 0 else []
+        return output
+
+    def _over_ranks(self, totals: TokenTotals) -> TokenTotals:
+        every: list[Any] = [None] * self.get_data_parallel_size()
+        dist.all_gather_object(every, vars(totals), group=self.get_data_parallel_group())
+        merged = TokenTotals()
+        for one in every:
+            merged.merge(TokenTotals(**one))
+        return merged
+
+    def _positions(self, ids_L: Tensor, images: list[EncodedImage]) -> Tensor:
+        """Returns (4, L): positions in the text, then the three of multimodal RoPE."""
+        text = torch.arange(len(ids_L))
+        if not images:
+            return text.expand(4, -1)
+        kinds = torch.eq(ids_L, int(self.module.config.image_token_id)).int()
+        grids = torch.tensor([image.grid for image in images])
+        three, _ = self.module.model.get_rope_index(ids_L[None], kinds[None], grids)
+        return torch.cat([text[None], three[:, 0]])
+
+    def _device(self) -> torch.device:
+        return torch.device(get_device_name())
+
+
+for _device, _vendor in (("cuda", "nvidia"), ("cpu", None)):
+    EngineRegistry.register(
+        model_type="language_model", backend=["fsdp", "fsdp2"], device=_device, vendor=_vendor
+    )(FsdpEngine)
+
+
+class StudentWorker(ActorRolloutRefWorker):
+    """verl's worker on one (pretended) GPU. Importing this module registers `FsdpEngine`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if get_device_name() == "cpu" and not dist.is_initialized():
+            # verl would request "cpu:gloo,cpu:gloo", which torch refuses.
+            torch.set_num_threads(1)
+            dist.init_process_group("gloo")
+
+
+def banned_ids(tokenizer: Any, config: Any) -> list[int]:
+    """Returns the ids of probability 0: `ChatRenderer.forbidden_ids` and padded rows."""
+    rows = int(config.get_text_config().vocab_size)
+    forbidden = ChatRenderer(tokenizer).forbidden_ids
+    return sorted({*forbidden, *range(len(tokenizer), rows)})
+
+
+def _pictures(micro_batch: Any) -> list[list[Any]]:
+    rows = micro_batch.get("multi_modal_inputs", [])
+    return [pixels_of({"multi_modal_inputs": getattr(row, "data", row)}) for row in rows]

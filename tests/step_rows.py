@@ -1,0 +1,27 @@
+"""Rows of a training step for tests of the update and of scoring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reopold_agent.train.rows import Row, entropy_threshold
+from reopold_agent.train.update import Updater, UpdateStats
+from reopold_agent.types import Trajectory
+
+
+def rows_of(trajectories: Sequence[Trajectory]) -> list[Row]:
+    """Rows whose old log-probs and entropies are those of the trajectories."""
+    return [Row(t, old_logp=t.logp, entropy=t.entropy) for t in trajectories]
+
+
+def make_updates(
+    updater: Updater, mini_batches: Sequence[Sequence[Trajectory]], step: int
+) -> UpdateStats:
+    """The updates on mini-batches of trajectories."""
+    return update_rows(updater, [rows_of(batch) for batch in mini_batches], step)
+
+
+def update_rows(updater: Updater, mini_batches: Sequence[list[Row]], step: int) -> UpdateStats:
+    """The updates on mini-batches of rows, with the threshold of the whole batch."""
+    everything = [row for batch in mini_batches for row in batch]
+    return updater.step(mini_batches, step, entropy_threshold(updater.objective, everything))

@@ -1,0 +1,406 @@
+"""Recorded conversations with tool calls, results and weights, as exact ids and loss masks."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import random_picture
+from gymnasium import Env
+from PIL import Image
+from running import composed, train, train_rows
+
+from examples.embedded_models.digits.scripts import expert_turns, record
+from reopold_agent.data.demonstrations import load_demonstrations
+from reopold_agent.demo.tasks import DemoTasks
+from reopold_agent.envs.from_config import make_env
+from reopold_agent.errors import DataError, ToolError
+from reopold_agent.policies.loading import ModelSpec, load_processing
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.demonstrations import demonstrated
+from reopold_agent.rollout.from_config import make_runner
+from reopold_agent.rollout.runner import RolloutRunner
+from reopold_agent.tools.parse import find_tool_call, write_tool_call
+from reopold_agent.tools.prompt import system_prompt
+from reopold_agent.types import IMAGE_MARK, Task, Trajectory
+
+BOX = {"bbox_2d": [0.5, 0, 1, 0.5], "target_image": 1}
+CALL = '<tool_call>\n{"name": "crop_image", "arguments": {"bbox_2d": [0.5, 0, 1, 0.5], ' \
+    '"target_image": 1}}\n</tool_call>'  # fmt: skip
+ASKED = {"role": "user", "content": "<image>Which digit?"}
+SHOWN = "Here is the cropped image:\n<image>"
+ANSWER = {"role": "assistant", "content": "\\boxed{7}"}
+
+
+def openai(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    function = {"name": name, "arguments": json.dumps(arguments)}
+    return {"id": "call_1", "type": "function", "function": function}
+
+
+def hugging_face(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def bare(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "arguments": arguments}
+
+
+FORMS = (openai, hugging_face, bare)
+
+
+@pytest.fixture(scope="module")
+def runner_of() -> Callable[..., RolloutRunner]:
+    """``runner_of(stop_at_tool_call=True)``: the embedded default's."""
+    processing = load_processing(ModelSpec("demo:student"), "student")
+    config, _ = composed("env=pixel_reasoner")
+
+    def make(*, stop_at_tool_call: bool = True) -> RolloutRunner:
+        chat = ChatRenderer(processing.tokenizer, stop_at_tool_call=stop_at_tool_call)
+        return make_runner(config, chat, processing.vision, max_turns=3)
+
+    return make
+
+
+@pytest.fixture
+def rendered(tmp_path: Path, runner_of: Callable[..., RolloutRunner]) -> Callable[..., Trajectory]:
+    """``rendered(messages, **columns)``: the trajectory of a row with two pictures."""
+    for name in ("a.png", "b.png"):
+        Image.fromarray(random_picture(len(name), 60, 60)).save(tmp_path / name)
+
+    def render(messages: Sequence[Any], stop_at_tool_call: bool = True, **row: Any) -> Trajectory:
+        row = {"images": ["a.png", "b.png"], "messages": messages, **row}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+        (found,) = load_demonstrations({"path": str(tmp_path / "rows.jsonl")})
+        return demonstrated(found, 0, runner_of(stop_at_tool_call=stop_at_tool_call))
+
+    return render
+
+
+def same(one: Trajectory, other: Trajectory) -> bool:
+    assert one.ids.tolist() == other.ids.tolist()
+    assert one.loss_mask.tolist() == other.loss_mask.tolist()
+    assert one.prompt_length == other.prompt_length
+    assert [t.text for t in one.turns] == [t.text for t in other.turns]
+    pairs = zip(one.images, other.images, strict=True)
+    return all(np.array_equal(mine.pixels, its.pixels) for mine, its in pairs)
+
+
+def trained_text(trajectory: Trajectory, runner: RolloutRunner) -> str:
+    return runner.chat.raw(trajectory.ids[trajectory.loss_mask].tolist())
+
+
+# Calls and results
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("words", ["I will zoom in.", None, ""])
+def test_a_call_is_written_as_the_student_must_write_it(
+    rendered: Callable[..., Trajectory],
+    runner_of: Callable[..., RolloutRunner],
+    form: Callable[..., dict[str, Any]],
+    words: str | None,
+) -> None:
+    call = {"role": "assistant", "content": words, "tool_calls": [form("crop_image", BOX)]}
+    result = {"role": "tool", "tool_call_id": "call_1", "name": "crop_image", "content": SHOWN}
+    mine = rendered([ASKED, call, result, ANSWER])
+    text = f"{words}\n{CALL}" if words else CALL
+    said = {"role": "assistant", "content": text}
+    assert same(mine, rendered([ASKED, said, {"role": "user", "content": SHOWN}, ANSWER]))
+    assert mine.turns[0].text == text
+    assert trained_text(mine, runner_of()) == f"{text}\\boxed{{7}}<|im_end|>"
+    parsed = find_tool_call(text)
+    assert parsed is not None
+    assert (parsed.name, parsed.arguments) == ("crop_image", BOX)
+
+
+def test_the_experts_episode_is_that_of_a_rollout(
+    tmp_path: Path, runner_of: Callable[..., RolloutRunner]
+) -> None:
+    """The environment's own results under the role tool, with pictures as data: URLs."""
+    env: Env[Any, str] = make_env(composed("env=pixel_reasoner")[0], max_turns=3)
+    tasks = DemoTasks("train", 64, 0, video_share=0.4, small_share=0.4)
+    runner = runner_of()
+    assert runner.vision is not None
+    for kind in ("image", "video", "small_video"):
+        task = next(t for t in (tasks[i] for i in range(64)) if t.metadata["kind"] == kind)
+        row = {"id": task.id, "messages": openai_messages(env, task)}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+        (found,) = load_demonstrations({"path": str(tmp_path)})
+        wanted = record(env, task, expert_turns(task), runner.chat, runner.vision)
+        assert same(demonstrated(found, 0, runner), wanted), kind
+
+
+def openai_messages(env: Env[Any, str], task: Task) -> list[dict[str, Any]]:
+    def parts(observation: Any) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        for position, text in enumerate(observation["text"].split(IMAGE_MARK)):
+            if position:
+                url = data_url(observation["images"][position - 1])
+                found.append({"type": "image_url", "image_url": {"url": url, "detail": "high"}})
+            found += [{"type": "text", "text": text}] if text else []
+        return found
+
+    observation, info = env.reset(options={"task": task})
+    messages: list[dict[str, Any]] = [
+        {"role": "developer", "content": info["system_prompt"]},
+        {"role": "user", "content": parts(observation)},
+    ]
+    for text in expert_turns(task):
+        words, _, _ = text.partition("\n<tool_call>")
+        parsed = find_tool_call(text)
+        calls = [] if parsed is None else [openai(parsed.name, parsed.arguments)]
+        messages.append({"role": "assistant", "content": words, "tool_calls": calls})
+        observation, _, terminated, _, _ = env.step(text)
+        if not terminated:
+            messages.append({"role": "tool", "content": parts(observation)})
+    return messages
+
+
+def data_url(pixels: Any) -> str:
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def test_several_calls_and_results_are_one_turn_each(rendered: Callable[..., Trajectory]) -> None:
+    calls = [openai("crop_image", BOX), openai("crop_image", {**BOX, "target_image": 2})]
+    messages = [
+        {"role": "user", "content": "Look at both."},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        {"role": "tool", "content": "One: <image>"},
+        {"role": "tool", "content": [{"type": "text", "text": "Two: "}, {"type": "image"}]},
+        ANSWER,
+    ]
+    second = CALL.replace('"target_image": 1', '"target_image": 2')
+    plain = [
+        messages[0],
+        {"role": "assistant", "content": f"{CALL}\n{second}"},
+        {"role": "user", "content": "One: <image>\nTwo: <image>"},
+        ANSWER,
+    ]
+    mine = rendered(messages, stop_at_tool_call=False)
+    assert same(mine, rendered(plain, stop_at_tool_call=False))
+    # A student that stops at its first call could not write the second.
+    with pytest.raises(DataError, match=r"several tool calls .* rollout\.stop_at_tool_call=false"):
+        rendered(messages)
+
+
+def test_nulls_that_parquet_adds_are_no_arguments(
+    tmp_path: Path, runner_of: Callable[..., RolloutRunner]
+) -> None:
+    ask = {"role": "user", "content": "?"}
+    calls = [
+        hugging_face("crop_image", {"bbox_2d": [0, 0, 1, 1], "target_image": 1}),
+        hugging_face("select_frames", {"target_frames": [1]}),
+    ]
+    rows = [
+        {"messages": [ask, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+        for call in calls
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = load_demonstrations({"path": str(tmp_path)})
+    texts = [demonstrated(each, 0, runner_of()).turns[0].text for each in found]
+    assert [json.loads(text.split("\n")[1])["arguments"] for text in texts] == [
+        {"bbox_2d": [0, 0, 1, 1], "target_image": 1},
+        {"target_frames": [1]},
+    ]
+
+
+def test_a_call_that_could_not_be_read_back_is_not_written() -> None:
+    assert write_tool_call("crop_image", BOX) == CALL
+    assert write_tool_call("say", {"words": "é\n\"x\""}).split("\n")[1] == (
+        '{"name": "say", "arguments": {"words": "é\\n\\"x\\""}}'
+    )  # fmt: skip
+    for words in ("</tool_call>", "<tool_call>", "x" * 30_000):
+        with pytest.raises(ToolError):
+            write_tool_call("say", {"words": words})
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_are_described_as_the_environment_describes_them(
+    rendered: Callable[..., Trajectory], as_text: bool
+) -> None:
+    env: Any = make_env(composed("env=pixel_reasoner")[0]).unwrapped
+    schemas = [tool.schema() for tool in env.tools]
+    tools = json.dumps(schemas) if as_text else schemas
+    messages = [{"role": "user", "content": "<image><image>Which?"}, ANSWER]
+    _, info = env.reset(seed=0)
+    plain = [{"role": "system", "content": info["system_prompt"]}, *messages]
+    assert same(rendered(messages, tools=tools), rendered(plain))
+    own = {"role": "developer", "content": "Be brief."}
+    plain[0] = {"role": "system", "content": system_prompt("Be brief.", env.tools)}
+    assert same(rendered([own, *messages], tools=tools), rendered(plain))
+
+
+# Pictures in the row's columns
+
+
+def test_pictures_of_other_columns_are_shown(rendered: Callable[..., Trajectory]) -> None:
+    asked = {"role": "user", "content": "<image><image>Which?"}
+    wanted = rendered([asked, ANSWER])
+    film = {"role": "user", "content": "<video>Which?"}
+    part = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "Which?"}]}
+    own = [{"image": "a.png"}, {"image": "b.png"}, {"text": "Which?"}]
+    for messages, columns in (
+        ([asked, ANSWER], {"image": ["a.png", "b.png"]}),
+        ([film, ANSWER], {"videos": [["a.png", "b.png"]]}),
+        ([part, ANSWER], {"video": ["a.png", "b.png"]}),
+        ([film, ANSWER], {"images": ["a.png", "b.png"], "is_video": "True"}),
+        ([{"role": "user", "content": own}, ANSWER], {"image": ["a.png"]}),  # said twice
+    ):
+        assert same(rendered(messages, **{"images": None, **columns}), wanted)
+    for messages, wrong, words in (
+        ([ASK, ANSWER], {"image": "a.png"}, "1 more images than <image> marks"),
+        ([ASK, ANSWER], {"scan": "a.png"}, "'scan' looks like pictures and is not read"),
+        ([film, ANSWER], {"videos": ["a.mp4"]}, "is a video file"),
+    ):
+        with pytest.raises(DataError, match=f"row 0: .*{words}"):
+            rendered(messages, **{"images": None, **wrong})
+
+
+# Weights
+
+
+def test_a_turn_of_weight_0_is_read_but_not_trained_on(
+    rendered: Callable[..., Trajectory], runner_of: Callable[..., RolloutRunner]
+) -> None:
+    def messages(first: Any, last: Any) -> list[dict[str, Any]]:
+        call = {"role": "assistant", "content": "Hm.", "tool_calls": [openai("crop_image", BOX)]}
+        result = {"role": "tool", "content": SHOWN, "weight": 0}
+        return [ASKED, {**call, "weight": first}, result, {**ANSWER, "weight": last}]
+
+    whole = rendered(messages(None, 1))
+    for weights, text in (
+        ((0, 1), "\\boxed{7}<|im_end|>"),
+        ((1.0, 0.0), f"Hm.\n{CALL}"),
+        ((False, None), "\\boxed{7}<|im_end|>"),
+    ):
+        mine = rendered(messages(*weights))
+        assert mine.ids.tolist() == whole.ids.tolist()
+        assert trained_text(mine, runner_of()) == text
+        assert [turn.text for turn in mine.turns] == [turn.text for turn in whole.turns]
+
+
+def test_training_reads_calls_results_and_weights(tmp_path: Path) -> None:
+    Image.fromarray(random_picture(1, 60, 60)).save(tmp_path / "a.png")
+    call = {"role": "assistant", "content": None, "tool_calls": [openai("crop_image", BOX)]}
+    result = {"role": "tool", "content": "The card:\n<image>"}
+    rows = [
+        {
+            "id": str(number),
+            "images": ["a.png", "a.png"],
+            "messages": [ASKED, {**call, "weight": number % 2}, result, ANSWER],
+        }
+        for number in range(4)
+    ]
+    file = tmp_path / "expert.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    words = ("env=pixel_reasoner", "objective=sft", "objective.source=recorded", "steps=3",
+             "model.teacher=null", "evaluation.teacher=false", "evaluation.every=0",
+             "rollout.max_response_tokens=256", "optimizer.lr=1e-3")  # fmt: skip
+    train(tmp_path / "run", *words, f"+data.demonstrations={{path: {file}}}")
+    losses = [row["loss"] for row in train_rows(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+    (tokens,) = {row["rollout/response_tokens"] for row in train_rows(tmp_path / "run")}
+    processing = load_processing(ModelSpec("demo:student"), "student")
+    chat = ChatRenderer(processing.tokenizer)
+    lengths = [len(chat.turn_ids(text)) for text in (CALL, "\\boxed{7}")]
+    assert tokens == pytest.approx(lengths[1] + lengths[0] / 2)
+
+
+# What cannot be rendered
+
+
+ASK = {"role": "user", "content": "?"}
+SAY = {"role": "assistant", "content": "!"}
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([ASK, {**SAY, "function_call": {"name": "f", "arguments": "{}"}}],
+         "message 1: 'function_call' cannot be rendered"),
+        ([ASK, {**SAY, "audio": {"id": "a"}}], "'audio' cannot be rendered"),
+        ([ASK, {**SAY, "reasoning_content": "hm"}], "'reasoning_content' cannot be rendered"),
+        ([ASK, {**SAY, "refusal": "No."}], "'refusal' cannot be rendered"),
+        ([ASK, {**SAY, "train": False}], "'train' cannot be rendered"),
+        ([ASK, {"role": "function", "content": "1"}, SAY], "message 1: the role must be one of "),
+        ([ASK, {"role": "assistant", "content": None}], "message 1: the content must be a text"),
+        ([ASK, {"role": "assistant", "tool_calls": []}], "message 1: the content must be a text"),
+        ([ASK, {**SAY, "weight": 0.5}], "message 1: 'weight' must be 0 or 1, got 0.5"),
+        ([ASK, {**SAY, "weight": "0"}], "'weight' must be 0 or 1, got '0'"),
+        ([ASK, {**SAY, "weight": 0}], "no message is trained on"),
+        ([{**ASK, "weight": 1}, SAY], "message 0: only an assistant's message"),
+        ([{**ASK, "tool_calls": [bare("f", {})]}, SAY], "message 0: only an assistant's message"),
+        ([ASK, {**SAY, "tool_calls": "f()"}], "'tool_calls' must be a list"),
+        ([ASK, {**SAY, "tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}],
+         "a tool call of the type 'custom' cannot be rendered"),
+        ([ASK, {**SAY, "tool_calls": [{"function": {"arguments": "{}"}}]}], "call has no name"),
+        ([ASK, {**SAY, "tool_calls": [{"name": "f", "parameters": {"x": 1}}]}],
+         "'parameters' cannot be rendered"),
+        ([ASK, {**SAY, "tool_calls": [bare("f", {"x": float("nan")})]}], "of 'f' are no JSON"),
+        ([ASK, {**SAY, "tool_calls": [{"name": "f", "arguments": "{x}"}]}], "of 'f' are no JSON"),
+        ([ASK, {**SAY, "tool_calls": [{"name": "f", "arguments": [1]}]}], "must be a JSON object"),
+        ([{"role": "tool", "content": "1"}, SAY], "must take turns, got tool, assistant"),
+        ([ASK, SAY, {"role": "tool", "content": "1"}, ASK, SAY], "got user, assistant, tool, user"),
+        ([ASK, SAY, {"role": "system", "content": "x"}, SAY], "got user, assistant, system"),
+        ([{"role": "user", "content": [{"type": "input_audio", "text": "a"}]}, SAY],
+         "a part of the type 'input_audio' cannot be rendered"),
+        ([{"role": "user", "content": [{"text": "a", "audio": "a.wav"}]}, SAY],
+         "'audio' cannot be rendered"),
+        ([{"role": "user", "content": [{"type": "image", "text": "a"}]}, SAY],
+         "a part of the type 'image' has 'text'"),
+        ([{"role": "user", "content": [{"image_url": {"url": "http://h/a.png"}}]}, SAY],
+         "the picture is at a URL"),
+        ([ASK, {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}],
+         "only user and tool messages may hold images"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_rendered_is_refused_by_name(
+    tmp_path: Path, messages: list[dict[str, Any]], words: str
+) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"messages": [ASK, SAY]}, {"messages": messages}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    with pytest.raises(DataError, match=rf"rows\.jsonl, row 1: .*{re.escape(words)}"):
+        load_demonstrations({"path": str(file)})
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"functions": [{"name": "f"}]}, "'functions' cannot be rendered"),
+        ({"tools": "crop_image"}, "'tools' are no JSON"),
+        ({"tools": {"crop_image": {}}}, "'tools' must be a list of objects"),
+        ({"tools": ["crop_image"]}, "'tools' must be a list of objects"),
+    ],
+)
+def test_descriptions_of_tools_that_cannot_be_rendered(
+    tmp_path: Path, columns: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [ASK, SAY], **columns}), "utf-8")
+    with pytest.raises(DataError, match=rf"row 0: {words}"):
+        load_demonstrations({"path": str(tmp_path)})
+
+
+def test_empty_fields_say_nothing(tmp_path: Path) -> None:
+    """As a client of OpenAI's writes its objects out."""
+    said: dict[str, Any] = {**SAY, "function_call": None, "audio": None, "refusal": None,
+            "annotations": [], "tool_calls": None, "name": "expert", "id": "msg_1"}  # fmt: skip
+    row = {"messages": [{**ASK, "tool_calls": None}, said], "tools": None}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row), "utf-8")
+    (found,) = load_demonstrations({"path": str(tmp_path)})
+    assert [(t.role, t.parts, t.trained) for t in found.turns] == [
+        ("user", ("?",), True),
+        ("assistant", ("!",), True),
+    ]

@@ -1,0 +1,212 @@
+"""Evaluation in environments: their settings, their tasks, and what training measures of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.errors import HydraException
+from running import SMALL, composed
+
+from reopold_agent.envs import ENVS, register_env
+from reopold_agent.errors import CheckpointError, ConfigError, ModelError, UnknownNameError
+from reopold_agent.evaluate.report import markdown
+from reopold_agent.evaluate.run import Evaluation, load_config
+from reopold_agent.evaluate.words import prepared_words
+from reopold_agent.train.setup import LocalEngine
+
+CPU = ("engine.device=cpu", "engine.threads=1")
+
+
+def settings(*words: str) -> dict[str, Any]:
+    """Composes an evaluation as ``reopold evaluate`` does."""
+    ready = prepared_words(words)
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        return load_config(compose("evaluate", ready))[1]
+
+
+def evaluated(folder: Path, *words: str) -> dict[str, Any]:
+    ready = prepared_words([*words, *CPU])
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        config, raw = load_config(compose("evaluate", ready))
+    return Evaluation(config, raw, folder).run()
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
+
+
+# What training measures
+
+
+@pytest.mark.parametrize(("env", "tasks"), [("math", 12), ("pixel_reasoner", 6)])
+def test_it_measures_what_trainings_held_out_evaluation_measures(
+    env: str, tasks: int, tmp_path: Path
+) -> None:
+    words = [f"env={env}", f"evaluation.tasks={tasks}", *CPU]
+    run = [*words, "steps=0", "seed=3", "evaluation.teacher=false"]
+    trained = LocalEngine(*composed(*run), tmp_path / "run", run).run()["before"]
+    sampled = evaluated(tmp_path / "a", *words, "seed=3", "samples=2")["benchmarks"][env]
+    rows = rows_of(tmp_path / "a")
+    first = [row["correct"] for row in rows if row["sample"] == 0]
+    assert sum(first) / len(first) == trained["success"]
+    assert (sampled["questions"], sampled["samples"]) == (trained["n"], 2)
+    tools = [any(t["tool"] for t in row["turns"]) for row in rows if row["sample"] == 0]
+    assert sum(tools) / len(tools) == trained["tool_rate"]
+    assert set(sampled["pass_at_k"]) == set(sampled["maj_at_k"]) == {"1", "2"}
+    assert sampled["how"] == {"environment": 2 * tasks}
+    greedy = evaluated(tmp_path / "b", *words, "sampling.temperature=0")["benchmarks"][env]
+    assert greedy["accuracy"] == trained["greedy"]["success"]
+    assert sampled["questions_sha256"] == greedy["questions_sha256"]
+    assert (tmp_path / "a" / "report.html").is_file()
+    assert f"env={env} decides" in (tmp_path / "a" / "results.md").read_text()
+
+
+def test_environments_and_benchmarks_in_one_folder_which_goes_on(tmp_path: Path) -> None:
+    student = "model=demo:arithmetic_student"
+    words = ["env=math", "evaluation.tasks=3", student, "benchmarks.arithmetic.limit=2"]
+    first = evaluated(tmp_path, *words)["benchmarks"]
+    before = rows_of(tmp_path)
+    more = ["env=[math,geometry]", "benchmark=arithmetic"]
+    with pytest.raises(ModelError, match=r"cannot see the pictures of geometry\.\n"):
+        evaluated(tmp_path, *words, *more)
+    second = evaluated(tmp_path, *words, *more, "env=[math]")["benchmarks"]
+    assert list(second) == ["arithmetic", "math"]
+    assert second["math"]["accuracy"] == first["math"]["accuracy"]
+    assert rows_of(tmp_path)[:3] == before  # nothing is asked twice
+    with pytest.raises(CheckpointError, match=r"math\.rollout\.max_response_tokens: 160 -> 20"):
+        evaluated(tmp_path, *words, "rollout.max_response_tokens=20")
+
+
+class Parrot(gymnasium.Env[Any, str]):
+    """An environment of its own kind: no tasks, no answers, a graded reward."""
+
+    observation_space = gymnasium.spaces.Dict({})
+    action_space = gymnasium.spaces.Text(1000)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.index = options["index"]
+        assert options["split"] == "eval"
+        return {"text": f"Say {self.index}.", "images": ()}, {"system_prompt": "You are a parrot."}
+
+    def step(self, action: str) -> Any:
+        reward = 0.25 + 0.5 * (self.index % 2)
+        done = {"success": reward > 0.5}
+        return {"text": "", "images": ()}, reward, True, False, done
+
+
+@pytest.fixture
+def parrot() -> Iterator[None]:
+    name = "reopold_tests/Parrot-v0"
+    register_env("parrot", id=name, entry_point=Parrot, config={"rollout": {"max_turn_tokens": 8}})
+    yield
+    gymnasium.registry.pop(name)
+    del ENVS._things["parrot"]
+
+
+@pytest.mark.usefixtures("parrot")
+def test_an_environment_without_tasks_and_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["env=parrot", "model=demo:arithmetic_student", "evaluation.tasks=4", "samples=2"]
+    results = evaluated(tmp_path, *words)
+    figures = results["benchmarks"]["parrot"]
+    assert (figures["accuracy"], figures["pass_at_k"]) == (0.5, {"1": 0.5, "2": 0.5})
+    assert figures["maj_at_k"] == {}
+    assert figures["extra"] == {"reward": 0.5}
+    assert figures["prompt"] == {"system": "You are a parrot.", "first_question": "Say 0."}
+    assert [row["question"] for row in rows_of(tmp_path) if row["index"] == 3] == ["Say 3."] * 2
+    assert (tmp_path / "plots" / "scaling-parrot.png").is_file()
+    assert "reward 0.500" in markdown(results)
+    note = "parrot: env=parrot decides about success. Held-out tasks (its own), T 1"
+    assert note in markdown(results)
+    assert note in capsys.readouterr().out  # before anything is played
+
+
+# Settings
+
+
+def test_its_settings_are_those_of_training() -> None:
+    raw = settings("env=geometry", "data.eval.seed=7", "sampling.temperature=0.5")
+    assert raw["checkpoint"] == "demo:figures_student"
+    geometry = raw["environments"]["geometry"]
+    trained = composed("env=geometry")[1]
+    assert geometry["data"]["eval"] == {**trained["data"]["eval"], "seed": 7}
+    assert "train" not in geometry["data"]
+    assert geometry["env"] == trained["env"]
+    assert geometry["pixels"] == trained["pixels"]
+    assert geometry["sampling"] == {"temperature": 0.5, "top_p": 1.0}
+    assert geometry["evaluation"] == {"tasks": 256, "max_turns": 1}
+    assert prepared_words(["env=math", "--multirun", "seed=0,1"])[-2:] == ["--multirun", "seed=0,1"]
+    real = settings("env=pixel_reasoner", "model=qwen2_5_vl_3b", "model.student.path=DIR")
+    assert real["checkpoint"] == "DIR"
+    assert real["environments"]["pixel_reasoner"]["rollout"]["max_response_tokens"] == 8192
+    both = settings("env=[math,geometry]", "model=DIR", "pixels.prompt.max_pixels=999999")
+    assert both["pixels"]["prompt"]["max_pixels"] == 999999
+    assert [e["pixels"]["prompt"]["max_pixels"] for e in both["environments"].values()] == [
+        999999,
+        999999,
+    ]
+
+
+def test_a_runs_student_is_evaluated_with_the_runs_settings(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "final").mkdir(parents=True)
+    (run / "metrics.jsonl").touch()
+    _, raw = composed(*SMALL, "env=math", "data.eval.seed=5", "evaluation.tasks=7")
+    (run / "config.yaml").write_text(json.dumps(raw))
+    for model in (run, run / "final"):
+        found = settings("env=math", f"model={model}")["environments"]["math"]
+        assert found["data"]["eval"]["seed"] == 5
+        assert found["rollout"]["max_response_tokens"] == 110
+        assert found["evaluation"] == {"tasks": 7, "max_turns": 2}
+    given = settings("env=math", f"model={run}", "evaluation.tasks=9", "data=figures")
+    assert given["environments"]["math"]["evaluation"]["tasks"] == 9
+    assert given["environments"]["math"]["data"]["eval"]["source"] == "figures"
+    other = settings("env=geometry", f"model={run}")["environments"]["geometry"]
+    assert other["evaluation"]["tasks"] == 256
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["env=maths"], "Did you mean 'math'"),
+        (["env=vstar"], r"not an environment\.\nUse benchmark=vstar\."),
+        (["benchmark=math"], r"not a benchmark\.\nUse suite=math or env=math\."),
+        (["benchmark=pixel_reasoner"], r"Use env=pixel_reasoner\."),
+        (["env=math,geometry"], r"Write 'env=\[math,geometry\]'"),
+        (["env=[math,geometry]"], r"The defaults differ: .*figures_student\.\nGive model=DIR"),
+        (["env=math", "benchmark=demo"], r"which checkpoint\?"),
+        (["env=math", "evaluation.taks=3"], r"Did you mean 'evaluation\.tasks'"),
+        (["env=math", "env.kwargs.guideline=x"], r"takes a \+: '\+env\.kwargs\.guideline=x'"),
+        (["env=math", "data=arithmetc"], "Did you mean 'arithmetic'"),
+        (["env=math", "rollout.max_turns=3"], r"\nLeave it out; use evaluation\.max_turns"),
+        (["env=math", "data.train.path=x"], "does not matter in an evaluation"),
+        (["env=math", "data.eval.split=train"], r"that training uses\.\nChoose held-out rows"),
+        (["env=math", "data=math_jsonl"], r"must be given: data\.eval\.path"),
+        (["data.eval.path=x"], r"Name the environment too \(env=NAME\)"),
+        (["env=math", "environments.math.sampling.temprature=0"], "temprature"),
+    ],
+)
+def test_a_wrong_word_is_refused_with_what_to_do(words: Sequence[str], message: str) -> None:
+    with pytest.raises((ConfigError, UnknownNameError, HydraException), match=message):
+        settings(*words)
+
+
+@pytest.mark.parametrize("tasks", [0, -1])
+def test_an_evaluation_needs_tasks(tasks: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluation\.tasks"):
+        evaluated(tmp_path, "env=math", f"evaluation.tasks={tasks}")
+
+
+@pytest.mark.usefixtures("parrot")
+def test_data_for_an_environment_that_takes_none_is_refused() -> None:
+    for word in ("data=arithmetic", "data.eval.path=x"):
+        with pytest.raises(ConfigError, match=r"takes no data\.\n.*\+env\.kwargs\.NAME=VALUE"):
+            settings("env=parrot", word)

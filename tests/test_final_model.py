@@ -1,0 +1,193 @@
+"""``final/`` is the trained student: merging, untying, and the comparison after saving."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_config
+from running import composed, train, weights
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
+
+from reopold_agent.errors import ModelError
+from reopold_agent.policies import saving
+from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model, resolve_path
+from reopold_agent.policies.saving import save_checked
+from reopold_agent.policies.vllm.sync import merged_weights
+
+CPU = torch.device("cpu")
+IDS = [5, 9, 3, 30, 12, 7, 9, 21, 14, 2, 33]
+
+ADAPTERS: dict[str, dict[str, Any] | None] = {
+    "all": None,
+    "attention": {"r": 4, "target_modules": ["q_proj"]},
+    "embedding": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]},
+    "saved embedding": {
+        "r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]
+    },
+    "saved norm": {"r": 4, "target_modules": "all-linear", "modules_to_save": ["norm"]},
+    "dora": {"r": 4, "target_modules": "all-linear", "use_dora": True},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bases(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, vision: Any
+) -> dict[bool, Path]:
+    """Checkpoints with tied and with separate embeddings."""
+    made = {}
+    for tied in (True, False):
+        folder = made[tied] = tmp_path_factory.mktemp("base") / ("tied" if tied else "separate")
+        config = tiny_config(tokenizer, tie_word_embeddings=tied, initializer_range=0.3)
+        config.tie_word_embeddings = tied
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = Qwen2_5_VLForConditionalGeneration(config)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        vision.processor.save_pretrained(folder)
+    return made
+
+
+def trained(base: Path, lora: dict[str, Any] | None, dtype: str = "float32") -> LoadedModel:
+    """A student whose trainable weights were all moved."""
+    if lora is not None:
+        pytest.importorskip("peft")
+    student = load_model(ModelSpec(str(base), lora=lora, dtype=dtype), "student", CPU)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in student.adapter.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return student
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    values: torch.Tensor = model.eval()(input_ids=torch.tensor([IDS])).logits.float()
+    return values.log_softmax(-1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "separate"])
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_the_saved_model_is_the_trained_one(
+    adapter: str, tied: bool, dtype: str, bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    student = trained(bases[tied], ADAPTERS[adapter], dtype)
+    expected = logits(student.adapter.model)
+    assert save_checked(student, tmp_path / "final", IDS)
+    plain: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "final")
+    assert str(plain.dtype) == f"torch.{dtype}"
+    difference = (logits(plain) - expected).abs()
+    assert difference.max() < 1e-3 if dtype == "float32" else difference.mean() < 0.2
+    untied = not tied or "embedding" in adapter
+    head = plain.get_output_embeddings().weight
+    assert (plain.get_input_embeddings().weight is not head) == untied
+    # Other programs, such as vLLM, go by the configuration.
+    assert plain.config.tie_word_embeddings is not untied
+    assert plain.config.get_text_config().tie_word_embeddings is not untied
+    assert ("lm_head.weight" in load_file(tmp_path / "final/model.safetensors")) == untied
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3]},
+    ],
+)
+def test_adapters_of_the_output_embedding_are_refused(
+    lora: dict[str, Any], bases: dict[bool, Path]
+) -> None:
+    with pytest.raises(ModelError, match="must not cover the output embedding"):
+        trained(bases[True], {"r": 4, **lora})
+
+
+def test_a_run_with_tied_embeddings_leaves_the_trained_student(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    lora = "model.student.lora={r: 4, target_modules: [q_proj, embed_tokens]}"
+    words = ("steps=1", "evaluation.tasks=0", "evaluation.teacher=false", "optimizer.lr=0.05")
+    train(tmp_path, *words, lora)
+    config, _ = composed(*words, lora)
+    spec = ModelSpec(**vars(config.model.student))
+    saved = tmp_path / "checkpoints/step-000001/model"
+    student = load_model(spec, "student", CPU, saved=saved).adapter.model
+    final: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "final")
+    start: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(resolve_path("demo:student"))
+    assert (logits(final) - logits(student)).abs().max() < 1e-3
+    assert (logits(final) - logits(start)).abs().max() > 0.1
+
+
+def test_a_final_model_that_differs_is_refused_and_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = LoadedModel.save
+
+    def wrong(self: LoadedModel, folder: Path, **settings: Any) -> None:
+        save(self, folder, **settings)
+        if settings.get("merge"):
+            values = load_file(folder / "model.safetensors")
+            name = next(iter(values))
+            values[name][0] += 1
+            save_file(values, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(LoadedModel, "save", wrong)
+    with pytest.raises(ModelError, match="not the trained one: 2 weights differ") as caught:
+        train(tmp_path, "steps=1", "evaluation.tasks=0", "evaluation.teacher=false")
+    assert "The checkpoints are whole" in str(caught.value).splitlines()[1]
+    assert not (tmp_path / "final").exists()
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.undo()
+    train(tmp_path, "steps=1", "evaluation.tasks=0", "evaluation.teacher=false")
+    assert (tmp_path / "final").is_dir()
+
+
+def test_merging_that_changes_the_model_is_refused(
+    tmp_path: Path, bases: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reopold_agent.policies import loading
+
+    student = trained(bases[True], ADAPTERS["embedding"])
+    monkeypatch.setattr(loading, "merge_adapter", lambda model: model.merge_and_unload())
+    with pytest.raises(ModelError, match=r"log-probs differ by \d.* nats on average"):
+        save_checked(student, tmp_path / "final", IDS)
+
+
+def test_without_memory_to_read_it_back_the_merged_model_is_compared(
+    tmp_path: Path, bases: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "usable_memory", lambda: 1000.0)
+    monkeypatch.setattr(saving, "load_model", None)
+    student = trained(bases[True], ADAPTERS["embedding"])
+    assert not save_checked(student, tmp_path / "final", IDS)
+
+
+def test_a_text_model_is_written_in_another_dtype(tmp_path: Path) -> None:
+    base = Path(resolve_path("demo:arithmetic_student"))
+    student = trained(base, ADAPTERS["embedding"])
+    expected = logits(student.adapter.model)
+    assert save_checked(student, tmp_path / "final", IDS, dtype="bfloat16")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
+    assert plain.dtype == torch.bfloat16
+    assert {value.dtype for value in weights(tmp_path / "final").values()} == {torch.bfloat16}
+    assert (logits(plain) - expected).abs().mean() < 0.3
+
+
+@pytest.mark.parametrize("adapter", ["embedding", "saved embedding", "saved norm", "dora"])
+def test_what_vllm_cannot_follow_is_refused(adapter: str, bases: dict[bool, Path]) -> None:
+    student = trained(bases[True], ADAPTERS[adapter])
+    with pytest.raises(ModelError, match=r"policy\.student\.name=vllm"):
+        list(merged_weights(student.adapter.model))
+
+
+def test_vllm_gets_the_adapter_of_a_separate_embedding(bases: dict[bool, Path]) -> None:
+    model: Any = trained(bases[False], ADAPTERS["embedding"]).adapter.model
+    sent = {name: value.detach().clone() for name, value in merged_weights(model)}
+    expected = dict(model.merge_and_unload().named_parameters())
+    assert sent.keys() == expected.keys()
+    assert all(torch.allclose(sent[name], expected[name], atol=1e-5) for name in sent)

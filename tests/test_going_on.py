@@ -1,0 +1,175 @@
+"""What a run says and keeps for afterwards: next commands, more steps, logs, empty folders."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from running import command, lines, results, train, train_rows, words
+
+from reopold_agent.errors import CheckpointError, ModelError
+from reopold_agent.train import evaluation, finish, setup
+from reopold_agent.train.checkpoint import newest_checkpoint
+from reopold_agent.train.interrupts import again
+
+SHORT = (
+    *("evaluation.tasks=2", "evaluation.teacher=false", "evaluation.every=0"),
+    *("checkpoint.every=0", "objective.switch_share=0.5"),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+
+
+def test_a_finished_run_goes_on_without_a_second_exploration(tmp_path: Path) -> None:
+    """Optimizer, data and the step of the switch are those of one run with that switch."""
+    folder = tmp_path / "run"
+    first = train(folder, *SHORT)
+    assert (folder / "checkpoints/step-000004").is_dir()
+    more = train(folder, *SHORT, "steps=6")
+    assert [row["phase"] for row in train_rows(folder)] == 2 * ["exploration"] + 4 * ["refinement"]
+    whole = tmp_path / "whole"
+    train(whole, *SHORT, "steps=6", "objective.switch_step=2")
+    for name in ("metrics.jsonl", "trajectories.jsonl"):
+        ends = [row for row in results(folder)[name] if (row["kind"], row["step"]) != ("eval", 4)]
+        assert ends == results(whole)[name]
+    assert (more["before"], more["steps"], more["after"]) == (
+        first["before"],
+        6,
+        finish.summarise(lines(folder / "metrics.jsonl"), *_facts(6), folder)["after"],
+    )
+    saved = yaml.safe_load((folder / "config.yaml").read_text("utf-8"))
+    assert (saved["steps"], saved["objective"]["switch_step"]) == (6, 2)
+    # Again the same command does nothing, fewer steps are refused, and even more go on.
+    assert train(folder, *SHORT, "steps=6") == more
+    with pytest.raises(CheckpointError, match="steps: 6 -> 5"):
+        train(folder, *SHORT, "steps=5")
+    with pytest.raises(CheckpointError, match=r"optimizer\.lr: "):
+        train(folder, *SHORT, "steps=7", "optimizer.lr=1")
+    train(folder, *SHORT, "steps=7")
+    assert train_rows(folder)[-1]["phase"] == "refinement"
+
+
+def _facts(steps: int) -> tuple[Any]:
+    from running import SMALL, composed
+
+    return (composed(*SMALL, *SHORT, f"steps={steps}")[0],)
+
+
+def test_a_run_killed_while_it_goes_on_is_not_taken_for_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path, *SHORT, "steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "save_student", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(tmp_path, *SHORT, "steps=2")
+    assert not (tmp_path / "summary.json").exists()
+    assert train(tmp_path, *SHORT, "steps=2")["steps"] == 2
+
+
+def test_the_next_commands_repeat_the_words_of_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "a run"
+    summary = train(folder, *SHORT, "steps=1", "data=demo", "resume=never", "seed=3")
+    view, evaluate, other_seed, more, export = map(shlex.split, summary["next"])
+    module = ["python", "-m"]
+    assert view == [*module, "reopold_agent.view", str(folder)]
+    assert evaluate == [*module, "reopold_agent.evaluate", "env=pixel_reasoner", f"model={folder}"]
+    assert {*SHORT, "data=demo", "steps=1", "seed=4"} <= {*other_seed}
+    assert {*SHORT, "data=demo", "steps=2", "seed=3", f"hydra.run.dir={folder}"} <= {*more}
+    assert not {"resume=never", "seed=3", "hydra.run.dir"} & {*other_seed}
+    assert "steps=1" not in more
+    assert export[2:] == [
+        "reopold_agent.train.export",
+        str(folder),
+        f"{folder}-bf16",
+        "dtype=bfloat16",
+    ]
+
+
+def test_words_with_spaces_and_plus_are_repeated_as_they_must_be_typed() -> None:
+    given = ["+seed=1", "env.kwargs={a: 1}", "hydra.run.dir=x", "resume=must"]
+    printed = again(given, "seed=2", "hydra.run.dir=a b")
+    assert shlex.split(printed)[3:] == ["env.kwargs={a: 1}", "seed=2", "hydra.run.dir=a b"]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ctrl_c_in_an_evaluation_says_how_to_go_on(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = evaluation.evaluate_policy
+
+    def interrupted(*arguments: Any, **others: Any) -> Any:
+        trained = newest_checkpoint(tmp_path / "run/checkpoints") is not None
+        if trained == (when == "after"):
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*arguments, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "evaluate_policy", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "run", *SHORT, "steps=1")
+    said = capsys.readouterr().err
+    expected = {
+        "before": "before the first step; nothing was trained yet.\nStart again with:\n",
+        "after": "after the last step; all 1 are saved.\nContinue with:\n",
+    }
+    assert f"Stopped in the evaluation {expected[when]}" in said
+    assert said.rstrip().endswith(f"hydra.run.dir={tmp_path / 'run'}")
+    assert train(tmp_path / "run", *SHORT, "steps=1")["after"]["n"] == 2
+
+
+def test_a_refusal_before_the_run_leaves_nothing_in_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError):
+        train(tmp_path / "run", "model.student.path=/no/such/folder")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+CRASH = """
+import sys
+from reopold_agent.train.collect import Collector
+from reopold_agent.train.__main__ import main
+def broken(*_): raise RuntimeError("crashed here")
+Collector.collect = broken
+main()
+"""
+
+
+@pytest.mark.slow
+def test_folders_and_logs_of_commands_that_end_early(tmp_path: Path) -> None:
+    refused = (["rollout.concurrency=0"], ["model.student.path=/no/such", "hydra.run.dir=a/b"])
+    for wrong in refused:
+        done = command([*words(tmp_path)[:3], *wrong], tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert list(tmp_path.iterdir()) == []
+    python, _, _, *rest = words(tmp_path / "run", *SHORT, "evaluation.tasks=0")
+    done = command([python, "-c", CRASH, *rest], tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("RuntimeError: crashed here") == 1
+    log = (tmp_path / "run/train.log").read_text("utf-8")
+    assert "Traceback (most recent call last)" in log
+    assert "RuntimeError: crashed here" in log
+
+
+@pytest.mark.slow
+def test_the_folder_of_configurations_is_repeated(tmp_path: Path) -> None:
+    own = tmp_path / "own/env"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text("# @package _global_\ndefaults: [math]\n")
+    flag = ["--config-dir", str(tmp_path / "own")]
+    short = ("env=mine", "steps=0", "evaluation.tasks=1", "evaluation.teacher=false")
+    arguments = [*words(tmp_path / "run", *short), *flag]
+    done = command(arguments, tmp_path)
+    assert done.returncode == 0, done.stderr
+    printed = next(x for x in done.stdout.splitlines() if "reopold_agent.train" in x).strip()
+    assert shlex.join(flag) in printed
+    done = command(f"{printed} --cfg job", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["env"]["name"] == "math"

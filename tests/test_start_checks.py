@@ -1,0 +1,179 @@
+"""Checks of a run before any model is loaded: chat template, prompts and pictures of its rows."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from running import SMALL, composed, lines, train
+from test_text_checkpoints import QWEN3
+
+from reopold_agent.config import TrainConfig
+from reopold_agent.data.checks import BadRowsError
+from reopold_agent.errors import ConfigError, ModelError
+from reopold_agent.policies.loading import ModelSpec, load_processing, resolve_path
+from reopold_agent.rollout.checks import checked_run, checked_runner, prompt_limit
+from reopold_agent.train import setup
+
+MATH = ("env=math", "data=math_jsonl", "steps=1", "evaluation.tasks=0", "rollout.max_turns=1")
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(setup, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+
+
+def with_template(folder: Path, name: str, template: str) -> str:
+    """Copies an embedded checkpoint with another chat template."""
+    shutil.copytree(resolve_path(f"demo:{name}"), folder)
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    return str(folder)
+
+
+def checked(config: TrainConfig, report: Path) -> tuple[TrainConfig, dict[str, int]]:
+    student = load_processing(ModelSpec(config.model.student.path), "student")
+    return checked_run(config, student, [1024], report)
+
+
+# Chat templates
+
+
+def test_a_template_that_rewrites_turns_is_found_at_the_start(
+    tmp_path: Path, no_model: None
+) -> None:
+    path = with_template(tmp_path / "student", "student", QWEN3)
+    told = r"rewrites earlier turns .*several turns\.\nPlay one turn \(rollout\.max_turns=1"
+    with pytest.raises(ModelError, match=told):
+        train(tmp_path / "run", f"model.student.path={path}")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_one_turn_is_enough_for_such_a_template(tmp_path: Path) -> None:
+    path = with_template(tmp_path / "student", "student", QWEN3)
+    words = [*SMALL, f"model.student.path={path}", "rollout.max_turns=1"]
+    student = load_processing(ModelSpec(path), "student")
+    with pytest.raises(ModelError, match="rewrites"):  # in the held-out evaluation
+        checked_runner(composed(*words, "evaluation.max_turns=2")[0], student)
+    for more in (["evaluation.max_turns=1"], ["evaluation.tasks=0"]):
+        checked_runner(composed(*words, *more)[0], student).close()
+    # An environment of one turn, whatever the budget.
+    checked_runner(composed(*SMALL, "env=math", f"model.student.path={path}")[0], student).close()
+
+
+def test_an_evaluation_finds_such_a_template_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra import compose, initialize_config_module
+
+    from reopold_agent.evaluate import run
+
+    monkeypatch.setattr(run, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    path = with_template(tmp_path / "student", "student", QWEN3)
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        config, raw = run.load_config(
+            compose("evaluate", ["benchmark=demo", f"checkpoint={path}", "engine.device=cpu"])
+        )
+    with pytest.raises(ModelError, match=r"rewrites earlier turns .*\n.*agentic\.max_turns=1"):
+        run.Evaluation(config, raw, tmp_path / "out").run()
+
+
+# Prompts
+
+
+def math_rows(path: Path, *sizes: int) -> Path:
+    rows = [
+        {"id": f"row-{i}", "problem": "What is 1 + 1? " + "one " * size, "answer": "2"}
+        for i, size in enumerate(sizes)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_a_prompt_beyond_the_context_is_a_row_problem(tmp_path: Path, no_model: None) -> None:
+    path = math_rows(tmp_path / "rows.jsonl", 1, 2000, 1)
+    with pytest.raises(BadRowsError) as caught:
+        train(tmp_path / "run", *MATH, f"data.train.path={path}")
+    first, row, advice = str(caught.value).split("\n")
+    assert first == f"1 of 3 rows of {path} cannot be used:"
+    assert "long prompt" in row
+    assert "row-1: " in row
+    assert "at most 913 fit the models' context of 1024 beside rollout.max_resp" in row
+    assert advice.endswith("leave them out with data.train.on_bad_row=skip.")
+    report = json.loads((tmp_path / "run" / "data_report.json").read_text())["train"]
+    assert (report["rows"], report["usable"]) == (3, 2)
+    assert report["problems"]["long prompt"]["rows"] == 1
+
+
+def test_long_prompts_can_be_left_out(tmp_path: Path) -> None:
+    path = math_rows(tmp_path / "rows.jsonl", 1, 2000, 1)
+    words = [*MATH, f"data.train.path={path}", "data.train.on_bad_row=skip"]
+    train(tmp_path / "run", *words, "batch.prompts=4", "logging.trajectories=4")
+    played = {row["task_id"] for row in lines(tmp_path / "run" / "trajectories.jsonl")}
+    assert played == {"row-0", "row-2"}
+    assert {row["stop_reason"] for row in lines(tmp_path / "run" / "trajectories.jsonl")} <= {
+        "answer",
+        "max_tokens",
+    }
+
+
+def test_max_prompt_tokens_holds_for_both_engines(tmp_path: Path) -> None:
+    path = math_rows(tmp_path / "rows.jsonl", 1, 200, 1)
+    words = [*SMALL, *MATH, f"data.train.path={path}", "data.train.on_bad_row=skip"]
+    verl = ["engine=verl", "engine.gpus_per_node=2", "engine.teacher_gpus_per_node=1"]
+    for engine in ([], verl):
+        config, _ = composed(*words, *engine, "engine.max_prompt_tokens=150")
+        made, counts = checked(config, tmp_path / "report.json")
+        assert counts == {"train": 2}
+        assert made.data.left_out == {"train": [1]}
+        assert made.engine.max_prompt_tokens == 150
+    with pytest.raises(BadRowsError, match=r"engine\.max_prompt_tokens is 150"):
+        checked(composed(*words[:-1], "engine.max_prompt_tokens=150")[0], tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "context", "told"),
+    [
+        (["engine.max_prompt_tokens=1000"], 1024, "1000 and a response of 110 tokens do not fit"),
+        (["rollout.max_response_tokens=1024"], 1024, r"leaves no room .* of 1024\.\nLower rollout"),
+    ],
+)
+def test_prompt_and_response_must_fit_the_context(
+    settings: list[str], context: int, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        prompt_limit(composed(*SMALL, *settings)[0], context)
+
+
+# Pictures
+
+
+def test_a_row_with_more_pictures_than_can_be_shown_names_the_setting(
+    tmp_path: Path, no_model: None
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (60, 60), (60 * i, 0, 0)).save(folder / f"{i}.png")
+    video = {"question": "?", "answer": "1", "is_video": True}
+    rows = [{**video, "qid": f"video-{n}", "image": [f"{i}.png" for i in range(n)]} for n in (2, 4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data=pixel_reasoner_rl", f"data.train.path={folder}", "evaluation.tasks=0"]
+    words += ["data.train.part=null", "data.train.split=null", "+env.kwargs.max_pictures=3"]
+    with pytest.raises(BadRowsError, match=r"video-4: 4 pictures; env\.kwargs\.max_pictures is 3"):
+        train(tmp_path / "run", *words)
+    config, _ = composed(*SMALL, *words, "data.train.on_bad_row=skip")
+    assert checked(config, tmp_path / "report.json")[1] == {"train": 1}
+
+
+def test_rows_with_pictures_need_a_model_that_sees_them(tmp_path: Path, no_model: None) -> None:
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    row = {"qid": "a", "question": "?", "answer": "1", "is_video": False, "image": ["a.png"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["env=math", "data=pixel_reasoner_rl", f"data.train.path={tmp_path}"]
+    words += ["data.train.part=null", "data.train.split=null", "evaluation.tasks=0"]
+    words.append("~data.env_kwargs.tools")
+    with pytest.raises(ModelError, match=r"cannot see the pictures of a\.\nGive a vision-lang"):
+        train(tmp_path / "run", *words)

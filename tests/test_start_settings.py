@@ -1,0 +1,135 @@
+"""Settings by the student's size, refusals of the embedded models' settings, and the banner."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from running import command, words
+
+from reopold_agent.errors import ConfigError
+from reopold_agent.policies.loading import resolve_path
+from reopold_agent.train.settings import billions, check_student, load_config
+
+
+def composed(*overrides: str) -> Any:
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        return compose("train", list(overrides))
+
+
+def checkpoint(folder: Path, name: str, width: int) -> str:
+    """An embedded checkpoint whose config.json says that its layers are ``width`` wide."""
+    shutil.copytree(resolve_path(f"demo:{name}"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (config.get("text_config") or config)["intermediate_size"] = width
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "told"),
+    [
+        (
+            "student",
+            "pixel_reasoner",
+            r"has 7\dM parameters, but .*max_pixels=12544.*lr=0.0003.*\nAdd model=qwen2_5_vl, or",
+        ),
+        (
+            "arithmetic_student",
+            "math",
+            r"but [^\n]*lr=0.0002[^\n]*\nAdd model=causal_lm",
+        ),
+    ],
+)
+def test_a_real_checkpoint_is_not_trained_with_toy_settings(
+    tmp_path: Path, name: str, env: str, told: str
+) -> None:
+    path = checkpoint(tmp_path / "model", name, 200_000)
+    with pytest.raises(ConfigError, match=told) as caught:
+        check_student(composed(f"env={env}", f"model.student.path={path}"))
+    assert name == "student" or "pixels" not in str(caught.value)
+    explicit = ["optimizer.lr=0.0003", "rollout.max_response_tokens=256"]
+    explicit += ["rollout.max_turn_tokens=64", "pixels.prompt.max_pixels=12544"]
+    check_student(composed(f"env={env}", f"model.student.path={path}", *explicit))
+
+
+def test_small_checkpoints_may_have_toy_settings(tmp_path: Path) -> None:
+    check_student(composed())
+    path = checkpoint(tmp_path / "model", "student", 192)
+    check_student(composed(f"model.student.path={path}"))
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "width", "lr", "recompute", "tokens"),
+    [
+        ("qwen2_5_vl", "student", 200_000, 5e-6, False, 16384),
+        ("qwen2_5_vl", "student", 10_000_000, 1e-6, True, 8192),
+        ("causal_lm", "arithmetic_student", 50_000_000, 1e-6, True, 4096),
+    ],
+)
+def test_settings_follow_the_size_of_the_student(
+    tmp_path: Path, model: str, name: str, width: int, lr: float, recompute: bool, tokens: int
+) -> None:
+    path = checkpoint(tmp_path / "model", name, width)
+    given = [f"model={model}", "data=demo", f"model.student.path={path}"]
+    given.append(f"model.teacher.path={path}")
+    check_student(composed(*given))
+    config, raw = load_config(composed(*given))
+    assert config.optimizer.lr == lr
+    assert config.model.student.gradient_checkpointing is recompute
+    assert config.engine.max_tokens_per_micro_batch == tokens
+    assert not {"size", "sizes", "toy"} & set(raw)
+    if model == "qwen2_5_vl":
+        assert config.pixels.prompt.max_pixels == 1003520
+    own, _ = load_config(composed(*given, "optimizer.lr=3e-6", "size=large"))
+    assert own.optimizer.lr == 3e-6
+    assert own.engine.max_tokens_per_micro_batch == 4096
+
+
+def test_the_checkpoints_and_data_of_neutral_models_must_be_given() -> None:
+    with pytest.raises(ConfigError, match=r"given: model\.student\.path, model\.teacher\.path"):
+        load_config(composed("model=causal_lm", "data=arithmetic"))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "text"),
+    [(312_000, "0.3M"), (494_000_000, "494M"), (999_600_000, "1.0B"), (3_754_000_000, "3.8B")],
+)
+def test_numbers_of_parameters_are_short(parameters: int, text: str) -> None:
+    assert billions(parameters) == text
+
+
+@pytest.mark.slow
+def test_a_run_begins_with_a_banner(tmp_path: Path) -> None:
+    done = command(words(tmp_path / "run", "steps=1", "evaluation.tasks=2"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n\n")[0].splitlines()
+    assert [line[:11].strip() for line in lines] == [
+        *("student", "teacher", "data", "held out", "objective", "optimizer", "pixels", "tokens"),
+        *("steps", "engine", "run"),
+    ]
+    told = {line[:11].strip(): line[11:] for line in lines}
+    assert told["student"] == "demo:student, 0.3M parameters, float32 weights"
+    assert told["held out"] == "4,096 rows of demo (embedded), 2 played"
+    assert told["optimizer"] == "AdamW, lr 0.0003, 1 update a step"
+    assert told["steps"] == "1 x 4 prompts x 1 sample"
+    assert told["engine"] == "local on cpu, float32"
+    assert told["run"] == str(tmp_path / "run")
+    assert all(len(line) <= 80 for line in lines[:-1])
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert all(line in log for line in lines)
+
+
+@pytest.mark.slow
+def test_the_embedded_student_on_other_data_is_warned_of(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"id": "a", "problem": "1 + 1?", "answer": "2"}) + "\n")
+    given = ["env=math", "data=math_jsonl", f"data.train.path={rows}", "evaluation.tasks=0"]
+    done = command(words(tmp_path / "run", *given, "steps=1"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: demo:arithmetic_student is made for the embedded tasks" in done.stdout
+    assert "model=causal_lm" in (tmp_path / "run" / "train.log").read_text()
