@@ -7,13 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reopold_agent.data.checks import NO_QUESTION, RowError
-from reopold_agent.data.pictures import (
-    PictureFolder,
-    Turns,
-    given_pictures,
-    is_null,
-    read_turns,
-)
+from reopold_agent.data.pictures import PictureFolder, given_pictures, is_null
+from reopold_agent.data.turns import Turns, read_turns
 from reopold_agent.types import IMAGE_MARK, Task
 
 
