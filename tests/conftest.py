@@ -98,6 +98,17 @@ def chat(tokenizer: PreTrainedTokenizerFast) -> ChatRenderer:
     return ChatRenderer(tokenizer)
 
 
+@pytest.fixture
+def say(chat: ChatRenderer) -> Callable[..., list[int]]:
+    """Returns the ids of a turn, with or without its end."""
+
+    def ids(text: str, end: bool = True) -> list[int]:
+        encoded = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*encoded, *([chat.turn_end_id] if end else [])]
+
+    return ids
+
+
 @pytest.fixture(scope="session")
 def vision() -> VisionProcessor:
     return VisionProcessor(Qwen2VLImageProcessorPil())

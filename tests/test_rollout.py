@@ -177,15 +177,6 @@ def make_runner(
 
 
 @pytest.fixture
-def say(chat: ChatRenderer) -> Callable[..., list[int]]:
-    def ids(text: str, end: bool = True) -> list[int]:
-        encoded = chat.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*encoded, *([chat.turn_end_id] if end else [])]
-
-    return ids
-
-
-@pytest.fixture
 def scripted(say: Callable[..., list[int]]) -> ScriptedPolicy:
     """Answers of different lengths; every other one without an end of turn."""
     return ScriptedPolicy(
@@ -523,8 +514,6 @@ print("done")
     "broken",
     [
         None,
-        {"text": "no pictures key"},
-        {"text": "no mark", "images": (np.zeros((28, 28, 3), np.uint8),)},
         {"text": IMAGE_MARK, "images": ()},
         {"text": IMAGE_MARK, "images": (np.zeros((28, 28), np.float32),)},
         {"text": 7, "images": ()},
@@ -542,6 +531,79 @@ def test_an_invalid_observation_loses_its_episode_only(
         check_trajectory(chat, trajectory)
     assert trajectories[1].info["error"]
     assert len(trajectories[1].turns) == turn
+
+
+@pytest.mark.parametrize(
+    ("shown", "text", "pictures"),
+    [
+        ("A text.", "A text.", 0),
+        (f"a {IMAGE_MARK} typed", "a   typed", 0),
+        ({"text": "no pictures key"}, "no pictures key", 0),
+        (
+            {"text": "no mark", "images": (np.zeros((28, 28, 3), np.uint8),)},
+            f"no mark{IMAGE_MARK}",
+            1,
+        ),
+        (np.zeros((28, 28, 3), np.uint8), IMAGE_MARK, 1),
+        (np.int64(3), "np.int64(3)", 0),
+    ],
+)
+def test_whatever_an_environment_shows_is_what_the_student_reads(
+    chat: ChatRenderer,
+    make_runner: Any,
+    scripted: ScriptedPolicy,
+    shown: Any,
+    text: str,
+    pictures: int,
+) -> None:
+    behaviour = Behaviour(change=lambda index, at, observation: shown if at == 1 else observation)
+    (trajectory,) = make_runner(behaviour).run(scripted, specs(1), T1, (1,))
+    check_trajectory(chat, trajectory)
+    assert trajectory.turns[0].observation == text
+    assert len(trajectory.images) == 1 + pictures  # the first turn has one
+
+
+@pytest.mark.parametrize(
+    ("info", "rewards", "success"),
+    [
+        ({}, [0.5, -0.25], True),  # their sum counts, not the last one
+        ({}, [-0.5, 0.25], False),
+        ({"success": False}, [1.0, 1.0], False),
+        ({"is_success": np.True_}, [0.0, 0.0], True),
+        ({"success": None}, [0.0, 1.0], True),
+    ],
+)
+def test_success_is_what_the_environment_says(
+    chat: ChatRenderer,
+    vision: VisionProcessor,
+    scripted: ScriptedPolicy,
+    info: dict[str, Any],
+    rewards: list[float],
+    success: bool,
+) -> None:
+    class Words(gymnasium.Env[Any, str]):
+        """A game in words that knows nothing of this project."""
+
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            self.turn = 0
+            return "Begin.", {}
+
+        def step(self, action: str) -> Any:
+            self.turn += 1
+            end = self.turn == len(rewards)
+            return "Go on.", rewards[self.turn - 1], end, False, info if end else {}
+
+    runner = RolloutRunner(
+        Words,
+        chat,
+        None,
+        prompt_pixels=PROMPT_PIXELS,
+        observation_pixels=OBSERVATION_PIXELS,
+        limits=RolloutLimits(),
+    )
+    (trajectory,) = runner.run(scripted, specs(1), T1, (1,))
+    assert (trajectory.reward, trajectory.success) == (sum(rewards), success)
+    assert [turn.observation for turn in trajectory.turns] == ["Go on.", "Go on."]
 
 
 # Order, groups, determinism

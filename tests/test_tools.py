@@ -959,3 +959,56 @@ def test_nothing_but_a_result_leaves_a_call(
         assert record.error is not None
         assert result.text == "Execution error:\n" + record.error.replace(IMAGE_MARK, " ")
     assert len(pictures.images) == 3
+
+
+# Tools that bring their schema
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "side": {"enum": ["left", "right"]},
+        "at": {"type": "array", "items": {"type": "number", "minimum": 0}, "maxItems": 2},
+        "deep": {"$ref": "#/$defs/pair"},
+    },
+    "required": ["side"],
+    "additionalProperties": False,
+    "$defs": {"pair": {"type": "object", "required": ["x"]}},
+}
+
+
+def take(state: EpisodeState, **arguments: Any) -> ToolResult:
+    return ToolResult(json.dumps(arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"side": "left", "at": [1, 2.5], "deep": {"x": 1, "y": [2]}}, None),
+        ({}, "'side' is a required property"),
+        ({"side": "up"}, "'side': 'up' is not one of ['left', 'right']"),
+        ({"side": "left", "at": [1, -1]}, "'at[1]': -1 is less than the minimum of 0"),
+        ({"side": "left", "at": [1, True]}, "'at[1]': True is not of type 'number'"),
+        ({"side": "left", "deep": {}}, "'deep': 'x' is a required property"),
+        ({"side": "left", "more": 1}, "Additional properties are not allowed ('more' was"),
+        ([1], "The arguments must be a JSON object, got [1]."),
+        ({"side": "x" * 9000}, "..."),
+    ],
+)
+def test_calls_are_checked_against_a_schema_that_the_tool_brings(
+    arguments: Any, message: str | None
+) -> None:
+    made = Tool("take", take, "Takes.", input_schema=SCHEMA)
+    assert made.schema()["function"]["parameters"] == SCHEMA
+    done, result = made.call(state_of(), arguments)
+    assert done.ok is (message is None)
+    if message is None:
+        assert json.loads(result.text) == arguments
+    else:
+        assert message in str(done.error)
+        assert len(str(done.error)) < 600
+
+
+def test_a_reference_to_another_document_is_not_fetched() -> None:
+    made = Tool("take", take, "Takes.", input_schema={"$ref": "http://127.0.0.1:9/schema.json"})
+    done, _ = made.call(state_of(), {})
+    assert done.error == "The tool take failed: _WrappedReferencingError."

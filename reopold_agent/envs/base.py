@@ -7,9 +7,11 @@ tool call gets an error message and the episode continues.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import gymnasium
@@ -45,19 +47,22 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     """A multi-turn environment with tools.
 
     An action is an assistant's turn as text. It calls one tool (``<tool_call>`` with a JSON
-    object), or it is the answer. An answer ends the episode as ``terminated``, a budget as
-    ``truncated``.
+    object), or it is the answer. An answer, or a tool that says so (`ToolResult.done`), ends the
+    episode as ``terminated``, a budget as ``truncated``. A call in the last turn is run: it may be
+    the one that succeeds.
 
     ``reset`` takes ``options``: ``task`` (a `Task`), or ``split`` ("train" or "eval", default
     "train") and ``index``; without ``task`` and ``index``, the seed picks a task. Its info holds
     ``task_id``, ``system_prompt`` and, for a task with earlier turns, ``history``: a list of
     (role, observation). The info of ``step`` holds ``tool_call`` (`ToolCall` or None)
-    and, at the end, ``success``, ``answer``, and ``time_limit`` if that ended the episode.
+    and, at the end, ``success``, ``answer`` (None unless the student gave one), and ``time_limit``
+    if that ended the episode.
 
     Args:
         tools: tools that the student may call, in the order shown; None for the class's default.
         tool_options: per tool (by name or alias), settings that it finds in ``state.options``.
-        max_turns: assistant turns; a tool call in the last one truncates the episode.
+        max_turns: assistant turns; a tool call in the last one truncates the episode, unless the
+            tool ends it.
         max_response_tokens: budget for all text after the prompt, counted by ``count_tokens``
             without pictures. (Rollouts have an exact budget in token ids.)
         count_tokens: number of tokens of a text.
@@ -190,10 +195,34 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         own: str | None = task.metadata.get("system_message")
         return None if self._system_message is not None or "<tools>" in (own or "") else own
 
-    def reward(self, task: Task, answer: str) -> tuple[float, bool]:
-        """Returns the outcome reward of an answer and its success: here 1 or 0, by the judge."""
+    def begin(self, task: Task, state: EpisodeState) -> None:
+        """Prepares an episode, before its first observation; here it does nothing.
+
+        What the tools change in the course of the episode belongs in ``state.extra``.
+        """
+
+    def reward(self, task: Task, answer: str, *args: Any, **kwargs: Any) -> tuple[float, bool]:
+        """Returns the reward at the end of an episode, and its success: here 1 or 0, by the judge.
+
+        Subclasses define ``reward(self, task, answer)``, where the answer decides, or
+        ``reward(self, task, answer, state)``, where the state does. (Any further arguments are in
+        the signature so that type checkers accept both.)
+
+        Args:
+            task: the question.
+            answer: the student's last turn; empty if a tool ended the episode.
+            *args: the `EpisodeState`, with what the tools noted in ``extra``.
+            **kwargs: not used.
+        """
         correct = self._judge.grade(answer, task.answers).correct
         return float(correct), correct
+
+    def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:
+        """Returns reward and success of an episode that a budget ends: here 0 and no success.
+
+        Budgets are turns, tokens and the time of tools, of the environment or of its caller.
+        """
+        return 0.0, False
 
     # Gymnasium
 
@@ -224,6 +253,14 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         """Ends the episode, if one is running, and lets go of its pictures."""
         self._state = None
 
+    def truncate(self) -> tuple[float, bool]:
+        """Ends the running episode at a budget of the caller; returns its reward and success."""
+        if self._state is None:
+            raise gymnasium.error.ResetNeeded("call reset before truncate")
+        outcome = _outcome(self.truncation_reward(self._state.task, self._state))
+        self.end_episode()
+        return outcome
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:
@@ -245,6 +282,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         self._turns = self._tokens = 0
         self._seconds_left = self._tool_seconds
         self._last_shown = []
+        self.begin(task, self._state)
         shown = [_smaller(image, side) for image in images]
         texts = [*(text for _, text in task.history), self.question(task)]
         if not images or sum(text.count(IMAGE_MARK) for text in texts) != len(images):
@@ -265,26 +303,30 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
     def step(self, action: str) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Takes one assistant turn; the class documents ``info``."""
-        if self._state is None:
+        state = self._state
+        if state is None:
             raise gymnasium.error.ResetNeeded("call reset before step")
         self._turns += 1
         self._tokens += self._count(action)
         if self._over_budget():
             return self._cut_off({"tool_call": None})
-        call, result = self._run_call(action, self._state)
-        if result is None and call is None:
-            return self._answer(action, self._state)
+        done = self._run_call(action, state)
+        if done is None:
+            return self._end({"tool_call": None, "answer": action}, self._verdict(action, state))
+        call, result = done
         info: dict[str, Any] = {"tool_call": call}
-        if result is None:
-            return self._cut_off(info)
-        if self._seconds_left <= 0:
-            info["time_limit"] = True
-            return self._cut_off(info)
+        if result.done:
+            return self._end({**info, "answer": None}, self._decided(result, state), result)
         self._tokens += self._count(result.text)
+        reward = float(result.reward or 0.0)
+        if self._turns >= self._max_turns:
+            return self._cut_off(info, reward)
+        if self._seconds_left <= 0:
+            return self._cut_off({**info, "time_limit": True}, reward)
         if self._over_budget():
-            return self._cut_off(info)
-        self._state.images.extend(result.images)
-        return self._observe(result.text, result.images), 0.0, False, False, info
+            return self._cut_off(info, reward)
+        state.images.extend(result.images)
+        return self._observe(result.text, result.images), reward, False, False, info
 
     def render(self) -> Any:
         """Returns the last shown pictures side by side: (height, width, 3) uint8.
@@ -305,24 +347,15 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
     # Parts of a step
 
-    def _run_call(
-        self, text: str, state: EpisodeState
-    ) -> tuple[ToolCall | None, ToolResult | None]:
-        """Returns the turn's call and its result.
-
-        Both are None if the turn has no call; the result is None if the turn was the last.
-        """
+    def _run_call(self, text: str, state: EpisodeState) -> tuple[ToolCall, ToolResult] | None:
+        """Returns the turn's call and its result; None if the turn has no call."""
         try:
             parsed = find_tool_call(text, self._policy)
         except ToolError as error:
-            call = ToolCall("", {}, False, str(error))
-            return call, None if self._turns >= self._max_turns else failure(str(error))
+            return ToolCall("", {}, False, str(error)), failure(str(error))
         if parsed is None:
-            return None, None
+            return None
         shown = parsed.arguments if isinstance(parsed.arguments, Mapping) else {}
-        if self._turns >= self._max_turns:
-            reason = "The last turn must answer; the tool was not run."
-            return ToolCall(shorten(parsed.name), shown, False, reason), None
         # The shown name of one tool takes precedence over an alias of another.
         byname = sorted(self.tools, key=lambda tool: tool.name != parsed.name)
         tool = next((tool for tool in byname if tool.answers_to(parsed.name)), None)
@@ -334,32 +367,43 @@ class ToolEnv(gymnasium.Env[Observation, str]):
             state, parsed.arguments, seconds=self._seconds_left, run=self._runners[tool.name]
         )
         self._seconds_left -= call.seconds
-        if len(result.images) > self._max_pictures:
+        if len(result.images) > self._max_pictures and not result.done:
             reason = (
                 f"The result has {len(result.images)} images; {self._max_pictures} can be shown."
             )
             return replace(call, ok=False, error=reason), failure(reason)
         return call, result
 
-    def _answer(
-        self, text: str, state: EpisodeState
+    def _verdict(self, answer: str, state: EpisodeState) -> tuple[float, bool]:
+        # The state is passed by position: its parameter may have any name.
+        states = (state,) if _takes_state(type(self).reward) else ()
+        return _outcome(self.reward(state.task, answer, *states))
+
+    def _decided(self, result: ToolResult, state: EpisodeState) -> tuple[float, bool]:
+        """Returns reward and success of an episode that a tool ends."""
+        if result.reward is None:
+            return self._verdict("", state)
+        success = result.reward > 0 if result.success is None else result.success
+        return _outcome((result.reward, success))
+
+    def _end(
+        self, info: dict[str, Any], outcome: tuple[float, bool], result: ToolResult | None = None
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        reward, success = self.reward(state.task, text)
-        info = {"tool_call": None, "success": success, "answer": text}
+        reward, success = outcome
         self.end_episode()
-        return Observation(text="", images=()), reward, True, False, info
+        last = Observation(text="", images=())
+        if result is not None:  # a game's last picture, say
+            fits = len(result.images) <= self._max_pictures
+            text = result.text if fits else result.text.replace(IMAGE_MARK, " ")
+            last = self._observe(text, result.images if fits else ())
+        return last, reward, True, False, {**info, "success": success}
 
     def _cut_off(
-        self, info: dict[str, Any]
+        self, info: dict[str, Any], reward: float = 0.0
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        self.end_episode()
-        return (
-            Observation(text="", images=()),
-            0.0,
-            False,
-            True,
-            {**info, "success": False, "answer": None},
-        )
+        last, success = self.truncate()
+        info = {**info, "success": success, "answer": None}
+        return Observation(text="", images=()), reward + last, False, True, info
 
     def _observe(self, text: str, images: Sequence[Image.Image]) -> Observation:
         if len(images) > self._max_pictures:
@@ -410,6 +454,15 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         return tasks[int(index)]
 
 
+def truncate_episode(env: gymnasium.Env[Any, Any]) -> tuple[float, bool]:
+    """Ends an episode at a budget of its caller; returns the reward for that and the success.
+
+    Environments that are no `ToolEnv` are not asked: 0 and no success.
+    """
+    inner = env.unwrapped
+    return inner.truncate() if isinstance(inner, ToolEnv) else (0.0, False)
+
+
 def show_as(env: gymnasium.Env[Any, Any], sizes: ShownSizes) -> None:
     """Tells an environment how pictures are resized for the model, from its next episode on.
 
@@ -425,6 +478,29 @@ def end_episode(env: gymnasium.Env[Any, Any]) -> None:
     inner = env.unwrapped
     if isinstance(inner, ToolEnv):
         inner.end_episode()
+
+
+@lru_cache(maxsize=256)
+def _takes_state(function: Callable[..., Any]) -> bool:
+    """Whether an environment's ``reward`` takes the state besides itself, task and answer."""
+    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Parameter.VAR_POSITIONAL in kinds or sum(k in positional for k in kinds) > 3
+
+
+def _outcome(given: Any) -> tuple[float, bool]:
+    """Returns the reward and success that an environment's hook returned.
+
+    Raises:
+        ValueError: they are no number and truth value.
+    """
+    try:
+        reward, success = given
+        return float(reward), bool(success)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"reward must return (number, whether it is a success), got {given!r}"
+        ) from None
 
 
 def _choose(choice: ToolChoice) -> Tool:

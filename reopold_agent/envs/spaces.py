@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
-from reopold_agent.types import IMAGE_MARK, PixelArray
+from reopold_agent.types import IMAGE_MARK, Observation, PixelArray
 
 Part: TypeAlias = "str | PixelArray"
 
@@ -117,27 +117,62 @@ class Pictures(spaces.Space[tuple[PixelArray, ...]]):
         return f"Pictures({self.max_count}, max_side={self.max_side})"
 
 
-def parts_of(observation: Any) -> list[Part]:
-    """Returns text and pictures of an observation in reading order.
+def as_observation(value: Any) -> Observation:
+    """Returns what any environment shows as this project's `Observation`.
 
     Args:
-        observation: a `reopold_agent.types.Observation`, or that of another Gymnasium environment:
-            a text, a picture, or any other value, which is shown as its ``repr``.
+        value: an `Observation`, with or without ``images`` and marks for them, or what another
+            Gymnasium environment shows: a text, a picture, or any other value, which is shown as
+            its ``repr``.
+
+    Raises:
+        ValueError: nothing, or a text or pictures that are none, or more marks than pictures.
     """
-    if isinstance(observation, Mapping) and isinstance(observation.get("text"), str):
-        images = [np.asarray(image) for image in observation.get("images", ())]
-        parts: list[Part] = []
-        for position, text in enumerate(observation["text"].split(IMAGE_MARK)):
-            if position and images:
-                parts.append(images.pop(0))
-            if text:
-                parts.append(text)
-        return [*parts, *images]  # pictures without a mark come last
-    if isinstance(observation, str):
-        return [observation] if observation else []
-    if _is_picture(observation):
-        return [observation]
-    return [repr(observation)]
+    if value is None:
+        raise ValueError("an observation is None")
+    if isinstance(value, Mapping) and "text" in value:
+        text, images = value["text"], tuple(value.get("images", ()))
+        if not isinstance(text, str) or not all(map(_is_picture, images)):
+            raise ValueError(
+                "an observation's text must be a string, and its images arrays of the shape "
+                "(height, width, 3), uint8"
+            )
+        missing = len(images) - text.count(IMAGE_MARK)
+        if missing < 0:
+            raise ValueError(
+                f"an observation has {len(images)} images but {len(images) - missing} image marks "
+                "(U+FFFC) in its text"
+            )
+        return Observation(text=text + IMAGE_MARK * missing, images=images)
+    if _is_picture(value):
+        return Observation(text=IMAGE_MARK, images=(value,))
+    text = value if isinstance(value, str) else repr(value)
+    return Observation(text=text.replace(IMAGE_MARK, " "), images=())
+
+
+def parts_of(observation: Any) -> list[Part]:
+    """Returns text and pictures of an observation, as `as_observation` takes it, in order."""
+    shown = as_observation(observation)
+    parts: list[Part] = []
+    images = iter(shown["images"])
+    for position, text in enumerate(shown["text"].split(IMAGE_MARK)):
+        if position:
+            parts.append(np.asarray(next(images)))
+        if text:
+            parts.append(text)
+    return parts
+
+
+def succeeded(info: Mapping[str, Any], total: float) -> bool:
+    """Whether an episode succeeded.
+
+    Args:
+        info: of its last step. The environment's own word counts: ``success``, or ``is_success``
+            as in Gymnasium-Robotics.
+        total: sum of its rewards; without such a word, more than 0 is a success.
+    """
+    given = info.get("success", info.get("is_success"))
+    return total > 0 if given is None else bool(given)
 
 
 def _is_picture(value: Any) -> bool:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
-from reopold_agent.envs.base import ToolEnv
+from reopold_agent.envs.base import ToolEnv, truncate_episode
 from reopold_agent.envs.from_config import num_tasks
 from reopold_agent.envs.registration import task_seed
-from reopold_agent.envs.spaces import Part, parts_of
+from reopold_agent.envs.spaces import Part, as_observation, parts_of, succeeded
 from reopold_agent.errors import ReopoldError
 from reopold_agent.play.calls import BadWordsError, call_text, usage
 from reopold_agent.play.lines import Lines
@@ -181,6 +181,7 @@ class Game:
             observation, info = self._env.reset(
                 seed=seed, options={"split": self._rules.split, "index": index}
             )
+            observation = as_observation(observation)
         except Exception as error:  # of a third party: only this episode is lost
             if first and isinstance(error, ReopoldError):
                 raise
@@ -218,6 +219,7 @@ class Game:
         self._count(lambda budget: budget.turn(text))
         try:
             observation, reward, terminated, truncated, info = self._env.step(text)
+            observation = as_observation(observation)
         except Exception as error:  # as above
             self._failed("step", error)
             self._end(episode, StopReason.ENV_ERROR)
@@ -226,17 +228,30 @@ class Game:
         ended = bool(terminated or truncated)
         self._tell_call(info.get("tool_call"), ended)
         if ended:
-            episode.success = bool(info.get("success", float(reward) > 0))
+            episode.success = succeeded(info, episode.reward)
+            if observation["text"]:
+                self._show(observation)
             late = StopReason.TIME_LIMIT if info.get("time_limit") else StopReason.MAX_TURNS
             self._end(episode, StopReason.ANSWER if terminated else late)
             return
         self._show(observation)
         if episode.said >= self._rules.max_turns:
-            self._end(episode, StopReason.MAX_TURNS)
+            self._truncate(episode, StopReason.MAX_TURNS)
             return
         self._count(lambda budget: budget.answer(observation))
         if self._budget is not None and not self._budget.fits:
-            self._end(episode, StopReason.MAX_TOKENS)
+            self._truncate(episode, StopReason.MAX_TOKENS)
+
+    def _truncate(self, episode: Episode, stop: StopReason) -> None:
+        """Ends an episode at a budget that its environment does not know."""
+        try:
+            reward, episode.success = truncate_episode(self._env)
+        except Exception as error:  # as above
+            self._failed("truncation_reward", error)
+            self._end(episode, StopReason.ENV_ERROR)
+            return
+        episode.reward += reward
+        self._end(episode, stop)
 
     def _end(self, episode: Episode, stop: StopReason) -> None:
         episode.stop = stop

@@ -19,8 +19,9 @@ import gymnasium
 import numpy as np
 
 from reopold_agent.common.pixels import PixelLimits, ShownSizes
-from reopold_agent.envs.base import ToolEnv, end_episode, show_as
+from reopold_agent.envs.base import ToolEnv, end_episode, show_as, truncate_episode
 from reopold_agent.envs.registration import task_seed
+from reopold_agent.envs.spaces import as_observation, succeeded
 from reopold_agent.errors import ModelError
 from reopold_agent.policies.base import Generator, Policy, RunsBeside
 from reopold_agent.policies.vision import VisionProcessor
@@ -304,15 +305,17 @@ class RolloutRunner:
         if not episode.turns:
             observation, info = outcome.value
             episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
-            self._add_prompt(episode, observation, info)
+            self._add_prompt(episode, as_observation(observation), info)
             return True
         observation, reward, terminated, truncated, info = outcome.value
+        observation = as_observation(observation)
         turn = episode.turns[-1]
         call = info.get("tool_call")
         turn.tool_call = call if isinstance(call, ToolCall) else None
         episode.reward += float(reward)
+        turn.observation = observation["text"]
         if terminated or truncated:
-            episode.success = bool(info.get("success", reward > 0))
+            episode.success = succeeded(info, episode.reward)
             episode.info = {k: info[k] for k in ("answer", "success") if k in info}
             if terminated:
                 # A turn cut by the budget is graded, but it does not count as an answer.
@@ -323,7 +326,6 @@ class RolloutRunner:
             else:
                 episode.stop = StopReason.MAX_TURNS
             return False
-        turn.observation = observation["text"]
         return self._add_observation(episode, observation)
 
     @staticmethod
@@ -357,10 +359,20 @@ class RolloutRunner:
         episode.images += images
         episode.prompt_length = len(ids)
 
+    def _truncate(self, episode: _Episode, stop: StopReason) -> bool:
+        """Ends an episode at a budget that its environment does not know."""
+        episode.worker.call(truncate_episode)
+        outcome = episode.worker.result(self.limits.env_seconds)
+        if outcome.error is not None:
+            return self._fail_env(episode, outcome.error)
+        reward, episode.success = outcome.value
+        episode.reward += reward
+        episode.stop = stop
+        return False
+
     def _add_observation(self, episode: _Episode, observation: Observation) -> bool:
         if len(episode.turns) >= self.limits.max_turns:
-            episode.stop = StopReason.MAX_TURNS
-            return False
+            return self._truncate(episode, StopReason.MAX_TURNS)
         images = self._encode(observation, self.observation_pixels)
         message = observation_message(observation, images)
         ids, images = self.chat.continuation(message, episode.ids[-1])
@@ -368,8 +380,7 @@ class RolloutRunner:
         # An observation is added as a whole or not at all, so that no image is cut, and it must
         # leave room for at least one token of the student.
         if used + len(ids) + 1 > self.limits.max_response_tokens:
-            episode.stop = StopReason.MAX_TOKENS
-            return False
+            return self._truncate(episode, StopReason.MAX_TOKENS)
         episode.append(ids)
         episode.images += images
         return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,12 @@ from reopold_agent.errors import (
     ToolTimeoutError,
 )
 from reopold_agent.registry import Registry
-from reopold_agent.tools.schema import check_arguments, parameters_schema, shorten
+from reopold_agent.tools.schema import (
+    check_arguments,
+    check_by_schema,
+    parameters_schema,
+    shorten,
+)
 from reopold_agent.types import IMAGE_MARK, Region, Task, ToolCall
 
 _log = logging.getLogger(__name__)
@@ -95,22 +101,36 @@ class EpisodeState:
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What the model sees: text with one `IMAGE_MARK` per picture, and the pictures.
+    """What the model sees, and what the call did to the episode.
 
     Attributes:
+        text: for the model, with one `IMAGE_MARK` per picture.
+        images: the pictures.
         regions: which parts of earlier pictures these show, for the viewer; optional.
+        done: whether the call ends the episode.
+        reward: reward of this step. A call that ends the episode without one leaves the verdict to
+            the environment (`ToolEnv.reward`).
+        success: verdict of a call that ends the episode with a reward; None for ``reward > 0``.
 
     Raises:
-        ToolResultError: the text is not a string, or marks and pictures differ in number.
+        ToolResultError: the text is not a string, marks and pictures differ in number, the reward
+            is no finite number, or there is a verdict on an episode that goes on.
     """
 
     text: str
     images: tuple[Image.Image, ...] = ()
     regions: tuple[Region, ...] = ()
+    done: bool = False
+    reward: float | None = None
+    success: bool | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
             raise ToolResultError(f"its text is of type {type(self.text).__name__}")
+        if self.reward is not None and not _is_finite(self.reward):
+            raise ToolResultError(f"its reward is {self.reward!r}, not a finite number")
+        if self.success is not None and (self.reward is None or not self.done):
+            raise ToolResultError("it has a verdict (success) without done=True and a reward")
         marks = self.text.count(IMAGE_MARK)
         if marks != len(self.images):
             raise ToolResultError(f"{marks} image marks in its text, but {len(self.images)} images")
@@ -148,6 +168,8 @@ class Tool:
         timeout_s: wall-clock limit of one call, seconds.
         shown_parameters: JSON schema of the arguments for the model if it differs from the one
             made from the signature. Calls are always checked against the signature.
+        input_schema: JSON schema of the arguments, for a function whose signature does not tell
+            them (``**arguments``); calls are checked against it.
         inline: whether it may run on the caller's thread, which is faster but enforces no time
             limit: for a tool whose work is bounded by the size of the episode's pictures.
         original_words: for a tool with the option ``sizes`` (``shown`` or ``original``): by
@@ -162,6 +184,7 @@ class Tool:
     aliases: tuple[str, ...] = ()
     timeout_s: float = 20.0
     shown_parameters: Mapping[str, Any] | None = None
+    input_schema: Mapping[str, Any] | None = None
     inline: bool = False
     original_words: Mapping[str, str] | None = None
 
@@ -198,7 +221,7 @@ class Tool:
         if description is not None:
             shown = replace(shown, description=description)
         if parameters is not None:
-            ours = set(parameters_schema(self.function)["properties"])
+            ours = set(self.parameters().get("properties", {}))
             theirs = set(parameters.get("properties", {}))
             if ours != theirs:
                 raise ConfigError(
@@ -221,10 +244,16 @@ class Tool:
             raise ConfigError(f"tool '{self.name}': sizes must be shown or original, got '{sizes}'")
         if sizes == "shown" or not self.needs_sizes:
             return self
-        parameters = parameters_schema(self.function)
+        parameters = self.parameters()
         for argument, words in self.original_words.items():
             parameters["properties"][argument]["description"] = words
         return replace(self, shown_parameters=parameters)
+
+    def parameters(self) -> dict[str, Any]:
+        """Returns the JSON schema that calls are checked against."""
+        if self.input_schema is not None:
+            return dict(self.input_schema)
+        return parameters_schema(self.function)
 
     def schema(self) -> dict[str, Any]:
         """Returns the JSON schema for the system message (OpenAI's and Qwen's form)."""
@@ -233,7 +262,7 @@ class Tool:
             "function": {
                 "name": self.name,
                 "description": self.description,
-                "parameters": self.shown_parameters or parameters_schema(self.function),
+                "parameters": self.shown_parameters or self.parameters(),
             },
         }
 
@@ -261,7 +290,10 @@ class Tool:
         started = time.perf_counter()
         shown: Mapping[str, Any] = arguments if isinstance(arguments, Mapping) else {}
         try:
-            given = check_arguments(self.function, arguments)
+            if self.input_schema is None:
+                given = check_arguments(self.function, arguments)
+            else:
+                given = check_by_schema(self.input_schema, arguments)
             result = (run or on_thread)(self, state, given, limit)
         except ToolError as error:
             message = message_of(error)
@@ -343,6 +375,13 @@ def checked(result: object) -> ToolResult:
     if len(regions) > MAX_PICTURES or not all(isinstance(each, Region) for each in regions):
         raise ToolResultError("it returned invalid regions")
     return replace(result, regions=regions)
+
+
+def _is_finite(value: object) -> bool:
+    try:
+        return math.isfinite(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
 
 
 def _named(value: object) -> str:

@@ -260,7 +260,12 @@ def _result(
         images = _pictures(as_list(message.get("known")), images, state)
     except WireError as error:
         raise ToolProcessError(f"its process sent no result ({error})") from error
-    return checked(ToolResult(text, images, regions))
+    done, reward, success = (message.get(name) for name in ("done", "reward", "success"))
+    return checked(
+        ToolResult(
+            text, images, regions, bool(done), reward, success if success is None else bool(success)
+        )
+    )
 
 
 def _pictures(

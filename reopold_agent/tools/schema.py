@@ -1,7 +1,8 @@
 """Makes a JSON schema from a typed signature, and checks a model's arguments against it.
 
 Both use the same annotations, so the schema and the accepted values cannot differ. The check is
-strict on purpose: a boolean is not a number, a string is not a list, and NaN is refused.
+strict on purpose: a boolean is not a number, a string is not a list, and NaN is refused. A tool
+that brings its schema (a server's, an action space's) is checked against that.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+from referencing import Registry
 
 from reopold_agent.errors import ConfigError, ToolError
 
@@ -58,6 +63,24 @@ def check_arguments(function: Callable[..., Any], arguments: object) -> dict[str
         elif parameter.default is inspect.Parameter.empty:
             raise ToolError(f"The argument '{name}' is missing.")
     return checked
+
+
+def check_by_schema(schema: Mapping[str, Any], arguments: object) -> dict[str, Any]:
+    """Checks the arguments of a call against a JSON schema (draft 2020-12).
+
+    Raises:
+        ToolError: an argument is wrong; the message says for the model what is expected.
+    """
+    if not isinstance(arguments, Mapping):
+        raise ToolError(f"The arguments must be a JSON object, got {as_json(arguments)}.")
+    # An empty registry: references to other documents are not fetched.
+    checker = Draft202012Validator(schema, registry=Registry())
+    error = best_match(checker.iter_errors(arguments))
+    if error is not None:
+        place = error.json_path.removeprefix("$").removeprefix(".")
+        where = f"'{shorten(place)}': " if place else ""
+        raise ToolError(f"{where}{shorten(error.message, 400)}.")
+    return dict(arguments)
 
 
 def as_json(value: object) -> str:

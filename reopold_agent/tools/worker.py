@@ -187,6 +187,9 @@ def _run(
             "text": result.text,
             "known": [numbers.get(id(image), 0) for image in result.images],
             "regions": [[r.image, *map(float, r.box)] for r in result.regions],
+            "done": bool(result.done),
+            "reward": None if result.reward is None else float(result.reward),
+            "success": None if result.success is None else bool(result.success),
         }
         pictures = tuple(image for image in result.images if id(image) not in numbers)
     except ToolError as error:

@@ -1,0 +1,232 @@
+"""Environments whose verdict comes from what the tools did, not from the last answer's text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_envs import call
+from test_rollout import ScriptedPolicy, specs
+
+from reopold_agent.common.pixels import PixelLimits
+from reopold_agent.envs.base import ToolEnv
+from reopold_agent.errors import ToolResultError
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
+from reopold_agent.tools import EpisodeState, Isolation, Tool, ToolResult
+from reopold_agent.types import IMAGE_MARK, Sampling, StopReason, Task, TaskSource
+
+PIXELS = PixelLimits(56 * 56, 56 * 56)
+
+
+def step_on(state: EpisodeState, by: int) -> ToolResult:
+    """Moves by so many fields; the goal is at 3."""
+    state.extra["at"] += by
+    won = state.extra["at"] == 3
+    return ToolResult(f"You are at {state.extra['at']}.", done=won, reward=1.0 if won else -0.1)
+
+
+def stop_here(state: EpisodeState) -> ToolResult:
+    """Ends the game and leaves the verdict to the environment."""
+    return ToolResult("You stop.", done=True)
+
+
+TOOLS_OF_WALK = [Tool("move", step_on, "Moves."), Tool("stop", stop_here, "Stops.")]
+
+
+class Walk(ToolEnv):
+    """A walk on a line from 0 to 3."""
+
+    default_guideline: ClassVar[str] = ""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"tools": TOOLS_OF_WALK, **settings})
+
+    def load_tasks(self, split: str, **source: Any) -> TaskSource:
+        return [Task("walk", "Walk to 3.", ("3",))]
+
+    def begin(self, task: Task, state: EpisodeState) -> None:
+        state.extra["at"] = 0
+
+    def reward(self, task: Task, answer: str, state: EpisodeState) -> tuple[float, bool]:
+        near = state.extra["at"] == 2
+        return 0.5, near
+
+    def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:
+        return -float(state.extra["at"]), state.extra["at"] == 1
+
+
+def walk(**settings: Any) -> Walk:
+    env = Walk(**settings)
+    env.reset(seed=0)
+    return env
+
+
+def move(by: int) -> str:
+    return call("move", {"by": by})
+
+
+def test_a_tool_gives_rewards_and_ends_the_episode() -> None:
+    env = walk()
+    observation, reward, terminated, truncated, info = env.step(move(1))
+    assert (observation["text"], reward, terminated, truncated) == (
+        "You are at 1.",
+        -0.1,
+        False,
+        False,
+    )
+    observation, reward, terminated, truncated, info = env.step(move(2))
+    assert (reward, terminated, truncated) == (1.0, True, False)
+    assert (info["success"], info["answer"], info["tool_call"].ok) == (True, None, True)
+    assert observation["text"] == "You are at 3."  # viewers show the end
+    assert env.episode is None
+
+
+def test_the_winning_call_in_the_last_turn_counts() -> None:
+    assert walk(max_turns=1).step(move(3))[1:4] == (1.0, True, False)
+
+
+@pytest.mark.parametrize(("at", "success"), [(2, True), (1, False)])
+@pytest.mark.parametrize("last", [call("stop"), "I am done."])
+def test_the_state_decides_whether_a_tool_or_an_answer_ended_it(
+    at: int, success: bool, last: str
+) -> None:
+    env = walk()
+    env.step(move(at))
+    _, reward, terminated, _, info = env.step(last)
+    assert (reward, terminated, info["success"]) == (0.5, True, success)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_tools_own_verdict_comes_first(given: bool) -> None:
+    def end(state: EpisodeState) -> ToolResult:
+        return ToolResult("over", done=True, reward=-1.0, success=given)
+
+    env = walk(tools=[Tool("end", end, "Ends.")])
+    _, reward, terminated, _, info = env.step(call("end"))
+    assert (reward, terminated, info["success"]) == (-1.0, True, given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "turns"),
+    [
+        ({"max_turns": 2}, [move(1), call("nothing")]),
+        ({"max_turns": 2}, [move(1), "<tool_call>"]),
+        ({"max_response_tokens": 12, "count_tokens": lambda t: t.count(" ")}, [move(1), " " * 20]),
+    ],
+)
+def test_the_hook_at_truncation(settings: dict[str, Any], turns: list[str]) -> None:
+    env = walk(**settings)
+    for turn in turns:
+        _, reward, terminated, truncated, info = env.step(turn)
+    assert (reward, terminated, truncated, info["success"]) == (-1.0, False, True, True)
+
+
+def test_the_last_steps_reward_and_the_truncations_are_added() -> None:
+    env = walk(max_turns=1)
+    _, reward, _, truncated, info = env.step(move(2))
+    assert (reward, truncated, info["success"]) == (-0.1 - 2.0, True, False)
+
+
+def test_rewards_with_two_arguments_keep_working() -> None:
+    class Old(Walk):
+        def reward(self, task: Task, answer: str) -> tuple[float, bool]:  # type: ignore[override]
+            graded, right = super(Walk, self).reward(task, answer)  # as it was called before
+            return 2 * graded, right
+
+    env = Old()
+    env.reset(seed=0)
+    assert env.step("\\boxed{3}")[1:3] == (2.0, True)
+
+
+def test_a_verdict_that_is_none_is_the_developers_error() -> None:
+    class Wrong(Walk):
+        def reward(self, task: Task, answer: str, state: EpisodeState) -> Any:
+            return 1.0
+
+    env = Wrong()
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"reward must return \(number, whether .* got 1.0"):
+        env.step("done")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"reward": float("nan")},
+        {"reward": "1"},
+        {"success": True},
+        {"success": True, "reward": 1.0},
+        {"success": True, "done": True},
+    ],
+)
+def test_impossible_results_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ToolResultError):
+        ToolResult("text", **values)
+
+
+def test_more_pictures_than_can_be_shown_do_not_undo_the_end() -> None:
+    def many(state: EpisodeState) -> ToolResult:
+        return ToolResult(IMAGE_MARK * 3, (Image.new("RGB", (9, 9)),) * 3, done=True, reward=1)
+
+    env = walk(tools=[Tool("many", many, "Shows.")], max_pictures=2)
+    observation, reward, terminated, _, info = env.step(call("many"))
+    assert (reward, terminated, info["success"]) == (1.0, True, True)
+    assert observation["images"] == ()
+
+
+def test_a_tool_in_a_worker_process_ends_the_episode_too() -> None:
+    env = walk(tool_isolation=Isolation(mode="process"))
+    assert env.step(move(1))[1:4] == (-0.1, False, False)
+    _, reward, terminated, _, info = env.step(move(2))
+    assert (reward, terminated, info["success"]) == (1.0, True, True)
+
+
+# In a rollout, whose budgets the environment does not know
+
+
+@pytest.mark.parametrize(
+    ("limits", "stop"),
+    [
+        ({"max_turns": 1}, StopReason.MAX_TURNS),
+        ({"max_response_tokens": 40}, StopReason.MAX_TOKENS),
+    ],
+)
+def test_the_hook_runs_when_the_rollout_ends_an_episode(
+    chat: ChatRenderer,
+    say: Callable[..., list[int]],
+    limits: dict[str, Any],
+    stop: StopReason,
+) -> None:
+    policy = ScriptedPolicy(lambda request, turn: say(move(1)))
+    runner = RolloutRunner(
+        lambda: Walk(max_turns=9),
+        chat,
+        None,
+        prompt_pixels=PIXELS,
+        observation_pixels=PIXELS,
+        limits=RolloutLimits(**limits),
+    )
+    (trajectory,) = runner.run(policy, specs(1), Sampling(), (1,))
+    moved = sum(call.ok for call in trajectory.tool_calls)
+    assert trajectory.stop_reason is stop
+    assert trajectory.reward == pytest.approx(-0.1 * moved - moved)
+    assert trajectory.success is (moved == 1)
+
+
+def test_a_trajectory_sums_rewards_and_keeps_the_end(
+    chat: ChatRenderer, say: Callable[..., list[int]]
+) -> None:
+    policy = ScriptedPolicy(lambda request, turn: say(move(1)))
+    runner = RolloutRunner(
+        Walk, chat, None, prompt_pixels=PIXELS, observation_pixels=PIXELS, limits=RolloutLimits()
+    )
+    (trajectory,) = runner.run(policy, specs(1), Sampling(), (1,))
+    assert trajectory.stop_reason is StopReason.ANSWER
+    assert trajectory.reward == pytest.approx(0.8)
+    assert trajectory.success
+    assert trajectory.turns[-1].observation == "You are at 3."
+    assert np.all(trajectory.loss_mask[trajectory.turns[-1].start :])  # the end is not rendered
