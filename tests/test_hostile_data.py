@@ -302,7 +302,8 @@ NAMES = sorted(
     {name for each in COLUMNS.values() for names in each for name in names}
     | set(re.findall(r"(?:row\.get|list_of)\((?:row, )?\"(\w+)\"",
                      (PACKAGE / "data" / "row_formats.py").read_text()))
-    | {"qid", "image", "is_video", "images", "extra_info", "options", "choices", "metadata"}
+    | {"qid", "image", "is_video", "images", "extra_info", "options", "choices", "metadata",
+       "image_2", "videos", "multi_modal_data", "system"}
 )  # fmt: skip
 
 

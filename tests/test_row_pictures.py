@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import logging
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import gymnasium
@@ -19,6 +19,8 @@ from PIL import Image
 import reopold_agent.envs  # noqa: F401  # registers the environments
 from reopold_agent.data import load_tasks
 from reopold_agent.data.export import write_verl
+from reopold_agent.data.formats import pixel_reasoner_task, verl_task
+from reopold_agent.data.pictures import PictureFolder, given_pictures, unread_columns
 from reopold_agent.errors import DataError
 from reopold_agent.types import IMAGE_MARK, Task
 
@@ -167,7 +169,7 @@ def test_content_as_parts_with_and_without_the_pictures(folder: Path) -> None:
     assert reds(task) == [2]
     with pytest.raises(DataError, match="1 pictures in the messages"):
         load(folder, "verl", row(say, own, images=["1.png", "2.png"]))
-    with pytest.raises(DataError, match="neither text nor picture: audio"):
+    with pytest.raises(DataError, match="the type 'audio', which is not read"):
         load(folder, "verl", row({"type": "audio", "audio": "a.wav"}))
 
 
@@ -242,6 +244,282 @@ def test_a_column_that_looks_like_pictures_is_reported_once(
     assert tasks.report.record()["unread_columns"] == {"screenshot": 3}
 
 
+# Wherever a row has its pictures, none is lost
+
+
+DATA = f"data:image/png;base64,{base64.b64encode(png(2)).decode()}"
+
+
+def asked(content: Any, **keys: Any) -> dict[str, Any]:
+    """Returns a row of verl with one question."""
+    message = {"role": "user", "content": content, **keys}
+    return {"prompt": [message], "reward_model": {"ground_truth": "7"}}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"extra_info": {"image": "2.png"}},
+        {"extra_info": {"img_paths": ["2.png"]}},
+        {"extra_info": {"multi_modal_data": {"image": [{"image": "2.png"}]}}},
+        {"multi_modal_data": {"image": ["2.png"]}},
+        {"multi_modal_data": {"images": [{"path": "2.png"}], "video": None}},
+        {"Image": "2.png"},
+        {"image_file": "2.png"},
+        {"image_bytes": png(2)},
+        {"decoded_image": {"bytes": png(2), "path": "x.png"}, "image": "images/x.png"},
+    ],
+)
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_usual_place_of_pictures_is_overlooked(
+    folder: Path, source: str, place: dict[str, Any]
+) -> None:
+    task = load(folder, source, {**question(source, "Is <image> red?"), **place})
+    assert (task.question, reds(task)) == (f"Is {M} red?", [2])
+
+
+def test_frames_in_multi_modal_data_are_a_video(folder: Path) -> None:
+    row = {**asked("Which?"), "multi_modal_data": {"image": [], "video": [["1.png", "3.png"]]}}
+    task = load(folder, "verl", row)
+    assert (task.is_video, reds(task)) == (True, [1, 3])
+
+
+@pytest.mark.parametrize(
+    ("columns", "order"),
+    [
+        ({"image": "3.png", "image2": "1.png"}, [3, 1]),
+        ({"image_10": "1.png", "image_2": "2.png", "image_1": "3.png", "image_3": None}, [3, 2, 1]),
+        ({"image": "3.png", "image_1": "3.png", "image_2": "1.png"}, [3, 1]),
+        ({"images": ["3.png"], "images_2": ["1.png", "2.png"]}, [3, 1, 2]),
+        ({"images": ["3.png", "1.png"], "image_1": "images/3.png", "image_2": "./1.png"}, [3, 1]),
+        ({"image": DATA, "picture": png(2)}, [2]),
+        ({"image": "2.png", "image_url": "https://host/photos/2.png?width=9"}, [2]),
+        ({"images": ["2.png"], "extra_info": {"images": [{"image": "2.png"}]}}, [2]),
+        ({"images": [{"bytes": png(2), "path": None}], "extra_info": {"image": "raw/9.png"}}, [2]),
+    ],
+)
+def test_columns_that_repeat_or_continue_another_one(
+    folder: Path, columns: dict[str, Any], order: list[int]
+) -> None:
+    for source in SOURCES:
+        assert reds(load(folder, source, {**question(source), **columns})) == order
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"images": ["1.png"], "extra_info": {"image": "2.png"}},
+         "'images' and 'extra_info.image' hold different pictures; put all of them into one"),
+        ({"image": "1.png", "image_1": "2.png"}, "'image' and 'image_1' hold different pictures"),
+        ({"image": "1.png", "images": ["1.png", "2.png"]}, "hold different pictures"),
+        ({"image": png(1), "picture": png(2)}, "hold different pictures"),
+        ({"image": "1.png", "picture": "11.png"}, "hold different pictures"),
+        ({"frames": ["1.png"], "videos": [["2.png"]]}, "hold different pictures"),
+        ({"video_1": ["1.png"], "video_2": ["2.png"]}, "2 videos in one row"),
+        ({"images": ["1.png"], "extra_info": {"video": ["2.png"]}},
+         "both pictures and a video, in 'images' and 'extra_info.video'"),
+        ({"images": ["clip.mp4"]}, "'clip.mp4' is a video file"),
+        ({"videos": [{"video": {"path": "clip.MP4"}}]}, "'clip.MP4' is a video file"),
+        ({"video_path": "clip.mp4"}, "'clip.mp4' is a video file"),
+        ({"audios": ["a.wav"]}, "'audios' would be lost"),
+        ({"images": [[[[[[[[[["1.png"]]]]]]]]]]}, "a picture must be a path or bytes, got list"),
+        ({"images": ["nan"]}, "no picture"),
+        ({"image": {"name": "1.png"}}, "a picture's object has name; it must have 'bytes'"),
+        ({"is_video": True}, "'is_video' is true, but the row has no pictures"),
+        ({"extra_info": {"is_video": "true"}}, "'is_video' is true, but the row has no pictures"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("source", SOURCES)
+def test_pictures_that_would_be_lost_are_refused(
+    folder: Path, source: str, columns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load(folder, source, {**question(source), **columns})
+
+
+def test_the_file_of_a_video_whose_frames_are_given_is_no_second_one(folder: Path) -> None:
+    row = {**asked("Which?"), "images": ["1.png", "2.png"],
+           "extra_info": {"is_video": True, "video_path": "clip.mp4"}}  # fmt: skip
+    assert reds(load(folder, "verl", row)) == [1, 2]
+    row["extra_info"]["is_video"] = False
+    with pytest.raises(DataError, match="both pictures and a video"):
+        load(folder, "verl", row)
+
+
+def test_a_message_with_pictures_of_its_own(folder: Path) -> None:
+    task = load(folder, "verl", asked("Which?", images=["2.png"]))
+    assert (task.question, reds(task)) == ("Which?", [2])
+    row = asked("After <image> comes <image>?", images=["2.png", "1.png"])
+    row["prompt"][:0] = [{"role": "user", "content": "Look.", "image": {"path": "3.png"}},
+                         {"role": "assistant", "content": "Yes."}]  # fmt: skip
+    task = load(folder, "verl", {**row, "images": ["3.png", "2.png", "1.png"]})  # they repeat
+    assert task.history[0] == ("user", f"{M}Look.")
+    assert (task.question, reds(task)) == (f"After {M} comes {M}?", [3, 2, 1])
+    task = load(folder, "verl", asked("<video>Which?", videos=[["1.png", "2.png"]]))
+    assert (task.is_video, task.question, reds(task)) == (True, "Which?", [1, 2])
+    for content, keys, message in (
+        ("<image>Which?", {"images": ["1.png", "2.png"]}, "1 picture mark in the text, but 2"),
+        ([{"type": "image", "image": "1.png"}, "?"], {"images": ["2.png"]}, "different pictures"),
+        ("Which?", {"screenshot": "1.png"}, "'screenshot' of a message is not read"),
+        ("Which?", {"audio": "a.wav"}, "'audio' of a message is not read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load(folder, "verl", asked(content, **keys))
+    row = asked("Which?")
+    row["prompt"][:0] = [{"role": "system", "content": "Look.", "images": ["1.png"]}]
+    with pytest.raises(DataError, match="only the user's messages may hold pictures"):
+        load(folder, "verl", row)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "source": {"type": "base64", "media_type": "image/png",
+                                     "data": DATA.partition(",")[2]}},
+        {"type": "image", "source": {"type": "url", "url": "2.png"}},
+        {"type": "input_image", "image_url": DATA, "detail": "high"},
+        {"type": "image_url", "image_url": {"url": DATA, "detail": "low"}},
+        {"type": "image", "image": "2.png", "min_pixels": 3136, "text": None},
+        {"type": "image", "images": ["2.png"]},
+    ],
+)  # fmt: skip
+def test_parts_as_other_programs_write_them(folder: Path, part: dict[str, Any]) -> None:
+    say = {"type": "input_text", "text": "Is"}
+    task = load(folder, "verl", asked([say, part, {"type": "text", "text": "red?"}]))
+    assert (task.question, reds(task)) == (f"Is{M}red?", [2])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "input_audio", "text": "Hear", "input_audio": {"data": "x"}},
+         "the type 'input_audio', which is not read; text, image and video are"),
+        ({"type": "file", "text": "Read"}, "the type 'file', which is not read"),
+        ({"type": "tool_result", "content": "8"}, "the type 'tool_result', which is not read"),
+        ({"type": "text", "text": "Read", "file": {"file_id": "f"}}, "'file' of a part"),
+        ({"type": "text", "text": "Look", "source": {"url": "1.png"}}, "'text' has 'source'"),
+        ({"type": "text", "text": "", "image": "1.png"}, "both text and a picture"),
+        ({"type": "image", "text": "Look"}, "both text and a picture"),
+        ({"type": "image", "source": {"type": "file", "file_id": "f"}}, "object has type, file_id"),
+        ({"type": "image", "video": ["1.png"]}, "the type 'image' has a video"),
+        ({"type": "video_url", "video_url": {"url": "a.mp4"}}, "'a.mp4' is a video file"),
+        ({"type": "video", "path": "a.mp4"}, "'a.mp4' is a video file"),
+    ],
+)  # fmt: skip
+def test_parts_that_would_be_lost_are_refused(
+    folder: Path, part: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load(folder, "verl", asked([{"type": "text", "text": "Which?"}, part]))
+
+
+def test_pictures_in_parts_and_in_columns_must_be_the_same(folder: Path) -> None:
+    def row(*values: Any, **more: Any) -> dict[str, Any]:
+        return {**asked([*({"type": "image", "image": value} for value in values), "?"]), **more}
+
+    task = load(folder, "verl", {**row("2.png", DATA), "images": ["images/2.png", DATA]})
+    assert reds(task) == [2, 2]
+    for given in (["3.png", "1.png"], ["2.png", "1.png"]):
+        with pytest.raises(DataError, match="the row's columns hold different pictures; leave"):
+            load(folder, "verl", row("1.png", "2.png", images=given))
+    with pytest.raises(DataError, match="some parts of the messages hold pictures and others mark"):
+        load(folder, "verl", row("1.png", None, images=["2.png"]))
+    films = [{"type": "video", "video": [name]} for name in ("1.png", "2.png")]
+    with pytest.raises(DataError, match="2 videos in the messages"):
+        load(folder, "verl", asked([*films, "Which?"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Is <Image> red?", f"Is {M} red?"),
+        ("Is <IMAGE_1> red?", f"Is {M} red?"),
+        ("Is <|image_pad|> red?", f"Is {M} red?"),
+        ("Is <|vision_start|><|image_pad|><|image_pad|><|vision_end|> red?", f"Is {M} red?"),
+        ("<image>What does <img> do in [image1]?", "What does <img> do in [image1]?"),
+        (r"Find $\text{image}(f)$, [1] and <b>.", r"Find $\text{image}(f)$, [1] and <b>."),
+    ],
+)
+@pytest.mark.parametrize("source", SOURCES)
+def test_marks_in_the_forms_of_other_programs(
+    folder: Path, source: str, text: str, expected: str
+) -> None:
+    task = load(folder, source, {**question(source, text), "images": ["2.png"]})
+    assert (task.question, reds(task)) == (expected, [2])
+
+
+@pytest.mark.parametrize("mark", ["<|video_pad|>", "<|vision_start|><|video_pad|><|vision_end|>"])
+def test_marks_of_videos_in_the_forms_of_other_programs(folder: Path, mark: str) -> None:
+    row = {**question("pixel_reasoner", f"After {mark} comes?"), "videos": [["1.png", "2.png"]]}
+    assert load(folder, "pixel_reasoner", row).question == f"After {M * 2} comes?"
+
+
+@pytest.mark.parametrize(
+    "mark",
+    ["<img>", '<img src="a">', "[image1]", "[Image]", "{image}", "<image_placeholder>",
+     "<ImageHere>", "<|image|>", "<|vision_start|>", "<picture 1>", "![](1.png)"],
+)  # fmt: skip
+@pytest.mark.parametrize("source", SOURCES)
+def test_what_looks_like_a_mark_is_refused_where_pictures_have_none(
+    folder: Path, source: str, mark: str
+) -> None:
+    row = question(source, f"Is {mark} red?")
+    with pytest.raises(DataError, match="in the text is no mark that is read; write <image>"):
+        load(folder, source, {**row, "images": ["2.png"]})
+    assert load(folder, source, row).question == f"Is {mark} red?"  # words, without pictures
+    if source == "verl":
+        with pytest.raises(DataError, match="in the text is no mark that is read; write <image>"):
+            load(folder, source, asked(f"Is {mark} red?", images=["2.png"]))
+
+
+@pytest.mark.parametrize("text", ["<video>Which?", "What does <video> do?", "<|video_pad|>?"])
+def test_the_mark_of_a_video_takes_no_picture(folder: Path, text: str) -> None:
+    for source in SOURCES:
+        row = {**question(source, text), "images": ["1.png"]}
+        with pytest.raises(DataError, match="the row's pictures are no video; say so with 'is_vi"):
+            load(folder, source, row)
+
+
+def test_rows_as_pandas_reads_them(folder: Path) -> None:
+    pictures = PictureFolder(folder)
+    row = {
+        "prompt": np.array(
+            [{"role": "user", "content": np.array(["Is ", "<image> red?"], object)}]
+        ),
+        "images": np.array([{"image": "2.png"}], object),
+        "extra_info": {"images": np.array(["2.png"], object)},
+        "reward_model": {"ground_truth": np.array(["7", "seven"], object)},
+    }
+    task = verl_task(row, 0, pictures)
+    assert (task.question, reds(task), task.answers) == (f"Is {M} red?", [2], ("7", "seven"))
+    film = {"question": "Which?", "answer": "7", "is_video": np.bool_(True),
+            "image": np.array(["1.png", "2.png"], object)}  # fmt: skip
+    task = pixel_reasoner_task(film, 0, pictures)
+    assert (task.is_video, reds(task)) == (True, [1, 2])
+    assert given_pictures({"images": np.array([], object)}).values == ()
+    empty = {"image": PurePosixPath("2.png"), "question": "Which?", "answer": "7"}
+    assert reds(pixel_reasoner_task(empty, 0, pictures)) == [2]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(f"a.{ending}" for ending in ("jfif", "heic", "avif", "svg", "JPEG", "mp4")),
+        "https://host/a.png?width=9#x", PurePosixPath("a.png"), np.array(["a.png"], object),
+        [None, "a.png"], {"name": "a.png"}, b"\0\0\0 ftypavif", png(1), DATA,
+        base64.b64encode(png(1)).decode(),
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_picture(value: Any) -> None:
+    assert unread_columns({"screenshot": value}) == ["screenshot"]
+    assert unread_columns({"extra_info": {"screenshot": value}}) == ["extra_info.screenshot"]
+    assert unread_columns({"image_2": value, "extra_info": {"img_path": value}}) == []
+    assert unread_columns({"prompt": [{"role": "user", "content": [{"image": "a.png"}]}]}) == []
+    deep = json.loads("[" * 900 + "]" * 900)
+    assert unread_columns({"other": [deep], "deep": {"x": deep}}) == []
+    assert unread_columns({"other": ["a", 1, None], "page": "https://host/a?x=b.png"}) == []
+
+
 # Earlier turns and system messages
 
 
@@ -303,3 +581,34 @@ def test_pictures_without_marks_stand_before_the_question(folder: Path) -> None:
     env.close()
     assert observation["text"] == f"{M}{M}\nWhich?"
     assert not info["history"][0][1]["images"]
+
+
+def test_what_earlier_turns_would_lose_is_refused(folder: Path) -> None:
+    call = {"type": "function", "function": {"name": "crop_image", "arguments": "{}"}}
+    for keys, message in (
+        ({"tool_calls": [call]}, "'tool_calls' of an earlier turn would be lost; write them"),
+        ({"tool_calls": [], "reasoning_content": "Hm."}, "'reasoning_content' of a message"),
+        ({"content": None}, "a message of the role assistant has no 'content'"),
+    ):
+        said = {"role": "assistant", "content": "I look.", **keys}
+        with pytest.raises(DataError, match=message):
+            load(folder, "verl", conversation(*CONVERSATION[:2], said, CONVERSATION[3]))
+    said = {"role": "assistant", "content": "I look.", "tool_calls": None, "name": "x"}
+    task = load(folder, "verl", conversation(*CONVERSATION[:2], said, CONVERSATION[3]))
+    assert task.history[1] == ("assistant", "I look.")
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+def test_a_system_message_in_a_column(folder: Path, name: str) -> None:
+    def system(*messages: Any, **columns: Any) -> Any:
+        task = load(folder, "verl", {**conversation(*messages), **columns})
+        assert task.question == f"And {M} now?"
+        return task.metadata.get("system_message")
+
+    assert system(*CONVERSATION[1:], **{name: "Look twice."}) == "Look twice."
+    assert system(*CONVERSATION[1:], **{name: ""}) is None
+    said = CONVERSATION[0]["content"]
+    assert system(*CONVERSATION, **{name: said}) == said
+    for other in ({name: "Look twice."}, {name: 7}):
+        with pytest.raises(DataError, match="system message"):
+            system(*CONVERSATION, **other)

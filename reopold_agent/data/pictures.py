@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 import base64
 import math
+import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from reopold_agent.data.checks import NO_PICTURE, RowError
 from reopold_agent.data.images import BytesImage, FileImage, ZipImage, safe_join
@@ -17,17 +21,37 @@ from reopold_agent.data.urls import UrlRules, is_url, url_image
 from reopold_agent.errors import DataError
 from reopold_agent.types import ImageSource
 
-IMAGE_COLUMNS = (
-    "images", "decoded_image", "image", "image_path", "image_paths", "image_url", "image_urls",
-    "img", "imgs", "picture", "pictures",
-)  # fmt: skip
-"""Names of the column with pictures; of a row's columns, the first of these that is not empty."""
+_NUMBERED = r"(?:[_ -]?(?P<number>\d{1,3}))?"
 
-VIDEO_COLUMNS = ("videos", "video", "frames")
-"""Names of the column with the frames of a video."""
+_IMAGE_COLUMN = re.compile(
+    r"(?P<base>(?:decoded_)?(?:image|img|picture)s?(?:_(?:path|file|url|bytes|base64)s?)?)"
+    + _NUMBERED,
+    re.IGNORECASE,
+)
+"""Names of columns with pictures, such as ``images``, ``img_path``, ``image_url``, ``image_2``."""
+
+_VIDEO_COLUMN = re.compile(
+    r"(?P<base>videos?(?:_(?:path|file|url|frame)s?)?|frames)" + _NUMBERED, re.IGNORECASE
+)
+"""Names of columns with the frames of a video."""
+
+_SOUND_COLUMN = re.compile(r"audios?(?:_(?:path|file|url)s?)?", re.IGNORECASE)
+
+_NESTED = ("extra_info", "multi_modal_data")
+"""Columns with an object in which pictures are looked for too, as in verl's rows."""
+
+_READ_OTHERWISE = ("prompt", "messages", "message_list")
+"""Columns with messages, whose pictures the reader of messages finds."""
 
 _PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 """First bytes of JPEG, PNG, GIF, WebP, BMP and TIFF files."""
+
+_VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
+
+_PICTURE_FILES = (
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".gif", ".bmp", ".dib",
+    ".tif", ".tiff", ".heic", ".heif", ".avif", ".svg",
+)  # fmt: skip
 
 
 @dataclass
@@ -86,34 +110,63 @@ def picture_of(value: Any, pictures: PictureFolder) -> ImageSource:
     A path is relative to the data's folder, or absolute inside it.
 
     Raises:
-        RowError: there is none, it is missing, or its path leaves the folder.
+        RowError: there is none, it is missing, its path leaves the folder, or it is a video file.
     """
-    if isinstance(value, Mapping):
-        stored = value.get("bytes")
-        names = ("path", "image", "url")
-        value = stored or next((value[each] for each in names if value.get(each)), None)
-    if isinstance(value, bytes):
-        return BytesImage(value)
-    if not value:
+    content = _content(value)
+    if isinstance(content, bytes):
+        return BytesImage(content)
+    if content is None:
         raise RowError(NO_PICTURE, "no picture")
+    if _ends_in(content, _VIDEO_FILES):
+        raise RowError(
+            "video",
+            f"'{content[-60:]}' is a video file; give its frames as pictures "
+            "(ffmpeg -i FILE -vf fps=2 frames/%03d.jpg)",
+        )
+    absolute, root = Path(content), pictures.root.resolve()
+    if absolute.is_absolute() and absolute.is_relative_to(root):
+        content = str(absolute.relative_to(root))
+    return pictures.find(content)
+
+
+_INSIDE = ("bytes", "path", "image", "url", "image_url", "source", "data", "base64")
+"""Names of the picture in an object, as in parquet files, verl's rows, OpenAI's and Anthropic's
+messages; bytes before the name that they had."""
+
+
+def _content(value: Any) -> bytes | str | None:
+    """Returns a picture's bytes, or else its path or URL; None if there is none.
+
+    Raises:
+        RowError: it is none of these, or its base64 is damaged.
+    """
+    while isinstance(value, Mapping):
+        found = next((name for name in _INSIDE if not is_empty(value.get(name))), None)
+        if found is None and not is_empty(value):
+            raise RowError(
+                "wrong type",
+                f"a picture's object has {', '.join(map(str, value))[:80]}; it must have 'bytes', "
+                "'path' or 'url'",
+            )
+        value = value[found] if found else None
+    if isinstance(value, PathLike):
+        value = fspath(value)
+    if is_empty(value) or value == b"":
+        return None
+    if isinstance(value, bytes):
+        return value
     if not isinstance(value, str):
         kind = type(value).__name__
         raise RowError("wrong type", f"a picture must be a path or bytes, got {kind}")
     decoded = _base64_picture(value)
-    if decoded is not None:
-        return BytesImage(decoded)
-    name = value.removeprefix("file://").removeprefix("./")
-    absolute, root = Path(name), pictures.root.resolve()
-    if absolute.is_absolute() and absolute.is_relative_to(root):
-        name = str(absolute.relative_to(root))
-    return pictures.find(name)
+    return value.removeprefix("file://").removeprefix("./") if decoded is None else decoded
 
 
 def _base64_picture(text: str) -> bytes | None:
     """Returns the bytes of a picture in base64, as in VLMEvalKit's tsv files; None for a path."""
     head, comma, rest = text.partition(";base64,")
     packed = rest if comma and head.startswith("data:") else text
-    if not _base64_start(packed).startswith(_PICTURE_STARTS):
+    if not _starts_as_picture(_base64_start(packed)):
         return None
     try:
         return base64.b64decode("".join(packed.split()), validate=True)
@@ -128,9 +181,40 @@ def _base64_start(text: str) -> bytes:
         return b""
 
 
+def _starts_as_picture(data: bytes) -> bool:
+    return data.startswith(_PICTURE_STARTS) or data[4:8] == b"ftyp"  # AVIF, HEIC
+
+
+def _ends_in(name: str, endings: tuple[str, ...]) -> bool:
+    """Returns whether a path or URL is of a file with one of these endings."""
+    return _without_query(name).lower().endswith(endings)
+
+
+def _without_query(name: str) -> str:
+    return re.split("[?#]", name, maxsplit=1)[0] if is_url(name) else name
+
+
+def same_pictures(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Returns whether two lists hold the same pictures.
+
+    Bytes are compared with bytes and paths with paths, of which one may name more folders than the
+    other. Where one list has bytes and the other paths, these are taken for the names of the bytes,
+    as in MathVista's ``decoded_image`` and ``image``.
+    """
+    return len(some) == len(others) and all(map(_same, some, others))
+
+
+def _same(one: Any, other: Any) -> bool:
+    first, second = _content(one), _content(other)
+    if not (isinstance(first, str) and isinstance(second, str)):
+        return type(first) is not type(second) or first == second
+    short, long = sorted((_without_query(first), _without_query(second)), key=len)
+    return f"/{long}".endswith(f"/{short}")
+
+
 @dataclass(frozen=True)
 class Given:
-    """The pictures of a row, as its columns have them.
+    """The pictures of a row, a message or a part of one, as its columns have them.
 
     Attributes:
         values: paths, bytes, or objects of these.
@@ -141,34 +225,135 @@ class Given:
     is_video: bool
 
 
-def given_pictures(*groups: Mapping[str, Any]) -> Given:
-    """Returns the pictures of a row under whichever usual name they have.
+def given_pictures(row: Mapping[str, Any]) -> Given:
+    """Returns the pictures of a row, a message or a part of one, under whichever usual names.
 
-    Args:
-        *groups: the row, and objects in it that may hold them (verl's ``extra_info``). The first
-            with pictures counts; ``is_video`` counts in any.
+    Columns that are numbered, as ``image`` and ``image_2``, are read in the order of their numbers;
+    one without a number is the first. Other columns must repeat the same pictures, also those in
+    ``extra_info`` and ``multi_modal_data``.
 
     Raises:
-        RowError: it has both pictures and a video, several videos, a video file, or an
-            ``is_video`` that is neither true nor false.
+        RowError: two columns hold different pictures, or there are both pictures and a video,
+            several videos, sound, or an ``is_video`` that is neither true nor false.
     """
-    is_video = any(flag(group.get("is_video"), "is_video") for group in groups)
-    for group in groups:
-        images = next((found for n in IMAGE_COLUMNS if (found := _listed(group.get(n)))), [])
-        films = next((found for n in VIDEO_COLUMNS if (found := _listed(group.get(n)))), [])
-        if images and films:
-            raise RowError("video", "both pictures and a video; give one of them")
-        if films:
-            return Given(tuple(video_frames(films)), True)
-        if images:
-            return Given(tuple(images), is_video)
-    return Given((), False)
+    groups = [("", row)]
+    for name in _NESTED:
+        inside = [(f"{where}{name}.", group.get(name)) for where, group in groups]
+        groups += [(where, group) for where, group in inside if isinstance(group, Mapping)]
+    is_video = any(flag(group.get("is_video"), "is_video") for _, group in groups)
+    images, films = dict[str, list[Any]](), dict[str, list[Any]]()
+    for where, group in groups:
+        _refuse_sound(group, where)
+        for name, series in _columns(group, _IMAGE_COLUMN):
+            images[where + name] = [value for values in series for value in values]
+        for name, series in _columns(group, _VIDEO_COLUMN):
+            films[where + name] = _frames(series[0] if len(series) == 1 else series)
+    if images and is_video and all(map(_is_file, films.values())):
+        films = {}  # the file whose frames the row has
+    if images and films:
+        both = f"in '{next(iter(images))}' and '{next(iter(films))}'"
+        raise RowError("video", f"both pictures and a video, {both}; give one of them")
+    return Given(_agreed(images or films), is_video or bool(films))
+
+
+def _refuse_sound(group: Mapping[str, Any], where: str) -> None:
+    for name, value in group.items():
+        if _SOUND_COLUMN.fullmatch(str(name)) and not is_empty(value):
+            raise RowError(
+                "sound", f"'{where}{name}' would be lost: no model here hears; leave the row out"
+            )
+
+
+def _columns(
+    group: Mapping[str, Any], names: re.Pattern[str]
+) -> Iterator[tuple[str, list[list[Any]]]]:
+    """Yields the pictures of an object by name of the column, in the order of their numbers.
+
+    Raises:
+        RowError: two columns have the same number and different pictures.
+    """
+    found: dict[str, dict[int, list[Any]]] = {}
+    for name, value in group.items():
+        if (match := names.fullmatch(str(name))) and (values := _listed(value)):
+            base, number = match["base"].lower(), int(match["number"] or 1)
+            first = found.setdefault(base, {}).setdefault(number, values)
+            if first is not values and not same_pictures(first, values):
+                raise _differ(base, name)
+    for base, series in found.items():
+        yield base, [series[number] for number in sorted(series)]
+
+
+def _agreed(columns: Mapping[str, Sequence[Any]]) -> tuple[Any, ...]:
+    """Returns the pictures of columns that must all hold the same ones.
+
+    Raises:
+        RowError: they do not.
+    """
+    if len(columns) < 2:
+        return tuple(next(iter(columns.values()), ()))
+    # Bytes need no file.
+    chosen = max(columns, key=lambda name: isinstance(_content(columns[name][0]), bytes))
+    for name, values in columns.items():
+        if not same_pictures(columns[chosen], values):
+            raise _differ(chosen, name)
+    return tuple(columns[chosen])
+
+
+def _differ(one: str, other: str) -> RowError:
+    return RowError(
+        "pictures differ",
+        f"'{one}' and '{other}' hold different pictures; put all of them into one column 'images'",
+    )
+
+
+def _is_file(films: Sequence[Any]) -> bool:
+    return all(isinstance(film, str) and _ends_in(film, _VIDEO_FILES) for film in films)
+
+
+def _frames(films: Sequence[Any]) -> list[Any]:
+    """Returns the frames of the one video."""
+    found = [_listed(f["video"]) if isinstance(f, Mapping) and "video" in f else f for f in films]
+    found = [as_list(film) for film in found]
+    lists = [film for film in found if isinstance(film, (list, tuple))]
+    if len(lists) > 1 or (lists and len(found) > 1):
+        raise RowError("video", f"{len(found)} videos in one row; one is possible")
+    return list(lists[0]) if lists else found
 
 
 def unread_columns(row: Mapping[str, Any]) -> list[str]:
     """Returns the columns that look like pictures but have no name that is read."""
-    known = (*IMAGE_COLUMNS, *VIDEO_COLUMNS)
-    return [name for name, value in row.items() if name not in known and _looks_like(value)]
+    found = []
+    for name, value in row.items():
+        if name in _READ_OTHERWISE or is_picture_column(name):
+            continue
+        if name in _NESTED and isinstance(value, Mapping):
+            found += [f"{name}.{each}" for each in unread_columns(value)]
+        elif looks_like_picture(value):
+            found.append(name)
+    return found
+
+
+def is_picture_column(name: Any) -> bool:
+    """Returns whether `given_pictures` reads the column."""
+    return any(names.fullmatch(str(name)) for names in (_IMAGE_COLUMN, _VIDEO_COLUMN))
+
+
+def looks_like_picture(value: Any, depth: int = 8) -> bool:
+    """Returns whether a value is a picture or a video, or holds one within so many levels."""
+    value = as_list(value)
+    if isinstance(value, (list, tuple, Mapping)):
+        # The others may be a long list of numbers.
+        inside = [*(value.values() if isinstance(value, Mapping) else value[:8])]
+        return depth > 0 and any(looks_like_picture(each, depth - 1) for each in inside)
+    if isinstance(value, bytes):
+        return _starts_as_picture(value)
+    if isinstance(value, PathLike):
+        value = fspath(value)
+    if not isinstance(value, str):
+        return False
+    if value.startswith("data:image/") or _ends_in(value, (*_PICTURE_FILES, *_VIDEO_FILES)):
+        return "\n" not in value
+    return len(value) > 64 and _starts_as_picture(_base64_start(value))
 
 
 def flag(value: Any, name: str) -> bool:
@@ -188,6 +373,7 @@ def flag(value: Any, name: str) -> bool:
 
 def _listed(value: Any) -> list[Any]:
     """Returns a column's pictures as a list; empty for null, NaN, empty text, objects of nulls."""
+    value = as_list(value)
     if is_empty(value):
         return []
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):  # in tsv files
@@ -198,58 +384,28 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def is_empty(value: Any) -> bool:
-    """Returns whether there is nothing: null, NaN, an empty text, or only such values inside."""
+def as_list(value: Any) -> Any:
+    """Returns an array, as pandas reads lists in parquet files, as a list; else the value."""
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+def is_empty(value: Any, depth: int = 8) -> bool:
+    """Returns whether there is nothing: null, NaN, false, "", or only such values inside.
+
+    What is nested in more than ``depth`` levels counts as something.
+    """
+    value = as_list(value)
     if isinstance(value, Mapping):
-        return all(is_empty(each) for each in value.values())
-    if isinstance(value, (list, tuple)):
-        return all(each != "" and is_empty(each) for each in value)  # "" in a list: one is missing
+        return depth > 0 and all(is_empty(each, depth - 1) for each in value.values())
+    if isinstance(value, (list, tuple)):  # in a list, "" says that one is missing
+        return depth > 0 and not any(
+            isinstance(each, str) or not is_empty(each, depth - 1) for each in value
+        )
     if isinstance(value, str):
         return value.strip().lower() in ("", "nan", "none", "null")
-    return is_null(value)
+    return value is False or is_null(value)
 
 
 def is_null(value: Any) -> bool:
     """Returns whether a value is missing: pandas writes NaN where a row has none."""
     return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-def video_frames(films: Sequence[Any]) -> list[Any]:
-    """Returns the frames of the one video."""
-    found = [film.get("video", film) if isinstance(film, Mapping) else film for film in films]
-    lists = [film for film in found if isinstance(film, (list, tuple))]
-    if len(lists) > 1 or (lists and len(found) > 1):
-        raise RowError("video", f"{len(found)} videos in one row; one is possible")
-    frames = list(lists[0]) if lists else found
-    for frame in frames:
-        if isinstance(frame, str) and frame.lower().endswith(_VIDEO_FILES):
-            raise RowError(
-                "video",
-                f"'{frame[-60:]}' is a video file; give its frames as pictures "
-                "(ffmpeg -i FILE -vf fps=2 frames/%03d.jpg)",
-            )
-    return frames
-
-
-_VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg")
-
-_PICTURE_FILES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
-_READ_INSIDE = ("images",)
-"""Name that is read in ``extra_info`` too."""
-
-
-def _looks_like(value: Any) -> bool:
-    """Returns whether a value is a picture or a video, or a list or an object of one."""
-    if isinstance(value, (list, tuple)):
-        return bool(value) and _looks_like(value[0])
-    if isinstance(value, Mapping):
-        return any(_looks_like(each) for name, each in value.items() if name not in _READ_INSIDE)
-    if isinstance(value, bytes):
-        return value.startswith(_PICTURE_STARTS)
-    if not isinstance(value, str):
-        return False
-    if value.startswith("data:image/") or value.lower().endswith((*_PICTURE_FILES, *_VIDEO_FILES)):
-        return "\n" not in value
-    return len(value) > 64 and _base64_start(value).startswith(_PICTURE_STARTS)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from reopold_agent.data.checks import RowError
-from reopold_agent.data.pictures import Given, PictureFolder, is_empty, picture_of, video_frames
+from reopold_agent.data.pictures import (
+    Given,
+    PictureFolder,
+    as_list,
+    given_pictures,
+    is_empty,
+    is_picture_column,
+    picture_of,
+    same_pictures,
+)
 from reopold_agent.types import IMAGE_MARK, ImageSource, Role
 
 MARKS = "picture marks"
@@ -17,16 +26,35 @@ MARKS = "picture marks"
 Turns: TypeAlias = "tuple[tuple[Role, str], ...]"
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place for pictures in a text.
+
+    Attributes:
+        values: the pictures, or the frames of a video; empty if they are in the row's columns.
+        number: counts the row's pictures from 1; None for the next one.
+        video: whether they are the frames of a video.
+    """
+
+    values: tuple[Any, ...] = ()
+    number: int | None = None
+    video: bool = False
+
+
+Pieces: TypeAlias = "list[str | Mark]"
+
+
 def read_turns(
     messages: Sequence[Any], given: Given, pictures: PictureFolder
 ) -> tuple[Turns, tuple[ImageSource, ...], bool]:
     """Returns the turns of a conversation with an `IMAGE_MARK` where each picture stands.
 
-    Content is a text in which ``<image>`` stands for the next of the row's pictures, ``<image2>``
-    for the second and ``<video>`` for all frames, or a list of parts, of which those with a picture
-    may hold it. Without any mark, pictures stand before the last turn. Marks at the beginning of a
-    conversation of one turn are left out: there they say nothing. Also returns the pictures in
-    order, and whether they are the frames of a video.
+    Content is a text with marks, or a list of parts, of which those with a picture may hold it; a
+    message may have pictures in keys of its own. The mark ``<image>`` stands for the next of the
+    row's or the message's pictures, ``<image2>`` for the second and ``<video>`` for all frames.
+    Without any mark, a row's pictures stand before the last turn, a message's before its text.
+    Marks at the beginning of a conversation of one turn are left out: there they say nothing. Also
+    returns the pictures in order, and whether they are the frames of a video.
 
     Args:
         messages: objects with ``role`` and ``content``.
@@ -34,65 +62,121 @@ def read_turns(
         pictures: where they are.
 
     Raises:
-        RowError: a message is no such object, its role is unknown, or marks and pictures do not
-            agree.
+        RowError: a message is no such object, holds what would be lost, or its role is unknown; or
+            marks and pictures do not agree.
     """
-    turns: list[tuple[Role, list[Any]]] = []
-    for message in messages:
-        role = message.get("role") if isinstance(message, Mapping) else None
-        if role not in ("system", "user", "assistant"):
-            raise RowError("wrong type", f"a message must have the role system, user or assistant, "
-                           f"got {str(role)[:40]}")  # fmt: skip
-        pieces = list(_pieces(message.get("content")))
-        if role != "user" and any(isinstance(piece, _Mark) for piece in pieces):
-            # The words "<image>" of a system message, say about how pictures are marked.
-            pieces = [_plain(message["content"])]
-        turns.append((cast(Role, role), pieces))
-    marks = [piece for _, pieces in turns for piece in pieces if not isinstance(piece, str)]
-    own_video = [mark for mark in marks if mark.video and mark.value is not None]
-    if own_video and len(own_video) < len(marks):
+    turns = [_turn(message) for message in messages]
+    marks = [piece for _, pieces in turns for piece in pieces if isinstance(piece, Mark)]
+    videos = [mark for mark in marks if mark.video and mark.values]
+    if videos and len(videos) < len(marks):
         raise RowError("video", "both pictures and a video in the messages; give one of them")
-    chosen = _chosen(marks, given)
-    opened = tuple(picture_of(value, pictures) for values in chosen for value in values)
+    if len(videos) > 1:
+        raise RowError("video", f"{len(videos)} videos in the messages; one is possible")
+    if not marks and given.values:
+        asked = [piece for role, pieces in turns if role == "user" for piece in pieces]
+        _refuse_lookalikes(asked)
+    chosen = _chosen(marks, given) if marks else []
+    shown = [value for values in chosen for value in values] if marks else given.values
+    if given.is_video and not shown:
+        raise RowError("video", "'is_video' is true, but the row has no pictures; put the frames "
+                       "into a column 'videos'")  # fmt: skip
+    opened = tuple(picture_of(value, pictures) for value in shown)
+    remaining = iter(chosen)
+    texts = tuple(
+        (role, "".join(p if isinstance(p, str) else IMAGE_MARK * len(next(remaining)) for p in ps))
+        for role, ps in turns
+    )
+    if marks:
+        *earlier, (role, words) = texts
+        first = words.lstrip(f"{IMAGE_MARK} \t\r\n")
+        if IMAGE_MARK not in first and all(role == "system" for role, _ in earlier):
+            texts = (*earlier, (role, first))
+    return texts, opened, given.is_video or bool(videos)
+
+
+_MESSAGE = ("role", "content", "name", "id", "index", "weight")
+"""Keys of a message. The last four say nothing to a model, neither do chat templates."""
+
+
+def _turn(message: Any) -> tuple[Role, Pieces]:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    if role not in ("system", "user", "assistant"):
+        raise RowError("wrong type", f"a message must have the role system, user or assistant, "
+                       f"got {str(role)[:40]}")  # fmt: skip
+    if not is_empty(message.get("tool_calls")):
+        raise RowError("lost", "'tool_calls' of an earlier turn would be lost; write them into its "
+                       "'content' as the student's chat template does")  # fmt: skip
+    _refuse_unknown(message, _MESSAGE, "a message")
+    content, own = as_list(message.get("content")), given_pictures(message)
+    if content is None:
+        raise RowError("wrong type", f"a message of the role {role} has no 'content'")
+    pieces = list(_pieces(content))
+    if role == "user":
+        return role, _filled(pieces, own) if own.values else pieces
+    if any(isinstance(piece, Mark) for piece in pieces):
+        # The words "<image>" of a system message, say about how pictures are marked.
+        pieces = [_plain(content)]
+    if own.values:
+        raise _not_the_users()
+    return cast(Role, role), pieces
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
+    for key, value in given.items():
+        if key not in known and not is_picture_column(key) and not is_empty(value):
+            raise RowError(
+                "lost",
+                f"'{str(key)[:40]}' of {what} is not read, and would be lost; leave it out, or put "
+                "it into 'content'",
+            )
+
+
+def _filled(pieces: Pieces, given: Given) -> Pieces:
+    """Returns a message with the pictures of its own keys at its marks, or else first."""
+    marks = [piece for piece in pieces if isinstance(piece, Mark)]
     if not marks:
-        shown = tuple(picture_of(value, pictures) for value in given.values)
-        return _texts(turns, ()), shown, given.is_video
-    texts = _texts(turns, [len(values) for values in chosen])
-    *earlier, (role, words) = texts
-    first = words.lstrip(f"{IMAGE_MARK} \t\r\n")
-    if IMAGE_MARK not in first and all(role == "system" for role, _ in earlier):
-        texts = (*earlier, (role, first))
-    return texts, opened, given.is_video or bool(own_video)
-
-
-@dataclass(frozen=True)
-class _Mark:
-    """A place for a picture: ``value`` is the picture, or else it is in the row's columns.
-
-    ``number`` counts the row's pictures from 1, or is None for the next one.
-    """
-
-    value: Any = None
-    number: int | None = None
-    video: bool = False
+        _refuse_lookalikes(pieces)
+        return [Mark(given.values, video=given.is_video), *pieces]
+    chosen = iter(_chosen(marks, given))
+    return [p if isinstance(p, str) else Mark(next(chosen), video=given.is_video) for p in pieces]
 
 
 _MARK = re.compile(
-    r"<image[\s_]?(\d*)>|(<video>)|<\|image_(?P<number>\d+)\|>"
-    r"|<\|vision_start\|><\|image_pad\|><\|vision_end\|>"
+    r"<image[\s_-]?(\d{0,3})>|<\|image_(?P<number>\d{1,3})\|>"
+    r"|<\|vision_start\|>(?:<\|image_pad\|>)+<\|vision_end\|>|<\|image_pad\|>"
+    r"|(?P<video><video>|<\|vision_start\|>(?:<\|video_pad\|>)+<\|vision_end\|>|<\|video_pad\|>)",
+    re.IGNORECASE,
 )
 
+_LOOKALIKE = re.compile(
+    r"<\|?/?(?:image|img|picture|photo|video|frame|vision)[\w\s-]{0,20}/?\|?>"
+    r"|<img\s[^<>]{0,200}>"
+    r"|\[(?:image|img|picture|photo|video)s?[\s_-]?\d{0,3}\]"
+    r"|(?<!\w)\{\{?\s?(?:image|img|picture|photo|video)s?[\s_-]?\d{0,3}\s?\}"
+    r"|!\[[^\[\]\n]{0,200}\]\(",
+    re.IGNORECASE,
+)
+"""What other programs write where a picture stands: ``<img>``, ``[image1]``, ``{image}``."""
 
-def _pieces(content: Any) -> Iterator[str | _Mark]:
+
+def _refuse_lookalikes(pieces: Collection[str | Mark]) -> None:
+    for piece in pieces:
+        if isinstance(piece, str) and (found := _LOOKALIKE.search(piece)):
+            raise RowError(
+                MARKS,
+                f"'{found[0][:40]}' in the text is no mark that is read; write <image> where each "
+                "picture stands, or first if it marks none",
+            )
+
+
+def _pieces(content: Any) -> Iterator[str | Mark]:
     """Yields the texts and marks of a message's content in reading order."""
-    if content is None:
-        return
     if isinstance(content, str):
         end = 0
         for found in _MARK.finditer(content):
             yield content[end : found.start()].replace(IMAGE_MARK, " ")
             number = found[1] or found["number"]
-            yield _Mark(number=int(number) if number else None, video=bool(found[2]))
+            yield Mark(number=int(number) if number else None, video=bool(found["video"]))
             end = found.end()
         yield content[end:].replace(IMAGE_MARK, " ")
         return
@@ -107,9 +191,6 @@ def _pieces(content: Any) -> Iterator[str | _Mark]:
             yield from _part(part)
 
 
-_PART_KINDS = ("image", "image_url", "video")
-
-
 def _plain(content: Any) -> str:
     """Returns the text of a message that is not the user's, which has no pictures."""
     if isinstance(content, str):
@@ -117,61 +198,94 @@ def _plain(content: Any) -> str:
     parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):
-        raise RowError(MARKS, "only the user's messages may hold pictures")
+        raise _not_the_users()
     return "".join(texts).replace(IMAGE_MARK, " ")
 
 
-def _part(part: Mapping[str, Any]) -> Iterator[str | _Mark]:
-    kind = str(part.get("type") or "")
-    given = {name: part.get(name) for name in _PART_KINDS if not is_empty(part.get(name))}
-    if given and part.get("text"):
+def _not_the_users() -> RowError:
+    return RowError(MARKS, "only the user's messages may hold pictures")
+
+
+_TEXTS = ("text", "input_text", "output_text")
+_IMAGES = ("image", "image_url", "input_image")
+_VIDEOS = ("video", "video_url", "input_video")
+_PLACES = ("path", "url", "bytes", "base64", "source")
+"""Keys with the picture of a part whose type says that it is one."""
+
+_PART = (
+    "type", "text", *_PLACES, "detail", "cache_control", "min_pixels", "max_pixels", "fps",
+    "resized_height", "resized_width", "nframes",
+)  # fmt: skip
+"""Keys of a part. The sizes are those of Qwen's tools; here, settings decide on them."""
+
+
+def _part(part: Mapping[str, Any]) -> Iterator[str | Mark]:
+    """Yields the text or the mark of a part, in the forms of Qwen, OpenAI and Anthropic."""
+    kind, text = part.get("type") or None, part.get("text")
+    if kind not in (None, *_TEXTS, *_IMAGES, *_VIDEOS):
+        raise RowError(
+            "lost",
+            f"a part of a message has the type '{str(kind)[:40]}', which is not read; text, image "
+            "and video are",
+        )
+    _refuse_unknown(part, _PART, "a part of a message")
+    given = given_pictures(part)
+    places = {name: part[name] for name in _PLACES if not is_empty(part.get(name))}
+    if places and (given.values or kind in (None, *_TEXTS)):
+        raise RowError("wrong type", f"a part of the type '{kind}' has '{next(iter(places))}'")
+    if places:
+        given = Given((places,), kind in _VIDEOS)
+    pictured = bool(given.values) or kind in (*_IMAGES, *_VIDEOS)
+    if pictured and (text or kind in _TEXTS):
         raise RowError("wrong type", "a part of a message has both text and a picture")
-    for name in _PART_KINDS:
-        if name not in given and kind != name:
-            continue
-        if kind == name and name not in given:  # as {"type": "image", "path": ...}
-            where = {key: part[key] for key in ("path", "url", "bytes") if part.get(key)}
-            given[name] = where or None
-        if name == "video" and given[name] is not None:
-            for frame in video_frames([given[name]]):
-                yield _Mark(frame, video=True)
-        else:
-            yield _Mark(given[name], video=name == "video")
-        return
-    if not isinstance(part.get("text"), str):
+    if given.is_video and kind in _IMAGES:
+        raise RowError("video", f"a part of the type '{kind}' has a video")
+    if pictured:  # without values, it is in the row's columns
+        yield Mark(given.values, video=given.is_video or kind in _VIDEOS)
+    elif isinstance(text, str):
+        yield from _pieces(text)
+    else:
         raise RowError("wrong type", f"a part of a message has neither text nor picture: {kind}")
-    yield from _pieces(part["text"])
 
 
-def _chosen(marks: Sequence[_Mark], given: Given) -> list[list[Any]]:
+def _chosen(marks: Sequence[Mark], given: Given) -> list[tuple[Any, ...]]:
     """Returns the pictures for each mark."""
     waiting = list(given.values)
-    own = [mark for mark in marks if mark.value is not None]
-    if own and len(own) == len(marks):
+    own = [value for mark in marks for value in mark.values]
+    if all(mark.values for mark in marks):  # the columns may repeat them
         if waiting and len(waiting) != len(own):
             raise _disagree(f"{len(own)} pictures in the messages", given)
-        return [[mark.value] for mark in own]  # the columns repeat them
+        if waiting and not same_pictures(waiting, own):
+            raise RowError(
+                "pictures differ",
+                "the messages and the row's columns hold different pictures; leave one of them out",
+            )
+        return [mark.values for mark in marks]
+    if own:
+        raise RowError(MARKS, "some parts of the messages hold pictures and others mark them; give "
+                       "all pictures in the parts, or all in 'images'")  # fmt: skip
     numbers = [mark.number for mark in marks if mark.number is not None]
     if numbers:
         # In another order, pictures would have to be numbered anew, but words may name the numbers.
         if numbers != list(range(1, len(waiting) + 1)) or len(numbers) != len(marks):
             raise _disagree(f"the marks {', '.join(f'<image{n}>' for n in numbers[:6])}", given)
-        return [[value] for value in waiting]
-    chosen: list[list[Any]] = []
+        return [(value,) for value in waiting]
+    chosen: list[tuple[Any, ...]] = []
     for mark in marks:
-        if mark.value is not None:
-            chosen.append([mark.value])
-        elif not waiting:
+        if mark.video and given.values and not given.is_video:
+            raise RowError("video", "<video> in the text, but the row's pictures are no video; say "
+                           "so with 'is_video': true, or write <image>")  # fmt: skip
+        if not waiting:
             raise _disagree(_counted(marks), given)
-        else:
-            count = len(waiting) if mark.video and given.is_video else 1
-            chosen.append([waiting.pop(0) for _ in range(count)])
-    if marks and waiting:
+        count = len(waiting) if mark.video else 1
+        chosen.append(tuple(waiting[:count]))
+        del waiting[:count]
+    if waiting:
         raise _disagree(_counted(marks), given)
     return chosen
 
 
-def _counted(marks: Sequence[_Mark]) -> str:
+def _counted(marks: Sequence[Mark]) -> str:
     return f"{len(marks)} picture mark{'s' * (len(marks) != 1)}"
 
 
@@ -179,11 +293,3 @@ def _disagree(marks: str, given: Given) -> RowError:
     count = len(given.values)
     what = ("frame" if given.is_video else "picture") + "s" * (count != 1)
     return RowError(MARKS, f"{marks} in the text, but {count} {what} in the row")
-
-
-def _texts(turns: Sequence[tuple[Role, list[Any]]], counts: Sequence[int]) -> Turns:
-    remaining = iter(counts)
-    return tuple(
-        (role, "".join(p if isinstance(p, str) else IMAGE_MARK * next(remaining) for p in pieces))
-        for role, pieces in turns
-    )
