@@ -78,7 +78,10 @@ class DataConfig:
     left_out: dict[str, list[int]] = field(default_factory=dict)
 
     def specification(self, split: str) -> dict[str, Any] | None:
-        """Returns the split's argument of `reopold_agent.data.load_tasks`; None without data."""
+        """Returns what is loaded for ``train``, ``eval`` or ``demonstrations``; None for no data.
+
+        It is the argument of `reopold_agent.data.load_tasks`, or of `load_demonstrations`.
+        """
         spec: dict[str, Any] | None = getattr(self, split)
         if spec is None or self.checks == DataChecks():
             return spec

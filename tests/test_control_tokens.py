@@ -282,7 +282,7 @@ def test_control_tokens_that_the_student_samples_are_kept_for_training(hostile_r
         prompt_of([*trajectory.ids, chat.image_id], trajectory.images, chat.image_id)
 
 
-@given(TEXT, TEXT, TEXT)
+@given(TEXT, TEXT, TEXT.filter(str.strip))
 @example(FORGERY, FORGERY + PICTURE, FORGERY)
 def test_demonstrations_of_hostile_texts_have_the_structure_of_innocent_ones(
     tmp_path_factory: pytest.TempPathFactory,

@@ -20,7 +20,11 @@ from PIL import Image
 from running import composed, train, train_rows
 
 from examples.embedded_models.digits.scripts import expert_turns, record
-from reopold_agent.data.demonstrations import load_demonstrations
+from reopold_agent.data.demonstrations import (
+    Demonstration,
+    RecordedCall,
+    load_demonstrations,
+)
 from reopold_agent.demo.tasks import DemoTasks
 from reopold_agent.envs.from_config import make_env
 from reopold_agent.errors import DataError, ToolError
@@ -39,6 +43,8 @@ CALL = '<tool_call>\n{"name": "crop_image", "arguments": {"bbox_2d": [0.5, 0, 1,
 ASKED = {"role": "user", "content": "<image>Which digit?"}
 SHOWN = "Here is the cropped image:\n<image>"
 ANSWER = {"role": "assistant", "content": "\\boxed{7}"}
+ASK = {"role": "user", "content": "?"}
+SAY = {"role": "assistant", "content": "!"}
 
 
 def openai(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -215,6 +221,97 @@ def test_nulls_that_parquet_adds_are_no_arguments(
     ]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_an_experts_own_null_is_an_argument(tmp_path: Path, suffix: str) -> None:
+    tool = {"name": "f", "parameters": {"enum": [1, None], "default": None}}
+    call = {"role": "assistant", "content": None, "tool_calls": [bare("f", {"x": None})]}
+    row = {"messages": [ASK, call], "tools": [tool]}
+    (tmp_path / f"rows.{suffix}").write_text(json.dumps(row if suffix == "jsonl" else [row]))
+    (found,) = load_demonstrations({"path": str(tmp_path)})
+    assert found.turns[1].parts == (RecordedCall("f", {"x": None}),)
+    assert found.tools == (tool,)
+
+
+def test_nulls_of_a_json_text_are_kept_in_parquet(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [openai("f", {"x": None})]}
+    tool = {"name": "f", "parameters": {"default": None}}
+    rows = [{"messages": [ASK, call], "tools": json.dumps([tool])}, {"messages": [ASK, SAY]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = load_demonstrations({"path": str(tmp_path)})
+    assert found[0].turns[1].parts == (RecordedCall("f", {"x": None}),)
+    assert found[0].tools == (tool,)
+
+
+def calls_of(*ids: str | None) -> dict[str, Any]:
+    calls = [{**bare("f", {"n": n}), "id": each} for n, each in enumerate(ids)]
+    return {"role": "assistant", "content": None, "tool_calls": calls}
+
+
+def result(content: str, answers: str | None = None) -> dict[str, Any]:
+    return {"role": "tool", "content": content, "tool_call_id": answers}
+
+
+@pytest.mark.parametrize(
+    ("ids", "answers", "expected"),
+    [
+        (["a", "b"], ["b", "a"], "2\n1"),
+        (["a", "b"], ["a", "b"], "1\n2"),
+        (["a", "b"], [None, None], "1\n2"),
+        ([None, None], ["b", "a"], "1\n2"),
+        ([None], [None, None], "1\n2"),
+    ],
+)
+def test_results_stand_in_the_order_of_their_calls(
+    tmp_path: Path, ids: list[str | None], answers: list[str | None], expected: str
+) -> None:
+    results = [result(str(n), each) for n, each in enumerate(answers, 1)]
+    row = {"messages": [ASK, calls_of(*ids), *results, SAY]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (found,) = load_demonstrations({"path": str(tmp_path)})
+    assert "".join(map(str, found.turns[2].parts)) == expected
+
+
+def test_a_result_keeps_its_pictures_when_it_moves(rendered: Callable[..., Trajectory]) -> None:
+    calls = [{**openai("crop_image", BOX), "id": each} for each in ("one", "two")]
+    ask = {"role": "user", "content": "Look at both."}
+    call = {"role": "assistant", "content": None, "tool_calls": calls}
+    moved = [result("B: <image>", "two"), result("A: <image>", "one")]
+    straight = [result("A: <image>", "one"), result("B: <image>", "two")]
+    assert same(
+        rendered([ask, call, *moved, ANSWER], stop_at_tool_call=False),
+        rendered(
+            [ask, call, *straight, ANSWER], stop_at_tool_call=False, images=["b.png", "a.png"]
+        ),
+    )
+
+
+def test_only_tools_that_are_described_are_called(
+    tmp_path: Path, runner_of: Callable[..., RolloutRunner]
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}, {"name": "g"}]
+    wrong = {"role": "assistant", "content": f"Hm.\n{CALL}"}
+    call = {"role": "assistant", "content": None, "tool_calls": [bare("crop_image", {})]}
+    words = r"calls 'crop_image', which is not in the row's 'tools' \(f, g\); describe it"
+
+    def load(*messages: dict[str, Any], **row: Any) -> list[Demonstration]:
+        row = {"id": "7", "tools": tools, "messages": [ASK, *messages], **row}
+        (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+        return load_demonstrations({"path": str(tmp_path)})
+
+    with pytest.raises(DataError, match=f"row 0: message 1: it {words}"):
+        load(call)
+    (in_words,) = load(wrong)  # read with the tokenizer's tags, when it is rendered
+    with pytest.raises(DataError, match=f"the conversation 7: it {words}"):
+        demonstrated(in_words, 0, runner_of())
+    for mistake in (call, wrong):
+        (found,) = load({**mistake, "weight": 0}, {"role": "tool", "content": "No tool."}, SAY)
+        assert demonstrated(found, 0, runner_of()).turns[-1].text == "!"
+    for given in ([], None):
+        assert load(call, tools=given)
+    with pytest.raises(DataError, match="row 0: a description in 'tools' has no name"):
+        load(SAY, tools=[{"type": "function", "function": {"description": "f"}}])
+
+
 def test_a_call_that_could_not_be_read_back_is_not_written() -> None:
     assert write_tool_call("crop_image", BOX) == CALL
     assert write_tool_call("say", {"words": "é\n\"x\""}).split("\n")[1] == (
@@ -265,6 +362,106 @@ def test_pictures_of_other_columns_are_shown(rendered: Callable[..., Trajectory]
     ):
         with pytest.raises(DataError, match=f"row 0: .*{words}"):
             rendered(messages, **{"images": None, **wrong})
+
+
+# Columns
+
+
+def demonstration(tmp_path: Path, **row: Any) -> Demonstration:
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (found,) = load_demonstrations({"path": str(tmp_path)})
+    return found
+
+
+def said(found: Demonstration) -> list[tuple[str, str, bool]]:
+    return [(turn.role, "".join(map(str, turn.parts)), turn.trained) for turn in found.turns]
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+def test_a_rows_system_message(tmp_path: Path, name: str) -> None:
+    told = ("system", "Be brief.", True)
+    own = {"role": "developer", "content": [{"text": "Be brief."}]}
+    for messages in ([ASK, SAY], [own, ASK, SAY]):
+        found = demonstration(tmp_path, **{name: "Be brief."}, messages=messages)
+        assert said(found) == [told, ("user", "?", True), ("assistant", "!", True)]
+    for empty in ("", None):
+        assert len(demonstration(tmp_path, **{name: empty}, messages=[ASK, SAY]).turns) == 2
+    for wrong, words in (
+        ("Be long.", f"'{name}' and message 0 are different system messages; leave one out"),
+        (["Be"], f"'{name}' must be a text"),
+    ):
+        with pytest.raises(DataError, match=f"row 0: {words}"):
+            demonstration(tmp_path, **{name: wrong}, messages=[own, ASK, SAY])
+
+
+def test_only_the_completion_is_trained_on(
+    rendered: Callable[..., Trajectory], runner_of: Callable[..., RolloutRunner]
+) -> None:
+    look = {"role": "assistant", "content": None, "tool_calls": [openai("crop_image", BOX)]}
+    prompt, completion = [ASKED, look], [{"role": "tool", "content": SHOWN}, ANSWER]
+    mine = rendered(None, prompt=prompt, completion=completion)
+    weighed = [ASKED, {**look, "weight": 0}, *completion]
+    assert same(mine, rendered(weighed))
+    assert trained_text(mine, runner_of()) == "\\boxed{7}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"prompt": "?", "completion": "!"}, "'prompt' must be a list of turns"),
+        ({"prompt": [ASK], "completion": "!"}, "'completion' must be a list of turns"),
+        ({"completion": [ASK, SAY]}, "'prompt' must be a list of turns"),
+        ({"prompt": [ASK]}, "'messages' must be a list of turns"),
+        ({"prompt": [ASK], "completion": [SAY], "messages": [ASK, SAY]},
+         "both 'messages' and 'completion' hold a conversation; leave one out"),
+        ({"prompt": [ASK, {**SAY, "weight": 1}], "completion": [ASK, SAY]},
+         "prompt message 1: a prompt is not trained on"),
+        ({"prompt": [ASK], "completion": [{**SAY, "audio": {}, "train": 0}]},
+         "completion message 0: 'train' cannot be rendered"),
+    ],
+)  # fmt: skip
+def test_prompts_and_completions_that_cannot_be_used(
+    tmp_path: Path, columns: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(DataError, match=f"row 0: {words}"):
+        demonstration(tmp_path, **columns)
+
+
+def test_a_prompt_beside_messages_must_repeat_them(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "S"}, ASK, SAY]
+    assert len(demonstration(tmp_path, prompt="?", prompt_id="1", messages=messages).turns) == 3
+    for prompt in ("Other?", [ASK]):
+        with pytest.raises(DataError, match="'prompt' beside 'messages' would be lost"):
+            demonstration(tmp_path, prompt=prompt, messages=messages)
+    with pytest.raises(DataError, match="'messages' and 'message_list' differ"):
+        demonstration(tmp_path, messages=messages, message_list=[ASK, SAY])
+    assert demonstration(tmp_path, messages=messages, message_list=messages)
+
+
+def test_a_rows_weight(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "messages": [ASK, SAY], "weight": w} for n, w in enumerate((1, 0, None))]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [each.id for each in load_demonstrations({"path": str(tmp_path)})] == ["0", "2"]
+    assert len(load_demonstrations({"path": str(tmp_path), "limit": 2})) == 2
+    with pytest.raises(DataError, match=r"row 0: 'weight' must be 0 or 1, got 0\.5"):
+        demonstration(tmp_path, messages=[ASK, SAY], weight=0.5)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("rejected", [SAY]), ("chosen", [SAY]), ("rejected_response", "?"),
+        ("history", [["a", "b"]]),
+        ("conversations", [{"from": "human", "value": "?"}]), ("audios", ["a.wav"]),
+        ("chat_template_kwargs", {"enable_thinking": False}), ("chat_template", "{{ }}"),
+        ("loss_mask", [0, 1]), ("label", False), ("kto_tag", False),
+    ],
+)  # fmt: skip
+def test_columns_that_would_be_lost_are_refused(tmp_path: Path, column: str, value: Any) -> None:
+    with pytest.raises(DataError, match=f"row 0: '{column}' (cannot be rendered|is false).*; "):
+        demonstration(tmp_path, messages=[ASK, SAY], **{column: value})
+    harmless = {"source": "x", "score": 0.3, "label": True, "answer": "7", "split": "train"}
+    assert demonstration(tmp_path, messages=[ASK, SAY], **{**harmless, column: None})
 
 
 # Weights
@@ -320,10 +517,6 @@ def test_training_reads_calls_results_and_weights(tmp_path: Path) -> None:
 # What cannot be rendered
 
 
-ASK = {"role": "user", "content": "?"}
-SAY = {"role": "assistant", "content": "!"}
-
-
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
@@ -335,6 +528,21 @@ SAY = {"role": "assistant", "content": "!"}
         ([ASK, {**SAY, "train": False}], "'train' cannot be rendered"),
         ([ASK, {"role": "function", "content": "1"}, SAY], "message 1: the role must be one of "),
         ([ASK, {"role": "assistant", "content": None}], "message 1: the content must be a text"),
+        ([ASK, {"role": "assistant", "content": ""}], "message 1: it is empty"),
+        ([ASK, {"role": "assistant", "content": []}], "message 1: it is empty"),
+        ([ASK, {"role": "assistant", "content": [{"type": "text", "text": " \n"}]}, ASK, SAY],
+         "message 1: it is empty"),
+        ([ASK, calls_of("a", "b"), result("1", "a"), result("2", "c"), SAY],
+         "message 3: its 'tool_call_id' 'c' answers no call of message 1, whose ids are 'a', 'b'"),
+        ([ASK, calls_of("a", "b"), result("1", "a"), result("2"), SAY],
+         "message 3: its 'tool_call_id' null answers no call"),
+        ([ASK, calls_of("a", "b"), result("1", "b"), SAY],
+         "message 1: only 1 of its 2 calls have a result (none: 'a'); add"),
+        ([ASK, calls_of(None, None), result("1"), SAY],
+         "message 1: only 1 of its 2 calls have a result; add"),
+        ([ASK, calls_of("a", "b"), result("1", "a"), result("2", "a"), SAY],
+         "message 3: the call 'a' has two results"),
+        ([ASK, calls_of("a", "a"), result("1", "a"), SAY], "message 1: two calls have one id"),
         ([ASK, {"role": "assistant", "tool_calls": []}], "message 1: the content must be a text"),
         ([ASK, {**SAY, "weight": 0.5}], "message 1: 'weight' must be 0 or 1, got 0.5"),
         ([ASK, {**SAY, "weight": "0"}], "'weight' must be 0 or 1, got '0'"),

@@ -509,6 +509,28 @@ def test_an_allowed_picture_is_downloaded_once(
     assert refused[0].images[0].open()  # from the folder; the network is not asked
 
 
+def test_the_setting_counts_for_recorded_conversations(
+    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    asked = [{"type": "image_url", "image_url": {"url": f"{site}/ok"}}, {"text": "Which?"}]
+    row = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "7"}]}
+    file = write(tmp_path / "expert", [row]) / "rows.jsonl"
+    words = ("objective=sft", "objective.source=recorded", "model.teacher=null", "steps=1",
+             "evaluation.teacher=false", "evaluation.tasks=0",
+             f"+data.demonstrations={{path: {file}}}")  # fmt: skip
+    with pytest.raises(DataError, match=r"row 0: message 0: .*data\.checks\.allow_urls=true"):
+        train(tmp_path / "refused", *words)
+    assert Site.seen == []
+    train(tmp_path / "run", *words, "data.checks.allow_urls=true",
+          "data.checks.allow_private_urls=true")  # fmt: skip
+    assert Site.seen == ["/ok"]
+    (found,) = load_demonstrations({"path": str(file), "checks": {"allow_urls": True}})
+    assert found.turns[0].parts[1] == "Which?"
+    with pytest.raises(ConfigError, match=r"unknown setting 'data\.checks\.urls'"):
+        load_demonstrations({"path": str(file), "checks": {"urls": True}})
+
+
 @pytest.mark.parametrize(
     ("path", "more", "message"),
     [

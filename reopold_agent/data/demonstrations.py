@@ -6,26 +6,31 @@ the next of the row's pictures, and ``<video>`` for all frames (as in LLaMA-Fact
 list of parts ``{"text": ...}`` and ``{"image": ...}`` (as in Qwen and Pixel-Reasoner's SFT data,
 whose column is ``message_list``).
 An assistant's message may have ``tool_calls`` and ``weight`` as at OpenAI, and a row may have
-``tools``. What training cannot render is refused by its name, because the student would learn
-something other than what the expert did.
+``tools``, ``system`` and ``weight``. Instead of ``messages`` a row may have ``prompt`` and
+``completion``, both lists of messages, of which only the completion is trained on (as in TRL). What
+training cannot render is refused by its name, because the student would learn something other than
+what the expert did.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from reopold_agent.config import DataChecks, build
 from reopold_agent.data.pictures import (
     PictureFolder,
     given_pictures,
     picture_of,
     unread_columns,
 )
-from reopold_agent.data.rows import download, find_row_files, read_rows
+from reopold_agent.data.rows import download, fills_with_nulls, find_row_files, read_rows
+from reopold_agent.data.urls import url_rules
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.types import ImageSource, Role
 
@@ -41,6 +46,32 @@ class RecordedCall:
 Parts: TypeAlias = "tuple[str | ImageSource | RecordedCall, ...]"
 
 _SETTINGS = ("path", "split", "revision", "limit")
+
+_SYSTEM = ("system", "system_prompt", "system_message")
+"""Names of the column with the system message."""
+
+_LOST: Final[Mapping[str, str]] = {
+    "functions": "give them as 'tools'",
+    "chosen": "name the conversation to imitate 'messages' or 'completion'",
+    "rejected": "imitation learns from nothing that is rejected",
+    "rejected_messages": "imitation learns from nothing that is rejected",
+    "rejected_response": "imitation learns from nothing that is rejected",
+    "history": "put the earlier turns into 'messages'",
+    "conversations": "give the conversation once, as 'messages'",
+    "chat_template": "the student's own template is used",
+    "chat_template_kwargs": "write what the template would add into 'messages'",
+    "audio": "leave the row out",
+    "audios": "leave the row out",
+    "loss_mask": "give the assistant's messages 'weight': 0 or 1",
+    "assistant_masks": "give the assistant's messages 'weight': 0 or 1",
+    "completion_mask": "give the assistant's messages 'weight': 0 or 1",
+}
+"""Columns with which other programs change what is taught, and what to do instead."""
+
+_CONVERSATION = ("messages", "message_list", "prompt", "completion")
+
+_UNDESIRED = ("label", "kto_tag")
+"""Columns that are false where a conversation is an example of what not to do (KTO)."""
 
 _ROLES: Final[Mapping[str, Role]] = {
     "system": "system",
@@ -92,29 +123,36 @@ def load_demonstrations(spec: Mapping[str, Any]) -> list[Demonstration]:
     """Loads the conversations that a specification describes.
 
     Args:
-        spec: ``path`` (file, folder, or hub id), and optionally ``split``, ``revision`` (hub) and
-            ``limit`` (first rows only).
+        spec: ``path`` (file, folder, or hub id), and optionally ``split``, ``revision`` (hub),
+            ``limit`` (first rows only) and ``checks``: settings of
+            `reopold_agent.config.DataChecks`, of which those on URLs count.
 
     Raises:
         ConfigError: a setting is unknown, or there is no path.
         DataError: a file or a row cannot be used; the message names it.
     """
+    spec = dict(spec)
+    checks = build(DataChecks, spec.pop("checks", None) or {}, "data.checks.")
     unknown = [key for key in spec if key not in _SETTINGS]
     if unknown or not spec.get("path"):
         raise ConfigError(
-            f"data.demonstrations takes {', '.join(_SETTINGS)}, and needs a path; got {dict(spec)}"
+            f"data.demonstrations takes {', '.join(_SETTINGS)}, and needs a path; got {spec}"
         )
     path = Path(str(spec["path"])).expanduser()
     if not path.exists():
         path = download(str(spec["path"]), spec.get("revision"))
-    pictures = PictureFolder(path if path.is_dir() else path.parent)
+    pictures = PictureFolder(path if path.is_dir() else path.parent, url_rules(checks))
     limit = spec.get("limit")
     found: list[Demonstration] = []
     for file in find_row_files(path, spec.get("split")):
         for number, row in enumerate(read_rows(file)):
             if limit is not None and len(found) >= limit:
                 return found
+            if row.get("weight") == 0:
+                continue
             try:
+                if fills_with_nulls(file):
+                    row = _without_nulls(row)
                 found.append(_demonstration(row, number, pictures))
             except DataError as error:
                 raise DataError(f"{file}, row {number}: {error}") from error
@@ -124,32 +162,24 @@ def load_demonstrations(spec: Mapping[str, Any]) -> list[Demonstration]:
 
 
 def _demonstration(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> Demonstration:
-    messages = row.get("messages") or row.get("message_list")
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError("'messages' must be a list of turns")
-    if row.get("functions"):
-        raise DataError("'functions' cannot be rendered; give them as 'tools'")
+    _refuse_lost(row)
     given = given_pictures(row)
     waiting = _Waiting(list(given.values), given.is_video, pictures)
-    turns: list[RecordedTurn] = []
-    roles: list[str] = []
-    for position, message in enumerate(messages):
+    read: list[_Read] = []
+    for where, message in _conversation(row):
         try:
-            turn = _turn(message, waiting)
+            read.append(_read(where, message, waiting))
         except DataError as error:
-            raise DataError(f"message {position}: {error}") from error
-        if message["role"] == "tool" and roles[-1:] == ["tool"]:
-            # An environment answers a turn, whatever it called, with one turn.
-            turns[-1] = replace(turn, parts=(*turns[-1].parts, "\n", *turn.parts))
-        else:
-            turns.append(turn)
-            roles.append(message["role"])
+            raise DataError(f"{where}: {error}") from error
+    read = _with_system(row, _with_answers(read))
+    turns = tuple(each.turn for each in read)
     shown = any(not isinstance(p, (str, RecordedCall)) for turn in turns for p in turn.parts)
     # Where the messages hold their own pictures, the columns repeat some of them.
     if waiting.values and not (shown and len(waiting.values) == len(given.values)):
         raise DataError(f"the row has {len(waiting.values)} more images than <image> marks")
     if not shown and (unread := unread_columns(row)):
         raise DataError(f"'{unread[0]}' looks like pictures and is not read; name it 'images'")
+    roles = [each.role for each in read]
     dialogue = roles[1:] if turns[0].role == "system" else roles
     answers, asked = dialogue[1::2], dialogue[::2]
     if (
@@ -161,7 +191,196 @@ def _demonstration(row: Mapping[str, Any], number: int, pictures: PictureFolder)
         raise DataError(f"user and assistant must take turns, got {', '.join(roles)}")
     if not any(turn.trained for turn in turns if turn.role == "assistant"):
         raise DataError("no message is trained on: each of the assistant's has weight 0")
-    return Demonstration(str(row.get("id", row.get("qid", number))), tuple(turns), _tools(row))
+    tools = _tools(row)
+    _check_names(read, tools)
+    return Demonstration(str(row.get("id", row.get("qid", number))), turns, tools)
+
+
+def _refuse_lost(row: Mapping[str, Any]) -> None:
+    """Refuses columns that would change what is taught and cannot be rendered."""
+    for name, advice in _LOST.items():
+        if not _is_nothing(row.get(name)):
+            raise DataError(f"'{name}' cannot be rendered, and would be lost; {advice}")
+    for name in _UNDESIRED:
+        if row.get(name) is False:
+            raise DataError(
+                f"'{name}' is false: the row shows what not to do, which imitation would teach; "
+                "leave the row out"
+            )
+    _trained(row)
+
+
+def _conversation(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields a row's messages with their names; those of a ``prompt`` have the weight 0."""
+    given = {name: row[name] for name in _CONVERSATION if not _is_nothing(row.get(name))}
+    prompt, completion = given.pop("prompt", None), given.pop("completion", None)
+    if completion is not None:
+        if given:
+            raise DataError(
+                f"both '{next(iter(given))}' and 'completion' hold a conversation; leave one out"
+            )
+        for name, messages in (("prompt", prompt), ("completion", completion)):
+            for position, message in enumerate(_listed(messages, name)):
+                where = f"{name} message {position}"
+                if name == "prompt" and isinstance(message, Mapping):
+                    message = _context(message, where)
+                yield where, message
+        return
+    if len(given) > 1 and given["messages"] != given["message_list"]:
+        raise DataError("'messages' and 'message_list' differ; leave one out")
+    messages = _listed(next(iter(given.values()), None), "messages")
+    if prompt is not None and not _repeats(prompt, messages):
+        raise DataError(
+            "'prompt' beside 'messages' would be lost: put it into 'messages', or give 'prompt' "
+            "and 'completion' as lists of messages, of which the completion is trained on"
+        )
+    for position, message in enumerate(messages):
+        yield f"message {position}", message
+
+
+def _listed(messages: Any, name: str) -> Sequence[Any]:
+    if not isinstance(messages, Sequence) or isinstance(messages, (str, bytes)) or not messages:
+        raise DataError(f"'{name}' must be a list of turns, objects with 'role' and 'content'")
+    return messages
+
+
+def _context(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Returns a message of a ``prompt``, which is not trained on."""
+    if message.get("role") != "assistant":
+        return message
+    if message.get("weight"):
+        raise DataError(f"{where}: a prompt is not trained on; its 'weight' must be 0")
+    return {**message, "weight": 0}
+
+
+def _repeats(prompt: Any, messages: Sequence[Any]) -> bool:
+    """Returns whether a ``prompt`` is the text of the first question, as in UltraChat's rows."""
+    asked = (each for each in messages if isinstance(each, Mapping) and each.get("role") == "user")
+    return isinstance(prompt, str) and prompt == next(asked, {}).get("content")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A message that has been read.
+
+    Attributes:
+        where: its name, for errors.
+        role: as the row has it.
+        turn: what it says.
+        calls: ids of its calls; None for a call without one.
+        answers: id of the call whose result it is.
+    """
+
+    where: str
+    role: str
+    turn: RecordedTurn
+    calls: tuple[str | None, ...] = ()
+    answers: str | None = None
+
+
+def _with_system(row: Mapping[str, Any], read: list[_Read]) -> list[_Read]:
+    """Returns the messages with the system message of the row's columns before them."""
+    for name in _SYSTEM:
+        text = row.get(name)
+        if _is_nothing(text):
+            continue
+        if not isinstance(text, str):
+            raise DataError(f"'{name}' must be a text, the system message")
+        system = RecordedTurn("system", (text,))
+        if read[0].turn.role != "system":
+            read = [_Read(f"'{name}'", "system", system), *read]
+        elif "".join(map(str, read[0].turn.parts)).strip() != text.strip():
+            raise DataError(
+                f"'{name}' and {read[0].where} are different system messages; leave one out"
+            )
+    return read
+
+
+def _with_answers(read: Sequence[_Read]) -> list[_Read]:
+    """Returns the messages with one for all results of a turn, in the order of its calls.
+
+    An environment answers a turn, whatever it called, with one turn.
+    """
+    found: list[_Read] = []
+    for role, group in groupby(read, key=lambda each: each.role):
+        each = list(group)
+        if role != "tool":
+            found += each
+            continue
+        results = _in_order(found[-1], each) if found and found[-1].calls else each
+        parts = [part for result in results for part in ("\n", *result.turn.parts)]
+        found.append(replace(each[0], turn=replace(each[0].turn, parts=tuple(parts[1:]))))
+    return found
+
+
+def _in_order(turn: _Read, results: Sequence[_Read]) -> Sequence[_Read]:
+    """Returns the results of a turn's calls in the order of the calls, as far as ids tell it.
+
+    Raises:
+        DataError: a result answers no call of the turn, or a call has no result or two.
+    """
+    ids = [result.answers for result in results]
+    if None not in turn.calls and any(ids):
+        by_id: dict[str | None, _Read] = {}
+        for result in results:
+            if result.answers not in turn.calls:
+                raise DataError(
+                    f"{result.where}: its 'tool_call_id' {_quoted(result.answers)} answers no call "
+                    f"of {turn.where}, whose ids are {', '.join(map(_quoted, turn.calls))}"
+                )
+            if by_id.setdefault(result.answers, result) is not result:
+                raise DataError(
+                    f"{result.where}: the call {_quoted(result.answers)} has two "
+                    "results; join them in one message"
+                )
+        if len(set(turn.calls)) < len(turn.calls):
+            raise DataError(f"{turn.where}: two calls have one id; give each its own")
+        results = [by_id[each] for each in turn.calls if each in by_id]
+    if len(results) < len(turn.calls):
+        unanswered = [_quoted(each) for each in turn.calls if each not in ids]
+        raise DataError(
+            f"{turn.where}: only {len(results)} of its {len(turn.calls)} calls have a result"
+            + f" (none: {', '.join(unanswered)})" * any(ids)
+            + "; add the 'tool' messages that are missing, or leave the calls out"
+        )
+    return results
+
+
+def _quoted(name: str | None) -> str:
+    return "null" if name is None else f"'{name[:40]}'"
+
+
+def _check_names(read: Sequence[_Read], tools: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses trained calls of tools that the row's ``tools`` do not describe."""
+    names = tool_names(tools)
+    for each in read:
+        for part in each.turn.parts if names and each.turn.trained else ():
+            if isinstance(part, RecordedCall) and part.name not in names:
+                raise DataError(f"{each.where}: {unknown_tool(part.name, names)}")
+
+
+def tool_names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns the names of tools that are given by their schemas.
+
+    Raises:
+        DataError: one has none.
+    """
+    names = []
+    for tool in tools:
+        function = tool.get("function") or tool
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(name, str):
+            raise DataError("a description in 'tools' has no name")
+        names.append(name)
+    return names
+
+
+def unknown_tool(name: str, names: Sequence[str]) -> str:
+    """Returns the message about a call of a tool that is not described."""
+    return (
+        f"it calls '{name}', which is not in the row's 'tools' ({', '.join(names)}); describe it "
+        "there, or give the message 'weight': 0 if the call is a mistake"
+    )
 
 
 @dataclass
@@ -181,7 +400,7 @@ class _Waiting:
         return [picture_of(value, self.folder) for value in taken]
 
 
-def _turn(message: Any, waiting: _Waiting) -> RecordedTurn:
+def _read(where: str, message: Any, waiting: _Waiting) -> _Read:
     if not isinstance(message, Mapping):
         raise DataError("it must be an object with role and content")
     role = _ROLES.get(str(message.get("role")))
@@ -191,12 +410,31 @@ def _turn(message: Any, waiting: _Waiting) -> RecordedTurn:
     content, calls, weight = (message.get(key) for key in ("content", "tool_calls", "weight"))
     if role != "assistant" and (calls or weight):
         raise DataError("only an assistant's message can have 'tool_calls', or a 'weight' above 0")
-    if weight not in (None, 0, 1):
-        raise DataError(f"'weight' must be 0 or 1, got {weight!r}")
+    trained = _trained(message)
+    called = _calls(calls)
     parts = () if content is None and calls else _parts(content, waiting)
     if role in ("system", "assistant") and not all(isinstance(part, str) for part in parts):
         raise DataError("only user and tool messages may hold images")
-    return RecordedTurn(role, (*parts, *_calls(calls)), weight != 0)
+    if role == "assistant" and trained and not calls and not "".join(map(str, parts)).strip():
+        raise DataError(
+            "it is empty, and the student would learn to stop at once; give it 'weight': 0, or "
+            "leave the row out"
+        )
+    turn = RecordedTurn(role, (*parts, *(call for _, call in called)), trained)
+    ids = tuple(name for name, _ in called)
+    return _Read(where, message["role"], turn, ids, _id(message.get("tool_call_id")))
+
+
+def _id(value: Any) -> str | None:
+    return None if value in (None, "") else str(value)
+
+
+def _trained(given: Mapping[str, Any]) -> bool:
+    """Returns whether the ``weight`` of a row or message lets it be trained on."""
+    weight = given.get("weight")
+    if weight not in (None, 0, 1):
+        raise DataError(f"'weight' must be 0 or 1, got {weight!r}")
+    return weight != 0
 
 
 def _parts(content: Any, waiting: _Waiting) -> Parts:
@@ -243,14 +481,14 @@ def _part(part: Mapping[str, Any], waiting: _Waiting) -> Sequence[str | ImageSou
     raise DataError("a part of a message must have 'text', 'image' or 'video' (frames)")
 
 
-def _calls(calls: Any) -> list[RecordedCall]:
+def _calls(calls: Any) -> list[tuple[str | None, RecordedCall]]:
     if calls and not isinstance(calls, (list, tuple)):
         raise DataError("'tool_calls' must be a list")
     return [_call(call) for call in calls or ()]
 
 
-def _call(call: Any) -> RecordedCall:
-    """Reads a call in OpenAI's or Hugging Face's form, with ``function`` around it or without."""
+def _call(call: Any) -> tuple[str | None, RecordedCall]:
+    """Reads a call and its id in OpenAI's or Hugging Face's form, with ``function`` or without."""
     if not isinstance(call, Mapping) or call.get("type") not in (None, "function"):
         kind = call.get("type") if isinstance(call, Mapping) else type(call).__name__
         raise DataError(f"a tool call of the type {kind!r} cannot be rendered, only 'function'")
@@ -264,20 +502,20 @@ def _call(call: Any) -> RecordedCall:
         if isinstance(arguments, str):
             arguments = json.loads(arguments or "{}")
         else:
-            arguments = {} if arguments is None else _without_nulls(arguments)
+            arguments = {} if arguments is None else arguments
         json.dumps(arguments, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"the arguments of '{function['name']}' are no JSON: {error}") from error
     if not isinstance(arguments, Mapping):
         raise DataError(f"the arguments of '{function['name']}' must be a JSON object")
-    return RecordedCall(function["name"], arguments)
+    return _id(call.get("id") or function.get("id")), RecordedCall(function["name"], arguments)
 
 
 def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
     """Returns the descriptions of a row's tools: a list of objects, or its JSON text."""
     given = row.get("tools") or []
     try:
-        given = _without_nulls(json.loads(given) if isinstance(given, str) else given)
+        given = json.loads(given) if isinstance(given, str) else given
         json.dumps(given)
     except (TypeError, ValueError, RecursionError) as error:
         raise DataError(f"'tools' are no JSON: {error}") from error
@@ -287,7 +525,7 @@ def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Removes the nulls that parquet writes where one row has a key and another has not."""
+    """Removes the nulls of objects, which mean nothing where a file's format adds them."""
     if isinstance(value, Mapping):
         return {k: _without_nulls(v) for k, v in value.items() if v is not None}
     return [_without_nulls(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -295,7 +533,11 @@ def _without_nulls(value: Any) -> Any:
 
 def _refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
     for key, value in given.items():
-        if key not in known and value not in (None, "", [], {}):
+        if key not in known and not _is_nothing(value):
             raise DataError(
                 f"'{key}' cannot be rendered, and would be lost; what is read is {', '.join(known)}"
             )
+
+
+def _is_nothing(value: Any) -> bool:
+    return value in (None, "", [], {})

@@ -38,7 +38,7 @@ from reopold_agent.data.rows import (
     read_rows,
     row_label,
 )
-from reopold_agent.data.urls import UrlRules
+from reopold_agent.data.urls import url_rules
 from reopold_agent.errors import ConfigError, DataError, UnknownNameError
 from reopold_agent.types import Task, TaskSource
 
@@ -146,7 +146,7 @@ def _rows(
         chosen = build(DataChecks, checks or {}, "data.checks.")
         root = _local(path, revision)
         folder = data_folder(root, split)
-        pictures = PictureFolder(folder, _url_rules(chosen))
+        pictures = PictureFolder(folder, url_rules(chosen))
         report = DataReport(name, str(root))
 
         def task_of(row: Row, number: int) -> Task:
@@ -228,12 +228,6 @@ def _local(path: str, revision: str | None) -> Path:
     if looks_like_hub and local.suffix not in (".parquet", ".json", ".jsonl"):
         return download(path, revision)
     raise DataError(f"the data path {local} does not exist")
-
-
-def _url_rules(checks: DataChecks) -> UrlRules | None:
-    if not checks.allow_urls:
-        return None
-    return UrlRules(checks.url_max_bytes, checks.url_seconds, checks.allow_private_urls)
 
 
 def labelled_rows(

@@ -155,6 +155,15 @@ def read_rows(
         yield from _json_rows(file)
 
 
+def fills_with_nulls(file: Path) -> bool:
+    """Returns whether objects in the file's rows have nulls that nobody wrote.
+
+    In parquet all objects of a column have the same keys: where one row has a key and another has
+    not, `read_rows` yields it with the value None.
+    """
+    return file.suffix == ".parquet"
+
+
 def _parquet_rows(file: Path, without: Collection[str]) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 

@@ -22,6 +22,7 @@ from urllib.parse import urljoin, urlsplit
 from PIL import Image
 
 from reopold_agent.common.files import cache_folder
+from reopold_agent.config import DataChecks
 from reopold_agent.data.checks import RowError
 from reopold_agent.data.images import BytesImage
 from reopold_agent.errors import DataError
@@ -52,6 +53,13 @@ class UrlRules:
     seconds: float = 30.0
     allow_private: bool = False
     cache: Path = field(default_factory=default_cache)
+
+
+def url_rules(checks: DataChecks) -> UrlRules | None:
+    """Returns what the settings allow; None if no picture may be downloaded."""
+    if not checks.allow_urls:
+        return None
+    return UrlRules(checks.url_max_bytes, checks.url_seconds, checks.allow_private_urls)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from reopold_agent.common.pixels import PixelLimits
-from reopold_agent.data.demonstrations import Demonstration, RecordedCall, RecordedTurn
+from reopold_agent.data.demonstrations import (
+    Demonstration,
+    RecordedCall,
+    RecordedTurn,
+    tool_names,
+    unknown_tool,
+)
 from reopold_agent.errors import DataError, ToolError
 from reopold_agent.rollout.runner import RolloutRunner
-from reopold_agent.tools.parse import write_tool_call
+from reopold_agent.tools.parse import find_tool_call, write_tool_call
 from reopold_agent.tools.prompt import BASE_PROMPT, with_tools
 from reopold_agent.types import EncodedImage, Message, StopReason, Trajectory, Turn
 
@@ -24,9 +30,11 @@ def demonstrated(demonstration: Demonstration, index: int, runner: RolloutRunner
 
     Raises:
         DataError: the conversation is longer than the runner's response budget, has pictures
-            but the model reads text only, or has calls that the model could not make.
+            that cannot be opened or the model reads text only, or has calls that the model could
+            not make.
     """
     chat = runner.chat
+    names = tool_names(demonstration.tools)
     turns = _with_system(demonstration)
     opening = turns[: 2 if turns[0].role == "system" else 1]
     messages = [_message(turn, runner, runner.prompt_pixels, demonstration.id) for turn in opening]
@@ -37,6 +45,8 @@ def demonstrated(demonstration: Demonstration, index: int, runner: RolloutRunner
     for turn in turns[len(opening) :]:
         if turn.role == "assistant":
             text, turn_ids = _said(turn, runner, demonstration.id)
+            if names and turn.trained:
+                _check_calls(text, names, demonstration.id)
             recorded.append(Turn(len(ids), len(ids) + len(turn_ids), text, "stop"))
             ids += turn_ids
             mask += [turn.trained] * len(turn_ids)
@@ -118,6 +128,17 @@ def _said(turn: RecordedTurn, runner: RolloutRunner, name: str) -> tuple[str, li
     return text, ids
 
 
+def _check_calls(text: str, names: Sequence[str], conversation: str) -> None:
+    """Refuses calls in the words of a turn of tools that the row's ``tools`` do not describe."""
+    for which in ("first", "last"):
+        try:
+            call = find_tool_call(text, which)
+        except ToolError:  # an expert's mistake, which an environment answers with a message
+            continue
+        if call is not None and call.name not in names:
+            raise DataError(f"the conversation {conversation}: {unknown_tool(call.name, names)}")
+
+
 def _message(turn: RecordedTurn, runner: RolloutRunner, limits: PixelLimits, name: str) -> Message:
     content: list[str | EncodedImage] = []
     for part in turn.parts:
@@ -128,5 +149,9 @@ def _message(turn: RecordedTurn, runner: RolloutRunner, limits: PixelLimits, nam
             raise ValueError(f"a {turn.role} turn cannot call tools")
         if runner.vision is None:
             raise DataError(f"the conversation {name} has pictures, but the model reads text only")
-        content.append(runner.vision.encode(np.asarray(part.open()), limits))
+        try:
+            pixels = np.asarray(part.open())
+        except DataError as error:
+            raise DataError(f"the conversation {name}: {error}") from error
+        content.append(runner.vision.encode(pixels, limits))
     return Message(turn.role, tuple(content))

@@ -163,7 +163,7 @@ class Collector:
         return [row for group in whole for row in group]
 
     def _read(self) -> list[Demonstration]:
-        spec = self.config.data.demonstrations
+        spec = self.config.data.specification("demonstrations")
         if spec is None:
             raise ConfigError(
                 "objective.source=recorded needs data.demonstrations, for example "
