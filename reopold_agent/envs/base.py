@@ -177,14 +177,16 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         """Returns the text of the first user turn, which follows its pictures."""
         return f"{task.question}\n\n{self._guideline}" if self._guideline else task.question
 
-    def system_prompt(self, task: Task) -> str:
-        """Returns the system message: its text, and the tools."""
+    def system_message(self, task: Task) -> str:
+        """Returns the text of the system message, without the tools."""
         message = self._system_message
         if message is None:
             message = self.own_system_message(task)
-        return with_tools(
-            self.default_system_message if message is None else message, self._schemas
-        )
+        return self.default_system_message if message is None else message
+
+    def system_prompt(self, task: Task) -> str:
+        """Returns the system message: its text, and the tools."""
+        return with_tools(self.system_message(task), self._schemas)
 
     def own_system_message(self, task: Task) -> str | None:
         """Returns the task's own system message if it counts; None otherwise.

@@ -64,9 +64,12 @@ def write_tool_call(name: str, arguments: Mapping[str, Any]) -> str:
         ToolError: `find_tool_call` could not read the call.
     """
     call = json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    mark = next((each for each in (OPEN, CLOSE) if each in call), None)
+    if mark is not None:
+        raise ToolError(f"The arguments of '{shorten(name)}' contain {mark}.")
     text = f"{OPEN}\n{call}\n{CLOSE}"
     if find_tool_call(text) != ParsedCall(name, arguments):
-        raise ToolError(f"The arguments of '{shorten(name)}' contain {CLOSE}.")
+        raise ToolError(f"The arguments of '{shorten(name)}' are none that JSON can hold.")
     return text
 
 

@@ -1,0 +1,209 @@
+"""Tool environments for TRL's ``GRPOTrainer(environment_factory=...)``.
+
+TRL makes one object per rollout, calls its public methods as tools, and renders the conversation
+itself; it has no step of text. So each tool becomes a method that plays a turn of the environment,
+and the last turn is given to the environment when TRL asks for rewards.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from PIL import Image
+
+from reopold_agent.envs.base import ToolEnv
+from reopold_agent.envs.registration import task_seed
+from reopold_agent.envs.spaces import parts_of
+from reopold_agent.errors import ConfigError, ToolError
+from reopold_agent.tools.parse import write_tool_call
+from reopold_agent.types import IMAGE_MARK
+
+_RESERVED = ("reset", "get_reward")
+
+
+class TrlEnvironment:
+    """What an object of an `environment_factory` is; its public methods are the tools."""
+
+    make_env: ClassVar[Callable[[], ToolEnv]]
+    split: ClassVar[str]
+
+    def __init__(self) -> None:
+        self._env = type(self).make_env()
+        self._over = True
+        self._reward = 0.0
+
+    def reset(self, index: int, **row: Any) -> list[dict[str, Any]]:
+        """Starts the episode of a task; returns its first turn as content blocks.
+
+        Args:
+            index: of the task in the split; a column of `rows`.
+            **row: the row's other columns, which are not needed.
+        """
+        options = {"split": self.split, "index": index}
+        observation, _ = self._env.reset(seed=task_seed(self.split, index), options=options)
+        self._over, self._reward = False, 0.0
+        return _blocks(observation)
+
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if self._over:
+            return [{"type": "text", "text": "The episode is over."}]
+        try:
+            turn = write_tool_call(name, arguments)
+        except ToolError as error:
+            return [{"type": "text", "text": str(error)}]
+        return _blocks(self._step(turn))
+
+    def _step(self, turn: str) -> Any:
+        observation, reward, terminated, truncated, _ = self._env.step(turn)
+        self._reward += reward
+        self._over = terminated or truncated
+        return observation
+
+    def _finish(self, answer: str | None) -> float:
+        """Returns the sum of the episode's rewards.
+
+        Args:
+            answer: the last turn, or None if the trainer's budgets ended the episode before.
+        """
+        if not self._over and answer is not None:
+            self._step(answer)
+        if not self._over:
+            self._reward += self._env.truncate()[0]
+            self._over = True
+        return self._reward
+
+
+def environment_factory(
+    make_env: Callable[[], ToolEnv], *, split: str = "train"
+) -> type[TrlEnvironment]:
+    """Returns a class for TRL's ``environment_factory``, to be trained on `rows` with `reward`.
+
+    A tool's arguments are described to the model by TRL, from annotations; limits that only a
+    JSON schema can say are checked when the tool is called.
+
+    Args:
+        make_env: makes one environment.
+        split: "train" or "eval".
+
+    Raises:
+        ConfigError: a tool has a name that TRL reserves, or that is no Python name.
+    """
+    methods = {}
+    for tool in make_env().tools:
+        if not tool.name.isidentifier() or tool.name.startswith("_") or tool.name in _RESERVED:
+            raise ConfigError(
+                f"TRL cannot call a tool '{tool.name}'.\n"
+                f"Show it under another name: tools=[{{name: {tool.name}, as: NAME}}]."
+            )
+        methods[tool.name] = _method(tool.schema()["function"])
+    members = {"make_env": staticmethod(make_env), "split": split, **methods}
+    return type("TrlEnvironment", (TrlEnvironment,), members)
+
+
+def rows(
+    make_env: Callable[[], ToolEnv], *, split: str = "train", limit: int | None = None
+) -> list[dict[str, Any]]:
+    """Returns the rows of a split for ``datasets.Dataset.from_list``: ``prompt`` and ``index``.
+
+    The prompt holds the system message and earlier turns; TRL adds the tools, and ``reset`` the
+    question.
+
+    Args:
+        make_env: makes one environment.
+        split: "train" or "eval".
+        limit: number of tasks, the first ones; None for all.
+
+    Raises:
+        ConfigError: a task has pictures in earlier turns.
+    """
+    env = make_env()
+    count = env.num_tasks(split)
+    return [_row(env, split, index) for index in range(min(count, limit or count))]
+
+
+def _row(env: ToolEnv, split: str, index: int) -> dict[str, Any]:
+    task = env.task(split, index)
+    system = env.system_message(task)
+    turns = [("system", system)] if system else []
+    turns += [*task.history, ("user", "")]
+    if any(IMAGE_MARK in text for _, text in task.history):
+        raise ConfigError(
+            f"task {task.id} has pictures in earlier turns, which TRL's environments cannot show.\n"
+            "Leave such tasks out."
+        )
+    return {"prompt": [{"role": role, "content": text} for role, text in turns], "index": index}
+
+
+def reward(
+    completions: Sequence[Sequence[Mapping[str, Any]]],
+    environments: Sequence[TrlEnvironment],
+    **columns: Any,
+) -> list[float]:
+    """Returns the sum of each episode's rewards, for TRL's ``reward_funcs``.
+
+    Args:
+        completions: the messages of each rollout.
+        environments: the object of each rollout.
+        **columns: of the rows, which are not needed.
+    """
+    return [
+        environment._finish(_answer(messages[-1]))
+        for messages, environment in zip(completions, environments, strict=True)
+    ]
+
+
+def _answer(message: Mapping[str, Any]) -> str | None:
+    """Returns the text of a last turn; None if it is no answer of the student."""
+    if message["role"] != "assistant" or message.get("tool_calls"):
+        return None
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(str(part.get("text", "")) for part in content)
+
+
+def _blocks(observation: Any) -> list[dict[str, Any]]:
+    return [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {"type": "image", "image": Image.fromarray(part)}
+        for part in parts_of(observation)
+    ]
+
+
+def _method(schema: Mapping[str, Any]) -> Callable[..., Any]:
+    """Returns a method that plays a call, with the signature and docstring that TRL reads."""
+    name, arguments = schema["name"], schema["parameters"]
+    required = arguments.get("required", ())
+    properties = sorted(arguments.get("properties", {}).items(), key=lambda p: p[0] not in required)
+
+    def method(self: TrlEnvironment, **given: Any) -> Any:
+        return self._call(name, {k: v for k, v in given.items() if v is not None})
+
+    kinds = {key: _annotation(each) for key, each in properties}
+    parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    for key, kind in kinds.items():
+        default = inspect.Parameter.empty if key in required else None
+        parameters.append(
+            inspect.Parameter(
+                key, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind
+            )
+        )
+    lines = [f"    {key}: {each.get('description') or key}" for key, each in properties]
+    method.__name__ = method.__qualname__ = name
+    method.__doc__ = "\n".join([schema["description"], "", *(["Args:", *lines] if lines else [])])
+    method.__annotations__ = kinds
+    method.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return method
+
+
+def _annotation(schema: Mapping[str, Any]) -> Any:
+    if "enum" in schema:
+        return Literal[tuple(schema["enum"])]
+    plain = {"integer": int, "number": float, "string": str, "boolean": bool}
+    kind = schema.get("type")
+    if kind == "array":
+        return list[_annotation(schema.get("items", {}))]  # type: ignore[misc]
+    return plain.get(str(kind), dict)
