@@ -38,6 +38,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "images").mkdir()
     for red in (1, 2, 3):
         (tmp_path / "images" / f"{red}.png").write_bytes(png(red))
+    Image.new("RGB", (30, 30)).save(tmp_path / "black.bmp")
     return tmp_path
 
 
@@ -293,7 +294,9 @@ def test_frames_in_multi_modal_data_are_a_video(folder: Path) -> None:
         ({"images": ["3.png"], "images_2": ["1.png", "2.png"]}, [3, 1, 2]),
         ({"images": ["3.png", "1.png"], "image_1": "images/3.png", "image_2": "./1.png"}, [3, 1]),
         ({"image": DATA, "picture": png(2)}, [2]),
-        ({"image": "2.png", "image_url": "https://host/photos/2.png?width=9"}, [2]),
+        ({"image_url": "https://host/photos/2.png?width=9", "image": "2.png"}, [2]),
+        ({"image": "2.png", "picture": png(2)}, [2]),
+        ({"image_path": "black.bmp", "image": base64.b64encode(png(0)).decode()}, [0]),
         ({"images": ["2.png"], "extra_info": {"images": [{"image": "2.png"}]}}, [2]),
         ({"images": [{"bytes": png(2), "path": None}], "extra_info": {"image": "raw/9.png"}}, [2]),
     ],
@@ -313,6 +316,7 @@ def test_columns_that_repeat_or_continue_another_one(
         ({"image": "1.png", "image_1": "2.png"}, "'image' and 'image_1' hold different pictures"),
         ({"image": "1.png", "images": ["1.png", "2.png"]}, "hold different pictures"),
         ({"image": png(1), "picture": png(2)}, "hold different pictures"),
+        ({"image": "1.png", "picture": DATA}, "'picture' and 'image' hold different pictures"),
         ({"image": "1.png", "picture": "11.png"}, "hold different pictures"),
         ({"frames": ["1.png"], "videos": [["2.png"]]}, "hold different pictures"),
         ({"video_1": ["1.png"], "video_2": ["2.png"]}, "2 videos in one row"),
@@ -419,7 +423,7 @@ def test_pictures_in_parts_and_in_columns_must_be_the_same(folder: Path) -> None
 
     task = load(folder, "verl", {**row("2.png", DATA), "images": ["images/2.png", DATA]})
     assert reds(task) == [2, 2]
-    for given in (["3.png", "1.png"], ["2.png", "1.png"]):
+    for given in (["3.png", "1.png"], ["2.png", "1.png"], [DATA, "2.png"]):
         with pytest.raises(DataError, match="the row's columns hold different pictures; leave"):
             load(folder, "verl", row("1.png", "2.png", images=given))
     with pytest.raises(DataError, match="some parts of the messages hold pictures and others mark"):
@@ -480,6 +484,9 @@ def test_the_mark_of_a_video_takes_no_picture(folder: Path, text: str) -> None:
             load(folder, source, row)
 
 
+SAID = {"role": "user", "content": "Which?"}
+
+
 def test_rows_as_pandas_reads_them(folder: Path) -> None:
     pictures = PictureFolder(folder)
     row = {
@@ -496,6 +503,10 @@ def test_rows_as_pandas_reads_them(folder: Path) -> None:
             "image": np.array(["1.png", "2.png"], object)}  # fmt: skip
     task = pixel_reasoner_task(film, 0, pictures)
     assert (task.is_video, reds(task)) == (True, [1, 2])
+    task = verl_task(
+        {**row, "images": [], "extra_info": float("nan"), "prompt": [SAID]}, 5, pictures
+    )
+    assert (task.id, task.images) == ("5", ())
     assert given_pictures({"images": np.array([], object)}).values == ()
     empty = {"image": PurePosixPath("2.png"), "question": "Which?", "answer": "7"}
     assert reds(pixel_reasoner_task(empty, 0, pictures)) == [2]
@@ -588,6 +599,7 @@ def test_what_earlier_turns_would_lose_is_refused(folder: Path) -> None:
     for keys, message in (
         ({"tool_calls": [call]}, "'tool_calls' of an earlier turn would be lost; write them"),
         ({"tool_calls": [], "reasoning_content": "Hm."}, "'reasoning_content' of a message"),
+        ({"content": "\ud800"}, "half a surrogate pair"),
         ({"content": None}, "a message of the role assistant has no 'content'"),
     ):
         said = {"role": "assistant", "content": "I look.", **keys}
@@ -612,3 +624,5 @@ def test_a_system_message_in_a_column(folder: Path, name: str) -> None:
     for other in ({name: "Look twice."}, {name: 7}):
         with pytest.raises(DataError, match="system message"):
             system(*CONVERSATION, **other)
+    with pytest.raises(DataError, match="half a surrogate pair"):
+        system(*CONVERSATION[1:], **{name: "\ud800"})

@@ -218,7 +218,9 @@ def checked_task(
         raise RowError(NO_QUESTION, "no question: it is empty without its picture marks")
     if not any(answer.strip() for answer in task.answers):
         raise RowError("no answer", "no answer")
-    for text in (task.id, task.question, *task.answers, *(words for _, words in task.history)):
+    system = str(task.metadata.get("system_message", ""))
+    earlier = (words for _, words in task.history)
+    for text in (task.id, task.question, *task.answers, system, *earlier):
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise RowError("wrong type", f"not a text: half a surrogate pair in {text[:40]!r}")
     return task

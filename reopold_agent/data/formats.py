@@ -41,7 +41,7 @@ def question_task(
     Raises:
         RowError: a picture is missing, or marks and pictures do not agree.
     """
-    given = given_pictures(row)
+    given = given_pictures(row, pictures)
     message = {"role": "user", "content": question}
     turns, images, is_video = read_turns([message], given, pictures)
     return Task(id, turns[0][1].strip(), answers, images, is_video, metadata or {})
@@ -62,7 +62,7 @@ def verl_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> T
         raise RowError("wrong type", "'prompt' must be a list of messages")
     extra, graded = _group(row, "extra_info"), _group(row, "reward_model")
     messages = [*_system_column(row, prompt), *prompt]
-    turns, images, is_video = read_turns(messages, given_pictures(row), pictures)
+    turns, images, is_video = read_turns(messages, given_pictures(row, pictures), pictures)
     system = turns[0][1] if turns and turns[0][0] == "system" else None
     dialogue = turns if system is None else turns[1:]
     roles = [role for role, _ in dialogue]
@@ -140,7 +140,7 @@ def verl_row(task: Task, index: int, split: str, paths: Sequence[str]) -> dict[s
 
 def _group(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = row.get(name)
-    if value is None:
+    if is_null(value):
         return {}
     if not isinstance(value, Mapping):
         raise RowError("wrong type", f"'{name}' must be an object, got {type(value).__name__}")
@@ -148,8 +148,8 @@ def _group(row: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _first(*values: Any) -> str:
-    """Returns the first value that is not None as a string; 0 is a valid id."""
-    return str(next(value for value in values if value is not None))
+    """Returns the first value that is not missing as a string; 0 is a valid id."""
+    return str(next(value for value in values if not is_null(value)))
 
 
 def text_of(row: Mapping[str, Any], *names: str) -> str:

@@ -194,22 +194,40 @@ def _without_query(name: str) -> str:
     return re.split("[?#]", name, maxsplit=1)[0] if is_url(name) else name
 
 
-def same_pictures(some: Sequence[Any], others: Sequence[Any]) -> bool:
+def same_pictures(
+    some: Sequence[Any], others: Sequence[Any], pictures: PictureFolder | None
+) -> bool:
     """Returns whether two lists hold the same pictures.
 
     Bytes are compared with bytes and paths with paths, of which one may name more folders than the
-    other. Where one list has bytes and the other paths, these are taken for the names of the bytes,
-    as in MathVista's ``decoded_image`` and ``image``.
+    other. Bytes are compared with the file at a path if there is one in ``pictures``; otherwise the
+    path is their name, as hub parquet files keep it.
     """
-    return len(some) == len(others) and all(map(_same, some, others))
+    return len(some) == len(others) and all(
+        _same(_content(one), _content(other), pictures)
+        for one, other in zip(some, others, strict=True)
+    )
 
 
-def _same(one: Any, other: Any) -> bool:
-    first, second = _content(one), _content(other)
-    if not (isinstance(first, str) and isinstance(second, str)):
-        return type(first) is not type(second) or first == second
-    short, long = sorted((_without_query(first), _without_query(second)), key=len)
-    return f"/{long}".endswith(f"/{short}")
+def _same(
+    one: bytes | str | None, other: bytes | str | None, pictures: PictureFolder | None
+) -> bool:
+    if isinstance(one, str) and isinstance(other, str):
+        short, long = sorted((_without_query(one), _without_query(other)), key=len)
+        return f"/{long}".endswith(f"/{short}")
+    if isinstance(one, str) and isinstance(other, bytes):
+        one, other = other, one
+    if not (isinstance(one, bytes) and isinstance(other, str)):
+        return one == other
+    if pictures is None or is_url(other):
+        return True
+    try:
+        file = pictures.find(other)
+        if isinstance(file, FileImage) and file.path.read_bytes() == one:
+            return True
+        return np.array_equal(np.asarray(file.open()), np.asarray(BytesImage(one).open()))
+    except (DataError, OSError):  # no such file
+        return True
 
 
 @dataclass(frozen=True)
@@ -225,12 +243,17 @@ class Given:
     is_video: bool
 
 
-def given_pictures(row: Mapping[str, Any]) -> Given:
+def given_pictures(row: Mapping[str, Any], pictures: PictureFolder | None = None) -> Given:
     """Returns the pictures of a row, a message or a part of one, under whichever usual names.
 
     Columns that are numbered, as ``image`` and ``image_2``, are read in the order of their numbers;
     one without a number is the first. Other columns must repeat the same pictures, also those in
     ``extra_info`` and ``multi_modal_data``.
+
+    Args:
+        row: the object.
+        pictures: where files are that are compared with bytes in another column; None takes the
+            paths for the names of the bytes.
 
     Raises:
         RowError: two columns hold different pictures, or there are both pictures and a video,
@@ -244,16 +267,16 @@ def given_pictures(row: Mapping[str, Any]) -> Given:
     images, films = dict[str, list[Any]](), dict[str, list[Any]]()
     for where, group in groups:
         _refuse_sound(group, where)
-        for name, series in _columns(group, _IMAGE_COLUMN):
+        for name, series in _columns(group, _IMAGE_COLUMN, pictures):
             images[where + name] = [value for values in series for value in values]
-        for name, series in _columns(group, _VIDEO_COLUMN):
+        for name, series in _columns(group, _VIDEO_COLUMN, pictures):
             films[where + name] = _frames(series[0] if len(series) == 1 else series)
     if images and is_video and all(map(_is_file, films.values())):
         films = {}  # the file whose frames the row has
     if images and films:
         both = f"in '{next(iter(images))}' and '{next(iter(films))}'"
         raise RowError("video", f"both pictures and a video, {both}; give one of them")
-    return Given(_agreed(images or films), is_video or bool(films))
+    return Given(_agreed(images or films, pictures), is_video or bool(films))
 
 
 def _refuse_sound(group: Mapping[str, Any], where: str) -> None:
@@ -265,7 +288,7 @@ def _refuse_sound(group: Mapping[str, Any], where: str) -> None:
 
 
 def _columns(
-    group: Mapping[str, Any], names: re.Pattern[str]
+    group: Mapping[str, Any], names: re.Pattern[str], pictures: PictureFolder | None
 ) -> Iterator[tuple[str, list[list[Any]]]]:
     """Yields the pictures of an object by name of the column, in the order of their numbers.
 
@@ -277,13 +300,15 @@ def _columns(
         if (match := names.fullmatch(str(name))) and (values := _listed(value)):
             base, number = match["base"].lower(), int(match["number"] or 1)
             first = found.setdefault(base, {}).setdefault(number, values)
-            if first is not values and not same_pictures(first, values):
+            if first is not values and not same_pictures(first, values, pictures):
                 raise _differ(base, name)
     for base, series in found.items():
         yield base, [series[number] for number in sorted(series)]
 
 
-def _agreed(columns: Mapping[str, Sequence[Any]]) -> tuple[Any, ...]:
+def _agreed(
+    columns: Mapping[str, Sequence[Any]], pictures: PictureFolder | None
+) -> tuple[Any, ...]:
     """Returns the pictures of columns that must all hold the same ones.
 
     Raises:
@@ -291,12 +316,16 @@ def _agreed(columns: Mapping[str, Sequence[Any]]) -> tuple[Any, ...]:
     """
     if len(columns) < 2:
         return tuple(next(iter(columns.values()), ()))
-    # Bytes need no file.
-    chosen = max(columns, key=lambda name: isinstance(_content(columns[name][0]), bytes))
+    chosen = max(columns, key=lambda name: _nearness(_content(columns[name][0])))
     for name, values in columns.items():
-        if not same_pictures(columns[chosen], values):
+        if not same_pictures(columns[chosen], values, pictures):
             raise _differ(chosen, name)
     return tuple(columns[chosen])
+
+
+def _nearness(content: bytes | str | None) -> int:
+    """Returns a higher number for what needs no file, and a lower one for what needs a network."""
+    return 2 if isinstance(content, bytes) else 0 if is_url(content or "") else 1
 
 
 def _differ(one: str, other: str) -> RowError:
@@ -307,7 +336,8 @@ def _differ(one: str, other: str) -> RowError:
 
 
 def _is_file(films: Sequence[Any]) -> bool:
-    return all(isinstance(film, str) and _ends_in(film, _VIDEO_FILES) for film in films)
+    contents = map(_content, films)
+    return all(isinstance(each, str) and _ends_in(each, _VIDEO_FILES) for each in contents)
 
 
 def _frames(films: Sequence[Any]) -> list[Any]:

@@ -65,7 +65,7 @@ def read_turns(
         RowError: a message is no such object, holds what would be lost, or its role is unknown; or
             marks and pictures do not agree.
     """
-    turns = [_turn(message) for message in messages]
+    turns = [_turn(message, pictures) for message in messages]
     marks = [piece for _, pieces in turns for piece in pieces if isinstance(piece, Mark)]
     videos = [mark for mark in marks if mark.video and mark.values]
     if videos and len(videos) < len(marks):
@@ -75,7 +75,7 @@ def read_turns(
     if not marks and given.values:
         asked = [piece for role, pieces in turns if role == "user" for piece in pieces]
         _refuse_lookalikes(asked)
-    chosen = _chosen(marks, given) if marks else []
+    chosen = _chosen(marks, given, pictures) if marks else []
     shown = [value for values in chosen for value in values] if marks else given.values
     if given.is_video and not shown:
         raise RowError("video", "'is_video' is true, but the row has no pictures; put the frames "
@@ -98,7 +98,7 @@ _MESSAGE = ("role", "content", "name", "id", "index", "weight")
 """Keys of a message. The last four say nothing to a model, neither do chat templates."""
 
 
-def _turn(message: Any) -> tuple[Role, Pieces]:
+def _turn(message: Any, pictures: PictureFolder) -> tuple[Role, Pieces]:
     role = message.get("role") if isinstance(message, Mapping) else None
     if role not in ("system", "user", "assistant"):
         raise RowError("wrong type", f"a message must have the role system, user or assistant, "
@@ -107,12 +107,12 @@ def _turn(message: Any) -> tuple[Role, Pieces]:
         raise RowError("lost", "'tool_calls' of an earlier turn would be lost; write them into its "
                        "'content' as the student's chat template does")  # fmt: skip
     _refuse_unknown(message, _MESSAGE, "a message")
-    content, own = as_list(message.get("content")), given_pictures(message)
+    content, own = as_list(message.get("content")), given_pictures(message, pictures)
     if content is None:
         raise RowError("wrong type", f"a message of the role {role} has no 'content'")
     pieces = list(_pieces(content))
     if role == "user":
-        return role, _filled(pieces, own) if own.values else pieces
+        return role, _filled(pieces, own, pictures) if own.values else pieces
     if any(isinstance(piece, Mark) for piece in pieces):
         # The words "<image>" of a system message, say about how pictures are marked.
         pieces = [_plain(content)]
@@ -131,13 +131,13 @@ def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], what: str)
             )
 
 
-def _filled(pieces: Pieces, given: Given) -> Pieces:
+def _filled(pieces: Pieces, given: Given, pictures: PictureFolder) -> Pieces:
     """Returns a message with the pictures of its own keys at its marks, or else first."""
     marks = [piece for piece in pieces if isinstance(piece, Mark)]
     if not marks:
         _refuse_lookalikes(pieces)
         return [Mark(given.values, video=given.is_video), *pieces]
-    chosen = iter(_chosen(marks, given))
+    chosen = iter(_chosen(marks, given, pictures))
     return [p if isinstance(p, str) else Mark(next(chosen), video=given.is_video) for p in pieces]
 
 
@@ -248,14 +248,14 @@ def _part(part: Mapping[str, Any]) -> Iterator[str | Mark]:
         raise RowError("wrong type", f"a part of a message has neither text nor picture: {kind}")
 
 
-def _chosen(marks: Sequence[Mark], given: Given) -> list[tuple[Any, ...]]:
+def _chosen(marks: Sequence[Mark], given: Given, pictures: PictureFolder) -> list[tuple[Any, ...]]:
     """Returns the pictures for each mark."""
     waiting = list(given.values)
     own = [value for mark in marks for value in mark.values]
     if all(mark.values for mark in marks):  # the columns may repeat them
         if waiting and len(waiting) != len(own):
             raise _disagree(f"{len(own)} pictures in the messages", given)
-        if waiting and not same_pictures(waiting, own):
+        if waiting and not same_pictures(waiting, own, pictures):
             raise RowError(
                 "pictures differ",
                 "the messages and the row's columns hold different pictures; leave one of them out",
