@@ -80,7 +80,7 @@ class Task:
         id: its name.
         question: the user's words. An `IMAGE_MARK` stands where a picture goes, if here and in
             ``history`` there is one for each picture; otherwise the pictures come first.
-        answers: the acceptable strings.
+        answers: the acceptable strings; none if the environment's state decides.
         images: pictures, or the frames of a video, in order.
         is_video: whether they are frames.
         metadata: how the answer is graded, and more.
@@ -89,7 +89,7 @@ class Task:
 
     id: str
     question: str
-    answers: tuple[str, ...]
+    answers: tuple[str, ...] = ()
     images: tuple[ImageSource, ...] = ()
     is_video: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)

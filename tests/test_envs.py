@@ -28,7 +28,7 @@ from reopold_agent.envs.registration import make_found
 from reopold_agent.envs.spaces import Pictures, UnicodeText
 from reopold_agent.errors import ConfigError, DataError, ToolError, UnknownNameError
 from reopold_agent.judges import Judge, Verdict
-from reopold_agent.tools import EpisodeState, Tool, ToolResult
+from reopold_agent.tools import TOOLS, EpisodeState, Tool, ToolResult
 from reopold_agent.types import IMAGE_MARK, Task, ToolCall
 
 many = settings(max_examples=1500)
@@ -57,10 +57,16 @@ CROP = call("crop_image", {"bbox_2d": [0.25, 0.2, 0.75, 0.8], "target_image": 1}
 
 
 def say(state: EpisodeState, words: str = "hello") -> ToolResult:
+    """Says
+    the words.
+
+    More than the model is told.
+    """
     return ToolResult(words)
 
 
 def show(state: EpisodeState, count: Annotated[int, "how many"], side: int = 8) -> ToolResult:
+    """Shows pictures."""
     return ToolResult("Look: " + IMAGE_MARK * count, (Image.new("RGB", (side, side)),) * count)
 
 
@@ -222,11 +228,14 @@ def test_step_before_reset_and_after_the_end_is_refused() -> None:
         ({"tool_call_policy": "all"}, "tool_call_policy is 'first' or 'last', got 'all'"),
         ({"render_mode": "human"}, "render_mode is 'rgb_array' or None"),
         ({"tools": ["crop_imag"]}, "Did you mean 'crop_image'"),
-        ({"tools": [{"name": "crop_image", "is": "x"}]}, "given as a name or as"),
-        ({"tools": [{"as": "x"}]}, "given as a name or as"),
+        ({"tools": [{"name": "crop_image", "is": "x"}]}, "given as a name, a function, or as"),
+        ({"tools": [{"as": "x"}]}, "given as a name, a function, or as"),
         ({"tools": ["crop_image", "zoom_in"]}, "two tools are shown under one name"),
         ({"tools": ["crop_image", {"name": "select_frames", "as": "crop_image"}]}, "two tools"),
-        ({"paddding": 1}, "unknown settings: paddding"),
+        (
+            {"max_turn": 1},
+            "no setting 'max_turn'\nDid you mean 'max_turns'. Known: count_tokens, data",
+        ),
         ({"tool_options": {"crop_imag": {}}}, "Did you mean 'crop_image'"),
         ({"judge": "rule"}, "no judge is called 'rule'.*Did you mean 'rules'"),
         ({"data": {"train": {"source": "demo"}}}, "no data for the split 'eval'"),
@@ -236,6 +245,34 @@ def test_step_before_reset_and_after_the_end_is_refused() -> None:
 def test_bad_settings_are_explained(settings_: dict[str, Any], message: str) -> None:
     with pytest.raises((ConfigError, LookupError), match=message):
         PixelReasonerEnv(**settings_).num_tasks("eval")
+
+
+class Counted(ToolEnv):
+    """Has a setting for its tasks, and functions as tools."""
+
+    default_tools = (say, show)
+
+    def load_tasks(self, split: str, *, count: int = 3) -> list[Task]:
+        return [task(question=f"{split} {i}?") for i in range(count)]
+
+
+def test_settings_of_the_tasks_are_parameters_of_load_tasks() -> None:
+    assert (Counted().num_tasks("eval"), Counted(count=2).num_tasks("eval")) == (3, 2)
+    for wrong in ("conut", "split"):
+        with pytest.raises(ConfigError, match=f"Counted has no setting '{wrong}'\n") as caught:
+            Counted(**{wrong: 2})
+        assert ("Did you mean 'count'?" in str(caught.value)) == (wrong == "conut")
+        assert "Known: count, count_tokens, guideline, " in str(caught.value)
+
+
+def test_functions_are_tools_under_their_names_and_register_nothing() -> None:
+    env = started(Counted())
+    assert [tool.name for tool in env.tools] == ["say", "show"]
+    assert env.tools[0].description == "Says the words."
+    assert env.step(call("say", {"words": "hello"}))[0]["text"] == "hello"
+    assert not {"say", "show"} & set(TOOLS.names())
+    with pytest.raises(ConfigError, match="tool 'fail' needs a description or a docstring"):
+        Counted(tools=[fail])
 
 
 def test_a_bare_tool_env_has_no_tasks() -> None:

@@ -21,16 +21,13 @@ EXAMPLES = REPOSITORY / "examples"
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def install(example: str, work: Path) -> Path:
-    """The folder that pip installed an example into."""
-    # A copy, because a build leaves its folders beside pyproject.toml.
-    source = shutil.copytree(
-        EXAMPLES / example,
-        work / "source",
-        ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"),
-    )
+def install(work: Path, *examples: str) -> Path:
+    """The folder that pip installed examples into."""
+    # Copies, because a build leaves its folders beside pyproject.toml.
+    ignored = shutil.ignore_patterns("build", "*.egg-info", "__pycache__")
+    sources = [shutil.copytree(EXAMPLES / each, work / each, ignore=ignored) for each in examples]
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    command += ["--no-build-isolation", "--target", str(work / "site"), str(source)]
+    command += ["--no-build-isolation", "--target", str(work / "site"), *map(str, sources)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return work / "site"
@@ -39,13 +36,13 @@ def install(example: str, work: Path) -> Path:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example environment and its tools."""
-    return install("reopold_rotated", tmp_path_factory.mktemp("plugin"))
+    return install(tmp_path_factory.mktemp("plugin"), "reopold_rotated")
 
 
 @pytest.fixture(scope="module")
 def objective(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example objective."""
-    return install("reopold_objective", tmp_path_factory.mktemp("objective"))
+    return install(tmp_path_factory.mktemp("objective"), "reopold_objective")
 
 
 def start(*arguments: str, path: list[Path], cwd: Path, timeout: float = 120) -> Any:
@@ -360,11 +357,11 @@ def train(*overrides: str, path: list[Path], cwd: Path, timeout: float = 300) ->
 def test_its_configuration_is_composed_and_wins_over_the_models(
     installed: Path, tmp_path: Path
 ) -> None:
-    import yaml
+    from omegaconf import OmegaConf
 
     done = train("env=rotated_digits", "--cfg", "job", path=[installed], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    composed = yaml.safe_load(done.stdout)
+    composed = OmegaConf.create(done.stdout)  # resolves the model's references
     assert composed["env"] == {
         "name": "rotated_digits",
         "id": "reopold_rotated/RotatedDigits-v0",
@@ -380,7 +377,7 @@ def test_its_configuration_is_composed_and_wins_over_the_models(
     done = train(
         "env=rotated_digits", "rollout.max_turns=7", "--cfg", "job", path=[installed], cwd=tmp_path
     )
-    assert yaml.safe_load(done.stdout)["rollout"]["max_turns"] == 7
+    assert OmegaConf.create(done.stdout)["rollout"]["max_turns"] == 7
 
 
 def test_a_misspelt_environment_is_refused_with_the_closest_name(

@@ -21,7 +21,7 @@ from PIL import Image
 
 from reopold_agent.common.pixels import ShownSizes, smaller, stated
 from reopold_agent.envs.spaces import Pictures, UnicodeText
-from reopold_agent.errors import ConfigError, ToolError
+from reopold_agent.errors import ConfigError, ToolError, suggestion
 from reopold_agent.judges import JUDGES, Judge
 from reopold_agent.tools import (
     BASE_PROMPT,
@@ -38,9 +38,10 @@ from reopold_agent.tools.prompt import with_tools
 from reopold_agent.tools.schema import shorten
 from reopold_agent.types import IMAGE_MARK, Observation, Task, TaskSource, ToolCall
 
-ToolChoice: TypeAlias = "str | Mapping[str, Any] | Tool"
-"""A tool, its name, or a mapping with ``name`` and what the model is shown instead of the tool's
-own: ``as`` (a name), ``description``, ``parameters`` (a JSON schema)."""
+ToolChoice: TypeAlias = "str | Mapping[str, Any] | Tool | Callable[..., ToolResult]"
+"""A tool, its name, a function of which one is made (`Tool.of`), or a mapping with ``name`` and
+what the model is shown instead of the tool's own: ``as`` (a name), ``description``, ``parameters``
+(a JSON schema)."""
 
 
 class ToolEnv(gymnasium.Env[Observation, str]):
@@ -88,7 +89,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012  # Gymnasium declares it so
-    default_tools: ClassVar[tuple[str, ...]] = ()
+    default_tools: ClassVar[Sequence[ToolChoice]] = ()
     default_guideline: ClassVar[str] = "Put your final answer within \\boxed{}."
     default_system_message: ClassVar[str] = BASE_PROMPT
 
@@ -144,7 +145,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         self._judge = JUDGES.get(judge) if isinstance(judge, str) else judge
         self._max_text, self._max_side, self._max_pictures = max_text, max_side, max_pictures
         self._system_message = system_message
-        self._source = source
+        self._source = self._known(source)
         self._tasks: dict[str, TaskSource] = {}
         self.observation_space = spaces.Dict(
             {"text": UnicodeText(max_text), "images": Pictures(max_pictures, max_side)}
@@ -161,12 +162,18 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         """Returns options by the tools' registered names, which ``tool_options`` overrides."""
         return {}
 
-    def load_tasks(self, split: str, **source: Any) -> TaskSource:
+    def load_tasks(self, split: str, *args: Any, **source: Any) -> TaskSource:
         """Returns the tasks of a split.
+
+        Subclasses define ``load_tasks(self, split)``, with further parameters for settings of the
+        tasks: the constructor passes those that it does not know, and refuses those that this
+        method does not know either. (``args`` is in the signature so that type checkers accept
+        this.)
 
         Args:
             split: "train" or "eval".
-            **source: settings that the constructor does not know.
+            *args: not used.
+            **source: settings of the tasks.
 
         Raises:
             ConfigError, DataError: they cannot be loaded.
@@ -431,6 +438,24 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     def _count(self, text: str) -> int:
         return 0 if self._count_tokens is None else self._count_tokens(text)
 
+    def _known(self, source: dict[str, Any]) -> dict[str, Any]:
+        """Returns settings for `load_tasks`, which would otherwise fail at the first task.
+
+        Raises:
+            ConfigError: neither it nor a constructor has such a setting.
+        """
+        own = inspect.signature(self.load_tasks).parameters
+        if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in own.values()):
+            return source
+        known = {*own, *_settings(type(self))} - {"split"}
+        for name in source:
+            if name not in own or name == "split":
+                raise ConfigError(
+                    f"{type(self).__name__} has no setting '{name}'\n{suggestion(name, known)}"
+                    f"Known: {', '.join(sorted(known))}."
+                )
+        return source
+
     def _split(self, split: str) -> TaskSource:
         if split not in ("train", "eval"):
             raise ConfigError(f"split is 'train' or 'eval', got '{split}'")
@@ -482,6 +507,13 @@ def end_episode(env: gymnasium.Env[Any, Any]) -> None:
         inner.end_episode()
 
 
+def _settings(environment: type) -> set[str]:
+    """Returns the names of the settings of all constructors of a class."""
+    made = [vars(each)["__init__"] for each in environment.__mro__ if "__init__" in vars(each)]
+    named = [each for one in made for each in inspect.signature(one).parameters.values()]
+    return {each.name for each in named if each.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
 @lru_cache(maxsize=256)
 def _takes_state(function: Callable[..., Any]) -> bool:
     """Whether an environment's ``reward`` takes the state besides itself, task and answer."""
@@ -510,10 +542,12 @@ def _choose(choice: ToolChoice) -> Tool:
         return choice
     if isinstance(choice, str):
         return TOOLS.get(choice)
+    if callable(choice):
+        return Tool.of(choice)
     unknown = set(choice) - {"name", "as", "description", "parameters"}
     if unknown or "name" not in choice:
         raise ConfigError(
-            "a tool is given as a name or as {name, as, description, parameters}, "
+            "a tool is given as a name, a function, or as {name, as, description, parameters}, "
             f"got {dict(choice)}"
         )
     return TOOLS.get(choice["name"]).shown_as(

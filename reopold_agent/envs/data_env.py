@@ -40,11 +40,9 @@ class DataEnv(ToolEnv):
     ) -> None:
         self._data, self._left_out = dict(data), dict(left_out or {})
         super().__init__(**settings)
-        if self._source:
-            raise ConfigError(f"unknown settings: {', '.join(self._source)}")
 
     @override
-    def load_tasks(self, split: str, **source: Any) -> TaskSource:
+    def load_tasks(self, split: str) -> TaskSource:
         """Returns the tasks of a split, as given or as its specification says."""
         spec = self._data.get(split)
         if spec is None:

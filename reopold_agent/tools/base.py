@@ -188,6 +188,35 @@ class Tool:
     inline: bool = False
     original_words: Mapping[str, str] | None = None
 
+    @classmethod
+    def of(
+        cls,
+        function: Callable[..., ToolResult],
+        name: str | None = None,
+        description: str | None = None,
+        **fields: Any,
+    ) -> Tool:
+        """Makes a tool of a typed function.
+
+        Parameters after the first need annotations (`reopold_agent.tools.schema`).
+
+        Args:
+            function: ``function(state, **arguments) -> ToolResult``.
+            name: its name; None for the function's.
+            description: for the model; None for the first paragraph of the docstring.
+            **fields: the other attributes.
+
+        Raises:
+            ConfigError: no description, or an unsupported annotation.
+        """
+        name = function.__name__ if name is None else name
+        text = description or (function.__doc__ or "").strip().split("\n\n")[0]
+        if not text:
+            raise ConfigError(f"tool '{name}' needs a description or a docstring")
+        made = cls(name, function, " ".join(text.split()), **fields)
+        made.schema()
+        return made
+
     @property
     def needs_sizes(self) -> bool:
         """Whether the model needs to know how large it sees the question's pictures."""
@@ -414,29 +443,22 @@ def tool(
     inline: bool = False,
     original_words: Mapping[str, str] | None = None,
 ) -> Callable[[Callable[..., ToolResult]], Tool]:
-    """Makes a decorator that turns a function into a tool and registers it.
-
-    By default the description is the first paragraph of the function's docstring. Parameters after
-    the first need annotations (`reopold_agent.tools.schema`).
+    """Makes a decorator that turns a function into a tool (`Tool.of`) and registers it.
 
     Raises:
         ConfigError: no description, an unsupported annotation, or a name that is taken.
     """
 
     def decorate(function: Callable[..., ToolResult]) -> Tool:
-        text = description or (function.__doc__ or "").strip().split("\n\n")[0]
-        if not text:
-            raise ConfigError(f"tool '{name}' needs a description or a docstring")
-        made = Tool(
-            name,
+        made = Tool.of(
             function,
-            " ".join(text.split()),
-            aliases,
-            timeout_s,
+            name,
+            description,
+            aliases=aliases,
+            timeout_s=timeout_s,
             inline=inline,
             original_words=original_words,
         )
-        made.schema()
         return TOOLS.register(name, made, aliases=aliases)
 
     return decorate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from reopold_agent.envs.base import ToolEnv
@@ -11,30 +12,19 @@ from reopold_rotated.tasks import RotatedDigits
 
 
 class RotatedDigitsEnv(ToolEnv):
-    """``reopold_rotated/RotatedDigits-v0``.
-
-    Args:
-        size: tasks per split.
-        seed: of the tasks.
-        **settings: passed to `ToolEnv`.
-    """
+    """``reopold_rotated/RotatedDigits-v0``. Its settings are those of `load_tasks`."""
 
     default_tools: ClassVar[tuple[str, ...]] = ("rotate_image", "brighten_image", "crop_image")
     default_guideline: ClassVar[str] = (
         "Turn and brighten the picture, zoom in on the card, and put the digit in \\boxed{}."
     )
 
-    def __init__(self, *, size: int = 4096, seed: int = 0, **settings: Any) -> None:
+    def default_tool_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """Returns settings of tools, which ``env.kwargs.tool_options`` overrides."""
+        return {"crop_image": {"padding": 0.0}}
+
+    def load_tasks(self, split: str, *, size: int = 4096, seed: int = 0) -> TaskSource:
+        """Returns ``size`` tasks of a split: "train" or "eval"."""
         if size < 1 or seed < 0:
             raise ConfigError(f"size must be >= 1 and seed >= 0, got {size} and {seed}")
-        settings.setdefault("tool_options", {"crop_image": {"padding": 0.0}})
-        super().__init__(size=size, seed=seed, **settings)
-
-    def load_tasks(self, split: str, **source: Any) -> TaskSource:
-        """Returns the tasks of a split; ``source`` has the settings that are not `ToolEnv`'s."""
-        if split not in ("train", "eval"):
-            raise ConfigError(f"split must be 'train' or 'eval', got '{split}'")
-        unknown = set(source) - {"size", "seed"}
-        if unknown:
-            raise ConfigError(f"unknown settings: {', '.join(sorted(unknown))}")
-        return RotatedDigits("train" if split == "train" else "eval", **source)
+        return RotatedDigits("train" if split == "train" else "eval", size, seed)
