@@ -20,6 +20,7 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 from docs_pages import PAGES, ROOT, SHELL, Block, all_blocks, blocks, commands, with_files
+from test_plugin import install
 
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = all_blocks()
@@ -82,16 +83,8 @@ def test_no_block_is_skipped_silently() -> None:
 @pytest.fixture(scope="module")
 def plugins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which the example packages are installed."""
-    site = tmp_path_factory.mktemp("plugins")
-    for name in ("reopold_rotated", "reopold_objective"):
-        source = shutil.copytree(
-            ROOT / "examples" / name,
-            tmp_path_factory.mktemp(name) / "source",
-            ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"),
-        )
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-        command += ["--no-build-isolation", "--target", str(site), str(source)]
-        subprocess.run(command, check=True, timeout=300)
+    examples = ("reopold_rotated", "reopold_shop", "reopold_objective")
+    site = install(tmp_path_factory.mktemp("plugins"), *examples)
     path = os.pathsep.join([str(site), str(ROOT)])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
