@@ -327,6 +327,36 @@ def test_a_recorded_game_is_a_demonstration(tmp_path: Path) -> None:
     assert len(list((file.parent / "human_pictures").iterdir())) == 3  # equal ones are one file
 
 
+def test_earlier_turns_of_a_row_are_shown_counted_and_recorded(tmp_path: Path) -> None:
+    turns = [("user", "What is 2 + 2?"), ("assistant", "4, of course."), ("user", "And 3 + 4?")]
+    row = {
+        "data_source": "own",
+        "prompt": [{"role": role, "content": text} for role, text in turns],
+        "reward_model": {"ground_truth": "7"},
+    }
+    rows, file = tmp_path / "rows.jsonl", tmp_path / "human.jsonl"
+    rows.write_text(json.dumps(row) + "\n", "utf-8")
+    words = ["env=math", "data=verl", f"data.train.path={rows}", f"data.eval.path={rows}"]
+    typed = "\\boxed{7}\n"
+    model = "demo:arithmetic_student"
+    seen = game(tmp_path, typed, *words, f"record={file}", f"tokenizer={model}")
+    assert "earlier turn of the assistant:\n4, of course.\n" in seen
+    config, _ = composed(*words)
+    processing = load_processing(ModelSpec(model), "student")
+    chat = ChatRenderer(processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
+    runner = make_runner(config, chat, processing.vision, max_turns=1)
+    env: Any = make_env(config)
+    ids, _ = runner.prompt(*env.reset(options={"split": "train", "index": 0}))
+    assert f"prompt {len(ids)} tokens" in seen
+    # Nothing is trained on an answer that the row brought along.
+    (found,) = load_demonstrations({"path": str(file)})
+    assert [turn.trained for turn in found.turns if turn.role == "assistant"] == [False, True]
+    trajectory = demonstrated(found, 0, runner)
+    answer = chat.turn_ids("\\boxed{7}")
+    assert trajectory.ids.tolist() == [*ids, *answer]
+    assert trajectory.loss_mask.sum() == len(answer)
+
+
 def test_a_student_is_trained_on_what_was_played(tmp_path: Path) -> None:
     file = tmp_path / "human.jsonl"
     typed = "".join(f"\\boxed{{{answers(index=i)[0]}}}\n\n" for i in range(4))

@@ -58,13 +58,17 @@ class Rules:
 
 @dataclass
 class Episode:
-    """An episode as the player has seen it; ``task`` is None unless the env is a `ToolEnv`."""
+    """An episode as the player has seen it; ``task`` is None unless the env is a `ToolEnv`.
+
+    The first ``earlier`` turns are the system message and those that the task begins with.
+    """
 
     index: int
     task_id: str
     system: str
     task: Task | None
     turns: list[tuple[str, list[Part]]] = field(default_factory=list)
+    earlier: int = 0
     shown: list[PixelArray] = field(default_factory=list)
     said: int = 0
     reward: float = 0.0
@@ -202,9 +206,12 @@ class Game:
             f"{turns} turn{'s' if turns > 1 else ''}",
             "bold",
         )
+        for role, turn in info.get("history", ()):
+            self._screen.say(f"earlier turn of the {role}:", "dim")
+            self._show(turn, role)
+        episode.earlier = len(episode.turns)
         self._show(observation)
-        if self._budget is not None:
-            self._count(lambda budget: budget.begin(observation, system))
+        self._count(lambda budget: budget.begin(observation, info))
 
     def _say(self, text: str) -> None:
         """Takes the player's turn: steps the environment and shows its observation."""
@@ -281,18 +288,18 @@ class Game:
             "reward": episode.reward,
             "stop": str(episode.stop),
         }
-        self._recorder.add(turns, facts)
+        self._recorder.add(turns, facts, earlier=episode.earlier)
         self._screen.say("recorded", "dim")
 
     # What is shown
 
-    def _show(self, observation: Any) -> None:
-        """Shows an observation and keeps it as a user turn."""
+    def _show(self, observation: Any, role: str = "user") -> None:
+        """Shows an observation and keeps it as a turn."""
         episode = self._episode
         if episode is None:
             return
         parts = parts_of(observation)
-        episode.turns.append(("user", parts))
+        episode.turns.append((role, parts))
         for part in parts:
             if isinstance(part, str):
                 self._screen.say(part.strip("\n"))

@@ -41,15 +41,22 @@ class Recorder:
         self,
         turns: Sequence[tuple[str, Sequence[Part]]],
         facts: Mapping[str, Any],
+        earlier: int = 0,
     ) -> None:
         """Appends an episode.
 
         Args:
             turns: role and parts, from the system message or the question to the last answer.
             facts: further columns: ``id``, ``success``, ``reward`` ...
+            earlier: number of turns that the task begins with, on which nothing is trained.
         """
         messages = [
-            {"role": role, "content": [self._part(part) for part in parts]} for role, parts in turns
+            {
+                "role": role,
+                "content": [self._part(part) for part in parts],
+                **({"weight": 0} if role == "assistant" and number < earlier else {}),
+            }
+            for number, (role, parts) in enumerate(turns)
         ]
         line = json.dumps({**facts, "messages": messages}, ensure_ascii=False)
         with self._file.open("a", encoding="utf-8") as out:

@@ -186,6 +186,17 @@ class RolloutRunner:
             messages.append(Message(role, content))
         return self.chat.prompt(messages)
 
+    def continuation(
+        self, observation: Observation, last: int
+    ) -> tuple[list[int], list[EncodedImage]]:
+        """Renders what the environment answered to a turn whose last token is ``last``.
+
+        Returns:
+            The ids up to the student's next turn, and the pictures in order.
+        """
+        images = self._encode(observation, self.observation_pixels)
+        return self.chat.continuation(observation_message(observation, images), last)
+
     def run(
         self,
         policy: Policy,
@@ -373,9 +384,7 @@ class RolloutRunner:
     def _add_observation(self, episode: _Episode, observation: Observation) -> bool:
         if len(episode.turns) >= self.limits.max_turns:
             return self._truncate(episode, StopReason.MAX_TURNS)
-        images = self._encode(observation, self.observation_pixels)
-        message = observation_message(observation, images)
-        ids, images = self.chat.continuation(message, episode.ids[-1])
+        ids, images = self.continuation(observation, episode.ids[-1])
         used = len(episode.ids) - episode.prompt_length
         # An observation is added as a whole or not at all, so that no image is cut, and it must
         # leave room for at least one token of the student.
