@@ -57,6 +57,19 @@ class DataChecks:
         _positive(self, "data.checks", "url_max_bytes", "url_seconds")
 
 
+_SOURCE_SETTINGS: Mapping[str, Any] = {
+    "source": str,
+    "path": str,
+    "split": str | list | None,
+    "revision": str | None,
+    "limit": int | None,
+    "on_bad_row": str,
+    "part": str | None,
+    "size": int,
+    "seed": int,
+}
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Data sources, one specification per split; see `reopold_agent.data.load_tasks`.
@@ -76,6 +89,11 @@ class DataConfig:
     env_kwargs: dict[str, Any] = field(default_factory=dict)
     checks: DataChecks = field(default_factory=DataChecks)
     left_out: dict[str, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for split in ("train", "eval", "demonstrations"):
+            for key, value in (getattr(self, split) or {}).items():
+                _check_source(f"data.{split}.{key}", key, value)
 
     def specification(self, split: str) -> dict[str, Any] | None:
         """Returns what is loaded for ``train``, ``eval`` or ``demonstrations``; None for no data.
@@ -610,6 +628,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         names = " or ".join(each.__name__ for each in expected)
         raise ConfigError(f"'{where}' must be {names}, got {value!r}")
     return value
+
+
+def _check_source(where: str, key: str, value: Any) -> None:
+    """Checks the type of a setting that several data sources have; other settings pass."""
+    if key == "path" and isinstance(value, Sequence) and not isinstance(value, str):
+        raise ConfigError(
+            f"'{where}' takes one path, got {list(value)}.\n"
+            "Put the files into one folder and give its path: all its files of rows are read."
+        )
+    if key in _SOURCE_SETTINGS:
+        _convert(_SOURCE_SETTINGS[key], value, where)
+    if key == "limit" and value is not None and value < 1:
+        raise ConfigError(f"'{where}' must be positive or null, got {value}")
 
 
 def _is_optional(hint: Any) -> bool:

@@ -61,7 +61,9 @@ def environment() -> dict[str, str]:
 def words(folder: Path, *overrides: str) -> list[str]:
     """Returns the training command as a list of words."""
     module = [sys.executable, "-m", "reopold_agent.train"]
-    return [*module, *SMALL, *overrides, f"hydra.run.dir={folder}"]
+    # A command with two values for one setting is refused; here the later one replaces the other.
+    chosen = {each.partition("=")[0].lstrip("+"): each for each in (*SMALL, *overrides)}
+    return [*module, *chosen.values(), f"hydra.run.dir={folder}"]
 
 
 def command(

@@ -170,6 +170,11 @@ MISTAKES = [
             ("study name=ablation -- env", "[math,geometry]"),
         )
     ],
+    Mistake("train env=math env=geometry", "'env' is given twice: env=math and", "Leave one out"),
+    Mistake("evaluate env=math env=geometry", "'env' is given twice", "'env=[math,geometry]' for"),
+    Mistake("study name=ablation name=x", "'name' is given twice: name=ablation", "Leave one out"),
+    Mistake("plan gpus=8 gpus=16", "'gpus' is given twice: gpus=8 and gpus=16.", "Leave one out"),
+    Mistake("train default_batch=x", "default_batch must be one of single, group; got 'x'", "each"),
     Mistake("train seed=[1", "'seed=[1' cannot be read", "needs quotes"),
     Mistake("train steps=${foo}", "steps: Interpolation key 'foo' not found", "--help"),
     Mistake("train hydra.run.dir=${no}", "hydra.run.dir: Interpolation key 'no'", EVERY),

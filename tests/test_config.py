@@ -11,7 +11,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from running import composed
 
-from reopold_agent.cli.groups import prepare_groups
+from reopold_agent.cli.groups import check_once, prepare_groups
 from reopold_agent.config import (
     BatchConfig,
     ModelConfig,
@@ -180,6 +180,54 @@ def test_an_unknown_option_says_what_was_meant(word: str, close: str) -> None:
 
 def test_known_options_and_other_words_pass() -> None:
     prepare_groups(["env=pixel_reasoner", "model=demo", "seed=3", "--cfg", "job", "-m", "env=a,b"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            "optimizer.lr=1 seed=2 optimizer.lr=2",
+            r"'optimizer\.lr' is given twice: .*=1 and .*=2\.\n",
+        ),
+        (
+            "env=math env=geometry",
+            r"'env' is given twice.*\nLeave one out, or run the command once",
+        ),
+        ("seed=1 ++seed=2", "'seed' is given twice"),
+        ("+a.b=1 +a.b=2", "'a.b' is given twice"),
+        ("seed=0,1 seed=2 --multirun", "'seed' is given twice"),
+        ("hydra.run.dir=a hydra.run.dir=b", "twice"),
+        ("tracking=wandb tracking=[mlflow]", r"Write 'tracking=\[wandb,mlflow\]' for both"),
+    ],
+)
+def test_a_setting_that_is_given_twice_is_refused(words: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_once(words.split())
+
+
+def test_one_value_for_each_setting_passes() -> None:
+    check_once(["env=math", "env=math", "--cfg", "job", "env.kwargs={a: 1}", "seed=0,1", "-m"])
+    check_once(["~objective", "+objective=rkl", "policy/role@policy.student=vllm", "policy=vllm"])
+    check_once(["policy/role@policy.student=vllm", "policy/role@policy.teacher=server"])
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (
+            "data.train.path=[a,b]",
+            r"'data\.train\.path' takes one path, got \['a', 'b'\]\.\nPut the",
+        ),
+        ("data.eval.path=7", r"'data\.eval\.path' must be str, got 7"),
+        ("data.train.limit=ten", r"'data\.train\.limit' must be int, got 'ten'"),
+        ("data.train.limit=0", r"'data\.train\.limit' must be positive or null, got 0"),
+        ("+data.demonstrations={path: [a, b]}", r"'data\.demonstrations\.path' takes one path"),
+    ],
+)
+def test_settings_of_data_have_the_types_that_loading_needs(word: str, told: str) -> None:
+    given = ("env=math", "data=math_jsonl", "data.train.path=a", "data.eval.path=b")
+    with pytest.raises(ConfigError, match=told):
+        composed(*given, word)
 
 
 # Values that cannot work are refused before anything is loaded

@@ -36,7 +36,8 @@ def checkpoint(folder: Path, name: str, width: int) -> str:
         (
             "student",
             "pixel_reasoner",
-            r"has 7\dM parameters, but .*max_pixels=12544.*lr=0.0003.*\nAdd model=qwen2_5_vl, or",
+            r"has 7\dM parameters, but .*prompt\.max_pixels=12544, pixels\.observation\.max_pixels="
+            r"3136, .*lr=0.0003.*\nAdd model=qwen2_5_vl, or",
         ),
         (
             "arithmetic_student",
@@ -54,7 +55,41 @@ def test_a_real_checkpoint_is_not_trained_with_toy_settings(
     assert name == "student" or "pixels" not in str(caught.value)
     explicit = ["optimizer.lr=0.0003", "rollout.max_response_tokens=256"]
     explicit += ["rollout.max_turn_tokens=64", "pixels.prompt.max_pixels=12544"]
+    explicit += ["pixels.observation.max_pixels=3136"]
     check_student(composed(f"env={env}", f"model.student.path={path}", *explicit))
+
+
+def test_only_what_is_left_of_the_embedded_settings_is_refused(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "model", "arithmetic_student", 200_000)
+    given = ["env=math", f"model.student.path={path}", "optimizer.lr=1e-5"]
+    told = r"but rollout\.max_response_tokens=160, rollout\.max_turn_tokens=160 are settings"
+    with pytest.raises(ConfigError, match=told):
+        check_student(composed(*given), given)
+    # A value of `toy` that the command line sets is the user's, even the same one.
+    given.append("toy.max_turn_tokens=160")
+    with pytest.raises(ConfigError, match=r"but rollout\.max_response_tokens=160 are settings"):
+        check_student(composed(*given), given)
+    given.append("++toy.max_response_tokens=320")
+    check_student(composed(*given), given)
+
+
+@pytest.mark.parametrize("word", ["model.student.path=[a,b]", "model.student.path=7"])
+def test_a_path_of_another_type_is_told_in_two_lines(word: str) -> None:
+    check_student(composed(word))
+    with pytest.raises(ConfigError, match=r"'model\.student\.path' must be str, got"):
+        load_config(composed("model=causal_lm", "model.teacher.path=x", "data=arithmetic", word))
+    check_student(composed("model.student=null"))
+    with pytest.raises(ConfigError, match=r"'model\.student' must be a group of settings"):
+        load_config(composed("model.student=null"))
+
+
+def test_a_size_that_does_not_exist_names_those_that_do() -> None:
+    given = ("model=causal_lm", "data=arithmetic", "model.student.path=a", "model.teacher.path=b")
+    told = r"size must be one of small, medium, large, auto; got 'larg'\.\nDid you mean 'large'\?"
+    with pytest.raises(ConfigError, match=told):
+        load_config(composed(*given, "size=larg"))
+    with pytest.raises(ConfigError, match="default_batch must be one of single, group; got 'x'"):
+        load_config(composed("default_batch=x"))
 
 
 def test_small_checkpoints_may_have_toy_settings(tmp_path: Path) -> None:

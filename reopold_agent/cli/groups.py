@@ -82,6 +82,33 @@ def _check_lists(arguments: Sequence[str], groups: Sequence[str]) -> None:
             )
 
 
+def check_once(words: Sequence[str], lists: Sequence[str] = SEVERAL) -> None:
+    """Refuses a setting that is given twice with two values, of which only the last would count.
+
+    Args:
+        words: the arguments of a command line; flags and words of other forms are passed over.
+        lists: keys whose value may be a list.
+
+    Raises:
+        ConfigError: names the setting and both words.
+    """
+    first: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        key = key.lstrip("+")  # but ~KEY, which removes what +KEY then adds
+        if not equals or key.startswith(("-", "~")):
+            continue
+        before = first.setdefault(key, word)
+        if before.partition("=")[2] == value:
+            continue
+        advice = "Leave one out, or run the command once with each."
+        if key in lists:
+            both = ",".join(each.partition("=")[2].strip("[]") for each in (before, word))
+            advice = f"Write '{key}=[{both}]' for both, or leave one out."
+        shown = _CHECKPOINT[-1] if key in _CHECKPOINT else key
+        raise ConfigError(f"'{shown}' is given twice: {before} and {word}.\n{advice}")
+
+
 def groups_of(config: str) -> list[str]:
     """Returns the groups that a command's configuration selects from."""
     text = (resources.files("reopold_agent") / "configs" / f"{config}.yaml").read_text("utf-8")

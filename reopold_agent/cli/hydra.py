@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from reopold_agent.cli.messages import explain, program
 from reopold_agent.common.signals import accept_sigint
+from reopold_agent.config import flatten
 from reopold_agent.errors import ConfigError, Terminated, first_line, suggestion
 
 _log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ def run_hydra(
         arguments: the arguments of the command line.
         stopped: message to print after Ctrl-C.
     """
-    from reopold_agent.cli.groups import prepare_groups
+    from reopold_agent.cli.groups import check_once, prepare_groups
 
     def guarded(composed: DictConfig) -> None:
         # Handled in here too, since Hydra prints a line of its own for errors that reach it.
@@ -62,6 +64,7 @@ def run_hydra(
     )
     with report_errors(stopped, config):
         _check_flags(arguments)
+        check_once(arguments)
         prepare_groups(arguments, config)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints its errors instead of raising them
         main(guarded)()
@@ -106,17 +109,37 @@ def plain_values(composed: DictConfig) -> dict[str, Any]:
     Raises:
         ConfigError: settings are missing (the message names all) or cannot be resolved.
     """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"these settings must be given: {', '.join(missing)}")
     try:
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"these settings must be given: {', '.join(missing)}")
         raw = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
+        _check_choice(composed, error.full_key or "")
         where = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(where + first_line(error)) from error
     if not isinstance(raw, dict):
         raise ConfigError("the configuration is not a group of settings")
     return {str(key): value for key, value in raw.items()}
+
+
+def _check_choice(composed: DictConfig, key: str) -> None:
+    """Says what a setting such as ``size`` may be, if ``key`` follows it: ``${sizes.${size}.lr}``.
+
+    Raises:
+        ConfigError: it chooses none of the values that there are.
+    """
+    unresolved: Any = OmegaConf.to_container(composed, resolve=False)
+    followed = re.match(r"\$\{(\w+)\.\$\{(\w+)\}", str(flatten(unresolved).get(key)))
+    if followed is None:
+        return
+    values, setting = followed.groups()
+    known, chosen = list(composed[values]), str(composed[setting])
+    if chosen not in known:
+        raise ConfigError(
+            f"{setting} must be one of {', '.join(known)}; got '{chosen}'.\n"
+            f"{suggestion(chosen, known)}`reopold train --cfg job` shows what each sets ({values})."
+        )
 
 
 @contextmanager

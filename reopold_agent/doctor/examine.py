@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from reopold_agent.cli.groups import prepare_groups
+from reopold_agent.cli.groups import check_once, prepare_groups
 from reopold_agent.common.secrets import Redactor
 from reopold_agent.common.terminal import is_terminal
 from reopold_agent.config import TrainConfig
@@ -54,6 +54,7 @@ def parse(words: Sequence[str]) -> Examination:
     Raises:
         ReopoldError: an argument is not a setting, or its value is wrong.
     """
+    check_once(words)
     rest, judge = [], []
     folder, online, seconds = Path("runs"), False, 300.0
     for word in words:

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.cli.groups import options_of, prepare_groups
+from reopold_agent.cli.groups import SEVERAL, check_once, options_of, prepare_groups
 from reopold_agent.cli.messages import dotted, explain
 from reopold_agent.config import EvaluationConfig
 from reopold_agent.errors import ConfigError, suggestion
@@ -43,6 +43,9 @@ _OF_ENVIRONMENTS = ("env", "data", "rollout", "evaluation", "model")
 _STUDENT = "model.student."
 """Prefix of the training settings that name a checkpoint: ``path`` and ``revision``."""
 
+_LISTS = ("benchmark", "env", *SEVERAL)
+"""Settings that may be lists."""
+
 _FOLDER_FLAGS = ("--config-dir", "-cd")
 
 
@@ -55,9 +58,10 @@ def prepared_words(words: Sequence[str]) -> list[str]:
 
     Raises:
         ConfigError: a word sets a benchmark that does not exist or a setting that an environment
-            does not have.
+            does not have, or a setting is given twice.
         UnknownNameError: there is no such environment or option; suggests the closest.
     """
+    check_once(words, _LISTS)
     _check_benchmarks(words)
     names = _listed(words, "env")
     if not names:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from reopold_agent.cli.groups import check_once
 from reopold_agent.config import TrainConfig, build
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.plan.estimate import Plan, make_plan
@@ -28,8 +29,9 @@ def split_words(words: Sequence[str]) -> tuple[dict[str, float], dict[str, str],
     """Splits a command line into the plan's numbers, its other settings, and the run's settings.
 
     Raises:
-        ConfigError: a value is not a number where one is needed.
+        ConfigError: a value is not a number where one is needed, or a setting is given twice.
     """
+    check_once(words)
     numbers: dict[str, float] = {}
     names: dict[str, str] = {}
     rest = []
@@ -69,8 +71,13 @@ def plan_run(words: Sequence[str], gpu: Gpu | None = None) -> Plan:
     numbers, names, rest = split_words(words)
     config = compose_run(rest)
     if "gpus" in numbers and config.engine.name == "verl":
-        chosen = {word.partition("=")[0] for word in rest}
-        config = compose_run([*rest, *_division(config, int(numbers["gpus"]), chosen)])
+        chosen = {word.partition("=")[0]: word for word in rest}
+        for key in ("engine.nodes", "engine.gpus_per_node"):
+            if key in chosen:
+                raise ConfigError(
+                    f"both gpus= and {chosen[key]} say how many GPUs there are.\nLeave one out."
+                )
+        config = compose_run([*rest, *_division(config, int(numbers["gpus"]), set(chosen))])
     elif numbers.get("gpus", 1) != 1:
         raise ConfigError("engine=local uses one GPU; for more: engine=verl")
     student, teacher = _models(config)

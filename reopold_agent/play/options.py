@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from reopold_agent.cli.groups import check_once
 from reopold_agent.errors import ConfigError
 from reopold_agent.play.pictures import check_mode
 
@@ -33,8 +34,9 @@ def split_words(words: Sequence[str]) -> tuple[PlayOptions, list[str]]:
     """Separates the command's own settings from those of the run, which it returns as words.
 
     Raises:
-        ConfigError: a value is wrong.
+        ConfigError: a value is wrong, or a setting is given twice.
     """
+    check_once(words)
     own = {each.name for each in fields(PlayOptions)}
     given: dict[str, object] = {}
     rest = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reopold_agent.cli.groups import prepare_groups
+from reopold_agent.cli.groups import check_once, prepare_groups
 from reopold_agent.errors import ConfigError, suggestion
 from reopold_agent.study.grid import Study
 from reopold_agent.study.studies import STUDIES, find_study
@@ -58,6 +58,8 @@ def parse(words: Sequence[str]) -> Options:
         ConfigError, UnknownNameError: an argument is wrong.
     """
     split = list(words).index("--") if "--" in words else len(words)
+    for part in (words[:split], words[split:]):
+        check_once(part)
     given: dict[str, str] = {}
     known = ("name", "out", "seeds", "jobs", "only", "steps", "report", "docs")
     for word in words[:split]:

@@ -18,7 +18,7 @@ from reopold_agent.train.settings import check_student, load_config
 
 def run(composed: DictConfig) -> dict[str, Any]:
     """Runs the training that Hydra composed; returns the summary."""
-    check_student(composed)
+    check_student(composed, HydraConfig.get().overrides.task)
     config, raw = load_config(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)
     command = started_with()

@@ -11,7 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.cli.groups import prepare_groups
+from reopold_agent.cli.groups import check_once, prepare_groups
 from reopold_agent.cli.hydra import plain_values
 from reopold_agent.cli.messages import explain
 from reopold_agent.config import TrainConfig, build, flatten
@@ -49,9 +49,16 @@ def load_config(composed: DictConfig) -> tuple[TrainConfig, dict[str, Any]]:
     return build(TrainConfig, values), values
 
 
-def _size(student: DictConfig) -> str:
+def _student_path(student: Any) -> str | None:
+    """Returns the student's path; None if it is missing or of another type, reported elsewhere."""
+    if not isinstance(student, DictConfig) or OmegaConf.is_missing(student, "path"):
+        return None
+    return student.path if isinstance(student.path, str) else None
+
+
+def _size(student: Any) -> str:
     """Returns ``small``, ``medium`` or ``large``; ``auto`` if the checkpoint is not here yet."""
-    if OmegaConf.is_missing(student, "path"):
+    if _student_path(student) is None:
         return "auto"
     try:
         billions = find_architecture(student.path).parameters / 1e9
@@ -60,10 +67,14 @@ def _size(student: DictConfig) -> str:
     return next((size for size, most in _SIZES.items() if billions < most), "large")
 
 
-def check_student(composed: DictConfig) -> None:
+def check_student(composed: DictConfig, words: Sequence[str] = ()) -> None:
     """Fetches the student's ``config.json``; refuses settings of the embedded models for others.
 
     Settings that the user, a plugin or another group has set are not the embedded models'.
+
+    Args:
+        composed: the composed configuration.
+        words: the command line's settings, which may give values of ``toy``.
 
     Raises:
         ConfigError: names these settings, and the option of ``model`` to take instead.
@@ -71,9 +82,14 @@ def check_student(composed: DictConfig) -> None:
     """
     student = composed.model.student
     unresolved: Any = OmegaConf.to_container(composed, resolve=False)
-    found = [key for key, value in flatten(unresolved).items() if str(value).startswith("${toy.")]
-    missing = OmegaConf.is_missing(student, "path")
-    if missing or student.path.startswith("demo:") or not (found or "size" in composed):
+    given = {f"${{{word.partition('=')[0].lstrip('+')}}}" for word in words}
+    found = [
+        key
+        for key, value in flatten(unresolved).items()
+        if str(value).startswith("${toy.") and value not in given
+    ]
+    path = _student_path(student)
+    if path is None or path.startswith("demo:") or not (found or "size" in composed):
         return
     # Imported here so that other configuration errors do not wait for PyTorch.
     from reopold_agent.policies.loading import (
@@ -83,7 +99,7 @@ def check_student(composed: DictConfig) -> None:
         sees_pictures,
     )
 
-    spec = ModelSpec(student.path, student.revision, trust_remote_code=student.trust_remote_code)
+    spec = ModelSpec(path, student.revision, trust_remote_code=student.trust_remote_code)
     sees = sees_pictures(check_available(spec, "student", weights=False))
     parameters = find_architecture(resolve_path(spec.path)).parameters
     keys = [key for key in found if sees or not key.startswith("pixels.")]
@@ -112,9 +128,10 @@ def compose_run(words: Sequence[str]) -> TrainConfig:
         words: the arguments of the command line.
 
     Raises:
-        ConfigError: an argument is not a setting.
+        ConfigError: an argument is not a setting, or given twice.
         UnknownNameError: a group has no such option.
     """
+    check_once(words)
     prepare_groups(words)
     GlobalHydra.instance().clear()
     try:

@@ -14,6 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from reopold_agent.cli.groups import check_once
 from reopold_agent.cli.hydra import report_errors
 from reopold_agent.cli.messages import program
 from reopold_agent.errors import ConfigError, suggestion
@@ -51,8 +52,9 @@ def _parsed(words: list[str]) -> dict[str, str]:
     """Returns the settings, with their defaults.
 
     Raises:
-        ConfigError: a word is not a setting.
+        ConfigError: a word is not a setting, or given twice.
     """
+    check_once(words)
     settings = dict(_SETTINGS)
     for word in words:
         key, equals, value = word.partition("=")
