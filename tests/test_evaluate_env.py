@@ -41,6 +41,31 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
 
 
+def test_a_folder_keeps_the_results_of_earlier_commands(tmp_path: Path) -> None:
+    words = ("model=demo:arithmetic_student", "benchmarks.arithmetic.limit=3")
+    first = evaluated(tmp_path, *words, "benchmark=arithmetic")
+    assert "kept" not in first
+    math = ("env=math", "evaluation.tasks=3")
+    second = evaluated(tmp_path, *words, *math)
+    assert json.loads((tmp_path / "results.json").read_text()) == second
+    assert list(second["benchmarks"]) == ["arithmetic", "math"]
+    assert second["benchmarks"]["arithmetic"] == first["benchmarks"]["arithmetic"]
+    assert first["benchmarks"]["arithmetic"]["judge"] == "none"
+    told = (tmp_path / "results.md").read_text()
+    assert "Kept from earlier commands with this folder: arithmetic." in told
+    assert told.count("| arithmetic |") == 1
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('"benchmark": "arithmetic"') == 3
+    third = evaluated(tmp_path, *words, "benchmark=arithmetic")
+    assert third["kept"] == ["math"]
+    assert third["benchmarks"]["math"] == second["benchmarks"]["math"]
+    # Its settings are remembered although the last command did not play it.
+    with pytest.raises(
+        CheckpointError, match=r"environments\.math\.sampling\.temperature: 1\.0 -> 0"
+    ):
+        evaluated(tmp_path, *words, *math, "sampling.temperature=0")
+
+
 # What training measures
 
 

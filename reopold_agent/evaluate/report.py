@@ -76,7 +76,8 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    for line in [*failure_lines(results), *left_out_lines(results), *_grading_lines(results)]:
+    lines = [*failure_lines(results), *left_out_lines(results), *_grading_lines(results)]
+    for line in [*kept_lines(results), *lines]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
@@ -90,6 +91,16 @@ def environment_line(name: str, facts: Mapping[str, Any]) -> str:
         f"T {facts['sampling']['temperature']:g}, at most {turns} turn{'s' * (turns > 1)} and "
         f"{budget['max_tokens']} tokens."
     )
+
+
+def kept_lines(results: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence about results that earlier commands made in the folder."""
+    now = results["judge"].get("name")
+    told = []
+    for name in results.get("kept", ()):
+        judge = results["benchmarks"][name].get("judge", now)
+        told.append(name if judge == now else f"{name} (judge={judge})")
+    return [f"Kept from earlier commands with this folder: {', '.join(told)}."] if told else []
 
 
 def failure_lines(results: Mapping[str, Any]) -> list[str]:
@@ -160,6 +171,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
         "\n\n".join(
             [
+                *kept_lines(results),
                 *played,
                 *failure_lines(results),
                 *left_out_lines(results),

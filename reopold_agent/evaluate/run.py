@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from reopold_agent.evaluate.environments import (
     questions_digest,
     run_settings,
 )
-from reopold_agent.evaluate.judging import judge_rows
+from reopold_agent.evaluate.judging import judge_rows, merged_row, read_replies, row_key
 from reopold_agent.evaluate.latency import LatencyPoint, measure_latency
 from reopold_agent.evaluate.plots import make_plots
 from reopold_agent.evaluate.protocol import Play, PlayConfig, differences, play_of
@@ -234,8 +235,11 @@ class Evaluation:
                 "dtype": spec.dtype,
             },
             "seed": self.config.seed,
-            "benchmarks": {},
+            "benchmarks": self._earlier(),
         }
+        kept = {*results["benchmarks"]} - {each.name for each in asked}
+        if kept:
+            results["kept"] = sorted(kept)
         started = time.perf_counter()
         chat: ChatRenderer | None = None
         policy: Policy | None = None
@@ -254,10 +258,30 @@ class Evaluation:
         results["seconds"] = round(time.perf_counter() - started, 1)
         write_json_atomic(self.folder.path / "results.json", results)
         write_text_atomic(self.folder.path / "results.md", markdown(results))
-        rows = [row for each in self.rows.values() for row in each]
+        rows = [*self._kept_rows(kept), *(row for each in self.rows.values() for row in each)]
         write_page(results, rows, self.folder.path, self.folder.path / "report.html")
         make_plots(results, self.folder.plots)
         return results
+
+    def _earlier(self) -> dict[str, Any]:
+        """Returns the figures in the folder by benchmark: those that are not asked again stay."""
+        path = self.folder.path / "results.json"
+        if not (path.is_file() and (self.folder.path / "responses.jsonl").is_file()):
+            return {}
+        try:
+            found: dict[str, Any] = json.loads(path.read_text("utf-8"))["benchmarks"]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: {error!r}\nRemove it, and give each command that used this "
+                "folder again: the answers are still there."
+            ) from error
+        return found
+
+    def _kept_rows(self, names: Collection[str]) -> list[Row]:
+        """Returns the saved rows of these benchmarks, with the replies of their judge."""
+        replies = read_replies(self.folder.path / "judged.jsonl")
+        saved = read_rows(self.folder.path / "responses.jsonl") if names else []
+        return [merged_row(r, replies.get(row_key(r))) for r in saved if r["benchmark"] in names]
 
     def _check_turns(self, asked: Sequence[Questions], spec: ModelSpec) -> None:
         """Checks, before the model is loaded, that its chat template suits the turns to play.
@@ -348,6 +372,7 @@ class Evaluation:
             **figures,
             "played_seconds": round(played, 1),
             **questions.facts,
+            **({"judge": judge.name} if questions.benchmark is not None else {}),
             **({"questions_sha256": questions_digest(rows)} if questions.benchmark is None else {}),
             "latency": [vars(point) for point in points],
         }
@@ -442,6 +467,8 @@ class Evaluation:
         saved: Any = OmegaConf.to_container(OmegaConf.load(self.folder.config))
         now = dict(self._raw)
         played = saved.get("environments", {}), now["environments"]
+        # Kept, so that a later command that plays them again is compared with their settings.
+        self._raw["environments"] = {**played[0], **played[1]}
         for each, own in zip((saved, now), played, strict=True):
             # Others may be added or left out, like benchmarks.
             each["environments"] = {name: own[name] for name in {*played[0]} & {*played[1]}}
