@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reopold_agent.config import TrainConfig
+from reopold_agent.envs.spaces import as_observation
 from reopold_agent.policies.loading import ModelSpec, load_processing
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.from_config import make_runner
-from reopold_agent.types import EncodedImage, Observation
+from reopold_agent.types import EncodedImage
 
 
 class Budget:
@@ -40,13 +41,13 @@ class Budget:
         vision = self._runner.vision
         return None if vision is None else vision.factor
 
-    def begin(self, observation: Observation, info: Mapping[str, Any]) -> str:
+    def begin(self, observation: Any, info: Mapping[str, Any]) -> str:
         """Counts the prompt; returns a line that says how much.
 
         Args:
             observation, info: what the environment's ``reset`` returned.
         """
-        ids, images = self._runner.prompt(observation, info)
+        ids, images = self._runner.prompt(as_observation(observation), info)
         self.prompt, self.used, self._last, self.fits = len(ids), 0, ids[-1], True
         return f"prompt {self.prompt} tokens{_sizes(images)}"
 
@@ -58,9 +59,9 @@ class Budget:
         cut = f"; a model would be cut off after {most}" if len(ids) > most else ""
         return f"turn {len(ids)} tokens{cut}; {self._left()}"
 
-    def answer(self, observation: Observation) -> str:
+    def answer(self, observation: Any) -> str:
         """Counts what the environment answered; returns a line about it."""
-        ids, images = self._runner.continuation(observation, self._last)
+        ids, images = self._runner.continuation(as_observation(observation), self._last)
         self.used, self._last = self.used + len(ids), ids[-1]
         # One more for the student, as in `RolloutRunner`.
         self.fits = self.used + 1 <= self._limits.max_response_tokens
