@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -10,12 +12,15 @@ from typing import Any
 
 import pytest
 import yaml
-from running import command, lines, results, train, train_rows, words
+from running import command, composed, lines, results, train, train_rows, words
 
+from reopold_agent.data import loading
 from reopold_agent.errors import CheckpointError, ModelError
+from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train import evaluation, finish, setup
 from reopold_agent.train.checkpoint import newest_checkpoint
 from reopold_agent.train.interrupts import again
+from reopold_agent.train.resume import RunState
 
 SHORT = (
     *("evaluation.tasks=2", "evaluation.teacher=false", "evaluation.every=0"),
@@ -58,9 +63,121 @@ def test_a_finished_run_goes_on_without_a_second_exploration(tmp_path: Path) -> 
 
 
 def _facts(steps: int) -> tuple[Any]:
-    from running import SMALL, composed
+    from running import SMALL
 
     return (composed(*SMALL, *SHORT, f"steps={steps}")[0],)
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "told"),
+    [
+        (
+            1,
+            0,
+            r"note: no step explores, because objective.switch_share=0.33 of 1 step is less than",
+        ),
+        (
+            1,
+            6,
+            r"note: no step explores. The run was started with too few .* for 2 steps \(.* of 6",
+        ),
+        (3, 6, r"note: exploration ends after step 1, as when .* For 2 steps of it"),
+        (3, 0, None),
+    ],
+)
+def test_a_run_with_less_exploration_says_so(
+    first: int, more: int, told: str | None, tmp_path: Path
+) -> None:
+    words = ("evaluation.tasks=0", "checkpoint.every=0", "batch.prompts=2", "batch.mini_batch=2")
+    summary = train(tmp_path, *words, f"steps={first}")
+    if more:
+        summary = train(tmp_path, *words, f"steps={more}")
+    assert ("note" in summary) == (told is not None)
+    if told is not None:
+        assert re.match(told, summary["note"])
+
+
+def test_exploration_that_the_user_sets_is_not_remarked_on(tmp_path: Path) -> None:
+    for word in ("objective.switch_step=0", "objective.switch_share=0"):
+        summary = train(tmp_path / word, "evaluation.tasks=0", "steps=1", word)
+        assert "note" not in summary
+
+
+ROWS = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    loading._load.cache_clear()  # another process would read the file again
+
+
+OTHER = [{"problem": "What is 1 + 1?", "answer": "3"}, *ROWS[1:]]
+
+
+@pytest.mark.parametrize(
+    ("split", "rows", "told"),
+    [
+        ("train", ROWS[:5], r"8 rows of data\.train then, 5 now"),
+        ("train", OTHER, r"8 rows of data\.train, but others now"),
+        ("train", ROWS[::-1], r"8 rows of data\.train, but others now"),
+        ("eval", ROWS[:5], r"8 rows of data\.eval then, 5 now"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_rows(
+    split: str, rows: list[dict[str, Any]], told: str, tmp_path: Path
+) -> None:
+    files = {each: tmp_path / f"{each}.jsonl" for each in ("train", "eval")}
+    for file in files.values():
+        write(file, ROWS)
+    words = ["env=math", "data=math_jsonl", *(f"data.{k}.path={v}" for k, v in files.items())]
+    words += ["evaluation.tasks=2", "evaluation.teacher=false", "evaluation.every=0"]
+    words += ["rollout.max_turns=1", "evaluation.max_turns=1"]
+    train(tmp_path / "run", *words, "steps=1")
+    write(files[split], rows)
+    told = rf"was started with other rows: {told}\.\nGive the same rows to continue it, or another"
+    for _ in range(2):  # a refusal does not make the new rows the run's own
+        with pytest.raises(CheckpointError, match=told):
+            train(tmp_path / "run", *words, "steps=2")
+    assert len(train_rows(tmp_path / "run")) == 1
+    write(files[split], ROWS)
+    assert train(tmp_path / "run", *words, "steps=2")["steps"] == 2
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    write(file, ROWS)
+    words = ["env=math", "data=math_jsonl", f"data.train.path={file}", "evaluation.tasks=0"]
+    train(tmp_path / "run", *words, "steps=1")
+    (tmp_path / "run/data.json").unlink()
+    write(file, ROWS[:5])
+    capsys.readouterr()
+    train(tmp_path / "run", *words, "steps=2")
+    assert "did not record its rows" in " ".join(capsys.readouterr().out.split())
+    write(file, ROWS)
+    with pytest.raises(CheckpointError, match=r"5 rows of data\.train then, 8 now"):
+        train(tmp_path / "run", *words, "steps=3")
+    # A run that never saved a step starts over, with what is there.
+    write(tmp_path / "new.jsonl", ROWS)
+    state = RunState(composed(*words)[0], {}, RunFolder(tmp_path / "run"))
+    assert state.check_data(continues=False) is None
+
+
+def test_demonstrations_must_stay_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "expert.jsonl"
+
+    def conversation(answer: str) -> dict[str, Any]:
+        turns = [("user", "What is 2 + 2?"), ("assistant", f"It is \\boxed{{{answer}}}.")]
+        return {"messages": [{"role": role, "content": text} for role, text in turns]}
+
+    write(file, [conversation("4")] * 4)
+    words = ["env=math", "objective=sft", "objective.source=recorded", "model.teacher=null"]
+    words += ["evaluation.tasks=0", f"+data.demonstrations={{path: {file}}}"]
+    train(tmp_path / "run", *words, "steps=1")
+    write(file, [conversation("4")] * 3 + [conversation("5")])
+    with pytest.raises(CheckpointError, match="4 demonstrations, but others now"):
+        train(tmp_path / "run", *words, "steps=2")
 
 
 def test_a_run_killed_while_it_goes_on_is_not_taken_for_complete(

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from reopold_agent.data import load_tasks
 from reopold_agent.data.checks import CheckedTasks, DataReport
+from reopold_agent.data.fingerprint import tasks_digest
 from reopold_agent.data.loading import suitable_tool_options
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import ConfigError
@@ -63,6 +64,14 @@ class DataEnv(ToolEnv):
         """
         tasks = self._split(split)
         return tasks.report if isinstance(tasks, CheckedTasks) else None
+
+    def digest(self, split: str) -> str:
+        """Returns the fingerprint of a split's tasks; it reads all of them.
+
+        Raises:
+            ConfigError, DataError: the tasks cannot be loaded.
+        """
+        return tasks_digest(self._split(split))
 
 
 class _Without:

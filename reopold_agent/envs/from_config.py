@@ -111,6 +111,8 @@ def checked_tasks(
                 raise
             if told is not None:
                 found[split] = told.record()
+                if isinstance(inner, DataEnv):
+                    found[split]["sha256"] = inner.digest(split)
     finally:
         env.close()
         if found:

@@ -42,7 +42,8 @@ class RunFolder:
 
     Attributes:
         path: the folder, absolute.
-        config, versions, metrics, trajectories, summary, data_report, log: paths of its files.
+        config, versions, metrics, trajectories, summary, data_report, data, log: paths of its
+            files.
         pictures, plots, checkpoints: paths of its folders.
         final: folder of the trained student, created when it is saved.
     """
@@ -55,6 +56,7 @@ class RunFolder:
         self.trajectories = self.path / "trajectories.jsonl"
         self.summary = self.path / "summary.json"
         self.data_report = self.path / "data_report.json"
+        self.data = self.path / "data.json"
         self.log = self.path / "train.log"
         self.pictures = self.path / "pictures"
         self.plots = self.path / "plots"

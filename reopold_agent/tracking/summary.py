@@ -60,6 +60,8 @@ def print_summary(summary: Mapping[str, Any], console: Console | None = None) ->
         for name, what in _FILES:
             if (Path(str(run)) / name).exists():
                 line(f"  {name:<20} {what}")
+    if summary.get("note"):
+        line(str(summary["note"]))
     commands = summary.get("next")
     if isinstance(commands, str):
         commands = [commands]

@@ -6,11 +6,13 @@ import json
 import logging
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from reopold_agent.config import ModelConfig, PixelConfig, TrainConfig
 from reopold_agent.errors import ConfigError
+from reopold_agent.objectives import Objective, Reopold, RunFacts
 from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.policies.loading import Processing
 from reopold_agent.tracking.progress import Progress
@@ -24,15 +26,23 @@ _LABEL = 11
 
 
 def show_banner(
-    progress: Progress, lines: Sequence[str], config: TrainConfig, student: Processing
+    progress: Progress,
+    lines: Sequence[str],
+    config: TrainConfig,
+    student: Processing,
+    notes: Sequence[str | None] = (),
 ) -> None:
-    """Prints the lines of `banner`, and a warning, and writes them to the run's log.
+    """Prints the lines of `banner`, notes and a warning, and writes them to the run's log.
 
     The warning is for a student of the embedded tasks that gets other data.
     """
     progress.lines([*lines, ""])
     for line in lines:
         _log.info("%s", line)
+    for note in notes:
+        if note is not None:
+            progress.lines(textwrap.wrap(note, _WIDTH, subsequent_indent="  "))
+            _log.warning("%s", note)
     if student.spec.path.startswith("demo:") and (config.data.train or {}).get("path"):
         warning = (
             f"warning: {student.spec.path} is made for the embedded tasks and too small for other "
@@ -41,6 +51,44 @@ def show_banner(
         )
         progress.lines(textwrap.wrap(warning, _WIDTH, subsequent_indent="  "))
         _log.warning("%s", warning)
+
+
+def exploration_note(config: TrainConfig, objective: Objective) -> str | None:
+    """Says that a run explores less than its number of steps suggests; None if it does not.
+
+    A run keeps the step of the switch to refinement that it found when it was started, so that one
+    which goes on for more steps does not explore again.
+
+    Args:
+        config: the run's configuration.
+        objective: made for this run.
+    """
+    if not isinstance(objective, Reopold) or not objective.switch_share or not config.steps:
+        return None
+    if config.objective.get("switch_step") is not None:
+        return None  # as the user has set it
+    share, switch = objective.switch_share, objective.switch_step
+    facts = RunFacts(config.steps, config.rollout.max_response_tokens)
+    usual = replace(objective, switch_step=None).for_run(facts).switch_step or 0
+    rule = f"objective.switch_share={share:g} of {_count(config.steps, 'step')}"
+    if switch == usual and switch:
+        return None
+    if switch == usual:
+        return (
+            f"note: no step explores, because {rule} is less than half a step. More steps in this "
+            "folder will not explore either: for that, start anew, with more steps or with "
+            "objective.switch_step=1."
+        )
+    if not switch:
+        return (
+            "note: no step explores. The run was started with too few steps for that, and going on "
+            f"keeps this. To explore for {_count(usual, 'step')} ({rule}), start anew in another "
+            "hydra.run.dir."
+        )
+    return (
+        f"note: exploration ends after step {switch}, as when the run was started with fewer "
+        f"steps. For {_count(usual, 'step')} of it ({rule}), start anew in another hydra.run.dir."
+    )
 
 
 def banner(

@@ -31,6 +31,11 @@ class Collector:
         student, teacher: policies that may play the episodes.
         tasks: number of training tasks.
         guard: rejects rewards that are not finite.
+        recorded: the expert's conversations (`read_demonstrations`), for objectives that train on
+            them.
+
+    Raises:
+        DataError: a conversation does not fit the budgets, or has pictures that cannot be read.
     """
 
     def __init__(
@@ -42,15 +47,19 @@ class Collector:
         teacher: Policy | None,
         tasks: int,
         guard: NonFiniteGuard,
+        recorded: Sequence[Demonstration] | None = None,
     ) -> None:
         self.guard = guard
         self.config, self.objective, self.runner = config, objective, runner
         self.student, self.teacher = student, teacher
         self.sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
-        self._recorded: list[Demonstration] | None = None
-        if objective.needs & Needs.DEMONSTRATIONS and not objective.needs & Needs.TEACHER:
-            self._recorded = self._read()
-            tasks = len(self._recorded)
+        self._recorded = recorded
+        if recorded is not None:
+            for number, each in enumerate(recorded):
+                # Reports a bad demonstration before the first step. The trajectory is not kept,
+                # because the pictures of thousands of conversations would fill the memory.
+                demonstrated(each, number, runner)
+            tasks = len(recorded)
         self.order = DataOrder(tasks, config.seed)
 
     @property
@@ -162,19 +171,22 @@ class Collector:
         whole = list(groups.values())[: self.config.batch.prompts]
         return [row for group in whole for row in group]
 
-    def _read(self) -> list[Demonstration]:
-        spec = self.config.data.specification("demonstrations")
-        if spec is None:
-            raise ConfigError(
-                "objective.source=recorded needs data.demonstrations, for example "
-                "'+data.demonstrations={path: expert.jsonl}'"
-            )
-        recorded = load_demonstrations(spec)
-        for number, each in enumerate(recorded):
-            # Reports a bad demonstration before the first step. The trajectory is not kept, because
-            # the pictures of thousands of conversations would fill the memory.
-            demonstrated(each, number, self.runner)
-        return recorded
+
+def read_demonstrations(config: TrainConfig, objective: Objective) -> list[Demonstration] | None:
+    """Returns the conversations that the objective trains on; None if it trains on played ones.
+
+    Raises:
+        ConfigError, DataError: they are not given, or cannot be read.
+    """
+    if not objective.needs & Needs.DEMONSTRATIONS or objective.needs & Needs.TEACHER:
+        return None
+    spec = config.data.specification("demonstrations")
+    if spec is None:
+        raise ConfigError(
+            "objective.source=recorded needs data.demonstrations, for example "
+            "'+data.demonstrations={path: expert.jsonl}'"
+        )
+    return load_demonstrations(spec)
 
 
 def step_episodes(indices: Sequence[int], samples: int) -> list[EpisodeSpec]:

@@ -48,7 +48,11 @@ def probe_ids(chat: ChatRenderer) -> list[int]:
 
 
 def write_summary(
-    config: TrainConfig, folder: RunFolder, seconds: float, command: Sequence[str]
+    config: TrainConfig,
+    folder: RunFolder,
+    seconds: float,
+    command: Sequence[str],
+    note: str | None = None,
 ) -> dict[str, Any]:
     """Writes ``summary.json``, which marks the run as complete.
 
@@ -57,9 +61,12 @@ def write_summary(
         folder: the run folder with all rows of metrics.
         seconds: time spent on the run, over all its processes.
         command: the command line's arguments.
+        note: what the user should know of the run.
     """
     summary = summarise(read_metrics(folder.metrics), config, folder.path)
     summary["seconds"] = round(seconds, 1)
+    if note is not None:
+        summary["note"] = note
     summary["next"] = next_commands(config, folder.path, command)
     write_json_atomic(folder.summary, summary)
     return summary

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from yaml import YAMLError
 
+from reopold_agent.common.files import write_json_atomic
 from reopold_agent.config import TrainConfig, config_differences
+from reopold_agent.data.demonstrations import Demonstration
+from reopold_agent.data.fingerprint import demonstrations_digest
 from reopold_agent.errors import CheckpointError
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
@@ -80,6 +83,73 @@ class RunState:
             )
         return before
 
+    def check_data(
+        self, continues: bool, recorded: Sequence[Demonstration] | None = None
+    ) -> str | None:
+        """Checks that a continued run has the rows that it was started with; call it once they are
+        read.
+
+        Their fingerprints are in ``data.json``. Tasks that are not from files have none: their
+        settings determine them.
+
+        Args:
+            continues: whether the run continues from a checkpoint.
+            recorded: the demonstrations that are trained on, if any.
+
+        Returns:
+            What to tell the user about a run that was started without fingerprints; else None.
+
+        Raises:
+            CheckpointError: the rows are others.
+        """
+        now = self._fingerprints(recorded)
+        if not now:
+            return None
+        if continues and self._folder.data.is_file():
+            before = self._read(self._folder.data)
+            changed = [
+                _change(name, before.get(name), now.get(name))
+                for name in sorted({*before, *now})
+                if before.get(name) != now.get(name)
+            ]
+            if changed:
+                raise CheckpointError(
+                    f"{self._folder.path} was started with other rows: {'; '.join(changed)}.\n"
+                    "Give the same rows to continue it, or another hydra.run.dir to start anew."
+                )
+            return None
+        write_json_atomic(self._folder.data, now)
+        if not continues:
+            return None
+        return (
+            "note: an earlier version started this run and did not record its rows; it continues "
+            "with those that are there now"
+        )
+
+    def _fingerprints(self, recorded: Sequence[Demonstration] | None) -> dict[str, Any]:
+        """Returns number and digest of rows: those of files as the report on them says."""
+        report = self._folder.data_report
+        found = self._read(report) if report.is_file() else {}
+        now = {
+            split: {"rows": told["usable"], "sha256": told["sha256"]}
+            for split, told in found.items()
+            if split in self._config.splits
+        }
+        if recorded is not None:
+            digest = demonstrations_digest(recorded)
+            now["demonstrations"] = {"rows": len(recorded), "sha256": digest}
+        return now
+
+    @staticmethod
+    def _read(path: Path) -> dict[str, Any]:
+        try:
+            found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"cannot read {path}: {error}\nRemove it and give the same command again."
+            ) from error
+        return found
+
     def show_again(self) -> dict[str, Any]:
         """Prints and returns the summary of a complete run; nothing is computed again."""
         try:
@@ -92,3 +162,10 @@ class RunState:
         make_plots(self._folder.path)  # the only files that come after the summary
         print_summary(summary)
         return summary
+
+
+def _change(name: str, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
+    """Says how the rows of a split, or the demonstrations, have changed."""
+    had, has = (0 if each is None else each["rows"] for each in (before, now))
+    what = "demonstrations" if name == "demonstrations" else f"rows of data.{name}"
+    return f"{had} {what} then, {has} now" if had != has else f"{had} {what}, but others now"

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from reopold_agent.config import TrainConfig
+from reopold_agent.data.demonstrations import Demonstration
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.loading import (
     LoadedModel,
@@ -32,10 +33,10 @@ from reopold_agent.rollout.checks import checked_run
 from reopold_agent.rollout.from_config import make_runner
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
-from reopold_agent.train.banner import banner, show_banner
+from reopold_agent.train.banner import banner, exploration_note, show_banner
 from reopold_agent.train.behaviour import old_logp_source
 from reopold_agent.train.checkpoint import check_files, load_trainer_state, newest_checkpoint
-from reopold_agent.train.collect import Collector
+from reopold_agent.train.collect import Collector, read_demonstrations
 from reopold_agent.train.engine import Engine, model_specs, run_objective
 from reopold_agent.train.evaluation import HeldOutEvaluation
 from reopold_agent.train.finish import save_student, show_summary, write_summary
@@ -78,6 +79,11 @@ class LocalEngine(Engine):
         config, tasks = checked_run(  # before any model is loaded
             config, load_processing(specs["student"], "student"), contexts, self.folder.data_report
         )
+        recorded = read_demonstrations(config, objective)
+        notes = [
+            self._state.check_data(checkpoint is not None, recorded),
+            exploration_note(config, objective),
+        ]
 
         student = load_model(
             specs["student"],
@@ -114,7 +120,7 @@ class LocalEngine(Engine):
                 precision=str(autocast or torch.float32).removeprefix("torch."),
                 teacher=teacher is not None,
             )
-            show_banner(progress, lines, config, student)
+            show_banner(progress, lines, config, student, notes)
             loop = make_loop(
                 config,
                 objective,
@@ -125,6 +131,7 @@ class LocalEngine(Engine):
                 progress=progress,
                 interrupts=interrupts,
                 command=self._command,
+                recorded=recorded,
             )
             try:
                 return loop.run(checkpoint)
@@ -154,6 +161,7 @@ def make_loop(
     progress: Progress,
     interrupts: Interrupts,
     command: Sequence[str] = (),
+    recorded: Sequence[Demonstration] | None = None,
 ) -> TrainingLoop:
     """Assembles the loop of a run from its parts.
 
@@ -167,6 +175,7 @@ def make_loop(
         progress: shows the run to the user.
         interrupts: the signals received.
         command: the command line's arguments, for messages.
+        recorded: the conversations that the objective trains on: `read_demonstrations`.
     """
     chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
     following = following_teacher(config.model.teacher, teacher, student)
@@ -188,7 +197,14 @@ def make_loop(
         for max_turns in (config.rollout.max_turns, config.evaluation.max_turns)
     )
     collector = Collector(
-        config, objective, train_runner, roles.sampler, roles.teacher, tasks["train"], guard
+        config,
+        objective,
+        train_runner,
+        roles.sampler,
+        roles.teacher,
+        tasks["train"],
+        guard,
+        recorded,
     )
     log = StepLog(config, objective, folder, roles, collector, guard, chat.raw, progress)
     recovery = Recovery(
@@ -210,7 +226,8 @@ def make_loop(
             progress.note(f"{folder.final} was not read back: too little memory is free")
         train_runner.close()
         eval_runner.close()
-        summary = write_summary(config, folder, recovery.seconds, command)
+        note = exploration_note(config, objective)
+        summary = write_summary(config, folder, recovery.seconds, command, note)
         progress.stop()
         show_summary(summary, folder)
         return summary

@@ -33,7 +33,7 @@ from reopold_agent.tracking.metrics import read_metrics
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.summary import print_summary
-from reopold_agent.train.banner import banner, show_banner
+from reopold_agent.train.banner import banner, exploration_note, show_banner
 from reopold_agent.train.engine import Engine, model_specs, run_objective
 from reopold_agent.train.finish import next_commands, summarise
 from reopold_agent.train.verl.compose import (
@@ -79,6 +79,10 @@ class VerlEngine(Engine):
         with_teacher = "teacher" in specs
         student, contexts = self._check_models(specs)
         config, tasks = checked_run(config, student, contexts.values(), self.folder.data_report)
+        notes = [
+            self._state.check_data(checkpoint is not None),
+            exploration_note(config, objective),
+        ]
         composed = verl_config(
             config, self.folder.path, with_teacher=with_teacher, device=device, contexts=contexts
         )
@@ -98,7 +102,7 @@ class VerlEngine(Engine):
                 precision=precision,
                 teacher=with_teacher,
             )
-            show_banner(progress, lines, config, student)
+            show_banner(progress, lines, config, student, notes)
             progress.start(config.steps, done)
             if checkpoint is not None:
                 progress.note(f"continuing from {checkpoint} at step {done}")

@@ -1,0 +1,42 @@
+"""Fingerprints of rows, by which a continued run knows the data that it was started with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from reopold_agent.data.demonstrations import Demonstration, RecordedCall
+from reopold_agent.types import IMAGE_MARK, TaskSource
+
+
+def tasks_digest(tasks: TaskSource) -> str:
+    """Returns the SHA-256 of tasks in order: ids, texts, answers, number of pictures (unopened)."""
+    each = (tasks[index] for index in range(len(tasks)))
+    return _digest([t.id, t.question, t.answers, t.history, len(t.images)] for t in each)
+
+
+def demonstrations_digest(demonstrations: Sequence[Demonstration]) -> str:
+    """Returns the SHA-256 of conversations in order: ids, turns, tools; pictures as marks."""
+    return _digest(
+        [
+            d.id,
+            [[t.role, t.trained, [*map(_part, t.parts)]] for t in d.turns],
+            [*map(dict, d.tools)],
+        ]
+        for d in demonstrations
+    )
+
+
+def _part(part: Any) -> Any:
+    if isinstance(part, RecordedCall):
+        return [part.name, dict(part.arguments)]
+    return part if isinstance(part, str) else IMAGE_MARK
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode() + b"\n")
+    return digest.hexdigest()
