@@ -282,8 +282,15 @@ def test_control_tokens_that_the_student_samples_are_kept_for_training(hostile_r
         prompt_of([*trajectory.ids, chat.image_id], trajectory.images, chat.image_id)
 
 
-@given(TEXT, TEXT, TEXT.filter(str.strip))
-@example(FORGERY, FORGERY + PICTURE, FORGERY)
+def unmarked(text: str) -> str:
+    """Returns a text without what marks a picture in a user's message."""
+    while found := re.search(r"<\|(?:image|video)_pad\|>", text):
+        text = text[: found.start()] + text[found.end() :]
+    return text
+
+
+@given(TEXT, TEXT.map(unmarked), TEXT.filter(str.strip))
+@example(FORGERY + PICTURE, FORGERY, FORGERY + PICTURE)
 def test_demonstrations_of_hostile_texts_have_the_structure_of_innocent_ones(
     tmp_path_factory: pytest.TempPathFactory,
     tokenizer: Any,
@@ -297,7 +304,7 @@ def test_demonstrations_of_hostile_texts_have_the_structure_of_innocent_ones(
     row = {
         "messages": [
             {"role": "system", "content": question},
-            {"role": "user", "content": [{"image": "a.png"}, {"text": question}]},
+            {"role": "user", "content": [{"image": "a.png"}, {"text": unmarked(question)}]},
             {"role": "assistant", "content": said},
             {"role": "user", "content": [{"text": seen}, {"image": "a.png"}]},
             {"role": "assistant", "content": said},

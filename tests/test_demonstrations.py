@@ -80,7 +80,7 @@ def runner_of() -> Callable[..., RolloutRunner]:
 def rendered(tmp_path: Path, runner_of: Callable[..., RolloutRunner]) -> Callable[..., Trajectory]:
     """``rendered(messages, **columns)``: the trajectory of a row with two pictures."""
     for name in ("a.png", "b.png"):
-        Image.fromarray(random_picture(len(name), 60, 60)).save(tmp_path / name)
+        Image.fromarray(random_picture(ord(name[0]), 60, 60)).save(tmp_path / name)
 
     def render(messages: Sequence[Any], stop_at_tool_call: bool = True, **row: Any) -> Trajectory:
         row = {"images": ["a.png", "b.png"], "messages": messages, **row}
@@ -341,6 +341,72 @@ def test_tools_are_described_as_the_environment_describes_them(
 # Pictures in the row's columns
 
 
+def test_marks_are_those_of_training_rows(rendered: Callable[..., Trajectory]) -> None:
+    plain = {"role": "user", "content": "<image> or <image>?"}
+    wanted = rendered([plain, ANSWER])
+    for text in (
+        "<image1> or <image_2>?",
+        "<|image_1|> or <|image_2|>?",
+        "<|vision_start|><|image_pad|><|vision_end|> or <Image>?",
+    ):
+        assert same(rendered([{**plain, "content": text}, ANSWER]), wanted)
+    source = {"type": "image", "source": {"type": "url", "url": "a.png"}}
+    parts = [source, " or ", {"type": "input_image", "image_url": "b.png"}, {"text": "?"}]
+    assert same(rendered([{**plain, "content": parts}, ANSWER], images=None), wanted)
+    own = {**plain, "images": ["a.png", "b.png"]}
+    assert same(rendered([own, ANSWER], images=None), wanted)
+    films = [{"type": "video", "video": [name]} for name in ("a.png", "b.png")]
+    parts = [films[0], {"text": " or "}, films[1], {"text": "?"}]
+    assert same(rendered([{**plain, "content": parts}, ANSWER], images=None), wanted)
+
+
+def test_marks_in_words_of_others_are_words(
+    rendered: Callable[..., Trajectory], runner_of: Callable[..., RolloutRunner]
+) -> None:
+    told = {"role": "system", "content": "Pictures are marked <image>."}
+    said = {"role": "assistant", "content": "<image> is \\boxed{7}"}
+    mine = rendered([told, ASKED, said], images=["a.png"])
+    assert len(mine.images) == 1
+    assert trained_text(mine, runner_of()) == "<image> is \\boxed{7}<|im_end|>"
+    with pytest.raises(DataError, match="1 picture mark in the text, but 2 pictures in the row"):
+        rendered([told, ASKED, said])
+
+
+def test_pictures_in_messages_and_in_columns_must_agree(
+    rendered: Callable[..., Trajectory], tmp_path: Path
+) -> None:
+    def row(*values: str) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [*({"image": v} for v in values), "?"]}, ANSWER]
+
+    url = data_url(np.asarray(Image.open(tmp_path / "a.png")))
+    wanted = rendered(row("a.png", "b.png"), images=None)
+    for values, columns in (
+        (("a.png", "b.png"), ["a.png", "b.png"]),
+        (("a.png", "b.png"), ["./b.png"]),
+        ((url, "b.png"), ["a.png"]),
+        (("a.png", "b.png"), [url]),
+        ((url, "b.png"), ["b.png"]),
+        ((url, "b.png"), ["elsewhere/name.png"]),  # a name of what the message holds
+    ):
+        assert same(rendered(row(*values), images=columns), wanted)
+    for values, columns in (
+        (("a.png",), ["b.png"]),
+        (("a.png", "a.png"), ["b.png"]),
+        (("a.png", "b.png"), ["b.png", "a.png"]),
+        ((url,), ["b.png"]),
+        (("b.png",), [url]),
+    ):
+        with pytest.raises(DataError, match=r"row 0: .* hold different pictures; leave one of"):
+            rendered(row(*values), images=columns)
+    with pytest.raises(DataError, match="1 pictures in the messages in the text, but 2 pictures"):
+        rendered(row("a.png"), images=["b.png", "b.png"])
+
+
+def test_a_completion_is_no_column_of_pictures(tmp_path: Path) -> None:
+    said = {"role": "assistant", "content": "It is in a.png"}
+    assert demonstration(tmp_path, prompt=[ASK], completion=[said])
+
+
 def test_pictures_of_other_columns_are_shown(rendered: Callable[..., Trajectory]) -> None:
     asked = {"role": "user", "content": "<image><image>Which?"}
     wanted = rendered([asked, ANSWER])
@@ -356,7 +422,11 @@ def test_pictures_of_other_columns_are_shown(rendered: Callable[..., Trajectory]
     ):
         assert same(rendered(messages, **{"images": None, **columns}), wanted)
     for messages, wrong, words in (
-        ([ASK, ANSWER], {"image": "a.png"}, "1 more images than <image> marks"),
+        ([ASK, ANSWER], {"image": "a.png"}, "1 pictures, but the messages have no marks; write"),
+        ([ASKED, ANSWER], {"image": ["a.png", "b.png"]}, "1 picture mark in the text, but 2"),
+        ([ASKED, ANSWER], {"image": None}, "1 picture mark in the text, but 0 pictures"),
+        ([film, ANSWER], {"image": "a.png"}, "the row's pictures are no video"),
+        ([ASK, ANSWER], {"is_video": True}, "'is_video' is true, but the row has no pictures"),
         ([ASK, ANSWER], {"scan": "a.png"}, "'scan' looks like pictures and is not read"),
         ([film, ANSWER], {"videos": ["a.mp4"]}, "is a video file"),
     ):
@@ -387,7 +457,7 @@ def test_a_rows_system_message(tmp_path: Path, name: str) -> None:
     for empty in ("", None):
         assert len(demonstration(tmp_path, **{name: empty}, messages=[ASK, SAY]).turns) == 2
     for wrong, words in (
-        ("Be long.", f"'{name}' and message 0 are different system messages; leave one out"),
+        ("Be long.", f"'{name}' and another system message of the row differ; leave one of them"),
         (["Be"], f"'{name}' must be a text"),
     ):
         with pytest.raises(DataError, match=f"row 0: {words}"):
@@ -415,7 +485,7 @@ def test_only_the_completion_is_trained_on(
         ({"prompt": [ASK], "completion": [SAY], "messages": [ASK, SAY]},
          "both 'messages' and 'completion' hold a conversation; leave one out"),
         ({"prompt": [ASK, {**SAY, "weight": 1}], "completion": [ASK, SAY]},
-         "prompt message 1: a prompt is not trained on"),
+         "prompt message 1: a prompt is not trained on; leave its 'weight' out"),
         ({"prompt": [ASK], "completion": [{**SAY, "audio": {}, "train": 0}]},
          "completion message 0: 'train' cannot be rendered"),
     ],
@@ -458,7 +528,9 @@ def test_a_rows_weight(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_columns_that_would_be_lost_are_refused(tmp_path: Path, column: str, value: Any) -> None:
-    with pytest.raises(DataError, match=f"row 0: '{column}' (cannot be rendered|is false).*; "):
+    with pytest.raises(
+        DataError, match=f"row 0: '{column}' (cannot be rendered|is false|would).*; "
+    ):
         demonstration(tmp_path, messages=[ASK, SAY], **{column: value})
     harmless = {"source": "x", "score": 0.3, "label": True, "answer": "7", "split": "train"}
     assert demonstration(tmp_path, messages=[ASK, SAY], **{**harmless, column: None})
@@ -527,7 +599,8 @@ def test_training_reads_calls_results_and_weights(tmp_path: Path) -> None:
         ([ASK, {**SAY, "refusal": "No."}], "'refusal' cannot be rendered"),
         ([ASK, {**SAY, "train": False}], "'train' cannot be rendered"),
         ([ASK, {"role": "function", "content": "1"}, SAY], "message 1: the role must be one of "),
-        ([ASK, {"role": "assistant", "content": None}], "message 1: the content must be a text"),
+        ([ASK, {"role": "assistant", "content": None}],
+         "message 1: a message of the role assistant has no"),
         ([ASK, {"role": "assistant", "content": ""}], "message 1: it is empty"),
         ([ASK, {"role": "assistant", "content": []}], "message 1: it is empty"),
         ([ASK, {"role": "assistant", "content": [{"type": "text", "text": " \n"}]}, ASK, SAY],
@@ -543,7 +616,8 @@ def test_training_reads_calls_results_and_weights(tmp_path: Path) -> None:
         ([ASK, calls_of("a", "b"), result("1", "a"), result("2", "a"), SAY],
          "message 3: the call 'a' has two results"),
         ([ASK, calls_of("a", "a"), result("1", "a"), SAY], "message 1: two calls have one id"),
-        ([ASK, {"role": "assistant", "tool_calls": []}], "message 1: the content must be a text"),
+        ([ASK, {"role": "assistant", "tool_calls": []}],
+         "message 1: a message of the role assistant has no"),
         ([ASK, {**SAY, "weight": 0.5}], "message 1: 'weight' must be 0 or 1, got 0.5"),
         ([ASK, {**SAY, "weight": "0"}], "'weight' must be 0 or 1, got '0'"),
         ([ASK, {**SAY, "weight": 0}], "no message is trained on"),
@@ -562,15 +636,15 @@ def test_training_reads_calls_results_and_weights(tmp_path: Path) -> None:
         ([ASK, SAY, {"role": "tool", "content": "1"}, ASK, SAY], "got user, assistant, tool, user"),
         ([ASK, SAY, {"role": "system", "content": "x"}, SAY], "got user, assistant, system"),
         ([{"role": "user", "content": [{"type": "input_audio", "text": "a"}]}, SAY],
-         "a part of the type 'input_audio' cannot be rendered"),
+         "message 0: a part of a message has the type 'input_audio', which is not read"),
         ([{"role": "user", "content": [{"text": "a", "audio": "a.wav"}]}, SAY],
-         "'audio' cannot be rendered"),
+         "message 0: 'audio' of a part of a message is not read"),
         ([{"role": "user", "content": [{"type": "image", "text": "a"}]}, SAY],
-         "a part of the type 'image' has 'text'"),
+         "message 0: a part of a message has both text and a picture"),
         ([{"role": "user", "content": [{"image_url": {"url": "http://h/a.png"}}]}, SAY],
          "the picture is at a URL"),
         ([ASK, {"role": "assistant", "content": [{"type": "image", "image": "a.png"}]}],
-         "only user and tool messages may hold images"),
+         "message 1: only the user's messages may hold pictures"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_rendered_is_refused_by_name(

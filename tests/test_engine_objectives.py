@@ -549,15 +549,15 @@ def said(*roles: str) -> list[dict[str, Any]]:
         ({"messages": said("user", "user", "assistant")}, "must take turns"),
         ({"messages": said("user", "tool")}, "must take turns, got user, tool"),
         ({"messages": said("user", "critic")}, "the role must be one of system, .*, got 'critic'"),
-        ({"messages": [{"role": "user", "content": "<image>?"}]}, "more <image> marks than images"),
-        ({"messages": said("user", "assistant"), "images": ["a.png"]}, "1 more images than"),
+        ({"messages": [{"role": "user", "content": "<image>?"}]}, "1 picture mark in the text"),
+        ({"messages": said("user", "assistant"), "images": ["a.png"]}, "1 pictures, but"),
         ({"messages": [{"role": "user", "content": [{"image": "../a.png"}]}]}, "a.png"),
         (
             {"messages": [{"role": "user", "content": [{"image": "a.png", "text": "Here"}]}]},
-            "both 'text' and 'image'; which comes first",
+            "has both text and a picture",
         ),
-        ({"messages": [{"role": "user", "content": [{"audio": "a.wav"}]}]}, "'audio' cannot be"),
-        ({"messages": [{"role": "user", "content": None}]}, "must be a text or a list"),
+        ({"messages": [{"role": "user", "content": [{"audio": "a.wav"}]}]}, "'audio' of a part"),
+        ({"messages": [{"role": "user", "content": None}]}, "has no 'content'"),
     ],
 )
 def test_a_row_without_a_conversation_is_named(

@@ -1,10 +1,9 @@
 """An expert's recorded conversations, for supervised fine-tuning.
 
 Rows (parquet, json, jsonl) hold ``messages``: objects with ``role`` (system or developer, user,
-assistant, tool) and ``content``. The content is either a text in which each ``<image>`` stands for
-the next of the row's pictures, and ``<video>`` for all frames (as in LLaMA-Factory and TRL), or a
-list of parts ``{"text": ...}`` and ``{"image": ...}`` (as in Qwen and Pixel-Reasoner's SFT data,
-whose column is ``message_list``).
+assistant, tool) and ``content``, a text with marks for the row's pictures (as in LLaMA-Factory) or
+a list of parts (as in Qwen and Pixel-Reasoner's SFT data, whose column is ``message_list``), which
+are read as those of training rows (`reopold_agent.data.turns`).
 An assistant's message may have ``tool_calls`` and ``weight`` as at OpenAI, and a row may have
 ``tools``, ``system`` and ``weight``. Instead of ``messages`` a row may have ``prompt`` and
 ``completion``, both lists of messages, of which only the completion is trained on (as in TRL). What
@@ -15,8 +14,7 @@ what the expert did.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -24,12 +22,21 @@ from typing import Any, Final, TypeAlias
 
 from reopold_agent.config import DataChecks, build
 from reopold_agent.data.pictures import (
+    Given,
     PictureFolder,
     given_pictures,
+    is_picture_column,
     picture_of,
     unread_columns,
 )
 from reopold_agent.data.rows import download, fills_with_nulls, find_row_files, read_rows
+from reopold_agent.data.turns import (
+    Mark,
+    Pieces,
+    chosen_pictures,
+    pieces_of,
+    system_column,
+)
 from reopold_agent.data.urls import url_rules
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.types import ImageSource, Role
@@ -47,9 +54,6 @@ Parts: TypeAlias = "tuple[str | ImageSource | RecordedCall, ...]"
 
 _SETTINGS = ("path", "split", "revision", "limit")
 
-_SYSTEM = ("system", "system_prompt", "system_message")
-"""Names of the column with the system message."""
-
 _LOST: Final[Mapping[str, str]] = {
     "functions": "give them as 'tools'",
     "chosen": "name the conversation to imitate 'messages' or 'completion'",
@@ -60,8 +64,6 @@ _LOST: Final[Mapping[str, str]] = {
     "conversations": "give the conversation once, as 'messages'",
     "chat_template": "the student's own template is used",
     "chat_template_kwargs": "write what the template would add into 'messages'",
-    "audio": "leave the row out",
-    "audios": "leave the row out",
     "loss_mask": "give the assistant's messages 'weight': 0 or 1",
     "assistant_masks": "give the assistant's messages 'weight': 0 or 1",
     "completion_mask": "give the assistant's messages 'weight': 0 or 1",
@@ -84,8 +86,6 @@ _MESSAGE = ("role", "content", "tool_calls", "weight", "name", "id", "tool_call_
 """Keys of a message. The last three name it; chat templates do not write them either."""
 
 _FUNCTION = ("type", "id", "index", "function", "name", "arguments")
-_PART = ("type", "text", "image", "image_url", "video", "detail", "cache_control")
-_PART_TYPES = ("text", "image", "image_url", "video")
 
 
 @dataclass(frozen=True)
@@ -163,21 +163,18 @@ def load_demonstrations(spec: Mapping[str, Any]) -> list[Demonstration]:
 
 def _demonstration(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> Demonstration:
     _refuse_lost(row)
-    given = given_pictures(row)
-    waiting = _Waiting(list(given.values), given.is_video, pictures)
     read: list[_Read] = []
+    pieces: list[Pieces] = []
     for where, message in _conversation(row):
         try:
-            read.append(_read(where, message, waiting))
+            one, its_pieces = _read(where, message, pictures)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
-    read = _with_system(row, _with_answers(read))
+        read.append(one)
+        pieces.append(its_pieces)
+    read = _with_results(_with_pictures(read, pieces, given_pictures(row, pictures), pictures))
     turns = tuple(each.turn for each in read)
-    shown = any(not isinstance(p, (str, RecordedCall)) for turn in turns for p in turn.parts)
-    # Where the messages hold their own pictures, the columns repeat some of them.
-    if waiting.values and not (shown and len(waiting.values) == len(given.values)):
-        raise DataError(f"the row has {len(waiting.values)} more images than <image> marks")
-    if not shown and (unread := unread_columns(row)):
+    if not _shown(read) and (unread := unread_columns(row)):
         raise DataError(f"'{unread[0]}' looks like pictures and is not read; name it 'images'")
     roles = [each.role for each in read]
     dialogue = roles[1:] if turns[0].role == "system" else roles
@@ -210,8 +207,8 @@ def _refuse_lost(row: Mapping[str, Any]) -> None:
     _trained(row)
 
 
-def _conversation(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields a row's messages with their names; those of a ``prompt`` have the weight 0."""
+def _conversation(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Returns a row's messages with their names; those of a ``prompt`` have the weight 0."""
     given = {name: row[name] for name in _CONVERSATION if not _is_nothing(row.get(name))}
     prompt, completion = given.pop("prompt", None), given.pop("completion", None)
     if completion is not None:
@@ -219,23 +216,22 @@ def _conversation(row: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             raise DataError(
                 f"both '{next(iter(given))}' and 'completion' hold a conversation; leave one out"
             )
-        for name, messages in (("prompt", prompt), ("completion", completion)):
-            for position, message in enumerate(_listed(messages, name)):
-                where = f"{name} message {position}"
-                if name == "prompt" and isinstance(message, Mapping):
-                    message = _context(message, where)
-                yield where, message
-        return
-    if len(given) > 1 and given["messages"] != given["message_list"]:
-        raise DataError("'messages' and 'message_list' differ; leave one out")
-    messages = _listed(next(iter(given.values()), None), "messages")
-    if prompt is not None and not _repeats(prompt, messages):
-        raise DataError(
-            "'prompt' beside 'messages' would be lost: put it into 'messages', or give 'prompt' "
-            "and 'completion' as lists of messages, of which the completion is trained on"
-        )
-    for position, message in enumerate(messages):
-        yield f"message {position}", message
+        asked, answered = _listed(prompt, "prompt"), _listed(completion, "completion")
+        found = [(where, _context(each, where)) for where, each in _named("prompt message", asked)]
+        found += _named("completion message", answered)
+    else:
+        if len(given) > 1 and given["messages"] != given["message_list"]:
+            raise DataError("'messages' and 'message_list' differ; leave one out")
+        messages = _listed(next(iter(given.values()), None), "messages")
+        if prompt is not None and not _repeats(prompt, messages):
+            raise DataError(
+                "'prompt' beside 'messages' would be lost: put it into 'messages', or give "
+                "'prompt' and 'completion' as lists of messages, of which the completion is "
+                "trained on"
+            )
+        found = _named("message", messages)
+    system = system_column(row, [message for _, message in found])
+    return [*(("the system message", message) for message in system), *found]
 
 
 def _listed(messages: Any, name: str) -> Sequence[Any]:
@@ -244,12 +240,17 @@ def _listed(messages: Any, name: str) -> Sequence[Any]:
     return messages
 
 
-def _context(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def _named(name: str, messages: Sequence[Any]) -> list[tuple[str, Any]]:
+    return [(f"{name} {number}", message) for number, message in enumerate(messages)]
+
+
+def _context(message: Any, where: str) -> Any:
     """Returns a message of a ``prompt``, which is not trained on."""
-    if message.get("role") != "assistant":
+    if not isinstance(message, Mapping) or message.get("role") != "assistant":
         return message
     if message.get("weight"):
-        raise DataError(f"{where}: a prompt is not trained on; its 'weight' must be 0")
+        raise DataError(f"{where}: a prompt is not trained on; leave its 'weight' out, or move the "
+                        "message into 'completion'")  # fmt: skip
     return {**message, "weight": 0}
 
 
@@ -278,25 +279,43 @@ class _Read:
     answers: str | None = None
 
 
-def _with_system(row: Mapping[str, Any], read: list[_Read]) -> list[_Read]:
-    """Returns the messages with the system message of the row's columns before them."""
-    for name in _SYSTEM:
-        text = row.get(name)
-        if _is_nothing(text):
-            continue
-        if not isinstance(text, str):
-            raise DataError(f"'{name}' must be a text, the system message")
-        system = RecordedTurn("system", (text,))
-        if read[0].turn.role != "system":
-            read = [_Read(f"'{name}'", "system", system), *read]
-        elif "".join(map(str, read[0].turn.parts)).strip() != text.strip():
-            raise DataError(
-                f"'{name}' and {read[0].where} are different system messages; leave one out"
-            )
-    return read
+def _with_pictures(
+    read: Sequence[_Read], pieces: Sequence[Pieces], given: Given, folder: PictureFolder
+) -> list[_Read]:
+    """Returns the messages with their texts and pictures before their calls."""
+    marks = [piece for each in pieces for piece in each if isinstance(piece, Mark)]
+    if given.values and not marks:
+        raise DataError(
+            f"the row has {len(given.values)} pictures, but the messages have no marks; write "
+            "<image> where each stands"
+        )
+    chosen = iter(chosen_pictures(marks, given, folder))
+    found: list[_Read] = []
+    for each, its_pieces in zip(read, pieces, strict=True):
+        parts: list[str | ImageSource] = []
+        for piece in its_pieces:
+            if isinstance(piece, Mark):
+                parts += _opened(next(chosen), folder, each.where)
+            elif piece:
+                parts.append(piece)
+        turn = replace(each.turn, parts=(*parts, *each.turn.parts))
+        found.append(replace(each, turn=turn))
+    return found
 
 
-def _with_answers(read: Sequence[_Read]) -> list[_Read]:
+def _shown(read: Sequence[_Read]) -> list[ImageSource]:
+    parts = (part for each in read for part in each.turn.parts)
+    return [part for part in parts if not isinstance(part, (str, RecordedCall))]
+
+
+def _opened(values: Sequence[Any], folder: PictureFolder, where: str) -> list[ImageSource]:
+    try:
+        return [picture_of(value, folder) for value in values]
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+
+
+def _with_results(read: Sequence[_Read]) -> list[_Read]:
     """Returns the messages with one for all results of a turn, in the order of its calls.
 
     An environment answers a turn, whatever it called, with one turn.
@@ -383,24 +402,8 @@ def unknown_tool(name: str, names: Sequence[str]) -> str:
     )
 
 
-@dataclass
-class _Waiting:
-    """The pictures of the row's columns that no mark has taken yet."""
-
-    values: list[Any]
-    is_video: bool
-    folder: PictureFolder
-
-    def take(self, *, video: bool = False) -> list[ImageSource]:
-        """Returns the pictures for the next mark."""
-        if not self.values:
-            raise DataError("more <image> marks than images")
-        count = len(self.values) if video else 1
-        taken, self.values = self.values[:count], self.values[count:]
-        return [picture_of(value, self.folder) for value in taken]
-
-
-def _read(where: str, message: Any, waiting: _Waiting) -> _Read:
+def _read(where: str, message: Any, folder: PictureFolder) -> tuple[_Read, Pieces]:
+    """Reads a message; its texts and pictures, which are the second value, are not yet its own."""
     if not isinstance(message, Mapping):
         raise DataError("it must be an object with role and content")
     role = _ROLES.get(str(message.get("role")))
@@ -412,17 +415,17 @@ def _read(where: str, message: Any, waiting: _Waiting) -> _Read:
         raise DataError("only an assistant's message can have 'tool_calls', or a 'weight' above 0")
     trained = _trained(message)
     called = _calls(calls)
-    parts = () if content is None and calls else _parts(content, waiting)
-    if role in ("system", "assistant") and not all(isinstance(part, str) for part in parts):
-        raise DataError("only user and tool messages may hold images")
-    if role == "assistant" and trained and not calls and not "".join(map(str, parts)).strip():
+    pieces: Pieces = []
+    if content is not None or not calls:
+        pieces = pieces_of(message, folder, shows_pictures=role == "user")
+    if role == "assistant" and trained and not calls and not "".join(map(str, pieces)).strip():
         raise DataError(
             "it is empty, and the student would learn to stop at once; give it 'weight': 0, or "
             "leave the row out"
         )
-    turn = RecordedTurn(role, (*parts, *(call for _, call in called)), trained)
+    turn = RecordedTurn(role, tuple(call for _, call in called), trained)
     ids = tuple(name for name, _ in called)
-    return _Read(where, message["role"], turn, ids, _id(message.get("tool_call_id")))
+    return _Read(where, message["role"], turn, ids, _id(message.get("tool_call_id"))), pieces
 
 
 def _id(value: Any) -> str | None:
@@ -435,50 +438,6 @@ def _trained(given: Mapping[str, Any]) -> bool:
     if weight not in (None, 0, 1):
         raise DataError(f"'weight' must be 0 or 1, got {weight!r}")
     return weight != 0
-
-
-def _parts(content: Any, waiting: _Waiting) -> Parts:
-    if isinstance(content, str):
-        parts: list[str | ImageSource] = []
-        # "<video>" is a word where the row has none.
-        for piece in re.split("(<image>|<video>)" if waiting.is_video else "(<image>)", content):
-            if piece in ("<image>", "<video>"):
-                parts += waiting.take(video=piece == "<video>")
-            elif piece:
-                parts.append(piece)
-        return tuple(parts)
-    if not isinstance(content, Sequence):
-        raise DataError("the content must be a text or a list of parts")
-    found: list[str | ImageSource] = []
-    for part in content:
-        part = {"text": part} if isinstance(part, str) else part
-        if not isinstance(part, Mapping):
-            raise DataError("a part of a message must be an object with 'text' or 'image'")
-        found += _part(part, waiting)
-    return tuple(found)
-
-
-def _part(part: Mapping[str, Any], waiting: _Waiting) -> Sequence[str | ImageSource]:
-    kind = part.get("type")
-    if kind not in (None, *_PART_TYPES):
-        raise DataError(f"a part of the type {kind!r} cannot be rendered")
-    _refuse_unknown(part, _PART)
-    given = [key for key in _PART_TYPES if part.get(key) not in (None, "")]
-    if len(given) > 1:
-        raise DataError(f"a part has both {' and '.join(map(repr, given))}; which comes first?")
-    if kind and given and given != [kind]:
-        raise DataError(f"a part of the type '{kind}' has '{given[0]}'")
-    kind = given[0] if given else kind or ("text" if part.get("text") == "" else None)
-    value = part.get(kind) if kind else None
-    if kind in ("image", "image_url", "video") and value is None:  # it is in the row's columns
-        return waiting.take(video=kind == "video")
-    if kind in ("image", "image_url"):
-        return [picture_of(value, waiting.folder)]
-    if kind == "video" and isinstance(value, (list, tuple)) and value:
-        return [picture_of(frame, waiting.folder) for frame in value]
-    if kind == "text" and isinstance(value, str):
-        return [value]
-    raise DataError("a part of a message must have 'text', 'image' or 'video' (frames)")
 
 
 def _calls(calls: Any) -> list[tuple[str | None, RecordedCall]]:
@@ -533,7 +492,7 @@ def _without_nulls(value: Any) -> Any:
 
 def _refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
     for key, value in given.items():
-        if key not in known and not _is_nothing(value):
+        if key not in known and not is_picture_column(key) and not _is_nothing(value):
             raise DataError(
                 f"'{key}' cannot be rendered, and would be lost; what is read is {', '.join(known)}"
             )

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reopold_agent.data.checks import NO_QUESTION, RowError
-from reopold_agent.data.pictures import PictureFolder, as_list, given_pictures, is_empty, is_null
-from reopold_agent.data.turns import Turns, read_turns
+from reopold_agent.data.pictures import PictureFolder, as_list, given_pictures, is_null
+from reopold_agent.data.turns import Turns, read_turns, system_column
 from reopold_agent.types import IMAGE_MARK, Task
 
 
@@ -61,7 +61,7 @@ def verl_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> T
     if not isinstance(prompt, Sequence) or isinstance(prompt, str):
         raise RowError("wrong type", "'prompt' must be a list of messages")
     extra, graded = _group(row, "extra_info"), _group(row, "reward_model")
-    messages = [*_system_column(row, prompt), *prompt]
+    messages = [*system_column(row, prompt), *prompt]
     turns, images, is_video = read_turns(messages, given_pictures(row, pictures), pictures)
     system = turns[0][1] if turns and turns[0][0] == "system" else None
     dialogue = turns if system is None else turns[1:]
@@ -86,30 +86,6 @@ def verl_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> T
         },
         history=dialogue[:-1],
     )
-
-
-_SYSTEM = ("system", "system_prompt", "system_message")
-
-
-def _system_column(row: Mapping[str, Any], prompt: Sequence[Any]) -> list[Mapping[str, Any]]:
-    """Returns the system message of a row's column, if ``prompt`` has none.
-
-    Raises:
-        RowError: it is no text, or there are different ones.
-    """
-    given = {name: row[name] for name in _SYSTEM if not is_empty(row.get(name))}
-    opening = [message.get("content") for message in prompt[:1]
-               if isinstance(message, Mapping) and message.get("role") == "system"]  # fmt: skip
-    for name, text in given.items():
-        if not isinstance(text, str):
-            raise RowError("wrong type", f"'{name}' must be a text, the system message")
-        if any(text != other for other in (*given.values(), *opening)):
-            raise RowError(
-                "system message",
-                f"'{name}' and another system message of the row differ; leave one of them out",
-            )
-    texts = [] if opening else list(given.values())[:1]
-    return [{"role": "system", "content": text} for text in texts]
 
 
 def verl_row(task: Task, index: int, split: str, paths: Sequence[str]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ _SOUND_COLUMN = re.compile(r"audios?(?:_(?:path|file|url)s?)?", re.IGNORECASE)
 _NESTED = ("extra_info", "multi_modal_data")
 """Columns with an object in which pictures are looked for too, as in verl's rows."""
 
-_READ_OTHERWISE = ("prompt", "messages", "message_list")
+_READ_OTHERWISE = ("prompt", "completion", "messages", "message_list")
 """Columns with messages, whose pictures the reader of messages finds."""
 
 _PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
@@ -203,10 +203,15 @@ def same_pictures(
     other. Bytes are compared with the file at a path if there is one in ``pictures``; otherwise the
     path is their name, as hub parquet files keep it.
     """
-    return len(some) == len(others) and all(
-        _same(_content(one), _content(other), pictures)
-        for one, other in zip(some, others, strict=True)
-    )
+    return len(some) == len(others) and repeats_pictures(some, others, pictures)
+
+
+def repeats_pictures(
+    some: Sequence[Any], others: Sequence[Any], pictures: PictureFolder | None
+) -> bool:
+    """Returns whether the second list has the pictures of the first, in their order, and more."""
+    left = map(_content, others)
+    return all(any(_same(one, other, pictures) for other in left) for one in map(_content, some))
 
 
 def _same(

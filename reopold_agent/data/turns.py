@@ -16,7 +16,7 @@ from reopold_agent.data.pictures import (
     is_empty,
     is_picture_column,
     picture_of,
-    same_pictures,
+    repeats_pictures,
 )
 from reopold_agent.types import IMAGE_MARK, ImageSource, Role
 
@@ -75,11 +75,8 @@ def read_turns(
     if not marks and given.values:
         asked = [piece for role, pieces in turns if role == "user" for piece in pieces]
         _refuse_lookalikes(asked)
-    chosen = _chosen(marks, given, pictures) if marks else []
+    chosen = chosen_pictures(marks, given, pictures)
     shown = [value for values in chosen for value in values] if marks else given.values
-    if given.is_video and not shown:
-        raise RowError("video", "'is_video' is true, but the row has no pictures; put the frames "
-                       "into a column 'videos'")  # fmt: skip
     opened = tuple(picture_of(value, pictures) for value in shown)
     remaining = iter(chosen)
     texts = tuple(
@@ -107,18 +104,65 @@ def _turn(message: Any, pictures: PictureFolder) -> tuple[Role, Pieces]:
         raise RowError("lost", "'tool_calls' of an earlier turn would be lost; write them into its "
                        "'content' as the student's chat template does")  # fmt: skip
     _refuse_unknown(message, _MESSAGE, "a message")
+    return cast(Role, role), pieces_of(message, pictures, shows_pictures=role == "user")
+
+
+def pieces_of(
+    message: Mapping[str, Any], pictures: PictureFolder, *, shows_pictures: bool
+) -> Pieces:
+    """Returns the texts and marks of a message in reading order.
+
+    Args:
+        message: an object with ``content`` and perhaps pictures in keys of its own.
+        pictures: where they are.
+        shows_pictures: whether it may have pictures: it is the user's, or a tool's. In others,
+            marks are words.
+
+    Raises:
+        RowError: the content is of another kind, holds what would be lost, or has pictures where
+            there may be none.
+    """
     content, own = as_list(message.get("content")), given_pictures(message, pictures)
     if content is None:
-        raise RowError("wrong type", f"a message of the role {role} has no 'content'")
+        raise RowError(
+            "wrong type", f"a message of the role {message.get('role')} has no 'content'"
+        )
     pieces = list(_pieces(content))
-    if role == "user":
-        return role, _filled(pieces, own, pictures) if own.values else pieces
+    if shows_pictures:
+        return _filled(pieces, own, pictures) if own.values else pieces
     if any(isinstance(piece, Mark) for piece in pieces):
         # The words "<image>" of a system message, say about how pictures are marked.
         pieces = [_plain(content)]
     if own.values:
         raise _not_the_users()
-    return cast(Role, role), pieces
+    return pieces
+
+
+_SYSTEM = ("system", "system_prompt", "system_message")
+
+
+def system_column(row: Mapping[str, Any], messages: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """Returns the system message of a row's column, if the messages have none.
+
+    Raises:
+        RowError: it is no text, or there are different ones.
+    """
+    given = {name: row[name] for name in _SYSTEM if not is_empty(row.get(name))}
+    opening = [
+        _plain(as_list(message.get("content") or ""))
+        for message in messages[:1]
+        if isinstance(message, Mapping) and message.get("role") in ("system", "developer")
+    ]
+    for name, text in given.items():
+        if not isinstance(text, str):
+            raise RowError("wrong type", f"'{name}' must be a text, the system message")
+        if any(text != other for other in (*given.values(), *opening)):
+            raise RowError(
+                "system message",
+                f"'{name}' and another system message of the row differ; leave one of them out",
+            )
+    texts = [] if opening else list(given.values())[:1]
+    return [{"role": "system", "content": text} for text in texts]
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], what: str) -> None:
@@ -137,7 +181,7 @@ def _filled(pieces: Pieces, given: Given, pictures: PictureFolder) -> Pieces:
     if not marks:
         _refuse_lookalikes(pieces)
         return [Mark(given.values, video=given.is_video), *pieces]
-    chosen = iter(_chosen(marks, given, pictures))
+    chosen = iter(chosen_pictures(marks, given, pictures))
     return [p if isinstance(p, str) else Mark(next(chosen), video=given.is_video) for p in pieces]
 
 
@@ -248,14 +292,31 @@ def _part(part: Mapping[str, Any]) -> Iterator[str | Mark]:
         raise RowError("wrong type", f"a part of a message has neither text nor picture: {kind}")
 
 
-def _chosen(marks: Sequence[Mark], given: Given, pictures: PictureFolder) -> list[tuple[Any, ...]]:
-    """Returns the pictures for each mark."""
+def chosen_pictures(
+    marks: Sequence[Mark], given: Given, pictures: PictureFolder
+) -> list[tuple[Any, ...]]:
+    """Returns the pictures for each mark of a conversation.
+
+    Args:
+        marks: in reading order.
+        given: the row's pictures. Where the messages hold their own, they repeat all of these or
+            some; without any mark, they have no place yet.
+        pictures: where they are.
+
+    Raises:
+        RowError: marks and pictures do not agree.
+    """
     waiting = list(given.values)
     own = [value for mark in marks for value in mark.values]
-    if all(mark.values for mark in marks):  # the columns may repeat them
-        if waiting and len(waiting) != len(own):
+    if given.is_video and not waiting and not own:
+        raise RowError("video", "'is_video' is true, but the row has no pictures; put the frames "
+                       "into a column 'videos'")  # fmt: skip
+    if not marks:
+        return []
+    if all(mark.values for mark in marks):
+        if len(waiting) > len(own):
             raise _disagree(f"{len(own)} pictures in the messages", given)
-        if waiting and not same_pictures(waiting, own, pictures):
+        if not repeats_pictures(waiting, own, pictures):
             raise RowError(
                 "pictures differ",
                 "the messages and the row's columns hold different pictures; leave one of them out",
