@@ -142,6 +142,7 @@ MISTAKES = [
     Mistake("train envv=math", "unknown setting 'envv'.", "mean 'env'?"),
     Mistake("train zzzzz=1", "unknown setting 'zzzzz'.", EVERY),
     Mistake("train +stps=3", "unknown setting 'stps'.", "mean 'steps'?"),
+    Mistake("train data.train.path=x", "needs the format of the rows", "Known: geometry3k, "),
     Mistake("train +steps=3", "'steps' exists already.", "Leave out the +"),
     Mistake("train env=pixel_resoner", "no environment is called", "mean 'pixel_reasoner'? Known:"),
     Mistake("train objective=repold", "no objective is called", "mean 'reopold'?"),

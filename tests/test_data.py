@@ -183,7 +183,7 @@ BAD_ROWS: list[tuple[dict[str, Any], str]] = [
     ({"question": "<image> ", "answer": "1"}, "1 picture mark in the text, but 0 pictures in"),
     ({"question": 3, "answer": "1"}, "'question' must be a text, got int"),
     ({"question": "?\ud800", "answer": "1"}, "half a surrogate pair"),
-    ({"question": "?"}, "no column answer; found: question"),
+    ({"question": "?"}, "no column answer or label; found: question"),
     ({"question": "?", "answer": {"a": 1}}, "an answer must be a text or a number, got dict"),
     ({"question": "?", "answer": float("nan")}, "no answer"),
     ({"question": "?", "answer": ""}, "no answer"),

@@ -136,8 +136,8 @@ def test_everything_that_is_wrong_is_counted_by_kind_in_one_table(
         "quotes: line 1 column 2 (char 1)"
     )
     assert (
-        "  missing column        1  rows.jsonl, row 1: no column answer; found: question, text; "
-        "source 'pixel_reasoner' needs: question, answer" in lines
+        "  missing column        1  rows.jsonl, row 1: no column answer or label; found: question, "
+        "text; source 'pixel_reasoner' needs: question, answer or label" in lines
     )
     assert sum(line.startswith("  path                  2  ") for line in lines) == 1
     assert "secret" not in "".join(line for line in lines if "https:" in line)

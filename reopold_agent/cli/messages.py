@@ -119,6 +119,15 @@ def _explain_hydra(error: BaseException, config: str | None) -> tuple[str, str]:
         value_error = error.__cause__ if "full_key" in text else None
         if value_error is not None and "not in struct" not in text:
             return f"{key}: {first_line(value_error)}", _all_settings_hint(config)
+        if re.fullmatch(r"data\.(train|eval)\.path", key):
+            from reopold_agent.cli.groups import options_of
+            from reopold_agent.data.loading import EMBEDDED
+
+            formats = [name for name in options_of("data") if name not in EMBEDDED]
+            return (
+                f"'{key}' needs the format of the rows: the embedded tasks have no files.",
+                f"Add data=NAME. Known: {', '.join(formats)}.",
+            )
         return f"unknown setting '{key}'.", _suggest(key, config)
     if text.startswith("Ambiguous value"):
         word = re.search(r"'([^']+)'", text)

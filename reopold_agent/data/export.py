@@ -15,6 +15,7 @@ def write_verl(tasks: TaskSource, file: Path, *, split: str) -> None:
     Pictures become PNG files in a folder beside the file, named after it. The rows hold their paths
     relative to the file's folder, so that both can be moved together. If any task has several
     acceptable answers, all ``ground_truth`` values are lists: a parquet column has one type.
+    Options, which the questions show, are also in a column ``options``, if any task has some.
 
     Args:
         tasks: read one at a time.
@@ -46,4 +47,6 @@ def write_verl(tasks: TaskSource, file: Path, *, split: str) -> None:
         for truth in truths:
             answers = truth["ground_truth"]
             truth["ground_truth"] = answers if isinstance(answers, list) else [answers]
+    if any("options" in row for row in rows):
+        rows = [{"options": [], **row} for row in rows]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)

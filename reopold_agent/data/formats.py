@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from reopold_agent.data.checks import NO_QUESTION, RowError
+from reopold_agent.data.options import (
+    is_blank,
+    labelled_option,
+    options_of,
+    right_options,
+    text_of_value,
+    with_options,
+    written,
+)
 from reopold_agent.data.pictures import PictureFolder, as_list, given_pictures, is_null
 from reopold_agent.data.turns import Turns, read_turns, system_column
 from reopold_agent.types import IMAGE_MARK, Task
@@ -14,6 +23,8 @@ from reopold_agent.types import IMAGE_MARK, Task
 
 def pixel_reasoner_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> Task:
     """Reads a row of Pixel-Reasoner: question, answer (text or list), image (list), is_video, qid.
+
+    Options are shown if the question does not list them (`question_task`).
 
     Raises:
         DataError: a column is missing or wrong.
@@ -23,7 +34,7 @@ def pixel_reasoner_task(row: Mapping[str, Any], number: int, pictures: PictureFo
         pictures,
         id=_first(row.get("qid"), number),
         question=text_of(row, "question"),
-        answers=acceptable_answers(row.get("answer")),
+        answers=answers_of(row),
     )
 
 
@@ -35,16 +46,34 @@ def question_task(
     question: str,
     answers: tuple[str, ...],
     metadata: Mapping[str, Any] | None = None,
+    lettered: bool = False,
 ) -> Task:
     """Returns the task of a question with the row's pictures, under whichever name they have.
 
+    If the row has options, the question shows them, and the answers are letters.
+
+    Args:
+        row: the row.
+        pictures: where its pictures are.
+        id: of the task.
+        question: its words.
+        answers: the acceptable ones.
+        metadata: of the task; the kind of answer and the options are added.
+        lettered: whether the row's format says that columns A, B and so on are options, and that
+            the answer to a question with options is a letter.
+
     Raises:
-        RowError: a picture is missing, or marks and pictures do not agree.
+        RowError: a picture is missing, marks and pictures do not agree, or an answer is no option.
     """
+    options = options_of(row, None if lettered else answers)
     given = given_pictures(row, pictures)
-    message = {"role": "user", "content": question}
+    message = {"role": "user", "content": with_options(question, options)}
     turns, images, is_video = read_turns([message], given, pictures)
-    return Task(id, turns[0][1].strip(), answers, images, is_video, metadata or {})
+    metadata = dict(metadata or {})
+    if options:
+        answers = right_options(answers, options, by_letter=lettered)
+        metadata.update(answer_kind="option", options=options)
+    return Task(id, turns[0][1].strip(), answers, images, is_video, metadata)
 
 
 def verl_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> Task:
@@ -88,6 +117,23 @@ def verl_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> T
     )
 
 
+def choice_task(task: Task, row: Mapping[str, Any]) -> Task:
+    """Returns a task with the options in its row, as `question_task` shows and checks them.
+
+    Raises:
+        RowError: an answer is none of the options, or these cannot be read.
+    """
+    options = options_of(row, task.answers)
+    if not options:
+        return task
+    return replace(
+        task,
+        question=with_options(task.question, options),
+        answers=right_options(task.answers, options),
+        metadata={**task.metadata, "answer_kind": "option", "options": options},
+    )
+
+
 def verl_row(task: Task, index: int, split: str, paths: Sequence[str]) -> dict[str, Any]:
     """Returns a task as a row of verl with pictures at ``paths``; `verl_task` reads it back."""
     answers: Any = task.answers[0] if len(task.answers) == 1 else list(task.answers)
@@ -96,6 +142,7 @@ def verl_row(task: Task, index: int, split: str, paths: Sequence[str]) -> dict[s
         turns = (*task.history, ("user", IMAGE_MARK * len(paths) + task.question))
     if "system_message" in task.metadata:
         turns = (("system", task.metadata["system_message"]), *turns)
+    options = list(task.metadata.get("options") or ())
     return {
         "data_source": str(task.metadata.get("data_source") or "reopold"),
         "prompt": [
@@ -111,6 +158,7 @@ def verl_row(task: Task, index: int, split: str, paths: Sequence[str]) -> dict[s
             "is_video": task.is_video,
             "images": list(paths),
         },
+        **({"options": options} if options else {}),
     }
 
 
@@ -145,40 +193,36 @@ def text_of(row: Mapping[str, Any], *names: str) -> str:
     raise RowError(NO_QUESTION, f"no {' or '.join(names)}")
 
 
-def list_of(row: Mapping[str, Any], name: str) -> list[Any]:
-    """Returns the list in a column, or an empty one if the column is missing or null.
-
-    A list that is written as text, as in tsv files, is read (``['3', '4']``).
+def answers_of(row: Mapping[str, Any], name: str = "answer") -> tuple[str, ...]:
+    """Returns the acceptable answers in a column, or the option that the hub's ``label`` counts.
 
     Raises:
-        RowError: the column holds something else.
+        RowError: there is no answer, or it is neither a text nor a number.
     """
     value = row.get(name)
-    if value is None or value == "":
-        return []
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise RowError("wrong type", f"'{name}' is no list: {value[:40]}") from error
-    if not isinstance(value, (list, tuple)):
-        raise RowError("wrong type", f"'{name}' must be a list, got {type(value).__name__}")
-    return list(value)
+    return acceptable_answers(labelled_option(row) if is_blank(value) else value)
 
 
 def acceptable_answers(value: Any) -> tuple[str, ...]:
     """Returns a row's answer, a single one or a list, as strings.
 
+    A list may be written as text (``['3', 'three']``); one of numbers alone is an interval or a
+    point, and one answer.
+
     Raises:
         RowError: there is no answer, or it is neither a text nor a number.
     """
     value = as_list(value)
+    if isinstance(value, str) and value.strip().startswith("["):
+        listed = written(value)
+        if isinstance(listed, list) and any(isinstance(each, str) for each in listed):
+            value = listed
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     for each in values:
         if each is not None and not isinstance(each, (str, int, float)):
             kind = type(each).__name__
             raise RowError("wrong type", f"an answer must be a text or a number, got {kind}")
-    answers = tuple(str(v).strip() for v in values if not is_null(v) and str(v).strip())
+    answers = tuple(text_of_value(v) for v in values if not is_null(v) and str(v).strip())
     if not answers:
         raise RowError("no answer", "no answer")
     return answers

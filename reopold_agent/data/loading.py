@@ -21,7 +21,7 @@ from reopold_agent.data.checks import (
     check_pictures,
     checked_task,
 )
-from reopold_agent.data.formats import pixel_reasoner_task, verl_task
+from reopold_agent.data.formats import choice_task, pixel_reasoner_task, verl_task
 from reopold_agent.data.hold_out import HELD_OUT_SHARE, check_part, in_part
 from reopold_agent.data.pictures import PictureFolder, unread_columns
 from reopold_agent.data.row_formats import (
@@ -30,6 +30,7 @@ from reopold_agent.data.row_formats import (
     geometry3k_intergps,
     math_jsonl,
     parquet_pictures,
+    vlmevalkit,
 )
 from reopold_agent.data.rows import (
     data_folder,
@@ -68,8 +69,10 @@ def load_tasks(spec: Mapping[str, Any]) -> TaskSource:
               were turned into free-form answers (NoisyRollout);
             * ``geometry3k_intergps``: the original with one folder per problem; the text of the
               right option becomes the answer;
+            * ``vlmevalkit``: VLMEvalKit's tsv files, with pictures in base64 and options in the
+              columns A, B and so on;
 
-            the last five also take ``revision`` (hub), ``limit`` (first rows only),
+            those from files also take ``revision`` (hub), ``limit`` (first rows only),
             ``on_bad_row``: ``fail`` (default) or ``skip``, ``checks``: settings of
             `reopold_agent.config.DataChecks`, and ``part``: ``train`` or ``held_out`` of data
             without a test split, with ``held_out_share`` (`reopold_agent.data.hold_out`).
@@ -168,7 +171,7 @@ def _pixel_reasoner(row: Row, number: int, root: Path, pictures: PictureFolder) 
 
 
 def _verl(row: Row, number: int, root: Path, pictures: PictureFolder) -> Task:
-    return verl_task(row, number, pictures)
+    return choice_task(verl_task(row, number, pictures), row)
 
 
 EMBEDDED = ("demo", "arithmetic", "figures")
@@ -217,6 +220,7 @@ _SOURCES: dict[str, Callable[..., TaskSource]] = {
     "geometry3k_intergps": _rows(
         "geometry3k_intergps", geometry3k_intergps, COLUMNS["geometry3k_intergps"]
     ),
+    "vlmevalkit": _rows("vlmevalkit", vlmevalkit, COLUMNS["vlmevalkit"]),
 }
 
 
@@ -225,7 +229,7 @@ def _local(path: str, revision: str | None) -> Path:
     if local.exists():
         return local
     looks_like_hub = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if looks_like_hub and local.suffix not in (".parquet", ".json", ".jsonl"):
+    if looks_like_hub and local.suffix not in (".parquet", ".json", ".jsonl", ".tsv"):
         return download(path, revision)
     raise DataError(f"the data path {local} does not exist")
 

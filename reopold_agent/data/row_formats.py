@@ -7,28 +7,37 @@ A task's metadata says how its answer is graded (``answer_kind``), its ``categor
 
 from __future__ import annotations
 
-import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from string import ascii_uppercase
 from typing import Any
 
 from reopold_agent.data.checks import NO_QUESTION, Columns, RowError
 from reopold_agent.data.formats import (
     acceptable_answers,
-    list_of,
+    answers_of,
+    choice_task,
     pixel_reasoner_task,
     question_task,
     text_of,
     verl_task,
 )
-from reopold_agent.data.pictures import PictureFolder, is_null, picture_of
+from reopold_agent.data.options import (
+    LETTERS,
+    is_blank,
+    labelled_option,
+    list_of,
+    options_in,
+    options_of,
+    right_options,
+    with_options,
+)
+from reopold_agent.data.pictures import PictureFolder, picture_of
 from reopold_agent.judges.boxed import extract_boxed
 from reopold_agent.types import ImageSource, Task
 
-LETTERS = "ABCDEFGHIJ"
+_QUESTION = ("problem", "question")
 
 RowMaker = Callable[[Mapping[str, Any], int, Path, PictureFolder], Task]
 """(row, its number, folder of its file, pictures there) -> task; raises `DataError`."""
@@ -44,7 +53,7 @@ def pixel_reasoner(
 
 def verl(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
     """Reads LUFFY's and verl's parquet rows; ``data_source`` becomes the category."""
-    task = verl_task(row, number, pictures)
+    task = choice_task(verl_task(row, number, pictures), row)
     return _with(task, category=str(row.get("data_source", "")), id=f"{number}")
 
 
@@ -59,7 +68,7 @@ def math_jsonl(row: Mapping[str, Any], number: int, root: Path, pictures: Pictur
         row,
         pictures,
         id=str(row.get("id", row.get("unique_id", row.get("idx", number)))),
-        question=text_of(row, "problem", "question"),
+        question=text_of(row, *_QUESTION),
         answers=_math_answers(row),
         metadata={"answer_kind": "math", "category": category},
     )
@@ -70,7 +79,8 @@ def mathematics(row: Mapping[str, Any], number: int, root: Path, pictures: Pictu
     if "reward_model" not in row:
         return math_jsonl(row, number, root, pictures)
     task = verl(row, number, root, pictures)
-    return replace(task, metadata={**task.metadata, "answer_kind": "math"})
+    kind = "option" if task.metadata.get("options") else "math"
+    return replace(task, metadata={**task.metadata, "answer_kind": kind})
 
 
 def geometry3k_intergps(
@@ -99,34 +109,35 @@ def parquet_pictures(
 ) -> Task:
     """Reads Geometry3K: hiyouga's and xyliu6's images with bytes, ``problem``, ``answer``.
 
-    InterGPS's rows, which have ``choices``, are read by `geometry3k_intergps`.
+    InterGPS's rows, which have ``choices`` and name the question otherwise, are read by
+    `geometry3k_intergps`.
     """
-    if "choices" in row:
+    if "choices" in row and not any(name in row for name in _QUESTION):
         return geometry3k_intergps(row, number, root, pictures)
     return question_task(
         row,
         pictures,
         id=str(row.get("id", number)),
-        question=text_of(row, "problem", "question"),
-        answers=acceptable_answers(row.get("answer")),
+        question=text_of(row, *_QUESTION),
+        answers=answers_of(row),
         metadata={"answer_kind": "math", "category": ""},
     )
 
 
 def mathvision(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
     """Reads MATH-V's jsonl and hub parquet, and VLMEvalKit's tsv with or without pictures."""
-    options = _options(row)
+    options = options_of(row)
     question = re.sub(r"<image\d*>", "", text_of(row, "question")).strip()
     if not question:
         raise RowError(NO_QUESTION, "the question has no words beside its picture")
     name = _name(row, number, "id", "index")
     file = f"images/{_name(row, number, 'index', 'id')}.jpg"  # as NoisyRollout names them
     picture = row.get("decoded_image") or row.get("image") or file
-    answer = str(row.get("answer", ""))
+    answers = acceptable_answers(row.get("answer"))
     return Task(
         name,
-        _with_options(question, options),
-        acceptable_answers(answer),
+        with_options(question, options),
+        right_options(answers, options, by_letter=True) if options else answers,
         (picture_of(picture, pictures),),
         metadata={
             "answer_kind": "option" if options else "math",
@@ -162,17 +173,16 @@ def mathvista(row: Mapping[str, Any], number: int, root: Path, pictures: Picture
 
     The text of the right option becomes its letter; numbers stay as written.
     """
-    options = _options(row)
-    answer = str(row.get("answer", ""))
+    options = options_of(row)
+    answers = acceptable_answers(row.get("answer"))
     more = row.get("metadata")
     category = str((more if isinstance(more, Mapping) else row).get("task") or "")
     metadata: dict[str, Any] = {"answer_kind": "auto", "category": category}
     if row.get("question_type") == "multi_choice":
-        if answer not in options:
-            raise RowError("no answer", f"the answer '{answer[:40]}' is not one of the options")
-        if options.index(answer) >= len(LETTERS):
-            raise RowError("no answer", f"there are {len(options)} options; {len(LETTERS)} fit")
-        answer = LETTERS[options.index(answer)]
+        if answers[0] in options:
+            answers = (LETTERS[options.index(answers[0])],)  # also if the text is a letter
+        else:
+            answers = right_options(answers, options)
         metadata = {**metadata, "answer_kind": "option", "options": options}
     elif row.get("answer_type") == "float" and row.get("precision") not in (None, ""):
         # MathVista's own script rounds the answer to so many decimals.
@@ -180,7 +190,7 @@ def mathvista(row: Mapping[str, Any], number: int, root: Path, pictures: Picture
     return Task(
         _name(row, number, "pid", "index"),
         text_of(row, "query", "question"),
-        acceptable_answers(answer),
+        answers,
         (picture_of(row.get("decoded_image") or row.get("image"), pictures),),
         metadata=metadata,
     )
@@ -192,9 +202,9 @@ def wemath(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFol
     ``key`` and ``ID`` group the sub-problems of one problem.
     """
     problem, key = _name(row, number, "ID", "id"), str(row.get("key", ""))
-    listed, options = str(row.get("option", "")), _options(row)
+    listed, options = str(row.get("option", "")), options_of(row)
     if options:
-        question = _with_options(text_of(row, "question"), options)
+        question = with_options(text_of(row, "question"), options)
     else:
         question, options = f"{text_of(row, 'question')}\n\nOptions: {listed}", options_in(listed)
     return Task(
@@ -253,21 +263,15 @@ def vlmevalkit(row: Mapping[str, Any], number: int, root: Path, pictures: Pictur
     Options are in columns ``A``, ``B`` and so on; ``hint`` is put before the question. Several
     accepted answers are a list that is written as text.
     """
-    options = _options(row)
-    hint = str(row.get("hint") or "").strip()
-    question = f"Hint: {hint}\n" * bool(hint) + text_of(row, "question").strip()
-    answer: Any = str(row.get("answer", ""))
+    hint = "" if is_blank(row.get("hint")) else str(row["hint"]).strip()
     return question_task(
         row,
         pictures,
         id=_name(row, number, "index"),
-        question=_with_options(question, options),
-        answers=acceptable_answers(_answers_in(answer) if not options else answer),
-        metadata={
-            "answer_kind": "option" if options else "auto",
-            "options": options,
-            "category": str(row.get("category") or ""),
-        },
+        question=f"Hint: {hint}\n" * bool(hint) + text_of(row, "question").strip(),
+        answers=answers_of(row),
+        metadata={"answer_kind": "auto", "category": str(row.get("category") or "")},
+        lettered=True,
     )
 
 
@@ -275,71 +279,6 @@ def _name(row: Mapping[str, Any], number: int, *columns: str) -> str:
     """Returns the first of the columns that is not empty, or the row's number."""
     given = (row.get(each) for each in columns)
     return str(next((value for value in given if value not in (None, "")), number))
-
-
-def _answers_in(text: str) -> list[Any]:
-    """Returns the accepted answers of a list that is written as text; else the text itself."""
-    if text.startswith("[") and text.endswith("]"):
-        try:
-            found = ast.literal_eval(text)
-        except (ValueError, SyntaxError):  # an interval, say
-            return [text]
-        if found and all(isinstance(each, str) for each in found):
-            return list(found)
-    return [text]
-
-
-def _options(row: Mapping[str, Any]) -> list[str]:
-    """Returns the texts of options: ``options``, ``choices``, or the columns A, B and so on.
-
-    Raises:
-        RowError: there are more than can be lettered, or one between two others is empty.
-    """
-    listed = list_of(row, "options") or list_of(row, "choices")
-    if not listed:
-        values = [row.get(letter) for letter in ascii_uppercase]
-        given = [None if is_null(value) or value == "" else value for value in values]
-        while given and given[-1] is None:
-            given.pop()
-        listed = given
-    if None in listed:
-        raise RowError("options", f"option {LETTERS[listed.index(None)]} of {len(listed)} is empty")
-    if len(listed) > len(LETTERS):
-        raise RowError("options", f"{len(listed)} options; {len(LETTERS)} are possible")
-    return [str(option) for option in listed]
-
-
-def _with_options(question: str, options: Sequence[str]) -> str:
-    """Returns the question with its options, unless it lists them already."""
-    labels = [re.escape(f"({letter})") + r"\s*" + re.escape(option.strip())
-              for letter, option in zip(LETTERS, options, strict=False)]  # fmt: skip
-    if not options or all(re.search(label, question) for label in labels):
-        return question
-    return f"{question}\nOptions:\n{_listed(options)}"
-
-
-_OPTION_MARKS = (
-    re.compile(r"(?:\A|[\n;；])\s*\(?([A-J])(?:\)|[.．:：、])\s*"),
-    re.compile(r"(?:\A|\s)\(?([A-J])(?:\)|[.．:：、])\s*"),
-)
-"""Labels of options: each on a line or after a semicolon; else each after a space."""
-
-
-def options_in(text: str) -> list[str]:
-    """Returns the texts of options that are written one after the other.
-
-    We-Math writes "A. 3; B. 4", MathVerse "A:3\\nB:4". The labels must be A, B, C and so on in
-    this order; where they are not, the text is not understood and the list is empty.
-    """
-    for pattern in _OPTION_MARKS:
-        marks = list(pattern.finditer(text))
-        labels = "".join(mark[1] for mark in marks)
-        if len(labels) < 2 or not LETTERS.startswith(labels) or text[: marks[0].start()].strip():
-            continue
-        ends = [mark.start() for mark in marks[1:]] + [len(text)]
-        found = [text[m.end() : end].strip(" \n;；") for m, end in zip(marks, ends, strict=True)]
-        return found if all(found) else []
-    return []
 
 
 FORMATS: Mapping[str, RowMaker] = {
@@ -358,19 +297,17 @@ FORMATS: Mapping[str, RowMaker] = {
 }
 
 
-_QUESTION = ("problem", "question")
-
 COLUMNS: Mapping[str, Columns] = {
-    "pixel_reasoner": (("question",), ("answer",)),
+    "pixel_reasoner": (("question",), ("answer", "label")),
     "verl": (("prompt",), ("reward_model",)),
-    "math_jsonl": (_QUESTION, ("answer", "final_answer", "solution")),
+    "math_jsonl": (_QUESTION, ("answer", "final_answer", "solution", "label")),
     "mathematics": (
         ("prompt", *_QUESTION),
-        ("reward_model", "answer", "final_answer", "solution"),
+        ("reward_model", "answer", "final_answer", "solution", "label"),
     ),
-    "vlmevalkit": (("question",), ("answer",)),
+    "vlmevalkit": (("question",), ("answer", "label")),
     "geometry3k_intergps": (("annotat_text", "problem_text"), ("choices",), ("answer",)),
-    "parquet_pictures": ((*_QUESTION, "annotat_text", "problem_text"), ("answer",)),
+    "parquet_pictures": ((*_QUESTION, "annotat_text", "problem_text"), ("answer", "label")),
     "mathvision": (("question",), ("answer",)),
     "mathverse": (("query_cot", "question"), ("answer",), ("image",)),
     "mathvista": (("query", "question"), ("answer",)),
@@ -386,25 +323,15 @@ def _with(task: Task, *, category: str, id: str | None = None) -> Task:
 
 
 def _math_answers(row: Mapping[str, Any]) -> tuple[str, ...]:
-    value = row.get("final_answer") if row.get("answer") is None else row["answer"]
-    if value is None:
-        boxed = extract_boxed(str(row.get("solution", "")))
-        if boxed is None:
-            raise RowError(
-                "no answer", "neither answer nor final_answer, and no box in the solution"
-            )
-        return (boxed,)
-    if isinstance(value, str) and "####" in value:
-        return (value.rsplit("####", 1)[1].strip(),)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, list):
+    if not is_blank(row.get("answer")):
+        answers = acceptable_answers(row["answer"])
+    elif not is_blank(row.get("final_answer")):
         # OlympiadBench lists the parts of one answer.
-        return (", ".join(str(part) for part in value),)
-    return acceptable_answers(value)
-
-
-def _listed(options: Sequence[str]) -> str:
-    return "\n".join(
-        f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)
-    )
+        answers = (", ".join(acceptable_answers(row["final_answer"])),)
+    elif (option := labelled_option(row)) is not None:
+        answers = (option,)
+    elif (boxed := extract_boxed(str(row.get("solution", "")))) is not None:
+        answers = (boxed,)
+    else:
+        raise RowError("no answer", "neither answer nor final_answer, and no box in the solution")
+    return tuple(each.rsplit("####", 1)[-1].strip() for each in answers)

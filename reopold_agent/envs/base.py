@@ -223,7 +223,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
             *args: the `EpisodeState`, with what the tools noted in ``extra``.
             **kwargs: not used.
         """
-        correct = self._judge.grade(answer, task.answers).correct
+        correct = self._judge.verdict(answer, task).correct
         return float(correct), correct
 
     def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from reopold_agent.judges.rules import grade_boxed
 from reopold_agent.judges.verdict import Verdict
 from reopold_agent.registry import Registry
+from reopold_agent.types import Task
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,23 @@ class Judge:
         name: by which environments select it (``judge=NAME``).
         grade: ``grade(response, answers) -> Verdict``, with all acceptable answers. It is called
             from several threads at once.
+        takes_options: whether ``grade`` also takes ``options=``: the texts of the question's
+            options, whose letters (from A) are the answers.
     """
 
     name: str
-    grade: Callable[[str, Sequence[str]], Verdict]
+    grade: Callable[..., Verdict]
+    takes_options: bool = False
+
+    def verdict(self, response: str, task: Task) -> Verdict:
+        """Grades the response to a task."""
+        options: Sequence[str] = task.metadata.get("options") or ()
+        if options and self.takes_options:
+            return self.grade(response, task.answers, options=options)
+        return self.grade(response, task.answers)
 
 
 JUDGES: Registry[Judge] = Registry("judge", "reopold_agent.judges", Judge)
 
-RULES = JUDGES.register("rules", Judge("rules", grade_boxed))
+RULES = JUDGES.register("rules", Judge("rules", grade_boxed, takes_options=True))
 """Compares the last ``\\boxed{}`` with the answers by rule, without a model or network."""

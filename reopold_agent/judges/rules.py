@@ -226,11 +226,16 @@ def _equal_with_decimal_points(answer: str, expected: Sequence[str], rules: Rule
     return any(a is not None and b is not None and compare(a, b, rules) for a, b in pairs)
 
 
-def grade_boxed(response: str, answers: Sequence[str]) -> Verdict:
-    """Grades only boxed answers; for training, whose prompt asks for a box."""
+def grade_boxed(
+    response: str, answers: Sequence[str], options: Sequence[str] | None = None
+) -> Verdict:
+    """Grades only boxed answers; for training, whose prompt asks for a box.
+
+    With ``options``, the answer is one of them, by letter or by text.
+    """
     if extract_boxed(extract.final_part(response)) is None:
         return Verdict(False, None, "undecided", True, "the response has no box")
-    return grade(response, answers)
+    return grade(response, answers, "option" if options else "auto", options=options)
 
 
 def equivalent(answer: str, expected: str, kind: str = "auto") -> bool:
@@ -732,6 +737,17 @@ def _reference_problem(expected: str, kind: str, rules: Rules) -> str:
     ):
         return "the reference is a sentence"
     return ""
+
+
+def option_letters(answer: str, options: Sequence[str]) -> choices.Letters | None:
+    """Returns the options that a reference answer names by letter, text or value, or None.
+
+    Args:
+        answer: the reference.
+        options: the options' texts, from A.
+    """
+    rules = Rules("option", options=choices.options_by_letter(options))
+    return _chosen(reference(answer), rules)
 
 
 def _as_list(answer: str | Sequence[str] | None) -> list[str]:
