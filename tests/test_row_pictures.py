@@ -296,6 +296,7 @@ def test_frames_in_multi_modal_data_are_a_video(folder: Path) -> None:
         ({"image": DATA, "picture": png(2)}, [2]),
         ({"image_url": "https://host/photos/2.png?width=9", "image": "2.png"}, [2]),
         ({"image": "2.png", "picture": png(2)}, [2]),
+        ({"image": "2.png", "video": False, "extra_info": {"images": None}}, [2]),
         ({"image_path": "black.bmp", "image": base64.b64encode(png(0)).decode()}, [0]),
         ({"images": ["2.png"], "extra_info": {"images": [{"image": "2.png"}]}}, [2]),
         ({"images": [{"bytes": png(2), "path": None}], "extra_info": {"image": "raw/9.png"}}, [2]),
@@ -626,3 +627,11 @@ def test_a_system_message_in_a_column(folder: Path, name: str) -> None:
             system(*CONVERSATION, **other)
     with pytest.raises(DataError, match="half a surrogate pair"):
         system(*CONVERSATION[1:], **{name: "\ud800"})
+
+
+@pytest.mark.parametrize("content", [7, True, {"text": "Look."}])
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_the_content_of_a_message_is_a_text_or_parts(folder: Path, role: str, content: Any) -> None:
+    row = conversation({"role": role, "content": content}, *CONVERSATION[1:])
+    with pytest.raises(DataError, match="must be a text or a list of parts"):
+        load(folder, "verl", row)

@@ -224,9 +224,7 @@ def _pieces(content: Any) -> Iterator[str | Mark]:
             end = found.end()
         yield content[end:].replace(IMAGE_MARK, " ")
         return
-    if not isinstance(content, Sequence) or isinstance(content, bytes):
-        raise RowError("wrong type", "the content of a message must be a text or a list of parts")
-    for part in content:
+    for part in _parts(content):
         if isinstance(part, str):
             yield from _pieces(part)
         elif not isinstance(part, Mapping):
@@ -235,11 +233,17 @@ def _pieces(content: Any) -> Iterator[str | Mark]:
             yield from _part(part)
 
 
+def _parts(content: Any) -> Sequence[Any]:
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise RowError("wrong type", "the content of a message must be a text or a list of parts")
+    return content
+
+
 def _plain(content: Any) -> str:
     """Returns the text of a message that is not the user's, which has no pictures."""
     if isinstance(content, str):
         return content.replace(IMAGE_MARK, " ")
-    parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+    parts = [part.get("text") if isinstance(part, Mapping) else part for part in _parts(content)]
     texts = [part for part in parts if isinstance(part, str)]
     if len(texts) < len(parts):
         raise _not_the_users()
