@@ -471,10 +471,16 @@ class ModelsConfig:
 
     Objectives that need no teacher (grpo, sft on recorded conversations) run without one:
     ``model.teacher=null evaluation.teacher=false``.
+
+    Attributes:
+        student, teacher: the checkpoints.
+        chat_template: a shipped template's name or a Jinja file, in place of the student's own
+            template; null keeps that. The teacher scores the same ids, whatever its template.
     """
 
     student: ModelConfig
     teacher: TeacherConfig | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         following = self.teacher is not None and self.teacher.follow is not None

@@ -165,7 +165,7 @@ def test_qwen25_takes_several_turns() -> None:
 @pytest.mark.parametrize("kind", ["qwen3", "r1"])
 def test_templates_that_drop_thoughts_refuse_a_second_turn(kind: str) -> None:
     chat = ChatRenderer(small_tokenizer(kind))
-    with pytest.raises(ModelError, match="changes earlier turns"):
+    with pytest.raises(ModelError, match="rewrites earlier turns"):
         chat.continuation(Message("user", ("x",)), chat.turn_end_id)
 
 

@@ -128,7 +128,11 @@ def _read_models(config: TrainConfig, here: dict[str, str]) -> Iterator[Finding]
     ready: dict[str, Processing] = {}
     for role, path in here.items():
         spec = models_of(config)[role]
-        plain = ModelSpec(path, trust_remote_code=spec.trust_remote_code)
+        plain = ModelSpec(
+            path,
+            trust_remote_code=spec.trust_remote_code,
+            chat_template=config.model.chat_template if role == "student" else None,
+        )
         weights = role == "student" or reads_weights(config.policy.teacher)
         try:
             ready[role] = load_processing(plain, role, weights=weights)

@@ -71,6 +71,7 @@ from reopold_agent.policies.loading import (
     sees_pictures,
 )
 from reopold_agent.policies.registry import is_trainers_own, make_policy, reads_weights
+from reopold_agent.policies.templates import chat_template
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
@@ -128,6 +129,7 @@ class EvaluateConfig:
     revision: str | None = None
     dtype: str = "auto"
     attention: str = "sdpa"
+    chat_template: str | None = None
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     tracking: dict[str, Any] = field(default_factory=dict)
     tools: ToolsConfig = field(default_factory=ToolsConfig)
@@ -145,7 +147,10 @@ def load_config(composed: DictConfig) -> tuple[EvaluateConfig, dict[str, Any]]:
     raw = plain_values(composed)
     named = raw.get("benchmark") or []
     raw["benchmark"] = [named] if isinstance(named, str) else named
-    return build(EvaluateConfig, raw), raw
+    config = build(EvaluateConfig, raw)
+    if config.chat_template is not None:
+        config = replace(config, chat_template=chat_template(config.chat_template))
+    return config, raw
 
 
 class Evaluation:
@@ -185,6 +190,7 @@ class Evaluation:
                     "Give a vision-language checkpoint (model=DIR), or questions without pictures."
                 )
             with make_judge(self.config.judge) as judge:
+                self.folder.write_template(self.config.chat_template)
                 self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
                 return self._run(asked, spec, judge)
 
@@ -294,7 +300,7 @@ class Evaluation:
         for each in asked:
             chat = ChatRenderer(model.tokenizer, stop_at_tool_call=each.stop_at_tool_call)
             runner = each.make_runner(chat, model.vision)
-            runner.check_turns()
+            runner.check_template()
             runner.close()
 
     def _policy(self, model: Processing, chat: ChatRenderer) -> Policy:
@@ -459,6 +465,7 @@ class Evaluation:
             revision=self.config.revision,
             dtype=dtype,
             attention=self.config.attention,
+            chat_template=self.config.chat_template,
         )
 
     def _check_resume(self) -> None:
@@ -472,6 +479,7 @@ class Evaluation:
         for each, own in zip((saved, now), played, strict=True):
             # Others may be added or left out, like benchmarks.
             each["environments"] = {name: own[name] for name in {*played[0]} & {*played[1]}}
+        self.folder.same_template(saved, now, self.config.chat_template)
         different = config_differences(saved, now, FREE_TO_CHANGE)
         if different:
             raise CheckpointError(

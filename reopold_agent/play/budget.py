@@ -17,7 +17,7 @@ class Budget:
     """Counts the tokens of an episode; `begin` starts the next one.
 
     Args:
-        config: budgets and pixel limits.
+        config: budgets, pixel limits and chat template.
         path: checkpoint whose tokenizer and picture processor are loaded (not its weights): a
             folder, ``demo:student`` or a hub id.
 
@@ -26,7 +26,9 @@ class Budget:
     """
 
     def __init__(self, config: TrainConfig, path: str) -> None:
-        processing = load_processing(ModelSpec(path), "model", weights=False)
+        processing = load_processing(
+            ModelSpec(path, chat_template=config.model.chat_template), "model", weights=False
+        )
         chat = ChatRenderer(
             processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call
         )

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as hf_logging
 
+from reopold_agent.config import ModelsConfig
 from reopold_agent.errors import (
     ConfigError,
     MissingExtraError,
@@ -34,6 +35,7 @@ from reopold_agent.errors import (
 )
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.merging import merge_adapter
+from reopold_agent.policies.templates import ChatTemplate, chat_template
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
 
@@ -59,6 +61,8 @@ class ModelSpec:
         lora: arguments of `peft.LoraConfig` (``r``, ``lora_alpha``, ``target_modules`` ...), or
             None to train all weights.
         gradient_checkpointing: recompute activations in the backward pass.
+        chat_template: the template to use in place of the checkpoint's own: a shipped one's name
+            or a file (`reopold_agent.policies.templates`).
     """
 
     path: str
@@ -68,6 +72,7 @@ class ModelSpec:
     trust_remote_code: bool = False
     lora: Mapping[str, Any] | None = None
     gradient_checkpointing: bool = False
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -76,10 +81,23 @@ class ModelSpec:
             )
 
     def saved_in(self, folder: Path) -> ModelSpec:
-        """Returns how to load the complete model, without an adapter, that a run has saved."""
+        """Returns how to load the complete model, without an adapter, that a run has saved.
+
+        Its chat template is saved with it.
+        """
         return replace(
-            self, path=str(folder), revision=None, lora=None, gradient_checkpointing=False
+            self,
+            path=str(folder),
+            revision=None,
+            lora=None,
+            gradient_checkpointing=False,
+            chat_template=None,
         )
+
+
+def student_spec(models: ModelsConfig) -> ModelSpec:
+    """Returns the student's checkpoint, with the chat template of the run."""
+    return ModelSpec(**vars(models.student), chat_template=models.chat_template)
 
 
 @dataclass
@@ -337,7 +355,9 @@ def load_processing(
 
     Raises:
         ModelError: something is missing; see `check_available`.
+        ConfigError: there is no such chat template.
     """
+    given = None if spec.chat_template is None else chat_template(spec.chat_template)
     config = check_available(spec, role, weights=weights)
     path = _weights_path(spec, saved)
     vision = None
@@ -352,6 +372,10 @@ def load_processing(
             vision = VisionProcessor(processor)
     except _UNREADABLE as error:
         raise ModelError(f"cannot load the {role} from '{path}': {error}") from error
+    if given is not None:
+        own = tokenizer.chat_template
+        own = own if isinstance(own, str) else None  # some tokenizers have several
+        tokenizer.chat_template = ChatTemplate(given, given.source, own)
     return Processing(spec, tokenizer, vision, config)
 
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from reopold_agent.errors import ModelError
+from reopold_agent.errors import ModelError, first_line
+from reopold_agent.policies.templates import SHIPPED, ChatTemplate, chat_template
 from reopold_agent.types import IMAGE_MARK, EncodedImage, Message, Observation
 
 IMAGE_TOKEN = "<|image_pad|>"
@@ -29,20 +30,25 @@ _ANSWER = "\N{INVISIBLE SEPARATOR}student\N{INVISIBLE SEPARATOR}"
 _THOUGHT = f"\N{INVISIBLE SEPARATOR}thought\N{INVISIBLE SEPARATOR}\n</think>\n\n{_ANSWER}"
 """A turn of a reasoning model, whose ``<think>`` some templates write into the prompt."""
 
+_MARK = re.compile(r"<[|\N{FULLWIDTH VERTICAL LINE}][^<>\s]{1,40}[|\N{FULLWIDTH VERTICAL LINE}]>")
+"""What control tokens of turns and pictures look like."""
+
 
 class ChatRenderer:
     """Renders prompts and observations for one tokenizer.
 
     Templates that rewrite earlier turns (Qwen3's and DeepSeek-R1-Distill's drop the thoughts) can
-    be used for episodes of one turn only; `check_appends` and `continuation` refuse them.
+    be used for episodes of one turn only; `check_appends` and `continuation` refuse them. The
+    shipped ones (`reopold_agent.policies.templates`) only append.
 
     Args:
         tokenizer: the checkpoint's tokenizer.
         stop_at_tool_call: whether ``</tool_call>`` ends a turn.
 
     Raises:
-        ModelError: the tokenizer has no chat template, or the template ends turns without a
-            control token.
+        ModelError: the tokenizer has no chat template, or the template cannot be rendered, ends
+            turns without a control token, or (if a setting gave it) writes control tokens that
+            the tokenizer does not have.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, stop_at_tool_call: bool = True):
@@ -50,8 +56,14 @@ class ChatRenderer:
             raise ModelError(
                 f"the tokenizer of '{tokenizer.name_or_path}' has no chat template; use an "
                 "instruction-tuned checkpoint, or put its chat_template.jinja beside the tokenizer"
+                f".\nOr set model.chat_template to a file or one of {', '.join(SHIPPED)}; in "
+                "evaluate chat_template."
             )
         self.tokenizer = tokenizer
+        self._given = isinstance(tokenizer.chat_template, ChatTemplate)
+        self._template = f"of '{tokenizer.name_or_path}'"
+        if isinstance(tokenizer.chat_template, ChatTemplate):
+            self._template = tokenizer.chat_template.source
         added = tokenizer.added_tokens_decoder
         self._control = {token.content: i for i, token in added.items() if token.special}
         if not self._control:
@@ -69,14 +81,17 @@ class ChatRenderer:
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.image_id = self._control.get(IMAGE_TOKEN)
         names = {token.content: i for i, token in added.items()}
-        self.forbidden_ids = tuple(names[name] for name in FORBIDDEN_TOKENS if name in names)
+        self.forbidden_ids = forbidden_ids(tokenizer)
         turns = [Message("user", ("?",)), Message("assistant", (_ANSWER,))]
         whole = self._apply(turns, False)
+        self._check_marks(opening + whole)
         self._turn_marks = frozenset(mark for mark in self._unspecial if mark in whole)
         first = self._split.match(whole.rpartition(_ANSWER)[2])
         if first is None:
             raise ModelError(
-                "the chat template does not end an assistant turn with a control token"
+                f"the chat template {self._template} does not end an assistant turn with a "
+                "control token, so that the student could not end one.\nWrite one after the "
+                "turn's words (<|im_end|> for Qwen's models)."
             )
         self.turn_end_id = self._control[first.group()]
         stops = {self.turn_end_id}
@@ -94,7 +109,41 @@ class ChatRenderer:
         Raises:
             ModelError: the template rewrites earlier turns.
         """
-        self._continuation_text(Message("user", ("?",)))
+        question = Message("user", ("?",))
+        turns = [_ANSWER, _THOUGHT]
+        if not self._apply([question], True).rstrip().endswith("<think>"):
+            turns += [f"<think>\n{_THOUGHT}", f"<think>\n\n</think>\n\n{_ANSWER}"]
+        for turn in turns:
+            played = [question]
+            for _ in range(2):
+                start = self._apply(played, True) + turn
+                played += [Message("assistant", (turn,)), question]
+                if not self._apply(played, True).startswith(start):
+                    raise self._rewrites()
+
+    def check_pictures(self) -> None:
+        """Checks a template that a setting gave for a model that sees pictures.
+
+        Raises:
+            ModelError: it leaves pictures out.
+        """
+        if not self._given:
+            return
+        written = _pictures(self.tokenizer, None)
+        if written.count(IMAGE_TOKEN) != 1:
+            raise ModelError(
+                f"the chat template {self._template} does not write {IMAGE_TOKEN} where a picture "
+                "is, which the model sees.\nUse a template that does (model.chat_template="
+                "qwen2_5_vl, say), or the model's own (null)."
+            )
+        self._check_marks(written)
+
+    def other_prompts(self) -> bool:
+        """Returns whether a template that a setting gave writes other prompts than the model's."""
+        template = self.tokenizer.chat_template
+        own = template.own if isinstance(template, ChatTemplate) else None
+        own_prompts = None if own is None else _prompts(self.tokenizer, own)
+        return own_prompts is not None and own_prompts != _prompts(self.tokenizer, None)
 
     def prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[EncodedImage]]:
         """Returns the ids of a conversation for the student to continue, and its images in order.
@@ -220,21 +269,95 @@ class ChatRenderer:
         start = self._apply([opening], True) + _THOUGHT
         whole = self._apply([opening, Message("assistant", (_THOUGHT,)), observation], True)
         if not whole.startswith(start):
-            raise ModelError(
-                f"the chat template of '{self.tokenizer.name_or_path}' rewrites earlier turns (it "
-                "drops their thoughts, for example), so it cannot be used for several turns.\n"
-                "Play one turn (rollout.max_turns=1 evaluation.max_turns=1; in evaluate "
-                "agentic.max_turns=1), or put a chat_template.jinja that only appends beside the "
-                "checkpoint's tokenizer."
-            )
+            raise self._rewrites()
         return whole.removeprefix(start)
 
-    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        rows: Any = [{"role": m.role, "content": _template_content(m)} for m in messages]
-        rendered: Any = self.tokenizer.apply_chat_template(
-            rows, tokenize=False, add_generation_prompt=add_generation_prompt
+    def _rewrites(self) -> ModelError:
+        """Returns the error for a template that rewrites earlier turns; it names a better one."""
+        fitting = _shipped_instead(self.tokenizer)
+        one_turn = "(rollout.max_turns=1 evaluation.max_turns=1; in evaluate agentic.max_turns=1)"
+        advice = (
+            f"Play one turn {one_turn}, or give a template that only appends: "
+            "model.chat_template=FILE (in evaluate chat_template=FILE)."
+            if fitting is None
+            else f"Add model.chat_template={fitting} (in evaluate chat_template={fitting}), which "
+            f"writes the same prompts and only appends; or play one turn {one_turn}."
         )
-        return str(rendered)
+        return ModelError(
+            f"the chat template {self._template} rewrites earlier turns (it drops their thoughts, "
+            f"for example), so it cannot be used for several turns.\n{advice}"
+        )
+
+    def _check_marks(self, rendered: str) -> None:
+        """Checks that what looks like a control token in a setting's template is one.
+
+        Raises:
+            ModelError: the tokenizer would read it as ordinary text.
+        """
+        unknown = [mark for mark in _MARK.findall(rendered) if mark not in self._control]
+        if self._given and unknown:
+            raise ModelError(
+                f"the chat template {self._template} writes {unknown[0]}, which is no control "
+                f"token of the tokenizer of '{self.tokenizer.name_or_path}'.\nUse a template for "
+                "this model: model.chat_template=FILE, or null for its own."
+            )
+
+    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+        rows = [{"role": m.role, "content": _template_content(m)} for m in messages]
+        try:
+            return _rendered(self.tokenizer, None, rows, add_generation_prompt)
+        except Exception as error:  # a template is a program, and can fail in any way
+            raise ModelError(
+                f"the chat template {self._template} cannot be rendered: {first_line(error)}\n"
+                "Mend it, or use another: model.chat_template=FILE (in evaluate "
+                f"chat_template=FILE), or one of {', '.join(SHIPPED)}."
+            ) from error
+
+
+def forbidden_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Returns the ids of `FORBIDDEN_TOKENS` that the tokenizer has."""
+    names = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    return tuple(names[name] for name in FORBIDDEN_TOKENS if name in names)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, rows: Any, prompt: bool
+) -> str:
+    """Renders messages with a template; None is the tokenizer's."""
+    return str(
+        tokenizer.apply_chat_template(
+            rows, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+    )
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str] | None:
+    """Returns how a template writes prompts of one turn; None if it cannot be rendered."""
+    user, system = {"role": "user", "content": "?"}, {"role": "system", "content": "!"}
+    try:
+        return [_rendered(tokenizer, template, rows, True) for rows in ([user], [system, user])]
+    except Exception:  # as in `ChatRenderer._apply`
+        return None
+
+
+def _pictures(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    """Returns how a template writes a picture; "" if it cannot be rendered with one."""
+    row = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    try:
+        return _rendered(tokenizer, template, [row], True)
+    except Exception:  # as in `ChatRenderer._apply`: text-only templates do not expect a list
+        return ""
+
+
+def _shipped_instead(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Returns the name of the shipped template that writes a tokenizer's prompts, if one does."""
+    prompts, sees = _prompts(tokenizer, None), IMAGE_TOKEN in _pictures(tokenizer, None)
+    for name in SHIPPED:
+        text = chat_template(name)
+        same = prompts is not None and _prompts(tokenizer, text) == prompts
+        if same and (IMAGE_TOKEN in _pictures(tokenizer, text)) == sees:
+            return name
+    return None
 
 
 def _images(messages: Sequence[Message]) -> list[EncodedImage]:

@@ -77,7 +77,7 @@ def checked_runner(config: TrainConfig, student: Processing) -> RolloutRunner:
     evaluated = config.evaluation.max_turns if config.evaluation.tasks else 1
     turns = max(config.rollout.max_turns, evaluated)
     runner = make_runner(config, chat, student.vision, max_turns=turns)
-    runner.check_turns()
+    runner.check_template()
     return runner
 
 

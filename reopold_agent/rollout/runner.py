@@ -151,12 +151,14 @@ class RolloutRunner:
         self._idle: list[Worker] = []
         self.stats = RolloutStats()
 
-    def check_turns(self) -> None:
-        """Checks that the chat template can be used, if an episode may have several turns.
+    def check_template(self) -> None:
+        """Checks that the chat template can be used for the pictures and turns of an episode.
 
         Raises:
-            ModelError: it rewrites earlier turns.
+            ModelError: it leaves pictures out, or rewrites earlier turns and several are possible.
         """
+        if self.vision is not None:
+            self.chat.check_pictures()
         if self.limits.max_turns == 1:
             return
         try:

@@ -28,6 +28,7 @@ class ServeConfig:
         stop_at_tool_call: as ``rollout.stop_at_tool_call`` of the runs that generate here.
         device, dtype, attention, threads, max_tokens_per_pass: as in a training run's engine and
             model, for ``policy=transformers``.
+        chat_template: as ``model.chat_template`` of these runs.
         picture_gib: most GiB of clients' pictures that are kept, as pixels.
         max_waiting: most requests at once; further ones get HTTP 503 and may try again.
         max_kept: most sequences whose keys and values are kept between turns.
@@ -45,6 +46,7 @@ class ServeConfig:
     device: str = "auto"
     dtype: str = "auto"
     attention: str = "sdpa"
+    chat_template: str | None = None
     trust_remote_code: bool = False
     threads: int | None = None
     max_tokens_per_pass: int = 16384
@@ -102,10 +104,12 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
         revision=config.revision,
         dtype=dtype,
         attention=config.attention,
+        chat_template=config.chat_template,
         trust_remote_code=config.trust_remote_code,
     )
-    model = load_model(spec, "model", device) if own else load_processing(spec, "model")
-    chat = ChatRenderer(model.tokenizer, stop_at_tool_call=config.stop_at_tool_call)
+    processing = load_processing(spec, "model")
+    chat = ChatRenderer(processing.tokenizer, stop_at_tool_call=config.stop_at_tool_call)
+    model = load_model(spec, "model", device) if own else processing
     policy: Any
     if isinstance(model, LoadedModel):
         policy = model.policy(

@@ -44,6 +44,7 @@ class RunFolder:
         path: the folder, absolute.
         config, versions, metrics, trajectories, summary, data_report, data, log: paths of its
             files.
+        chat_template: the chat template that a setting gave, as it was when the run started.
         pictures, plots, checkpoints: paths of its folders.
         final: folder of the trained student, created when it is saved.
     """
@@ -51,6 +52,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).absolute()
         self.config = self.path / "config.yaml"
+        self.chat_template = self.path / "chat_template.jinja"
         self.versions = self.path / "versions.json"
         self.metrics = self.path / "metrics.jsonl"
         self.trajectories = self.path / "trajectories.jsonl"
@@ -114,6 +116,36 @@ class RunFolder:
     def write_config(self, text: str) -> None:
         """Writes ``config.yaml``, the resolved configuration, atomically."""
         write_text_atomic(self.config, text)
+
+    def same_template(self, saved: dict[str, Any], now: dict[str, Any], text: str | None) -> None:
+        """Checks that a run goes on with the chat template that it was started with.
+
+        Its text decides: a file may have got another name, and one that is named may have changed.
+        So the setting is taken out of both mappings.
+
+        Args:
+            saved, now: the settings that hold ``chat_template``, then and now.
+            text: the template now; None for the model's own.
+
+        Raises:
+            CheckpointError: it is another one.
+        """
+        if not self.chat_template.is_file():
+            return  # the model's own: then the setting decides
+        if self.chat_template.read_text("utf-8") != text:
+            raise CheckpointError(
+                f"{self.path} was started with the chat template {saved.get('chat_template')}, and "
+                f"its text is not that of {now.get('chat_template')} now.\nGive chat_template="
+                f"{self.chat_template} to continue it (model.chat_template= in train), or another "
+                "hydra.run.dir to start anew."
+            )
+        for settings in (saved, now):
+            settings.pop("chat_template", None)
+
+    def write_template(self, text: str | None) -> None:
+        """Writes ``chat_template.jinja``, if a setting gave one."""
+        if text is not None:
+            write_text_atomic(self.chat_template, text)
 
     def write_versions(self, device: str = "cpu") -> dict[str, Any]:
         """Writes ``versions.json``: platform and package versions of this process (see `versions`).

@@ -15,6 +15,8 @@ from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Objective, Reopold, RunFacts
 from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.policies.loading import Processing
+from reopold_agent.policies.templates import ChatTemplate
+from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train.settings import billions
@@ -32,25 +34,29 @@ def show_banner(
     student: Processing,
     notes: Sequence[str | None] = (),
 ) -> None:
-    """Prints the lines of `banner`, notes and a warning, and writes them to the run's log.
+    """Prints the lines of `banner`, notes and warnings, and writes them to the run's log.
 
-    The warning is for a student of the embedded tasks that gets other data.
+    The warnings are for a student of the embedded tasks that gets other data, and for a chat
+    template that writes other prompts than the student's own.
     """
     progress.lines([*lines, ""])
     for line in lines:
         _log.info("%s", line)
-    for note in notes:
-        if note is not None:
-            progress.lines(textwrap.wrap(note, _WIDTH, subsequent_indent="  "))
-            _log.warning("%s", note)
+    told = [note for note in notes if note is not None]
+    if ChatRenderer(student.tokenizer).other_prompts():
+        told.append(
+            f"warning: the chat template {_source(config)} writes other prompts than the own one "
+            f"of {student.spec.path}, which that model was trained with"
+        )
     if student.spec.path.startswith("demo:") and (config.data.train or {}).get("path"):
-        warning = (
+        told.append(
             f"warning: {student.spec.path} is made for the embedded tasks and too small for other "
             "data; take model=qwen2_5_vl or model=causal_lm with model.student.path=DIR "
             "model.teacher.path=DIR"
         )
-        progress.lines(textwrap.wrap(warning, _WIDTH, subsequent_indent="  "))
-        _log.warning("%s", warning)
+    for text in told:
+        progress.lines(textwrap.wrap(text, _WIDTH, subsequent_indent="  "))
+        _log.warning("%s", text)
 
 
 def exploration_note(config: TrainConfig, objective: Objective) -> str | None:
@@ -118,6 +124,7 @@ def banner(
     rows = {
         "student": _model(models.student) + (", LoRA" if models.student.lora else ""),
         "teacher": "none",
+        "template": _source(config),
         "data": _rows(config, "train", tasks, folder.data_report),
         "held out": _rows(config, "eval", tasks, folder.data_report),
         "objective": _objective(config.objective),
@@ -135,6 +142,8 @@ def banner(
     if "eval" in tasks and config.env.takes_data:
         played = min(config.evaluation.tasks, tasks["eval"])
         rows["held out"] += f", {played:,} played"
+    if models.chat_template is None:
+        del rows["template"]
     if student.vision is None:
         del rows["pixels"]
     lines: list[str] = []
@@ -148,6 +157,11 @@ def banner(
             break_on_hyphens=False,
         )
     return lines
+
+
+def _source(config: TrainConfig) -> str:
+    template = config.model.chat_template
+    return template.source if isinstance(template, ChatTemplate) else str(template)
 
 
 def _model(spec: ModelConfig) -> str:

@@ -13,7 +13,7 @@ from reopold_agent.common.signals import sigterm_as_interrupt
 from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective, RunFacts, make_objective
-from reopold_agent.policies.loading import ModelSpec
+from reopold_agent.policies.loading import ModelSpec, student_spec
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.trackers import follow_run
 from reopold_agent.train.interrupts import resume_command
@@ -57,6 +57,7 @@ class Engine(ABC):
         """
         if saved is not None and saved["steps"] == self.config.steps:
             return
+        self.folder.write_template(self.config.model.chat_template)
         # First, or a run that is killed later would be taken for complete.
         self.folder.summary.unlink(missing_ok=True)
         settings = {
@@ -109,7 +110,7 @@ def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpe
         ConfigError: a teacher is needed, but none is configured.
     """
     models = config.model
-    specs = {"student": ModelSpec(**vars(models.student))}
+    specs = {"student": student_spec(models)}
     if not needs_teacher(config, objective):
         return specs
     if models.teacher is None:

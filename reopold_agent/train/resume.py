@@ -72,6 +72,9 @@ class RunState:
         before = {str(key): value for key, value in saved.items()}
         now = dict(self._raw)
         now["objective"] = filled_in(now["objective"], before.get("objective") or {})
+        for each in (before, now):
+            each["model"] = dict(each.get("model") or {})
+        folder.same_template(before["model"], now["model"], self._config.model.chat_template)
         now["steps"] = min(now["steps"], before.get("steps", now["steps"]))
         different = config_differences(before, now, FREE_TO_CHANGE)
         if different:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -17,6 +18,7 @@ from reopold_agent.cli.messages import explain
 from reopold_agent.config import TrainConfig, build, flatten
 from reopold_agent.errors import ConfigError, ReopoldError
 from reopold_agent.policies.architecture import find_architecture
+from reopold_agent.policies.templates import chat_template
 
 _INTERNAL = ("default_steps", "default_batch", "batches", "size", "sizes", "toy")
 """Defaults of groups for others."""
@@ -46,7 +48,11 @@ def load_config(composed: DictConfig) -> tuple[TrainConfig, dict[str, Any]]:
     values = plain_values(composed)
     for name in _INTERNAL:
         values.pop(name, None)
-    return build(TrainConfig, values), values
+    config = build(TrainConfig, values)
+    if config.model.chat_template is not None:  # read once: workers elsewhere lack the file
+        template = chat_template(config.model.chat_template)
+        config = replace(config, model=replace(config.model, chat_template=template))
+    return config, values
 
 
 def _student_path(student: Any) -> str | None:

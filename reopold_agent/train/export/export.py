@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import yaml
 
 from reopold_agent.config import TrainConfig, build
 from reopold_agent.errors import ConfigError, MissingExtraError, ModelError
-from reopold_agent.policies.loading import LoadedModel, ModelSpec, final_student, load_model
+from reopold_agent.policies.loading import LoadedModel, final_student, load_model, student_spec
 from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train.checkpoint import check_files, newest_checkpoint, save_final
 from reopold_agent.train.finish import probe_ids
 
@@ -73,7 +75,8 @@ def _student(run: Path, folder: Path) -> LoadedModel:
             f"{run} is not the folder of a training run: it has no config.yaml.\n"
             f"Give the folder that training printed: `reopold export RUN {folder}`."
         ) from error
-    spec = ModelSpec(**vars(build(TrainConfig, values).model.student))
+    models, kept = build(TrainConfig, values).model, RunFolder(run).chat_template
+    spec = student_spec(replace(models, chat_template=str(kept) if kept.is_file() else None))
     checkpoint = newest_checkpoint(run / "checkpoints")
     final = final_student(run, has_checkpoint=checkpoint is not None)
     if final is not None:

@@ -26,6 +26,7 @@ from reopold_agent.policies.loading import (
     check_available,
     check_vocabularies,
     load_processing,
+    student_spec,
 )
 from reopold_agent.policies.saving import read_back
 from reopold_agent.rollout.checks import checked_run
@@ -213,7 +214,7 @@ class VerlEngine(Engine):
         if not (exported / "config.json").is_file():
             raise CheckpointError(f"verl exported no model to {exported}")
         # verl writes files of torchvision's picture processor; replace them by the student's.
-        spec = ModelSpec(**vars(self.config.model.student))
+        spec = student_spec(self.config.model)
         processing = load_processing(spec, "student")
         with replaced_folder(self.folder.final) as temporary:
             shutil.copytree(exported, temporary, dirs_exist_ok=True)

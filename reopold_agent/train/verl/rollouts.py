@@ -29,7 +29,7 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError
 from reopold_agent.objectives import Needs
-from reopold_agent.policies.loading import ModelSpec, load_processing
+from reopold_agent.policies.loading import load_processing, student_spec
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.from_config import make_runner
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
@@ -71,7 +71,7 @@ class Player:
         loop: asyncio.AbstractEventLoop,
         concurrency: int,
     ) -> None:
-        processing = load_processing(ModelSpec(**vars(config.model.student)), "student")
+        processing = load_processing(student_spec(config.model), "student")
         self._config, self._vision = config, processing.vision
         self._chat = ChatRenderer(
             processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call

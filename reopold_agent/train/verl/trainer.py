@@ -25,7 +25,7 @@ from verl.workers.utils.padding import response_to_nested
 from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ConfigError, NonFiniteError
 from reopold_agent.objectives import Needs, Objective
-from reopold_agent.policies.loading import ModelSpec, load_processing
+from reopold_agent.policies.loading import load_processing, student_spec
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
 from reopold_agent.tracking.statistics import rollout_statistics
@@ -73,7 +73,7 @@ class Trainer(PPOTrainerSync):
         self.task_counts = dict(tasks)
         self.metrics = MetricsWriter(folder / "metrics.jsonl")
         self.trajectories = JsonLines(folder / "trajectories.jsonl")
-        processing = load_processing(ModelSpec(**vars(config.model.student)), "student")
+        processing = load_processing(student_spec(config.model), "student")
         self._vision = processing.vision
         self._banned = banned_ids(processing.tokenizer, processing.config)
         self._chat = ChatRenderer(

@@ -22,7 +22,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from reopold_agent.objectives.chunks import BANNED
 from reopold_agent.policies.vision import VisionProcessor
-from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.chat import forbidden_ids
 from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.verl.loss import ObjectiveLoss
 from reopold_agent.train.verl.records import pixels_of
@@ -161,10 +161,9 @@ class StudentWorker(ActorRolloutRefWorker):
 
 
 def banned_ids(tokenizer: Any, config: Any) -> list[int]:
-    """Returns the ids of probability 0: `ChatRenderer.forbidden_ids` and padded rows."""
+    """Returns the ids of probability 0: `forbidden_ids` and padded rows."""
     rows = int(config.get_text_config().vocab_size)
-    forbidden = ChatRenderer(tokenizer).forbidden_ids
-    return sorted({*forbidden, *range(len(tokenizer), rows)})
+    return sorted({*forbidden_ids(tokenizer), *range(len(tokenizer), rows)})
 
 
 def _pictures(micro_batch: Any) -> list[list[Any]]:
