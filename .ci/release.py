@@ -31,13 +31,7 @@ BESIDE = {"CHANGELOG.md", "CITATION.cff", "LICENSE", "MANIFEST.in", "README.md",
 """Contents of the source archive besides the package."""
 MADE = {"PKG-INFO", "setup.cfg"}
 """Files that setuptools adds to it."""
-NEEDED = (
-    "configs/train.yaml",
-    "demo/weights/",
-    "policies/templates/qwen3.jinja",
-    "py.typed",
-    "types.py",
-)
+NEEDED = ("configs/train.yaml", "demo/weights/", "py.typed", "types.py")
 """Of the package; a name with a slash at its end stands for at least one file below it."""
 SECONDS = 900
 MAX_WHEEL_MB = 15

@@ -45,7 +45,7 @@ def test_a_template_that_rewrites_turns_is_found_at_the_start(
     tmp_path: Path, no_model: None
 ) -> None:
     path = with_template(tmp_path / "student", "student", QWEN3)
-    told = r"rewrites earlier turns .*several turns\.\nPlay one turn \(rollout\.max_turns=1"
+    told = r"rewrites earlier turns .*several turns\.\nAdd .*play one turn \(rollout\.max_turns=1"
     with pytest.raises(ModelError, match=told):
         train(tmp_path / "run", f"model.student.path={path}")
     assert not (tmp_path / "run" / "config.yaml").exists()
