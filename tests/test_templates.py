@@ -556,7 +556,7 @@ def test_play_counts_with_the_template() -> None:
 
     def prompt(*more: str) -> int:
         budget = Budget(composed(*SMALL, *more)[0], "demo:student")
-        budget.begin({"text": "q", "images": ()}, "")
+        budget.begin({"text": "q", "images": ()}, {})
         return budget.prompt
 
     assert prompt("model.chat_template=qwen3") < prompt()
