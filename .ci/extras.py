@@ -22,7 +22,7 @@ import tempfile
 from pathlib import Path
 
 PYTHONS = ("3.10", "3.11", "3.12")
-EXTRAS = ("verl", "vllm", "judge", "video", "hub", "track")
+EXTRAS = ("verl", "vllm", "judge", "video", "hub", "track", "gym", "miniwob")
 PLATFORM = "x86_64-unknown-linux-gnu"
 SHOWN = ("torch", "torchvision", "transformers", "numpy", "vllm", "verl", "ray", "tensordict")
 SECONDS = 400  # for one resolution; 10 to 70 were measured, once 180 on a slow network

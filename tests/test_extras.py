@@ -31,7 +31,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 CHECK = ROOT / ".ci" / "extras.py"
-EXTRAS = ("verl", "vllm", "judge", "video", "hub", "track")
+EXTRAS = ("verl", "vllm", "judge", "video", "hub", "track", "gym", "miniwob")
 
 needs_uv = pytest.mark.skipif(
     importlib.util.find_spec("uv") is None, reason='needs uv: pip install -e ".[test]"'

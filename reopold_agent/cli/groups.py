@@ -13,7 +13,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.envs import ENVS
+from reopold_agent.envs import ENVS, load_env
+from reopold_agent.envs.registration import GYM
 from reopold_agent.errors import ConfigError, UnknownNameError, first_line
 
 _log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def prepare_groups(arguments: Sequence[str], config: str = "train") -> None:
         if not equals or not value or sweep or group not in groups_of(config):
             continue
         for name in value.strip("[]").split(","):
+            if group == "env" and name.startswith(GYM):
+                continue  # stored above
             if name.strip() not in options_of(group):
                 raise UnknownNameError(_noun(group), name.strip(), options_of(group))
 
@@ -117,16 +120,24 @@ def groups_of(config: str) -> list[str]:
 
 
 def options_of(group: str) -> list[str]:
-    """Returns a group's options, with those of plugins once `prepare_groups` has run."""
-    stored = ConfigStore.instance().repo.get(group, {})
-    return sorted({*_builtin_options(group), *(name.removesuffix(".yaml") for name in stored)})
+    """Returns a group's options, with those of plugins once `prepare_groups` has run.
+
+    Gymnasium's environments are not listed.
+    """
+    stored = {name.removesuffix(".yaml") for name in ConfigStore.instance().repo.get(group, {})}
+    return sorted(
+        {*_builtin_options(group), *(name for name in stored if not name.startswith(GYM))}
+    )
 
 
 def _group_list(config: str) -> str:
     """Lists a command's groups and their options for ``--help``."""
     groups = sorted(groups_of(config))
     width = max(map(len, groups))
-    return "\n".join(f"  {group:<{width}}  {', '.join(options_of(group))}" for group in groups)
+    options = {group: ", ".join(options_of(group)) for group in groups}
+    if "env" in options:
+        options["env"] += f", {GYM}ID (any environment of Gymnasium)"
+    return "\n".join(f"  {group:<{width}}  {options[group]}" for group in groups)
 
 
 def _store_environments(arguments: Sequence[str]) -> None:
@@ -143,6 +154,16 @@ def _store_environments(arguments: Sequence[str]) -> None:
             _log.warning("%s", error)  # a broken plugin must not stop other environments
             continue
         store.store(group="env", name=name, node=node, package="_global_")
+    for name in _gymnasium_names(arguments):
+        folder, _, file = f"env/{name}".rpartition("/")  # an id may have a namespace: ALE/Pong-v5
+        store.store(group=folder, name=file, node=_env_option(name), package="_global_")
+
+
+def _gymnasium_names(arguments: Sequence[str]) -> list[str]:
+    """Returns the names of Gymnasium's environments in a command line, also in a sweep or list."""
+    chosen = [word.removeprefix("env=") for word in arguments if word.startswith("env=")]
+    names = [name.strip(" '\"[]") for each in chosen for name in each.split(",")]
+    return [name for name in names if name.startswith(GYM) and name != GYM]
 
 
 def _store_objectives(builtin: Sequence[str]) -> None:
@@ -234,7 +255,7 @@ def _builtin_options(group: str) -> list[str]:
 
 
 def _env_option(name: str) -> dict[str, Any]:
-    entry = ENVS.get(name)
+    entry = load_env(name)
     sections = {key: value for key, value in entry.config.items() if key not in ("kwargs",)}
     unknown = [key for key in sections if key not in (*_SECTIONS, "takes_data")]
     if unknown:

@@ -29,6 +29,8 @@ PURPOSES = {
     "hub": "data sets from the hub",
     "track": "TensorBoard, Weights & Biases, MLflow",
     "lora": "model.student.lora",
+    "gym": "env=gym:ID: toy text, classic control, MiniGrid",
+    "miniwob": "env=gym:miniwob/...: web pages in a browser",
     "test": "the tests",
     "docs": "the documentation as a site",
     "dev": "working on this package",

@@ -28,4 +28,9 @@ gymnasium.register(
     entry_point="reopold_agent.envs.single_turn:SingleTurnEnv",
 )
 
+gymnasium.register(
+    id="reopold/Gymnasium-v0",
+    entry_point="reopold_agent.envs.gym_env:GymnasiumEnv",
+)
+
 __all__ = ["ENVS", "EnvEntry", "load_env", "register_env"]

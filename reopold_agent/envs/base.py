@@ -204,6 +204,21 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         own: str | None = task.metadata.get("system_message")
         return None if self._system_message is not None or "<tools>" in (own or "") else own
 
+    def opened(self, task: Task) -> Task:
+        """Returns a task as this episode asks it; here it stays as it is.
+
+        Called first at each reset, for an environment whose first observation comes about only
+        then.
+        """
+        return task
+
+    def without_pictures(self) -> None:
+        """Prepares for a model that reads text only; here nothing is to be done.
+
+        Raises:
+            ModelError: the environment cannot do without pictures.
+        """
+
     def begin(self, task: Task, state: EpisodeState) -> None:
         """Prepares an episode, before its first observation; here it does nothing.
 
@@ -277,6 +292,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         super().reset(seed=seed)
         task = self._choose_task(options or {})
         self.end_episode()  # before pictures are opened
+        task = self.opened(task)
         images = [_rgb(source.open()) for source in task.images]
         side = task.metadata.get("overview_max_side", self._overview_max_side)
         self._state = EpisodeState(
@@ -498,6 +514,19 @@ def show_as(env: gymnasium.Env[Any, Any], sizes: ShownSizes) -> None:
     inner = env.unwrapped
     if isinstance(inner, ToolEnv):
         inner.sizes = sizes
+
+
+def without_pictures(env: gymnasium.Env[Any, Any]) -> None:
+    """Tells an environment that the model reads text only.
+
+    Environments that are no `ToolEnv` are not told.
+
+    Raises:
+        ModelError: the environment cannot do without pictures.
+    """
+    inner = env.unwrapped
+    if isinstance(inner, ToolEnv):
+        inner.without_pictures()
 
 
 def end_episode(env: gymnasium.Env[Any, Any]) -> None:

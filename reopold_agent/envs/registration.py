@@ -32,6 +32,9 @@ class EnvEntry:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
+GYM = "gym:"
+"""Beginning of the names of Gymnasium's environments: ``env=gym:ID``."""
+
 ENVS: Registry[EnvEntry] = Registry("environment", "reopold_agent.envs", EnvEntry)
 
 
@@ -68,8 +71,19 @@ def load_env(name: str) -> EnvEntry:
 
     Raises:
         UnknownNameError: no environment has that name; the message lists them and suggests one.
+            (``gym:ID`` is looked up when the environment is made.)
     """
-    return ENVS.get(name)
+    if not name.startswith(GYM):
+        return ENVS.get(name)
+    kwargs: dict[str, Any] = {
+        "gym_id": name.removeprefix(GYM),
+        "kwargs": {},
+        "show": "auto",
+        "success_return": None,
+    }
+    turns = {"max_turns": 20}
+    config = {"kwargs": kwargs, "rollout": turns, "evaluation": turns}
+    return EnvEntry(name, "reopold/Gymnasium-v0", config)
 
 
 def find_env(id: str, setting: str) -> EnvSpec:
@@ -124,9 +138,12 @@ def _is_ours(id: str) -> bool:
 
 
 def task_seed(split: str, index: int) -> int:
-    """Returns the environment's seed for a task.
+    """Returns the environment's seed for a task, 0 to 2**31 - 1.
 
     It depends on split and index only, so every run and every sample of a group gets the same one.
+    Seeds of held-out tasks are odd and those of all others even, so that an environment whose seed
+    selects the task is never evaluated on a task that it was trained on.
     """
     words = [*split.encode(), index]
-    return int(np.random.SeedSequence(words).generate_state(1)[0]) & 0x7FFFFFFF
+    drawn = int(np.random.SeedSequence(words).generate_state(1)[0])
+    return drawn & 0x7FFFFFFE | (split == "eval")

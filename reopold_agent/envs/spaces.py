@@ -163,16 +163,19 @@ def parts_of(observation: Any) -> list[Part]:
     return parts
 
 
-def succeeded(info: Mapping[str, Any], total: float) -> bool:
+def succeeded(info: Mapping[str, Any], total: float, *, least: float | None = None) -> bool:
     """Whether an episode succeeded.
 
     Args:
         info: of its last step. The environment's own word counts: ``success``, or ``is_success``
             as in Gymnasium-Robotics.
-        total: sum of its rewards; without such a word, more than 0 is a success.
+        total: sum of its rewards.
+        least: the sum from which it is a success without such a word; None for more than 0.
     """
     given = info.get("success", info.get("is_success"))
-    return total > 0 if given is None else bool(given)
+    if given is not None:
+        return bool(given)
+    return total > 0 if least is None else total >= least
 
 
 def _is_picture(value: Any) -> bool:

@@ -15,10 +15,11 @@ from typing import Any
 import gymnasium
 
 from reopold_agent.config import TrainConfig, build
-from reopold_agent.envs.base import ToolEnv
+from reopold_agent.envs.base import ToolEnv, without_pictures
 from reopold_agent.envs.from_config import make_env, num_tasks
 from reopold_agent.envs.registration import task_seed
-from reopold_agent.errors import ConfigError, DataError
+from reopold_agent.envs.spaces import as_observation
+from reopold_agent.errors import ConfigError, DataError, ModelError
 from reopold_agent.evaluate.questions import LOOKED_AT, Questions
 from reopold_agent.judges import KINDS, grade
 from reopold_agent.policies.vision import VisionProcessor
@@ -59,7 +60,7 @@ class RecordingEnv(gymnasium.Wrapper[Any, str, Any, str]):
         observation, info = self.env.reset(seed=seed, options=options)
         inner = self.unwrapped
         episode = inner.episode if isinstance(inner, ToolEnv) else None
-        text = observation["text"].replace(IMAGE_MARK, "<image>")
+        text = as_observation(observation)["text"].replace(IMAGE_MARK, "<image>")
         system = str(info.get("system_prompt", ""))
         task = None if episode is None else episode.task
         self._shown[(options or {}).get("index", 0)] = Shown(text, system, task)
@@ -115,7 +116,8 @@ def environment_questions(name: str, config: TrainConfig, *, samples: int, seed:
         for index in range(min(count, LOOKED_AT)):
             options = {"split": "eval", "index": index}
             observation, _ = env.reset(seed=task_seed("eval", index), options=options)
-            pictures += len(observation.get("images", ()))
+            pictures += len(as_observation(observation)["images"])
+        needed = pictures > 0 and not _does_without(env)
     finally:
         env.close()
 
@@ -134,7 +136,7 @@ def environment_questions(name: str, config: TrainConfig, *, samples: int, seed:
         seed=(seed, 2),  # that of train.evaluation.evaluate_policy
         make_runner=runner,
         row_of=lambda trajectory: _row(trajectory, shown.get(trajectory.index)),
-        has_pictures=pictures > 0,
+        has_pictures=needed,
         stop_at_tool_call=limits.stop_at_tool_call,
         facts={
             "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p},
@@ -153,6 +155,17 @@ def environment_questions(name: str, config: TrainConfig, *, samples: int, seed:
             },
         },
     )
+
+
+def _does_without(env: gymnasium.Env[Any, Any]) -> bool:
+    """Whether an environment that has shown pictures shows none to a model that reads text only."""
+    try:
+        without_pictures(env)
+    except ModelError:
+        return False
+    options = {"split": "eval", "index": 0}
+    observation, _ = env.unwrapped.reset(seed=task_seed("eval", 0), options=options)
+    return not as_observation(observation)["images"]
 
 
 def questions_digest(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -30,7 +30,7 @@ class Questions:
         seed: seed of all random draws, with question and sample.
         make_runner: makes a runner that plays them.
         row_of: returns the row of an answer, except for what `answers.response_row` adds.
-        has_pictures: whether the first questions show pictures.
+        has_pictures: whether the first questions show pictures, to any model.
         facts: settings for the results.
         stop_at_tool_call: whether a turn ends with its first tool call.
         identity: returns a question's id, words and answers as its rows have them, or None if only

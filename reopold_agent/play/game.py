@@ -266,7 +266,7 @@ class Game:
         right = "right" if episode.success else "wrong"
         style = "bold green" if episode.success else "bold red"
         self._screen.say(f"{right}: reward {episode.reward:g}, ended by {stop}", style)
-        if episode.task is not None:
+        if episode.task is not None and episode.task.answers:
             self._screen.say(f"right answer: {' or '.join(episode.task.answers)}")
         self._record(episode)
         self._screen.say("Enter or /next for the next task, /task INDEX, /quit", "dim")

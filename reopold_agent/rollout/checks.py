@@ -71,13 +71,15 @@ def checked_runner(config: TrainConfig, student: Processing) -> RolloutRunner:
     """Returns a runner whose chat template suits the turns that the run may have.
 
     Raises:
-        ModelError: the template rewrites earlier turns, and several turns are possible.
+        ModelError: the template rewrites earlier turns, and several turns are possible; or the
+            student reads text only, and the environment cannot do without pictures.
     """
     chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
     evaluated = config.evaluation.max_turns if config.evaluation.tasks else 1
     turns = max(config.rollout.max_turns, evaluated)
     runner = make_runner(config, chat, student.vision, max_turns=turns)
     runner.check_template()
+    runner.check_pictures()
     return runner
 
 

@@ -19,7 +19,13 @@ import gymnasium
 import numpy as np
 
 from reopold_agent.common.pixels import PixelLimits, ShownSizes
-from reopold_agent.envs.base import ToolEnv, end_episode, show_as, truncate_episode
+from reopold_agent.envs.base import (
+    ToolEnv,
+    end_episode,
+    show_as,
+    truncate_episode,
+    without_pictures,
+)
 from reopold_agent.envs.registration import task_seed
 from reopold_agent.envs.spaces import as_observation, succeeded
 from reopold_agent.errors import ModelError
@@ -170,6 +176,15 @@ class RolloutRunner:
             if not isinstance(inner, ToolEnv) or inner.max_turns > 1:
                 raise
 
+    def check_pictures(self) -> None:
+        """Checks that the environment can do without pictures, if the model reads text only.
+
+        Raises:
+            ModelError: it cannot.
+        """
+        if self.vision is None:
+            self._make().close()
+
     def prompt(
         self, observation: Observation, info: Mapping[str, Any]
     ) -> tuple[list[int], list[EncodedImage]]:
@@ -274,6 +289,8 @@ class RolloutRunner:
         if self.vision is not None:
             sizes = ShownSizes(self.prompt_pixels, self.observation_pixels, self.vision.factor)
             show_as(env, sizes)
+        else:
+            without_pictures(env)
         return env
 
     def _start_reset(self, episode: _Episode) -> None:

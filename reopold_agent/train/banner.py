@@ -177,7 +177,7 @@ def _rows(config: TrainConfig, split: str, tasks: Mapping[str, int], report: Pat
     if split not in tasks:
         return "not played"
     if not config.env.takes_data:
-        return f"tasks of {config.env.id}"
+        return f"tasks of env={config.env.name}"
     spec = getattr(config.data, split) or {}
     found: dict[str, Any] = json.loads(report.read_text("utf-8")) if report.is_file() else {}
     lost = found[split]["rows"] - found[split]["usable"] if split in found else 0

@@ -1,0 +1,116 @@
+"""Observations of Gymnasium environments in words, and pictures in them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+_SMALLEST_PICTURE = 32
+"""Arrays with a shorter side (MiniGrid's 7 x 7 x 3) encode something else than a picture."""
+
+_COLOURS = ("grey", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
+_ESCAPE = re.compile(r"\x1b\[([0-9;]*)m")
+_OTHER_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-ln-z]")
+
+
+def in_words(value: Any, most: int, names: Sequence[str] = ()) -> str:
+    """Returns an observation as text; empty if there is nothing to say.
+
+    Args:
+        value: the observation.
+        most: parts (entries of a dictionary, or the whole) of more values are left out.
+        names: of the entries of a vector or tuple.
+    """
+    if value is None or (_count(value) > most and not isinstance(value, Mapping)):
+        return ""
+    if isinstance(value, Mapping):
+        parts = {key: in_words(each, most) for key, each in value.items()}
+        return "\n".join(f"{key}: {_indented(text)}" for key, text in parts.items() if text)
+    if names and len(names) == len(value):
+        return "\n".join(f"{name}: {_plain(each)}" for name, each in zip(names, value, strict=True))
+    return _plain(value)
+
+
+def can_say(space: spaces.Space[Any], most: int) -> bool:
+    """Whether `in_words` says something of an observation of this space."""
+    if isinstance(space, spaces.Dict):
+        return any(can_say(each, most) for each in space.values())
+    if isinstance(space, spaces.Tuple):
+        return all(can_say(each, most) for each in space.spaces)
+    if isinstance(space, spaces.OneOf):
+        return any(can_say(each, most) for each in space.spaces)
+    if isinstance(space, (spaces.Box, spaces.MultiDiscrete, spaces.MultiBinary)):
+        return 0 < int(np.prod(space.shape)) <= most
+    if space.dtype is not None and space.dtype.kind == "U":  # a text space of somebody's own
+        return True
+    return isinstance(space, (spaces.Discrete, spaces.Text, spaces.Sequence))
+
+
+def find_picture(space: spaces.Space[Any]) -> tuple[str, ...] | None:
+    """Returns where an observation holds a picture, as keys of dictionaries; None for nowhere."""
+    if isinstance(space, spaces.Dict):
+        for key, each in space.items():
+            inner = find_picture(each)
+            if inner is not None:
+                return (key, *inner)
+    if isinstance(space, spaces.Box) and space.dtype == np.uint8:
+        *sides, last = (*space.shape, 1) if len(space.shape) == 2 else space.shape or (0,)
+        if len(sides) == 2 and last in (1, 3) and min(sides) >= _SMALLEST_PICTURE:
+            return ()
+    return None
+
+
+def coloured_in_words(text: str) -> str:
+    """Replaces the colours of a terminal's text by words: ``[red S]FFF``.
+
+    Environments that are drawn as text mark by colour alone where the player is.
+    """
+    said, colours = [], ""
+    parts = _ESCAPE.split(_OTHER_ESCAPES.sub("", text))
+    for position, part in enumerate(parts):
+        if position % 2:
+            colours = _colours(part, colours)
+        elif part and colours:
+            said.append(f"[{f'{colours} {part}'.strip()}]")
+        else:
+            said.append(part)
+    return "".join(said).strip("\n")
+
+
+def _colours(codes: str, before: str) -> str:
+    found = before
+    for code in codes.split(";"):
+        number = int(code or 0)
+        if number == 0:
+            found = ""
+        elif 30 <= number % 60 <= 37 or 40 <= number % 60 <= 47:  # 90 to 107 are the bright ones
+            found = _COLOURS[number % 10]
+    return found
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, Mapping):
+        return sum(map(_count, value.values()))
+    if isinstance(value, (tuple, list)):
+        return sum(map(_count, value))
+    return int(value.size) if isinstance(value, np.ndarray) else 1
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_plain(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, np.ndarray):
+        value = value.tolist() if value.dtype != object else list(value)
+    elif isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(_plain, value)) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _indented(text: str) -> str:
+    return "\n" + "\n".join(f"  {line}" for line in text.split("\n")) if "\n" in text else text
