@@ -205,7 +205,7 @@ class GymnasiumEnv(ToolEnv):
         return super().num_tasks(split)
 
     @override
-    def load_tasks(self, split: str, **source: Any) -> TaskSource:
+    def load_tasks(self, split: str) -> TaskSource:
         return _Seeds(self._spec.id, split, self._num_tasks, self._words())
 
     @override
