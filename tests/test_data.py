@@ -22,10 +22,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from reopold_agent.common.pictures import to_rgb
 from reopold_agent.data import images as images_module
 from reopold_agent.data import load_tasks
 from reopold_agent.data.formats import verl_row
-from reopold_agent.data.images import BytesImage, FileImage, ZipImage, safe_join, to_rgb
+from reopold_agent.data.images import BytesImage, FileImage, ZipImage, safe_join
 from reopold_agent.demo.tasks import DemoTasks
 from reopold_agent.errors import ConfigError, DataError, MissingExtraError, UnknownNameError
 from reopold_agent.types import Task, TaskSource

@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from reopold_agent.data.images import FORMATS, BytesImage, FileImage, ZipImage, to_rgb
+from reopold_agent.common.pictures import FORMATS, to_rgb
+from reopold_agent.data.images import BytesImage, FileImage, ZipImage
 from reopold_agent.errors import DataError
 
 # Pillow warns of damage that it gets over.

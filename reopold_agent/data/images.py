@@ -1,35 +1,24 @@
 """Pictures that are opened safely, and only when they are needed.
 
-Whatever a file's mode (palette with transparency, 16 bits, greyscale, CMYK) and orientation tag,
-the rest of the program gets upright 8-bit RGB.
+`reopold_agent.common.pictures` decodes them.
 """
 
 from __future__ import annotations
 
-import functools
-import io
 import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from typing_extensions import override
 
+from reopold_agent.common.pictures import decode
 from reopold_agent.errors import DataError
 from reopold_agent.types import ImageSource
 
-MAX_PIXELS = 200_000_000
-"""Larger pictures are refused before they are decoded (decompression bombs)."""
-
 MAX_BYTES = 500_000_000
 """Larger files and members of zip archives are refused before they are read."""
-
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""The formats that are opened. Pillow knows more, but some start other programs (EPS: Ghostscript)
-and others are so rare that nobody looks for their vulnerabilities."""
 
 # RuntimeError: encrypted; NotImplementedError (a RuntimeError): unknown compression.
 _ZIP_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -52,7 +41,7 @@ class FileImage(ImageSource):
             data = self.path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read the picture {self.path}: {error}") from error
-        return _decode(data, str(self.path))
+        return decode(data, str(self.path))
 
 
 @dataclass(frozen=True)
@@ -79,7 +68,7 @@ class ZipImage(ImageSource):
                     data = file.read(info.file_size + 1)
         except _ZIP_ERRORS as error:
             raise DataError(f"cannot read {self.member} in {self.archive}: {error}") from error
-        return _decode(data, f"{self.archive}:{self.member}")
+        return decode(data, f"{self.archive}:{self.member}")
 
 
 def check_packing(info: zipfile.ZipInfo, archive: Path) -> None:
@@ -105,7 +94,7 @@ class BytesImage(ImageSource):
 
     @override
     def open(self) -> Image.Image:
-        return _decode(self.data, self.name)
+        return decode(self.data, self.name)
 
 
 def safe_join(root: Path, relative: str) -> Path:
@@ -135,50 +124,3 @@ def _hub_blobs(root: Path) -> list[Path]:
     """Returns the folder of files that a snapshot folder of huggingface_hub links to."""
     blobs = root.resolve().parent.parent / "blobs"
     return [blobs] if root.resolve().parent.name == "snapshots" and blobs.is_dir() else []
-
-
-def _decode(data: bytes, name: str) -> Image.Image:
-    try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
-        if image.width * image.height > MAX_PIXELS:
-            raise DataError(
-                f"{name} has {image.width}x{image.height} pixels; the limit is {MAX_PIXELS}"
-            )
-        image.seek(0)  # an animation's first frame
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
-    except DataError:
-        raise
-    except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
-        raise DataError(f"{name} is not a readable picture: none of {known}") from error
-    except Image.DecompressionBombError as error:
-        raise DataError(f"{name} is too large: {error}") from error
-    # A damaged file makes Pillow's readers raise nearly anything.
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{name} is not a readable picture: {reason}") from error
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Returns those of `FORMATS` that this build of Pillow supports."""
-    Image.init()
-    return tuple(each for each in FORMATS if each in Image.OPEN)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to 8-bit RGB: transparency becomes white, 16 bits are scaled to 8."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values: Any = np.asarray(image).astype(np.float32)
-        np.nan_to_num(values, copy=False)
-        # Modes "I" and "F" do not say how many bits are used; "I;16" does.
-        deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
-        top = 65535.0 if deep else 255.0
-        values = values.clip(0, top, out=values) * (255 / top)
-        image = Image.fromarray(values.round(out=values).astype(np.uint8))
-    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(paper, rgba).convert("RGB")
-    return image.convert("RGB")

@@ -25,12 +25,12 @@ from PIL import Image
 from typing_extensions import override
 
 from reopold_agent.common.bounded import DeadlineError
+from reopold_agent.common.guard import LOST
 from reopold_agent.common.processes import ChildProcess, descendants
 from reopold_agent.errors import ToolProcessError, ToolTimeoutError
 from reopold_agent.tools import sandbox
 from reopold_agent.tools.isolation import Isolation
 from reopold_agent.tools.wire import WireError, frame, read_frame
-from reopold_agent.tools.worker import LOST
 
 _log = logging.getLogger(__name__)
 

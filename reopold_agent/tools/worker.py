@@ -19,7 +19,6 @@ import contextlib
 import importlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -32,16 +31,14 @@ from typing import Any
 from PIL import Image
 from typing_extensions import override
 
+from reopold_agent.common.guard import guard_pipe, watch
 from reopold_agent.common.pixels import PixelLimits, ShownSizes
-from reopold_agent.common.processes import adopt_orphans, descendants, die_with_parent
+from reopold_agent.common.processes import adopt_orphans, die_with_parent
 from reopold_agent.errors import ToolError, ToolResultError
 from reopold_agent.tools import sandbox
 from reopold_agent.tools.base import TOOLS, EpisodeState, Tool, ToolResult, message_of, usable
 from reopold_agent.tools.wire import frame, plain, read_frame
 from reopold_agent.types import Task
-
-LOST = 100
-"""Exit status of the guard if the process that asks for results has ended."""
 
 MAX_TRACEBACK = 20_000
 
@@ -51,20 +48,15 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer to handle
     adopt_orphans()
-    owner = os.getppid()
-    # With it, the end of the child wakes the guard at once.
-    woken, waker = os.pipe()
-    os.set_blocking(waker, False)
-    signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    child = os.fork()
-    if child:
-        os.close(settings["socket"])
-        _watch(child, settings["lifeline"], woken, owner, settings["folder"])
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for each in (woken, waker, settings["lifeline"]):
-        os.close(each)
+    with guard_pipe() as woken:
+        owner = os.getppid()
+        child = os.fork()
+        if child:
+            os.close(settings["socket"])
+            status = watch(child, settings["lifeline"], woken, owner)
+            shutil.rmtree(settings["folder"], ignore_errors=True)
+            os._exit(status)
+    os.close(settings["lifeline"])
     status = 1
     try:
         _serve(settings)
@@ -75,45 +67,6 @@ def main() -> None:
             traceback.print_exc()
         sys.stderr.flush()
         os._exit(status)
-
-
-# The guard
-
-
-def _watch(child: int, lifeline: int, woken: int, owner: int, folder: str) -> None:
-    """Waits until one side ends, ends the other, and exits with the child's status."""
-    status = LOST
-    while True:
-        ready, _, _ = select.select([lifeline, woken], [], [], 1.0)
-        if woken in ready:
-            os.read(woken, 4096)
-        # A child of the pipe's owner may hold it open too, but a new parent shows its end as well.
-        if lifeline in ready or os.getppid() != owner:
-            break
-        done, how = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(how)
-            status = code if code >= 0 else 128 - code
-            break
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    _end_descendants()
-    shutil.rmtree(folder, ignore_errors=True)
-    os._exit(status)
-
-
-def _end_descendants() -> None:
-    """Ends all descendants, which this process inherits, until no more are left."""
-    for _ in range(2000):
-        for pid in descendants(os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
-        except ChildProcessError:
-            return
-        select.select([], [], [], 0.002)
 
 
 # The process that runs the tools
