@@ -31,6 +31,7 @@ PURPOSES = {
     "lora": "model.student.lora",
     "gym": "env=gym:ID: toy text, classic control, MiniGrid",
     "miniwob": "env=gym:miniwob/...: web pages in a browser",
+    "mcp": "tools=[mcp:...]: tools of MCP servers",
     "test": "the tests",
     "docs": "the documentation as a site",
     "dev": "working on this package",

@@ -33,6 +33,7 @@ from reopold_agent.tools import (
     find_tool_call,
 )
 from reopold_agent.tools.base import failure
+from reopold_agent.tools.mcp import is_server, server_tools
 from reopold_agent.tools.processes import runners_for
 from reopold_agent.tools.prompt import with_tools
 from reopold_agent.tools.schema import shorten
@@ -41,7 +42,8 @@ from reopold_agent.types import IMAGE_MARK, Observation, Task, TaskSource, ToolC
 ToolChoice: TypeAlias = "str | Mapping[str, Any] | Tool | Callable[..., ToolResult]"
 """A tool, its name, a function of which one is made (`Tool.of`), or a mapping with ``name`` and
 what the model is shown instead of the tool's own: ``as`` (a name), ``description``, ``parameters``
-(a JSON schema)."""
+(a JSON schema). ``mcp:...``, or a mapping with ``mcp``, stands for the tools of a server
+(`reopold_agent.tools.mcp`)."""
 
 
 class ToolEnv(gymnasium.Env[Observation, str]):
@@ -126,10 +128,14 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         if render_mode not in (None, "rgb_array"):
             raise ConfigError(f"render_mode is 'rgb_array' or None, got '{render_mode}'")
         self.render_mode = render_mode
-        self.tools = [_choose(each) for each in (self.default_tools if tools is None else tools)]
+        choices = self.default_tools if tools is None else tools
+        self.tools = [tool for choice in choices for tool in _choose(choice)]
         names = [tool.name for tool in self.tools]
         if len(set(names)) != len(names):
-            raise ConfigError(f"two tools are shown under one name: {', '.join(names)}")
+            raise ConfigError(
+                f"two tools are shown under one name: {', '.join(names)}\nGive one another: "
+                "{name: NAME, as: OTHER}, or for a server's tools {mcp: ..., as: 'files_*'}."
+            )
         self._tool_options = _by_own_name(
             tool_options or {}, self.tools, self.default_tool_options()
         )
@@ -566,24 +572,27 @@ def _outcome(given: Any) -> tuple[float, bool]:
         ) from None
 
 
-def _choose(choice: ToolChoice) -> Tool:
+def _choose(choice: ToolChoice) -> list[Tool]:
     if isinstance(choice, Tool):
-        return choice
+        return [choice]
+    if is_server(choice):
+        return server_tools(choice)
     if isinstance(choice, str):
-        return TOOLS.get(choice)
+        return [TOOLS.get(choice)]
     if callable(choice):
-        return Tool.of(choice)
+        return [Tool.of(choice)]
     unknown = set(choice) - {"name", "as", "description", "parameters"}
     if unknown or "name" not in choice:
         raise ConfigError(
             "a tool is given as a name, a function, or as {name, as, description, parameters}, "
             f"got {dict(choice)}"
         )
-    return TOOLS.get(choice["name"]).shown_as(
+    shown = TOOLS.get(choice["name"]).shown_as(
         choice.get("as"),
         description=choice.get("description"),
         parameters=choice.get("parameters"),
     )
+    return [shown]
 
 
 def _isolation(given: Isolation | Mapping[str, Any] | str) -> Isolation:

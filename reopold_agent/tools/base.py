@@ -176,6 +176,8 @@ class Tool:
             argument, the description under ``original``. Under ``shown`` such an argument is in
             pixels as the model sees them, and an environment that shows the tool's own words
             states the sizes of the question's pictures. None: the tool has no such option.
+        runner: runs the tool instead of a thread or a worker process: for one whose work is done
+            elsewhere, by a server.
     """
 
     name: str
@@ -187,6 +189,7 @@ class Tool:
     input_schema: Mapping[str, Any] | None = None
     inline: bool = False
     original_words: Mapping[str, str] | None = None
+    runner: ToolRunner | None = None
 
     @classmethod
     def of(
@@ -309,7 +312,7 @@ class Tool:
             state: the episode's.
             arguments: as the model gave them; they are checked here.
             seconds: a tighter limit than the tool's own, for an episode that runs out of time.
-            run: runs the tool; by default `on_thread`.
+            run: runs the tool; by default the tool's own ``runner``, or `on_thread`.
 
         Returns:
             The record of the call and the result for the model; the text of a failure begins
@@ -323,7 +326,7 @@ class Tool:
                 given = check_arguments(self.function, arguments)
             else:
                 given = check_by_schema(self.input_schema, arguments)
-            result = (run or on_thread)(self, state, given, limit)
+            result = (run or self.runner or on_thread)(self, state, given, limit)
         except ToolError as error:
             message = message_of(error)
         except (ToolResultError, ToolProcessError) as error:

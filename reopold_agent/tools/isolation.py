@@ -48,5 +48,7 @@ class Isolation:
 
     def covers(self, tool: Tool) -> bool:
         """Whether the tool runs in a process."""
+        if tool.runner is not None:
+            return False
         own = tool.function.__module__.split(".")[0] == __name__.split(".")[0]
         return self.mode == "process" or (self.mode == "plugins" and not own)

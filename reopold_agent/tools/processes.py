@@ -192,7 +192,7 @@ def runners_for(
             plain values.
     """
     isolated = [tool for tool in tools if isolation.covers(tool)]
-    runners: dict[str, ToolRunner] = {tool.name: on_thread for tool in tools}
+    runners: dict[str, ToolRunner] = {tool.name: tool.runner or on_thread for tool in tools}
     if isolated:
         processes = shared(isolation)
         processes.check(isolated, options)

@@ -16,9 +16,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import best_match
+from jsonschema.validators import validator_for
 from referencing import Registry
 
 from reopold_agent.errors import ConfigError, ToolError
+
+DEFAULT_DRAFT = Draft202012Validator
+"""The draft of a JSON schema that does not name its own."""
 
 _NAMES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 _ARTICLES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -66,7 +70,7 @@ def check_arguments(function: Callable[..., Any], arguments: object) -> dict[str
 
 
 def check_by_schema(schema: Mapping[str, Any], arguments: object) -> dict[str, Any]:
-    """Checks the arguments of a call against a JSON schema (draft 2020-12).
+    """Checks the arguments of a call against a JSON schema (draft 2020-12 unless it names another).
 
     Raises:
         ToolError: an argument is wrong; the message says for the model what is expected.
@@ -74,7 +78,7 @@ def check_by_schema(schema: Mapping[str, Any], arguments: object) -> dict[str, A
     if not isinstance(arguments, Mapping):
         raise ToolError(f"The arguments must be a JSON object, got {as_json(arguments)}.")
     # An empty registry: references to other documents are not fetched.
-    checker = Draft202012Validator(schema, registry=Registry())
+    checker = validator_for(schema, default=DEFAULT_DRAFT)(schema, registry=Registry())
     error = best_match(checker.iter_errors(arguments))
     if error is not None:
         place = error.json_path.removeprefix("$").removeprefix(".")
