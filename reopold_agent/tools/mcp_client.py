@@ -42,7 +42,7 @@ from reopold_agent.errors import (
     first_line,
 )
 from reopold_agent.tools.base import EpisodeState
-from reopold_agent.tools.mcp import Server
+from reopold_agent.tools.mcp_settings import Server
 from reopold_agent.tools.schema import shorten
 
 _log = logging.getLogger(__name__)
