@@ -271,6 +271,13 @@ def test_results_stand_in_the_order_of_their_calls(
     assert "".join(map(str, found.turns[2].parts)) == expected
 
 
+def test_ids_of_calls_that_are_written_in_words_are_not_checked(tmp_path: Path) -> None:
+    row = {"messages": [ASK, {**SAY, "content": CALL}, result("1", "a"), SAY], "id": None}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (found,) = load_demonstrations({"path": str(tmp_path)})
+    assert (found.id, found.turns[2].parts) == ("0", ("1",))
+
+
 def test_a_result_keeps_its_pictures_when_it_moves(rendered: Callable[..., Trajectory]) -> None:
     calls = [{**openai("crop_image", BOX), "id": each} for each in ("one", "two")]
     ask = {"role": "user", "content": "Look at both."}
@@ -606,7 +613,13 @@ def test_training_reads_calls_results_and_weights(tmp_path: Path) -> None:
         ([ASK, {"role": "assistant", "content": [{"type": "text", "text": " \n"}]}, ASK, SAY],
          "message 1: it is empty"),
         ([ASK, calls_of("a", "b"), result("1", "a"), result("2", "c"), SAY],
-         "message 3: its 'tool_call_id' 'c' answers no call of message 1, whose ids are 'a', 'b'"),
+         "message 3: its 'tool_call_id' 'c' answers no call of message 1 ('a', 'b'); correct it"),
+        ([ASK, SAY, result("1", "c"), SAY],
+         "message 2: its 'tool_call_id' 'c' answers no call of message 1 (there is none)"),
+        ([ASK, {**calls_of("a"), "image": "a.png"}, result("1"), SAY],
+         "message 1: only the user's messages may hold pictures"),
+        ([ASK, {**SAY, "tool_calls": [{**bare("f", {}), "image": "a.png"}]}],
+         "message 1: 'image' cannot be rendered"),
         ([ASK, calls_of("a", "b"), result("1", "a"), result("2"), SAY],
          "message 3: its 'tool_call_id' null answers no call"),
         ([ASK, calls_of("a", "b"), result("1", "b"), SAY],

@@ -96,5 +96,7 @@ def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def _rows_of_the_page() -> list[str]:
     (block,) = re.findall(r'```\n(\{"id".*?)```', PAGE, re.DOTALL)
-    first, second = block.replace("\n ", " ").replace("{...}", "{}").splitlines()
-    return [first, second]
+    block = re.sub(r"\n +", " ", block).replace("{...}", "{}").replace("[...]", "[]")
+    rows: list[str] = block.splitlines()
+    assert len(rows) == 3
+    return rows

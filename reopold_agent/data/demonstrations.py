@@ -30,13 +30,7 @@ from reopold_agent.data.pictures import (
     unread_columns,
 )
 from reopold_agent.data.rows import download, fills_with_nulls, find_row_files, read_rows
-from reopold_agent.data.turns import (
-    Mark,
-    Pieces,
-    chosen_pictures,
-    pieces_of,
-    system_column,
-)
+from reopold_agent.data.turns import Mark, Pieces, chosen_pictures, pieces_of, system_column
 from reopold_agent.data.urls import url_rules
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.types import ImageSource, Role
@@ -190,7 +184,8 @@ def _demonstration(row: Mapping[str, Any], number: int, pictures: PictureFolder)
         raise DataError("no message is trained on: each of the assistant's has weight 0")
     tools = _tools(row)
     _check_names(read, tools)
-    return Demonstration(str(row.get("id", row.get("qid", number))), turns, tools)
+    names = (row.get("id"), row.get("qid"), number)
+    return Demonstration(str(next(name for name in names if name is not None)), turns, tools)
 
 
 def _refuse_lost(row: Mapping[str, Any]) -> None:
@@ -326,7 +321,7 @@ def _with_results(read: Sequence[_Read]) -> list[_Read]:
         if role != "tool":
             found += each
             continue
-        results = _in_order(found[-1], each) if found and found[-1].calls else each
+        results = _in_order(found[-1], each) if found else each
         parts = [part for result in results for part in ("\n", *result.turn.parts)]
         found.append(replace(each[0], turn=replace(each[0].turn, parts=tuple(parts[1:]))))
     return found
@@ -339,13 +334,15 @@ def _in_order(turn: _Read, results: Sequence[_Read]) -> Sequence[_Read]:
         DataError: a result answers no call of the turn, or a call has no result or two.
     """
     ids = [result.answers for result in results]
-    if None not in turn.calls and any(ids):
+    written = any("<tool_call>" in part for part in turn.turn.parts if isinstance(part, str))
+    if None not in turn.calls and any(ids) and (turn.calls or not written):
         by_id: dict[str | None, _Read] = {}
         for result in results:
             if result.answers not in turn.calls:
                 raise DataError(
                     f"{result.where}: its 'tool_call_id' {_quoted(result.answers)} answers no call "
-                    f"of {turn.where}, whose ids are {', '.join(map(_quoted, turn.calls))}"
+                    f"of {turn.where} ({', '.join(map(_quoted, turn.calls)) or 'there is none'}); "
+                    "correct it, or leave all ids out"
                 )
             if by_id.setdefault(result.answers, result) is not result:
                 raise DataError(
@@ -409,15 +406,15 @@ def _read(where: str, message: Any, folder: PictureFolder) -> tuple[_Read, Piece
     role = _ROLES.get(str(message.get("role")))
     if role is None:
         raise DataError(f"the role must be one of {', '.join(_ROLES)}, got {message.get('role')!r}")
-    _refuse_unknown(message, _MESSAGE)
+    _refuse_unknown({k: v for k, v in message.items() if not is_picture_column(k)}, _MESSAGE)
     content, calls, weight = (message.get(key) for key in ("content", "tool_calls", "weight"))
     if role != "assistant" and (calls or weight):
         raise DataError("only an assistant's message can have 'tool_calls', or a 'weight' above 0")
     trained = _trained(message)
     called = _calls(calls)
-    pieces: Pieces = []
-    if content is not None or not calls:
-        pieces = pieces_of(message, folder, shows_pictures=role == "user")
+    if content is None and calls:
+        message = {**message, "content": ""}
+    pieces = pieces_of(message, folder, shows_pictures=role == "user")
     if role == "assistant" and trained and not calls and not "".join(map(str, pieces)).strip():
         raise DataError(
             "it is empty, and the student would learn to stop at once; give it 'weight': 0, or "
@@ -492,9 +489,10 @@ def _without_nulls(value: Any) -> Any:
 
 def _refuse_unknown(given: Mapping[str, Any], known: Collection[str]) -> None:
     for key, value in given.items():
-        if key not in known and not is_picture_column(key) and not _is_nothing(value):
+        if key not in known and not _is_nothing(value):
             raise DataError(
-                f"'{key}' cannot be rendered, and would be lost; what is read is {', '.join(known)}"
+                f"'{key}' cannot be rendered, and would be lost; leave it out, or say it with what "
+                f"is read: {', '.join(known)}"
             )
 
 
