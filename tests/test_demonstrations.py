@@ -642,6 +642,8 @@ def test_training_reads_calls_results_and_weights(tmp_path: Path) -> None:
         ([ASK, {**SAY, "tool_calls": [{"function": {"arguments": "{}"}}]}], "call has no name"),
         ([ASK, {**SAY, "tool_calls": [{"name": "f", "parameters": {"x": 1}}]}],
          "'parameters' cannot be rendered"),
+        ([ASK, {**SAY, "tool_calls": [{"function": {"name": "f", "parameters": {"x": 1}}}]}],
+         "'parameters' cannot be rendered"),
         ([ASK, {**SAY, "tool_calls": [bare("f", {"x": float("nan")})]}], "of 'f' are no JSON"),
         ([ASK, {**SAY, "tool_calls": [{"name": "f", "arguments": "{x}"}]}], "of 'f' are no JSON"),
         ([ASK, {**SAY, "tool_calls": [{"name": "f", "arguments": [1]}]}], "must be a JSON object"),
