@@ -20,6 +20,7 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 from docs_pages import PAGES, ROOT, SHELL, Block, all_blocks, blocks, commands, with_files
+from running import environment
 from test_plugin import install
 
 README = (ROOT / "README.md").read_text("utf-8")
@@ -85,8 +86,7 @@ def plugins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """An environment in which the example packages are installed."""
     examples = ("reopold_rotated", "reopold_shop", "reopold_objective")
     site = install(tmp_path_factory.mktemp("plugins"), *examples)
-    path = os.pathsep.join([str(site), str(ROOT)])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**environment(), "PYTHONPATH": os.pathsep.join([str(site), str(ROOT)])}
 
 
 def failures(found: list[tuple[str, tuple[str, ...]]], env: dict[str, str], cwd: Path) -> list[str]:
@@ -154,6 +154,7 @@ def python_pages() -> list[str]:
 @pytest.mark.parametrize("document", python_pages())
 def test_python_of_a_page_runs(document: str, plugins: dict[str, str], tmp_path: Path) -> None:
     """All blocks of a page in order, in one namespace, in a separate process."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")  # as if it ran in a clone
     ours = [b for b in BLOCKS if b.page == document and b.language == "python" and runs(b)]
     # Empty lines in front, so that a traceback names the line of the page.
     parts = [
