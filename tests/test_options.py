@@ -49,8 +49,14 @@ def refusal(folder: Path, source: str, row: dict[str, Any]) -> str:
 @pytest.mark.parametrize("answer", ["B", "(b)", "dog", "B. dog", ["Dog"], "['B']"])
 @pytest.mark.parametrize(
     "columns",
-    [{"options": PETS}, {"choices": PETS}, dict(zip("ABC", PETS, strict=True))],
-    ids=["options", "choices", "A, B, C"],
+    [
+        {"options": PETS},
+        {"choices": PETS},
+        dict(zip("ABC", PETS, strict=True)),
+        {f"option_{letter}": pet for letter, pet in zip("abc", PETS, strict=True)},
+        {f"choice{letter}": pet for letter, pet in zip("ABC", PETS, strict=True)},
+    ],
+    ids=["options", "choices", "A, B, C", "option_a", "choiceA"],
 )
 def test_every_source_shows_options_and_knows_the_right_one(
     tmp_path: Path, source: str, answer: Any, columns: dict[str, Any]
@@ -150,6 +156,12 @@ def test_forms_of_the_column(given: Any) -> None:
     assert options_of({"choices": given}, ()) == PETS
 
 
+def test_we_maths_column_in_other_sources(tmp_path: Path) -> None:
+    row = {"question": "Which?", "answer": "B", "option": "A. cat; B. dog"}
+    assert one(tmp_path, "pixel_reasoner", row).metadata["options"] == ["cat", "dog"]
+    assert "options" not in one(tmp_path, "pixel_reasoner", {**row, "option": "yes"}).metadata
+
+
 @pytest.mark.parametrize("given", [None, float("nan"), [], "", " ", "[]", [None, ""], {"A": None}])
 def test_no_options(given: Any) -> None:
     assert options_of({"options": given}, ("dog",)) == []
@@ -168,6 +180,8 @@ def test_no_options(given: Any) -> None:
         (list(range(11)), "11 options; 10 are possible"),
         ({"cat": 1, "dog": 2}, "a list, or an object with the keys A, B and so on"),
         ({"text": PETS, "label": ["1", "2", "3"]}, "with the keys A, B and so on"),
+        ({"text": PETS, "label": 3}, "with the keys A, B and so on"),
+        ({"text": PETS, "label": ["A"]}, "with the keys A, B and so on"),
     ],
 )
 def test_options_that_cannot_be_read(given: Any, message: str) -> None:
@@ -268,6 +282,7 @@ def test_the_hubs_label_counts_options_from_0(tmp_path: Path, source: str, label
     assert one(tmp_path, source, {**row, "answer": "cat"}).answers == ("A",)
     assert "the label 3 is none of 0 to 2" in refusal(tmp_path, source, {**row, "label": 3})
     answer = "no answer" if source != "math_jsonl" else "neither answer nor final_answer"
+    assert "'²' is neither" in refusal(tmp_path, source, {**row, "label": "²"})
     for nothing in ({"label": -1}, {"choices": []}):
         assert answer in refusal(tmp_path, source, {**row, **nothing})
 
@@ -292,6 +307,7 @@ def test_a_label_that_is_no_option_leaves_the_solution_alone(tmp_path: Path) -> 
         (["3", "three"], ("3", "three")),
         (3.0, ("3",)),
         (2.5, ("2.5",)),
+        (1e300, ("1e+300",)),
         (True, ("True",)),
     ],
 )

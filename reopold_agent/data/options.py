@@ -27,12 +27,16 @@ _PROBLEM = "options"
 
 _COLUMNS = ("options", "choices")
 
+_LETTERED = re.compile(r"(?:option|choice)(?:_|(?!s))([a-z])", re.IGNORECASE)
+"""Columns of one option each, such as SEED-Bench's ``choice_a``, but not ``options``."""
+
 
 def options_of(row: Mapping[str, Any], answers: Sequence[str] | None = None) -> list[str]:
     """Returns the texts of a row's options, or an empty list if it has none.
 
     They are in ``options`` or ``choices`` (a list, an object by letter, the hub's ``text`` and
-    ``label``, or one of these or a lettered list as text), or else in the columns A, B and so on.
+    ``label``, or one of these or a lettered list as text), in ``option_a``, ``option_b`` or
+    ``choice_a`` and so on, in We-Math's ``option``, or else in the columns A, B and so on.
 
     Args:
         row: the row.
@@ -47,8 +51,13 @@ def options_of(row: Mapping[str, Any], answers: Sequence[str] | None = None) -> 
     for name in _COLUMNS:
         if found := _filled(_given(row, name)):
             return _texts(found)
+    named = {m[1].upper(): row[name] for name in row if (m := _LETTERED.fullmatch(str(name)))}
+    if found := _filled([named.get(letter) for letter in ascii_uppercase]):
+        return _texts(found)
     lettered = [row.get(letter) for letter in ascii_uppercase]
     if answers is not None:
+        if listed := options_in(str(row.get("option") or "")):  # We-Math's own reader shows it
+            return _texts(listed)
         if any(
             is_blank(value) or not isinstance(value, (str, int, float)) for value in lettered[:2]
         ):
@@ -150,7 +159,7 @@ def labelled_option(row: Mapping[str, Any]) -> str | None:
     options = options_of(row, ["A"]) if number != "-1" else []
     if not options:
         return None
-    if not number.isdigit():
+    if not number.isdecimal():
         return number
     if int(number) >= len(options):
         raise RowError(_PROBLEM, f"the label {number} is none of 0 to {len(options) - 1}")
@@ -251,8 +260,9 @@ def _given(row: Mapping[str, Any], name: str) -> Sequence[Any]:
         return list_of({name: row.get(name)}, name)
     labels, texts = as_list(value.get("label")), as_list(value.get("text"))
     if isinstance(texts, (list, tuple)):
-        labels = list(LETTERS[: len(texts)]) if labels is None else labels
-        value = dict(zip(labels, texts, strict=False)) if len(labels) == len(texts) else {}
+        labels = ascii_uppercase[: len(texts)] if labels is None else labels
+        fits = isinstance(labels, Sequence) and len(labels) == len(texts)
+        value = {str(label): text for label, text in zip(labels, texts)} if fits else {}  # noqa: B905
     by_letter = {str(key).strip().upper(): option for key, option in value.items()}
     if not by_letter or not set(by_letter) <= set(ascii_uppercase):
         raise RowError(
@@ -280,9 +290,13 @@ def _texts(values: Sequence[Any]) -> list[str]:
     return bare if len(bare) == len(texts) else texts
 
 
+_EXACT = 2**53
+"""Larger numbers in floating point may stand for another whole number."""
+
+
 def text_of_value(value: str | float) -> str:
     """Returns a text or a number as text; pandas makes 3.0 of a 3 in a column with empty cells."""
-    if isinstance(value, float) and value.is_integer():
+    if isinstance(value, float) and value.is_integer() and abs(value) < _EXACT:
         value = int(value)
     return str(value).strip()
 
