@@ -21,6 +21,7 @@ from reopold_agent.data.checks import BadRowsError, RowError
 from reopold_agent.data.formats import acceptable_answers
 from reopold_agent.data.options import options_of, right_options, with_options
 from reopold_agent.evaluate.benchmarks import Benchmark, load_benchmark
+from reopold_agent.judges import grade
 from reopold_agent.types import Task
 
 PETS = ["cat", "dog", "a red fish"]
@@ -417,3 +418,16 @@ def test_training_rewards_the_letter_and_the_text(
     env.reset(options={"split": "train", "index": 0})
     assert env.step(f"So it is \\boxed{{{response}}}.")[1] == reward
     env.close()
+
+
+@pytest.mark.parametrize(("response", "right"), [("Q", True), ("B", True), ("P", False)])
+def test_a_letter_that_is_no_label_is_an_options_text(response: str, right: bool) -> None:
+    options = ["P", "Q", "R", "S"]
+    assert grade(f"\\boxed{{{response}}}", "B", "option", options=options).correct == right
+
+
+def test_vlmevalkits_columns_are_options_and_its_answers_letters(tmp_path: Path) -> None:
+    row = {"question": "Which?", "A": "B", "B": "A", "answer": "A"}
+    assert one(tmp_path, "vlmevalkit", row).answers == ("A",)
+    told = refusal(tmp_path, "vlmevalkit", {**row, "A": "3", "B": "4", "answer": "12"})
+    assert "'12' is neither the letter nor the text of one of 2 options" in told
