@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import pytest
 from running import environment
 
 ROOT = Path(__file__).parents[1]
@@ -48,3 +49,26 @@ def test_the_student_learns(tmp_path: Path) -> None:
     success, reward = ([float(row[column]) for row in found] for column in (1, 2))
     assert sum(success[-3:]) / 3 > success[0] + 0.1
     assert sum(reward[-3:]) / 3 > reward[0] + 0.2  # closer to the teacher
+
+
+@pytest.mark.parametrize("name", ["plain_gymnasium.py", "in_trl.py"])
+def test_the_examples_of_other_trainers_are_short(name: str) -> None:
+    tree = ast.parse((ROOT / "examples" / name).read_text("utf-8"))
+    body = [each for each in tree.body[1:] if not isinstance(each, (ast.Import, ast.ImportFrom))]
+    lines = {node.lineno for each in body for node in ast.walk(each) if hasattr(node, "lineno")}
+    assert len(lines) < 25
+
+
+def test_a_trainer_that_knows_only_gymnasium_plays_our_environment(tmp_path: Path) -> None:
+    student = ROOT / "reopold_agent" / "demo" / "weights" / "arithmetic_student"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "plain_gymnasium.py"), str(student), "1"],
+        cwd=tmp_path,
+        env={**environment(), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "episode 0: 3 turns, reward 0\n"
