@@ -179,8 +179,8 @@ def chosen(
     if not plain:
         return None
     match = _WHOLE.fullmatch(plain)
-    if match and (letters := _among(match[1], options)):
-        return letters
+    if match:
+        return _among(match[1], options)
     named = [letter.lower() for letter, option in options.items() if same_text(text, option)]
     if len(named) == 1:
         return frozenset(named)
@@ -188,9 +188,9 @@ def chosen(
     if item and (rest := plain[item.end() :].strip()) and rest != plain:
         match = re.match(rf"(?:{_TOKEN}|([a-z])(?=[.):,]|$))", rest)
         if match:
-            run = _run(match, rest)
-            if len(run) != 1:
-                return _among(run, options) if run else None
+            letters = _run(match, rest)
+            if len(letters) != 1:
+                return _among(letters, options) if letters else None
             return _checked(match, rest, options)
     if _SEVERAL.fullmatch(plain):
         found = re.findall(r"[A-Z]", plain)
