@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from docs_pages import ROOT, blocks, commands
 from mcp_server import png
-from running import composed, environment, lines, start, train
+from running import composed, environment, lines, start, train, train_rows
 from test_envs import call
 
 from reopold_agent.envs.base import ToolEnv
@@ -40,6 +42,7 @@ pytestmark = pytest.mark.skipif(
 TESTS = Path(__file__).parent
 SERVER = TESTS / "mcp_server.py"
 RAW = TESTS / "mcp_raw_server.py"
+SHORT = ("evaluation.tasks=1", "evaluation.every=0", "evaluation.teacher=false")
 GOOD = {"mcp": {"command": [sys.executable, str(SERVER)]}}
 
 
@@ -518,8 +521,7 @@ def test_a_student_that_calls_a_servers_tool_is_trained(
     monkeypatch.setenv("SHOP_PICTURE", base64.b64encode(png(40)).decode())
     variables = "{RAW_TOOL: $SHOP_TOOL, RAW_PICTURE: $SHOP_PICTURE, SHOP_KEY: $SHOP_VALUE}"
     server = f"{{command: [{sys.executable}, -S, {RAW}, picture], env: {variables}}}"
-    short = ("steps=2", "evaluation.tasks=1", "evaluation.every=0", "evaluation.teacher=false")
-    train(tmp_path, *short, f"+env.kwargs.tools=[{{mcp: {server}}}]")
+    train(tmp_path, *SHORT, "steps=2", f"+env.kwargs.tools=[{{mcp: {server}}}]")
     results = [
         turn
         for line in lines(tmp_path / "trajectories.jsonl")
@@ -530,3 +532,29 @@ def test_a_student_that_calls_a_servers_tool_is_trained(
     for file in tmp_path.rglob("*"):
         if file.is_file():
             assert b"abcdefgh-secret" not in file.read_bytes(), file
+
+
+def test_the_documents_command_trains_with_the_documents_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ROOT / "docs" / "tools.md"
+    found = [each for block in blocks(page) for each in commands(block)]
+    ours = next(each.words for each in found if "examples/mcp_server.py" in " ".join(each.words))
+    assert ours[:3] == ("python", "-m", "reopold_agent.train")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PATH", environment()["PATH"])  # `python` is this one
+    train(tmp_path, *SHORT, *ours[3:])
+    assert len(train_rows(tmp_path)) == 2
+    assert "draw_bars" in (tmp_path / "trajectories.jsonl").read_text("utf-8")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text("utf-8"))["env"]["kwargs"]["tools"]
+    assert saved == ["crop_image", "mcp:python examples/mcp_server.py"]
+
+
+def test_the_documents_server_draws_and_multiplies() -> None:
+    tools = tools_of(f"mcp:{sys.executable} {ROOT / 'examples' / 'mcp_server.py'}")
+    assert told(tools["multiply"], first=6, second=7) == "42.0"
+    picture = tools["draw_bars"].call(state(), {"values": [0, 100]})[1].images[0]
+    assert picture.size == (48, 112)
+    assert picture.getpixel((34, 50)) == (0, 0, 128)
+    assert picture.getpixel((10, 50)) == (255, 255, 255)
+    assert "Execution error" in told(tools["draw_bars"], values=[])
