@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gc
+import gzip
+import http.server
 import importlib.util
 import json
 import logging
@@ -411,6 +414,85 @@ def test_what_a_server_does_wrong_in_a_call_is_a_message(
         assert caplog.text.count("has changed its tools") == 1
     if behaviour == "wrong json":
         assert "wrote a line that is no message" in caplog.text
+
+
+class BadHttp(http.server.BaseHTTPRequestHandler):
+    """An MCP server that answers calls badly; the address says how."""
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        number, how = request.get("id"), self.path.strip("/")
+        if request["method"] == "initialize":
+            info = {"serverInfo": {"name": "bad", "version": "1"}, "capabilities": {"tools": {}}}
+            self.reply({"id": number, "result": {"protocolVersion": "2025-06-18", **info}})
+        elif request["method"] == "tools/list":
+            look = {"name": "look", "inputSchema": {"type": "object"}}
+            self.reply({"id": number, "result": {"tools": [look]}})
+        elif request["method"] != "tools/call":
+            self.send_error(202 if number is None else 404)
+        elif how == "packed":
+            self.send(gzip.compress(b" " * 100), "application/json", "gzip")
+        elif how == "page":
+            self.send(b"<p>hello</p>", "text/html")
+        elif how == "broken":
+            self.send(b"{]", "application/json")
+        elif how == "failing":
+            self.send_error(500)
+        elif how == "refusing":
+            self.send_error(401)
+        else:
+            kind = "text/event-stream" if how == "events" else "application/json"
+            with contextlib.suppress(OSError):
+                self.send(b"data: ", kind, length=1 << 40)
+                while True:
+                    self.wfile.write(b"x" * 65536)
+
+    def reply(self, message: dict[str, Any]) -> None:
+        self.send(json.dumps({"jsonrpc": "2.0", **message}).encode(), "application/json")
+
+    def send(self, body: bytes, kind: str, packed: str = "identity", length: int = 0) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Encoding", packed)
+        self.send_header("Content-Length", str(length or len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def bad_address() -> Iterator[str]:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), BadHttp)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("packed", "its server sends packed data (gzip)"),
+        ("page", "Unexpected content type: text/html"),
+        ("broken", "Failed to parse JSON response"),
+        ("failing", "its server answered with an error: Server returned an error response"),
+        ("refusing", "its server answered with an error: Server returned an error response"),
+        ("endless", "it sent a message of more than 1 MB"),
+        ("events", "its server answered with an error: SSE stream"),
+    ],
+)
+def test_what_a_server_does_wrong_over_http_is_a_message(
+    how: str, words: str, bad_address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from reopold_agent.tools import mcp_client
+
+    monkeypatch.setattr(mcp_client, "MAX_BYTES", 1 << 20)
+    look = tools_of(f"mcp:{bad_address}/{how}")["look"]
+    assert words in told(look)
+    assert words in told(look)
 
 
 def test_schemas_of_another_draft_are_checked_by_it() -> None:

@@ -125,7 +125,10 @@ class Connection:
             ConfigError: it does not start.
         """
         try:
-            _wait(self._opened(), None)
+            if self._tools is None:
+                session = _wait(self._opened(), None)
+                if self._server.per_episode:
+                    _wait(session.close(), None)  # the episodes open their own
         except ToolProcessError as error:
             raise ConfigError(
                 f"the MCP server '{self._server.name}' does not start: {error}\n"
@@ -234,7 +237,7 @@ class _Session:
     """
 
     def __init__(self, server: Server, changed: Any) -> None:
-        self.alive = self._ending = False
+        self.alive = self._ending = self._hurry = False
         self._reason = ""
         self._server, self._changed = server, changed
         self._client: Client | None = None
@@ -304,8 +307,8 @@ class _Session:
                 self._end("its server has ended the session")
                 raise _LostError(self.reason, again=True) from error
             if error.code == types.CONNECTION_CLOSED:
-                if error.message == "Connection closed" and self._task is not None:
-                    # It is ending, which says why.
+                if error.message == "Connection closed" and self._task and not self._reason:
+                    # It is ending, and about to say why.
                     await asyncio.wait({self._task}, timeout=EXIT_SECONDS + 2 * GRACE_SECONDS)
                 if self._stop.is_set():
                     raise _LostError(self.reason, again=self._unreached) from error
@@ -458,7 +461,7 @@ class _Session:
             try:
                 with anyio.CancelScope(shield=True):
                     process.stdin.close()
-                    if not await _ended(process, EXIT_SECONDS):
+                    if self._hurry or not await _ended(process, EXIT_SECONDS):
                         os.write(ours, b"\n")
                         if not await _ended(process, 2 * GRACE_SECONDS):
                             process.kill()
@@ -499,8 +502,8 @@ class _Session:
                 how = ": its command cannot be started"
             self._end(f"its server has ended{how}{self._said()}")
         except _TooMuchError as error:
+            self._hurry = True  # it would go on writing
             self._end(str(error))
-            process.kill()
         except (anyio.BrokenResourceError, anyio.ClosedResourceError):
             return  # the session has ended
         inward.close()
