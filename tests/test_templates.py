@@ -358,13 +358,14 @@ def test_a_shipped_template_needs_its_control_tokens(missing: str) -> None:
         ("qwen2.5", r"Did you mean 'qwen2_5'\?\n"),
         ("none/such.jinja", r"such\.jinja is neither a file nor a shipped template\.\nGive the p"),
         ("", r"chat_template= is neither"),
+        (QWEN25, r"cannot be read: .*File name too long.*\nGive a Jinja file"),
     ],
 )
 def test_unknown_names_and_files(given: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         chat_template(given)
     with pytest.raises(ConfigError, match=told):
-        composed(f"model.chat_template='{given}'")
+        composed("model.chat_template=" + json.dumps(given))
 
 
 @pytest.mark.parametrize(
@@ -372,13 +373,19 @@ def test_unknown_names_and_files(given: str, told: str) -> None:
     [
         (b"\xff\xfe\x00", r"cannot be read: .*\nGive a Jinja file in UTF-8"),
         (b" \n", r"is empty\.\nGive"),
-        (b"x" * 1_000_001, r"is larger than 1 MB\.\nGive"),
+        (b"x" * 1_000_001, r"has more than 1,000,000 characters\.\nGive"),
     ],
 )
 def test_files_that_are_no_templates(tmp_path: Path, content: bytes, told: str) -> None:
     (tmp_path / "bad.jinja").write_bytes(content)
     with pytest.raises(ConfigError, match=told):
         chat_template(str(tmp_path / "bad.jinja"))
+
+
+def test_line_ends_and_marks_of_windows_do_not_matter(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_bytes(b"\xef\xbb\xbf" + chat_template("qwen3").replace("\n", "\r\n").encode())
+    assert chat_template(str(file)) == chat_template("qwen3")
 
 
 def test_what_is_known_of_a_template_goes_to_other_processes() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from reopold_agent.errors import ConfigError, first_line, suggestion
 
 _FOLDER = Path(__file__).parent
-_MAX_BYTES = 1_000_000
+_MAX_LENGTH = 1_000_000
 
 SHIPPED = tuple(sorted(p.stem for p in _FOLDER.glob("[!_]*.jinja")))
 """Names of the shipped templates."""
@@ -54,22 +54,22 @@ def chat_template(given: str) -> ChatTemplate:
     if given in SHIPPED:
         parts = (_FOLDER / f"{name}.jinja" for name in (given, "_body"))
         return ChatTemplate("".join(part.read_text("utf-8") for part in parts), given)
-    file, known = Path(given).expanduser(), ", ".join(SHIPPED)
-    if not file.is_file():
+    known = ", ".join(SHIPPED)
+    try:
+        with Path(given).expanduser().open(encoding="utf-8-sig") as stream:
+            text = stream.read(_MAX_LENGTH + 1)
+    except (FileNotFoundError, IsADirectoryError) as error:
         hint = suggestion(given, SHIPPED)
         raise ConfigError(
             f"chat_template={given} is neither a file nor a shipped template. {hint}".rstrip()
             + f"\nGive the path of a Jinja file, or one of {known}."
-        )
-    try:
-        with file.open("rb") as stream:
-            text = stream.read(_MAX_BYTES + 1).decode("utf-8")
-    except (OSError, ValueError) as error:
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"chat_template={given} cannot be read: {first_line(error)}\n"
+            f"chat_template={given[:80]} cannot be read: {first_line(error)[:200]}\n"
             f"Give a Jinja file in UTF-8, or one of {known}."
         ) from error
-    if not text.strip() or len(text) > _MAX_BYTES:
-        size = "is empty" if not text.strip() else "is larger than 1 MB"
-        raise ConfigError(f"chat_template={given} {size}.\nGive a Jinja file, or one of {known}.")
+    if not text.strip() or len(text) > _MAX_LENGTH:
+        wrong = "is empty" if not text.strip() else f"has more than {_MAX_LENGTH:,} characters"
+        raise ConfigError(f"chat_template={given} {wrong}.\nGive a Jinja file, or one of {known}.")
     return ChatTemplate(text, given)
