@@ -11,6 +11,7 @@ import copy
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from hydra import compose, initialize_config_module
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from running import SMALL, composed, train_rows
 from test_chat import PLAIN, TEXT, encode, no_control, whole_conversation
 from test_text_checkpoints import QWEN3, QWEN25, save_checkpoint, small_tokenizer
@@ -507,6 +509,7 @@ def test_a_run_keeps_its_template(tmp_path: Path, run_words: list[str]) -> None:
     file, folder = tmp_path / "mine.jinja", tmp_path / "run"
     file.write_text(chat_template("qwen3"), "utf-8")
     words = [*run_words, "steps=1", "checkpoint.every=1"]
+    words.append("model.student.lora={r: 2, target_modules: [q_proj]}")
     run(folder, [*words, f"model.chat_template={file}"])
     more = [*words, "steps=2"]
     file.write_text(chat_template("qwen3") + " ", "utf-8")
@@ -517,6 +520,32 @@ def test_a_run_keeps_its_template(tmp_path: Path, run_words: list[str]) -> None:
         run(folder, more)
     run(folder, [*more, f"model.chat_template={folder}/chat_template.jinja"])
     assert len(train_rows(folder)) == 2
+    # An adapter's checkpoint has no tokenizer, and the file may be gone.
+    file.unlink()
+    shutil.rmtree(folder / "final")
+    export(folder, tmp_path / "exported", "float32")
+    written = AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template
+    assert written == chat_template("qwen3")
+
+
+def test_an_evaluation_goes_on_with_its_template_only(tmp_path: Path) -> None:
+    def evaluation(given: str) -> evaluate.Evaluation:
+        with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+            words = ["benchmark=demo", f"chat_template={given}"]
+            return evaluate.Evaluation(*evaluate.load_config(compose("evaluate", words)), tmp_path)
+
+    file = tmp_path / "mine.jinja"
+    file.write_text(chat_template("qwen2_5_vl"), "utf-8")
+    first = evaluation(str(file))
+    first.folder.write_template(first.config.chat_template)
+    first.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(first._raw)))
+    (tmp_path / "responses.jsonl").touch()
+    for same in (str(file), "qwen2_5_vl"):
+        evaluation(same)._check_resume()
+    file.write_text(chat_template("qwen3"), "utf-8")
+    for other in (str(file), "null"):
+        with pytest.raises(CheckpointError, match="its text is not that of"):
+            evaluation(other)._check_resume()
 
 
 def test_a_template_cannot_come_later(tmp_path: Path, run_words: list[str]) -> None:
