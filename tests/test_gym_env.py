@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 from running import environment, train, train_rows
 from test_envs import call
 from test_evaluate_env import evaluated
+from test_evaluate_env import settings as chosen
 from test_rollout import ScriptedPolicy, specs
 
 from reopold_agent.cli.groups import prepare_groups
@@ -270,6 +273,9 @@ def test_names_and_defaults() -> None:
         (spaces.Discrete(2), {"go": ["a", "b"]}, None, "names for 'go', but no such Discrete"),
         (spaces.Box(0, 1, (2,)), ["a", "b"], None, "names for the whole action"),
         (spaces.Discrete(2), None, {"go": 1}, "defaults for 'go', but no such arguments.\n"),
+        (spaces.Discrete(2), None, {"action": 2}, "does not fit: 'action': 2 is greater than"),
+        (SPACES["text"], None, {"action": "ab\n"}, 'the default "ab\\n" of'),
+        (SPACES["dict"], None, {"how": [0, 2]}, "does not fit: 'how[1]': 2 is greater than"),
         (spaces.Graph(spaces.Discrete(2), None), None, None, "the part Graph, which cannot"),
         (spaces.Tuple([spaces.Graph(spaces.Discrete(2), None)]), None, None, "the part Graph"),
         (spaces.Sequence(spaces.Discrete(2), stack=True), None, None, "stacked Sequence"),
@@ -696,12 +702,26 @@ def test_an_id_may_have_a_namespace() -> None:
     make_env(config).close()
 
 
+def test_a_model_for_any_data_plays_without_data() -> None:
+    words = ["env=gym:FrozenLake-v1", "model=qwen2_5_vl", "data=none"]
+    config = run_of(*words, "model.student.path=DIR", "model.teacher.path=DIR")
+    assert (config.data.train, config.data.eval) == (None, None)
+    make_env(config).close()
+    assert chosen(*words, "model.student.path=DIR")["environments"]["gym:FrozenLake-v1"]["pixels"]
+
+
 @pytest.mark.parametrize(
-    "env",
-    ["gym:FrozenLake-v1", "gym:Taxi-v4", "gym:CartPole-v1", "gym:MiniGrid-Empty-5x5-v0"],
+    ("env", "model"),
+    [
+        ("gym:FrozenLake-v1", "demo"),
+        ("gym:FrozenLake-v1", "arithmetic"),  # reads text only
+        ("gym:Taxi-v4", "demo"),
+        ("gym:CartPole-v1", "demo"),
+        ("gym:MiniGrid-Empty-5x5-v0", "demo"),
+    ],
 )
-def test_environments_are_trained_and_evaluated(env: str, tmp_path: Path) -> None:
-    words = [f"env={env}", "steps=2", "batch.prompts=2", "batch.mini_batch=2"]
+def test_environments_are_trained_and_evaluated(env: str, model: str, tmp_path: Path) -> None:
+    words = [f"env={env}", f"model={model}", "steps=2", "batch.prompts=2", "batch.mini_batch=2"]
     few = ["evaluation.tasks=1", "evaluation.every=0", "evaluation.teacher=false"]
     prepare_groups(words)
     summary = train(tmp_path / "run", *words, *few)
@@ -709,8 +729,8 @@ def test_environments_are_trained_and_evaluated(env: str, tmp_path: Path) -> Non
     rows = train_rows(tmp_path / "run")
     assert len(rows) == 2
     assert all(np.isfinite(row["loss"]) for row in rows)
-    model = f"model={tmp_path / 'run'}"
-    found = evaluated(tmp_path / "eval", f"env={env}", model)
+    assert not any("env_error" in key and row[key] for row in rows for key in row)
+    found = evaluated(tmp_path / "eval", f"env={env}", f"model={tmp_path / 'run'}")
     assert found["benchmarks"][env]["questions"] == 1
 
 
@@ -757,3 +777,54 @@ def test_play_and_doctor_know_it(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "act: done" in done.stdout
     assert "Only the tool act changes the environment" in done.stdout.replace("\n", " ")
+
+
+# In a real browser
+
+
+class Patient(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """MiniWoB++ without its limit of 10 seconds an episode, as in docs/environments.md."""
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        page: Any = self.unwrapped
+        page.instance.driver.execute_script("core.EPISODE_MAX_TIME = 1e9")
+        return self.env.reset(seed=seed, options=options)
+
+
+gymnasium.register(
+    "reopold-test/patient-v0",
+    lambda **kwargs: Patient(gymnasium.make("miniwob:miniwob/click-test-v1", **kwargs)),
+)
+
+
+@pytest.mark.skipif(
+    shutil.which("chromedriver") is None or importlib.util.find_spec("miniwob") is None,
+    reason='needs a chromium with its driver, and pip install -e ".[miniwob]"',
+)
+def test_web_pages_are_clicked_in_a_browser(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SE_OFFLINE", "true")  # selenium asks its maker for newer drivers
+    env = GymnasiumEnv(gym_id="miniwob/click-test-2-v1")
+    observation, info = env.reset(options={"index": 0})
+    first = observation["images"][0]
+    assert first.shape == (210, 160, 3)
+    assert re.search(r"utterance: Click button (ONE|TWO)\.", observation["text"])
+    assert "dom_elements" not in observation["text"]
+    assert '"required": ["action_type"]' in info["system_prompt"]
+    again = env.reset(options={"index": 0})[0]["images"][0]
+    assert np.array_equal(first, again)
+    coords = {"action_type": "CLICK_COORDS", "coords": [1.0, 209.0]}
+    _, reward, terminated, _, info = env.step(call("act", coords))
+    assert info["tool_call"].ok, info["tool_call"].error
+    assert (reward, terminated) == (0.0, False)  # beside the buttons
+    env.close()
+
+    env = GymnasiumEnv(gym_id="reopold-test/patient-v0", show="text")
+    for index in range(2):
+        text = env.reset(options={"index": index})[0]["text"]
+        button = re.search(r"ref: (\d+)[^{}]*tag: button", text)
+        assert button is not None, text
+        arguments = {"action_type": "CLICK_ELEMENT", "ref": int(button[1])}
+        _, reward, terminated, _, info = env.step(call("act", arguments))
+        assert (terminated, info["success"]) == (True, True)
+        assert reward > 0.999  # without the page's clock, which lowers it
+    env.close()

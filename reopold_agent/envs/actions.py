@@ -11,6 +11,7 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from reopold_agent.errors import ConfigError, ToolError
+from reopold_agent.tools.schema import as_json, check_by_schema
 
 MAX_NUMBERS = 2000
 """Most numbers of an array: a longer one does not fit a tool call (`tools.parse`)."""
@@ -71,6 +72,8 @@ class Actions:
                 f"there are defaults for {_listed(unknown)}, but no such arguments.\n"
                 f"The arguments are: {', '.join(inner['properties'])}."
             )
+        for key, value in self._defaults.items():
+            self._check_default(key, value)
         inner["required"] = [key for key in inner["required"] if key not in self._defaults]
 
     def action(self, arguments: Mapping[str, Any]) -> Any:
@@ -87,6 +90,26 @@ class Actions:
 
     def __str__(self) -> str:
         return str(self._space)
+
+    def _check_default(self, key: str, value: Any) -> None:
+        """Checks a default as an argument is checked.
+
+        Raises:
+            ConfigError: it would be refused.
+        """
+        part = self._space if self._whole else self._space[key]  # type: ignore[index]  # a Dict
+        try:
+            check_by_schema(_object({key: self.schema["properties"][key]}), {key: value})
+            fits = part.contains(self._value(part, "" if self._whole else key, value))
+        except ToolError as error:
+            raise ConfigError(
+                f"the default of an argument does not fit: {error}\nCorrect action_defaults."
+            ) from error
+        if not fits:
+            raise ConfigError(
+                f"the default {as_json(value)} of '{key}' is not in {part}.\n"
+                "Correct action_defaults."
+            )
 
     # The schema
 

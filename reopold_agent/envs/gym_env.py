@@ -522,7 +522,7 @@ def _known_actions(
     if config is not None and isinstance(space, spaces.Dict):
         kinds = [str(getattr(each, "value", each)) for each in config.action_types]
         keys = {"action_type": kinds, "key": list(config.allowed_keys)}
-        zeros = {"coords": [0, 0], "ref": 0, "text": "", "field": 0, "key": keys["key"][0]}
+        zeros = {"coords": [0, 0], "ref": 0, "text": " ", "field": 0, "key": keys["key"][0]}
         return (
             {key: names for key, names in keys.items() if key in space.keys()},  # noqa: SIM118
             {key: value for key, value in zeros.items() if key in space.keys()},  # noqa: SIM118

@@ -82,7 +82,7 @@ def prepared_words(words: Sequence[str]) -> list[str]:
     }
     if not any(base["env"]["takes_data"] for base in bases.values()):
         for word in (*groups, *keys):
-            if _section(word) == "data":
+            if _section(word) == "data" and word != "data=none":
                 raise ConfigError(
                     f"'{_key(word)}': env={names[0]} makes its own tasks and takes no data.\nIts "
                     "settings are env.kwargs: +env.kwargs.NAME=VALUE."
