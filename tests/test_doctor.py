@@ -166,10 +166,13 @@ def test_every_extra_has_its_purpose() -> None:
 
 
 def test_extras_are_whole_partly_there_or_absent(site: Path) -> None:
-    lines = [f"Provides-Extra: {x}" for x in ("lora", "verl", "video", "track", "hub", "dev")]
+    lines = [
+        f"Provides-Extra: {x}" for x in ("lora", "verl", "video", "track", "hub", "dev", "mcp")
+    ]
     lines += [
         'Requires-Dist: reopold-agent[lora]; extra == "dev"',
         'Requires-Dist: pillow; extra == "lora"',
+        'Requires-Dist: no-mcp; extra == "mcp"',
         'Requires-Dist: no-verl; extra == "verl"',
         'Requires-Dist: no-vllm; extra == "verl"',
         'Requires-Dist: numpy<1; extra == "video"',
@@ -192,6 +195,9 @@ def test_extras_are_whole_partly_there_or_absent(site: Path) -> None:
     told(needed, "problem", "verl: not installed", "engine=verl needs it")
     told(needed, "problem", "track: partly", "tracking=tensorboard needs it")
     told(packages.extras(config("tracking=wandb")), "info", "track: partly")
+    served = config("+env.kwargs.tools=[crop_image,'mcp:python server.py']")
+    told(packages.extras(served), "problem", "mcp: not installed", "tools=[mcp:...] needs it")
+    told(packages.extras(config()), "info", "mcp: not installed")
 
 
 def test_conflicting_packages_are_reported(site: Path) -> None:

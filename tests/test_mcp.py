@@ -282,6 +282,8 @@ def test_two_tools_of_one_name_are_refused_with_a_hint() -> None:
         ("mcp:true", r"does not start: its server has ended \(status 0\)"),
         ({**GOOD, "only": ["ad"]}, r"has no tool 'ad'\nIt has: add, "),
         ({**GOOD, "only": []}, "takes none"),
+        ({**GOOD, "only": 3}, "only is 3"),
+        ("mcp:http://127.0.0.1:x9/mcp?key=$REOPOLD_UNSET", "'http://127.0.0.1/mcp' needs the"),
         ({**GOOD, "as": {"ad": "b"}}, "has no tool 'ad'"),
         ({**GOOD, "as": "b"}, "new names by a pattern"),
         (raw("no tools"), "has no tools\nCheck"),

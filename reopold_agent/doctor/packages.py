@@ -18,6 +18,7 @@ from packaging.version import InvalidVersion, Version
 from reopold_agent.config import TrainConfig
 from reopold_agent.doctor.base import Finding, Status
 from reopold_agent.doctor.probes import run_python
+from reopold_agent.tools.mcp import is_server
 
 PACKAGE = "reopold-agent"
 
@@ -186,6 +187,8 @@ def _needed_extras(config: TrainConfig) -> dict[str, str]:
         needed["vllm"] = "policy=vllm"
     if config.model.student.lora is not None:
         needed["lora"] = "model.student.lora"
+    if any(map(is_server, config.env.kwargs.get("tools") or ())):
+        needed["mcp"] = "tools=[mcp:...]"
     if config.tracking:
         needed["track"] = f"tracking={','.join(config.tracking)}"
     return needed

@@ -211,6 +211,8 @@ def _words(block: Any) -> str:
 def _only(given: Any, tools: Mapping[str, Tool], server: Server) -> list[str]:
     if given is None:
         return list(tools)
+    if not isinstance(given, Sequence):
+        raise ConfigError(f"only is {given!r}\nGive the names of tools: {{mcp: ..., only: [...]}}.")
     wanted = [given] if isinstance(given, str) else [str(name) for name in given]
     _each_known(wanted, tools, server)
     if not wanted:

@@ -497,10 +497,12 @@ class _Session:
             await _ended(process, EXIT_SECONDS)
             await asyncio.wait({errors}, timeout=GRACE_SECONDS)
             status = process.returncode
-            how = f" (status {status})" if status is not None else ", or has closed its output"
+            how = "its server has closed its output"
+            if status is not None:
+                how = f"its server has ended (status {status})"
             if status == NOT_STARTED:
-                how = ": its command cannot be started"
-            self._end(f"its server has ended{how}{self._said()}")
+                how = "its command cannot be started"
+            self._end(f"{how}{self._said()}")
         except _TooMuchError as error:
             self._hurry = True  # it would go on writing
             self._end(str(error))
@@ -637,7 +639,7 @@ def connection(server: Server, state: EpisodeState | None = None) -> Connection:
         found = _episodes.get(place)
         if found is None:
             found = _episodes[place] = Connection(server, restarts=False)
-            weakref.finalize(state, _forget, place)
+            weakref.finalize(state, _forget, place).atexit = False  # `close` does it then
         return found
 
 

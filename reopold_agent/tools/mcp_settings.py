@@ -49,7 +49,12 @@ class Server:
     @property
     def name(self) -> str:
         """What messages call it."""
-        return public_address(self.url) if self.url else shorten(shlex.join(self.command), 120)
+        if not self.url:
+            return shorten(shlex.join(self.command), 120)
+        try:
+            return public_address(self.url)
+        except ValueError:  # a port that is no number, such as $PORT
+            return public_address(re.sub(r":[^:/@?#]+(?=[/?#]|$)", "", self.url))
 
     def expanded(self, text: str, used: dict[str, str] | None = None) -> str:
         """Replaces ``$NAME`` by the environment's variable and ``$$`` by ``$``.
