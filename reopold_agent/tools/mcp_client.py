@@ -404,7 +404,8 @@ class _Session:
         try:
             client = httpx2.AsyncClient(
                 headers={**headers, "Accept-Encoding": "identity"},  # the limit is for what is sent
-                timeout=httpx2.Timeout(30.0, read=None),  # each call has its limit
+                timeout=httpx2.Timeout(30.0, read=None, pool=None),  # each call has its limit
+                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
                 event_hooks={"response": [_limit]},
             )
         except (ImportError, ValueError) as error:  # proxies of the environment
