@@ -120,7 +120,7 @@ class StopReason(StrEnum):
     """Why an episode ended."""
 
     ANSWER = "answer"
-    """The environment terminated: the student answered."""
+    """The environment terminated: the student answered, or a tool ended the episode."""
     MAX_TURNS = "max_turns"
     """The environment truncated at its turn budget."""
     MAX_TOKENS = "max_tokens"

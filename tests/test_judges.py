@@ -222,7 +222,7 @@ def test_equality_is_symmetric_for_words_and_reflexive(a: str, b: str) -> None:
 def test_a_student_that_repeats_itself_is_graded_at_once(text: str) -> None:
     started = time.perf_counter()
     assert not grade(text, ["7", "12%", "B", "1e5"]).correct
-    assert time.perf_counter() - started < 1.0
+    assert time.perf_counter() - started < 10  # without the bound it takes hours
 
 
 def test_obvious_answers_of_real_data() -> None:

@@ -228,7 +228,7 @@ def test_unknown_policies_and_absent_packages(monkeypatch: pytest.MonkeyPatch) -
         check_roles(config, run_objective(config))
     monkeypatch.setattr("reopold_agent.train.roles.find_spec", lambda name: None)
     config, _ = composed("env=pixel_reasoner", "policy=vllm")
-    with pytest.raises(MissingExtraError, match=r"reopold-agent\[vllm\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e \"\.\[vllm\]\""):
         check_roles(config, run_objective(config))
 
 

@@ -112,7 +112,7 @@ def verl_folder(folder: Path) -> Path:
             "data_source": "pixel_reasoner",
             "prompt": [
                 {"role": "system", "content": "You are another assistant."},
-                {"role": "user", "content": f"<image>{question}"},
+                {"role": "user", "content": "<image>" * len(images) + question},
             ],
             "images": list(images),
             "ability": "visual_reasoning",

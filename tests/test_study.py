@@ -414,7 +414,7 @@ def test_a_failure_is_shown_and_the_others_continue(tmp_path: Path) -> None:
 
 
 def test_work_waits_for_what_it_needs_and_runs_alone_if_it_measures(tmp_path: Path) -> None:
-    base = work("base", tmp_path, ok("base", 0.3))
+    base = work("base", tmp_path, ok("base", 2.0))
     works = [
         work("timed", tmp_path, ok("timed", 0.2), alone=True),
         base,

@@ -233,7 +233,7 @@ def test_an_engine_that_does_not_start_is_reported() -> None:
 
 def test_vllm_is_named_when_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(MissingExtraError, match=r"reopold-agent\[vllm\]"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e \"\.\[vllm\]\""):
         make_engine({})
 
 

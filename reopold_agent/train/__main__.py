@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from reopold_agent.cli.hydra import run_hydra
 from reopold_agent.train.settings import check_student, load_config
@@ -18,7 +18,7 @@ from reopold_agent.train.settings import check_student, load_config
 
 def run(composed: DictConfig) -> dict[str, Any]:
     """Runs the training that Hydra composed; returns the summary."""
-    check_student(composed, HydraConfig.get().overrides.task)
+    check_student(composed, _as_typed(HydraConfig.get().overrides.task))
     config, raw = load_config(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)
     command = started_with()
@@ -37,8 +37,15 @@ def started_with() -> list[str]:
     hydra = HydraConfig.get()
     folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     flags = [word for folder in folders for word in ("--config-dir", folder)]
-    own = [word for word in hydra.overrides.hydra if word.startswith("hydra.searchpath=")]
-    return [*flags, *own, *hydra.overrides.task]
+    own = _as_typed(hydra.overrides.hydra)
+    own = [word for word in own if word.startswith("hydra.searchpath=")]
+    return [*flags, *own, *_as_typed(hydra.overrides.task)]
+
+
+def _as_typed(words: Any) -> list[str]:
+    """Returns words of the command line; Hydra's list would resolve ``${...}`` in them."""
+    plain: Any = OmegaConf.to_container(words, resolve=False)
+    return [str(word) for word in plain]
 
 
 def main() -> None:
