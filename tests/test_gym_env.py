@@ -43,6 +43,7 @@ from reopold_agent.train.settings import compose_run
 from reopold_agent.types import IMAGE_MARK, Sampling, StopReason
 
 PIXELS = PixelLimits(56 * 56, 56 * 56)
+TAXI = max(id for id in gymnasium.registry if id.startswith("Taxi-"))
 
 pytest.importorskip("minigrid", reason='needs minigrid: pip install -e ".[gym]"')
 pytest.importorskip("pygame", reason='needs pygame: pip install -e ".[gym]"')
@@ -372,7 +373,7 @@ def test_by_text_alone_the_lake_is_drawn_as_text() -> None:
 @pytest.mark.parametrize(
     ("id", "action", "shows"),
     [
-        ("Taxi-v4", "pick up", "Observation: "),
+        (TAXI, "pick up", "Observation: "),
         ("CartPole-v1", "push left", "pole angle (rad): "),
         ("MiniGrid-Empty-5x5-v0", "forward", "mission: get to the green goal square"),
         ("minigrid:MiniGrid-Empty-5x5-v0", "left", "direction: 0"),
@@ -715,7 +716,7 @@ def test_a_model_for_any_data_plays_without_data() -> None:
     [
         ("gym:FrozenLake-v1", "demo"),
         ("gym:FrozenLake-v1", "arithmetic"),  # reads text only
-        ("gym:Taxi-v4", "demo"),
+        (f"gym:{TAXI}", "demo"),
         ("gym:CartPole-v1", "demo"),
         ("gym:MiniGrid-Empty-5x5-v0", "demo"),
     ],
