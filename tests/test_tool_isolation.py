@@ -662,6 +662,7 @@ def test_a_process_that_hangs_ends_with_the_one_that_waits_for_it() -> None:
             hung = beside.submit(call, hostile.holds_the_lock, pool)
             while pool._idle:
                 time.sleep(0.01)
+            time.sleep(1.0)  # a process that ends before it has the call is replaced
             os.kill(parent, signal.SIGKILL)
             assert gone(pid)
             assert "failed: its process was killed." in hung.result()[1].text

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -243,8 +244,9 @@ def test_a_training_run_records_its_command_for_the_page(tmp_path: Path) -> None
             self._begin(nothing, None)
 
     nothing: Any = None
+    untemplated: Any = SimpleNamespace(model=SimpleNamespace(chat_template=None))
     words = ["env=math", "name='two\nlines'", "hydra.run.dir=elsewhere"]
-    Quick(nothing, {"seed": 3, "name": "two\nlines", "objective": {}}, tmp_path, words).begin()
+    Quick(untemplated, {"seed": 3, "name": "two\nlines", "objective": {}}, tmp_path, words).begin()
     facts = Run(tmp_path).facts()
     assert facts["config"] == {"seed": 3, "name": "two\nlines", "objective": {}}
     command = facts["command"]
