@@ -61,9 +61,16 @@ def environment() -> dict[str, str]:
 def words(folder: Path, *overrides: str) -> list[str]:
     """Returns the training command as a list of words."""
     module = [sys.executable, "-m", "reopold_agent.train"]
-    # A command with two values for one setting is refused; here the later one replaces the other.
-    chosen = {each.partition("=")[0].lstrip("+"): each for each in (*SMALL, *overrides)}
-    return [*module, *chosen.values(), f"hydra.run.dir={folder}"]
+    return [*module, *last_of_each(*SMALL, *overrides), f"hydra.run.dir={folder}"]
+
+
+def last_of_each(*overrides: str) -> list[str]:
+    """Returns overrides of which the last of a setting replaces the others.
+
+    A command with two values for one setting is refused.
+    """
+    chosen = {each.partition("=")[0].lstrip("+"): each for each in overrides}
+    return list(chosen.values())
 
 
 def command(

@@ -20,6 +20,7 @@ from running import (
     assert_same_weights,
     command,
     environment,
+    last_of_each,
     lines,
     results,
     snapshot,
@@ -167,7 +168,7 @@ def is_stopped(pid: int) -> bool:
 
 def evaluate_words(folder: Path, *overrides: str) -> list[str]:
     module = [sys.executable, "-m", "reopold_agent.evaluate"]
-    return [*module, *EVALUATION, *overrides, f"hydra.run.dir={folder}"]
+    return [*module, *last_of_each(*EVALUATION, *overrides), f"hydra.run.dir={folder}"]
 
 
 # Full disks

@@ -14,7 +14,7 @@ from statistics import fmean
 
 import pytest
 from PIL import Image
-from running import command, composed, lines, start, wait_until, without_timings
+from running import command, composed, last_of_each, lines, start, wait_until, without_timings
 
 from reopold_agent.common.statistics import bootstrap_confidence
 from reopold_agent.errors import CheckpointError, ConfigError, UnknownNameError
@@ -473,7 +473,8 @@ SETTINGS = (
 
 def study_command(out: Path, *words: str, extra: tuple[str, ...] = SETTINGS) -> list[str]:
     module = [sys.executable, "-m", "reopold_agent.study"]
-    return [*module, "name=agentic", f"out={out}", "steps=2", "jobs=2", *words, "--", *extra]
+    own = last_of_each("name=agentic", f"out={out}", "steps=2", "jobs=2", *words)
+    return [*module, *own, "--", *extra]
 
 
 @pytest.fixture(scope="module")
