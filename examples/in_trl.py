@@ -3,6 +3,7 @@
 import sys
 
 import gymnasium
+import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
@@ -17,7 +18,12 @@ def make_env():
 
 trainer = GRPOTrainer(
     model=sys.argv[1],
-    args=GRPOConfig("in_trl", max_steps=int(sys.argv[2]), max_completion_length=128),
+    args=GRPOConfig(
+        "in_trl",
+        max_steps=int(sys.argv[2]),
+        max_completion_length=128,
+        use_cpu=not torch.cuda.is_available(),
+    ),
     train_dataset=Dataset.from_list(rows(make_env, limit=1000)),
     environment_factory=environment_factory(make_env),
     reward_funcs=reward,

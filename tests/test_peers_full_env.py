@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +33,7 @@ from reopold_agent.objectives.grpo import group_advantages
 pytestmark = pytest.mark.full_env
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
+ROOT = Path(__file__).parents[1]
 ROWS, TIME = 6, 9
 
 
@@ -401,3 +406,79 @@ def test_trl_grpo_losses(jsd: Any, kind: str) -> None:
             },
         )
         assert same(ours(objective, values), theirs, values["logp"])
+
+
+# Our environments in TRL's trainer
+
+
+@pytest.fixture
+def trl_checkpoint(tmp_path: Path) -> Path:
+    """The embedded text model with the chat template of Qwen3, which can show tools."""
+    trl = pytest.importorskip("trl", reason="needs trl")
+    copied = tmp_path / "model"
+    shutil.copytree(ROOT / "reopold_agent" / "demo" / "weights" / "arithmetic_student", copied)
+    template = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+    shutil.copy(template, copied / "chat_template.jinja")
+    return copied
+
+
+def test_the_example_in_trl_runs(trl_checkpoint: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "in_trl.py"), str(trl_checkpoint), "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "'rewards/reward/mean': '0'" in done.stdout  # the model calls no tool
+
+
+def test_trl_calls_our_tools_and_takes_our_rewards(
+    trl_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import Dataset
+    from test_state_decides import Walk, move
+    from trl import GRPOConfig, GRPOTrainer
+
+    from reopold_agent.envs.trl import environment_factory, reward, rows
+
+    trainer = GRPOTrainer(
+        model=str(trl_checkpoint),
+        args=GRPOConfig(
+            str(tmp_path / "out"),
+            max_steps=1,
+            num_generations=4,
+            per_device_train_batch_size=4,
+            max_completion_length=256,
+            use_cpu=True,
+            report_to="none",
+        ),
+        train_dataset=Dataset.from_list(rows(Walk) * 4),
+        environment_factory=environment_factory(Walk),
+        reward_funcs=reward,
+    )
+    shown: list[str] = []
+    tokenizer = trainer.processing_class
+
+    def turns(prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Generates for the student: the first sample wins in one move, the others stop at 2."""
+        shown.extend(tokenizer.decode(ids) for ids in prompt_ids)
+        first = not any("tool_response" in tokenizer.decode(ids) for ids in prompt_ids)
+        said = [
+            (move(3) if n == 0 else move(2)) if first else "Done." for n in range(len(prompt_ids))
+        ]
+        ids = [tokenizer(f"{text}<|im_end|>").input_ids for text in said]
+        return ids, [[-1.0] * len(each) for each in ids]
+
+    monkeypatch.setattr(trainer, "_generate_single_turn", turns)
+    trainer.train()
+    assert '"name": "move"' in shown[0]  # TRL tells the tools
+    assert "Walk to 3." in shown[0]
+    assert "You are at 3." in shown[4]
+    logged = next(row for row in trainer.state.log_history if "rewards/reward/mean" in row)
+    # 1 for the winner; the others paid 0.1 for a move, and the state decides: 0.5 at 2.
+    assert float(logged["rewards/reward/mean"]) == pytest.approx((1.0 + 3 * 0.4) / 4, abs=1e-4)
+    assert float(logged["tools/call_frequency"]) == 1

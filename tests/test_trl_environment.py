@@ -60,12 +60,12 @@ def test_optional_arguments_and_schemas_of_servers() -> None:
     made: Any = environment_factory(lambda: Walk(tools=tools))()
     made.reset(index=0)
     assert get_json_schema(made.turn)["function"]["parameters"]["required"] == ["side"]
-    assert made.turn(side="left") == [{"type": "text", "text": "left 1"}]
-    assert made.turn(side="left", times=2) == [{"type": "text", "text": "left 2"}]
+    assert made.turn(side="left") == "left 1"
+    assert made.turn(side="left", times=2) == "left 2"
     shown = get_json_schema(made.go)["function"]["parameters"]["properties"]
     assert shown["to"]["enum"] == ["a", "b"]
-    assert made.go(to="c")[0]["text"].startswith("Execution error:")
-    assert made.go(to="a", deep={"x": [1]})[0]["text"] == "{'to': 'a', 'deep': {'x': [1]}}"
+    assert made.go(to="c").startswith("Execution error:")
+    assert made.go(to="a", deep={"x": [1]}) == "{'to': 'a', 'deep': {'x': [1]}}"
 
 
 def test_an_episode_with_pictures_is_decided_by_its_answer() -> None:
@@ -78,9 +78,8 @@ def test_an_episode_with_pictures_is_decided_by_its_answer() -> None:
     answered = [{"role": "assistant", "content": [{"type": "text", "text": f"\\boxed{{{right}}}"}]}]
     assert reward([answered], [environment], index=[3]) == [1.0]
     assert reward([answered], [environment]) == [1.0]  # asked again, it says the same
-    assert environment.crop_image(bbox_2d=[0, 0, 1, 1], target_image=1) == [
-        {"type": "text", "text": "The episode is over."}
-    ]
+    over = environment.crop_image(bbox_2d=[0, 0, 1, 1], target_image=1)
+    assert over == "The episode is over."
 
 
 @pytest.mark.parametrize(
@@ -103,8 +102,8 @@ def test_rewards_are_those_of_the_environment(
 
 
 def test_bad_calls_are_messages() -> None:
-    assert "must be an integer" in started().move(by="far")[0]["text"]
-    assert "contain </tool_call>" in started().move(by="</tool_call>")[0]["text"]
+    assert "must be an integer" in started().move(by="far")
+    assert "contain </tool_call>" in started().move(by="</tool_call>")
 
 
 @pytest.mark.parametrize("name", ["reset", "get_reward", "_hidden", "a-b", "class!"])

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from PIL import Image
 
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.envs.registration import task_seed
-from reopold_agent.envs.spaces import parts_of
+from reopold_agent.envs.spaces import as_observation, parts_of
 from reopold_agent.errors import ConfigError, ToolError
 from reopold_agent.tools.parse import write_tool_call
 from reopold_agent.types import IMAGE_MARK
 
 _RESERVED = ("reset", "get_reward")
+
+Content: TypeAlias = "str | list[dict[str, Any]]"
+"""A turn: its text, or content blocks if it has pictures."""
 
 
 class TrlEnvironment:
@@ -34,8 +37,8 @@ class TrlEnvironment:
         self._over = True
         self._reward = 0.0
 
-    def reset(self, index: int, **row: Any) -> list[dict[str, Any]]:
-        """Starts the episode of a task; returns its first turn as content blocks.
+    def reset(self, index: int, **row: Any) -> Content:
+        """Starts the episode of a task; returns its first turn.
 
         Args:
             index: of the task in the split; a column of `rows`.
@@ -44,16 +47,16 @@ class TrlEnvironment:
         options = {"split": self.split, "index": index}
         observation, _ = self._env.reset(seed=task_seed(self.split, index), options=options)
         self._over, self._reward = False, 0.0
-        return _blocks(observation)
+        return _content(observation)
 
-    def _call(self, name: str, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> Content:
         if self._over:
-            return [{"type": "text", "text": "The episode is over."}]
+            return "The episode is over."
         try:
             turn = write_tool_call(name, arguments)
         except ToolError as error:
-            return [{"type": "text", "text": str(error)}]
-        return _blocks(self._step(turn))
+            return str(error)
+        return _content(self._step(turn))
 
     def _step(self, turn: str) -> Any:
         observation, reward, terminated, truncated, _ = self._env.step(turn)
@@ -164,12 +167,15 @@ def _answer(message: Mapping[str, Any]) -> str | None:
     return "".join(str(part.get("text", "")) for part in content)
 
 
-def _blocks(observation: Any) -> list[dict[str, Any]]:
+def _content(observation: Any) -> Content:
+    shown = as_observation(observation)
+    if not shown["images"]:  # templates of text models pass over blocks
+        return shown["text"]
     return [
         {"type": "text", "text": part}
         if isinstance(part, str)
         else {"type": "image", "image": Image.fromarray(part)}
-        for part in parts_of(observation)
+        for part in parts_of(shown)
     ]
 
 
