@@ -531,16 +531,28 @@ def test_a_rows_weight(tmp_path: Path) -> None:
         ("history", [["a", "b"]]),
         ("conversations", [{"from": "human", "value": "?"}]), ("audios", ["a.wav"]),
         ("chat_template_kwargs", {"enable_thinking": False}), ("chat_template", "{{ }}"),
-        ("loss_mask", [0, 1]), ("label", False), ("kto_tag", False),
+        ("loss_mask", [0, 1]), ("train_mask", [0]), ("mask", [[0, 1]]), ("weights", [0]),
+        ("labels", [-100, 5]),
+        *((name, no) for name in ("label", "kto_tag", "is_correct", "train")
+          for no in (False, 0, 0.0, "false", "False", "0")),
+        *(("negative", yes) for yes in (True, 1, "true")),
     ],
 )  # fmt: skip
 def test_columns_that_would_be_lost_are_refused(tmp_path: Path, column: str, value: Any) -> None:
     with pytest.raises(
-        DataError, match=f"row 0: '{column}' (cannot be rendered|is false|would).*; "
+        DataError, match=f"row 0: '{column}' (cannot be rendered|is (false|true|0|1)|would).*; "
     ):
         demonstration(tmp_path, messages=[ASK, SAY], **{column: value})
     harmless = {"source": "x", "score": 0.3, "label": True, "answer": "7", "split": "train"}
     assert demonstration(tmp_path, messages=[ASK, SAY], **{**harmless, column: None})
+
+
+@pytest.mark.parametrize("value", [True, 1, "true", 3, -1, 0.5, "cat", "", [0, 1], {"a": 0}])
+def test_other_labels_say_nothing(tmp_path: Path, value: Any) -> None:
+    columns = dict.fromkeys(("label", "kto_tag", "is_correct", "train"), value)
+    assert demonstration(tmp_path, messages=[ASK, SAY], **columns)
+    for no in (False, 0, "false", "cat", ["?"]):
+        assert demonstration(tmp_path, messages=[ASK, SAY], negative=no)
 
 
 # Weights

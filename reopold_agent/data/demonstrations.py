@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from reopold_agent.config import DataChecks, build
+from reopold_agent.data.checks import RowError
 from reopold_agent.data.pictures import (
     Given,
     PictureFolder,
+    flag,
     given_pictures,
+    is_empty,
     is_picture_column,
     picture_of,
     unread_columns,
@@ -61,13 +64,24 @@ _LOST: Final[Mapping[str, str]] = {
     "loss_mask": "give the assistant's messages 'weight': 0 or 1",
     "assistant_masks": "give the assistant's messages 'weight': 0 or 1",
     "completion_mask": "give the assistant's messages 'weight': 0 or 1",
+    **dict.fromkeys(
+        ("train_mask", "mask", "weights", "labels"),
+        "give the assistant's messages 'weight': 0 or 1, or rename the column if it says "
+        "something else",
+    ),
 }
 """Columns with which other programs change what is taught, and what to do instead."""
 
 _CONVERSATION = ("messages", "message_list", "prompt", "completion")
 
-_UNDESIRED = ("label", "kto_tag")
-"""Columns that are false where a conversation is an example of what not to do (KTO)."""
+_UNDESIRED: Final[Mapping[str, bool]] = {
+    "label": False,
+    "kto_tag": False,
+    "is_correct": False,
+    "train": False,
+    "negative": True,
+}
+"""Columns, and what they say where a conversation is not to be imitated (the first two: KTO)."""
 
 _ROLES: Final[Mapping[str, Role]] = {
     "system": "system",
@@ -193,13 +207,23 @@ def _refuse_lost(row: Mapping[str, Any]) -> None:
     for name, advice in _LOST.items():
         if not _is_nothing(row.get(name)):
             raise DataError(f"'{name}' cannot be rendered, and would be lost; {advice}")
-    for name in _UNDESIRED:
-        if row.get(name) is False:
+    for name, undesired in _UNDESIRED.items():
+        if _says(row.get(name), undesired):
             raise DataError(
-                f"'{name}' is false: the row shows what not to do, which imitation would teach; "
-                "leave the row out"
+                f"'{name}' is {str(row[name]).lower()}: the row is not to be imitated; leave it "
+                "out, or rename the column if it says something else"
             )
     _trained(row)
+
+
+def _says(value: Any, wanted: bool) -> bool:
+    """Returns whether a column says yes, or no, as a flag does; other labels say neither."""
+    if value is not False and is_empty(value):
+        return False
+    try:
+        return flag(value, "") is wanted
+    except RowError:
+        return False
 
 
 def _conversation(row: Mapping[str, Any]) -> list[tuple[str, Any]]:
