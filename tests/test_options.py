@@ -190,6 +190,26 @@ def test_options_that_cannot_be_read(given: Any, message: str) -> None:
         options_of({"options": given}, ("B",))
 
 
+@pytest.mark.parametrize(
+    ("given", "letters"),
+    [
+        (["B. 3", "A. 4"], "B, A"),
+        (["A. x1", "C. y1", "D. z1"], "A, C, D"),
+        (["(B) 3", "(C) 4"], "B, C"),
+    ],
+)
+def test_options_with_other_letters_of_their_own_are_a_problem(
+    given: list[str], letters: str
+) -> None:
+    with pytest.raises(RowError, match=f"own letters are {letters}; put them in the order A, B"):
+        options_of({"options": given}, ("B",))
+
+
+@pytest.mark.parametrize("given", [["J. Doe", "J. Poe"], ["A. Doe", "Poe"], ["B. Doe"]])
+def test_initials_of_names_are_no_letters_of_options(given: list[str]) -> None:
+    assert options_of({"options": given}, ("B",)) == given
+
+
 # Columns A, B and so on
 
 
@@ -280,7 +300,9 @@ def test_an_answer_that_may_be_two_options_is_a_problem() -> None:
 def test_the_hubs_label_counts_options_from_0(tmp_path: Path, source: str, label: Any) -> None:
     row = {"question": "Which?", "label": label, "choices": PETS}
     assert one(tmp_path, source, row).answers == ("B",)
-    assert one(tmp_path, source, {**row, "answer": "cat"}).answers == ("A",)
+    assert one(tmp_path, source, {**row, "answer": "dog"}).answers == ("B",)
+    told = refusal(tmp_path, source, {**row, "answer": "cat"})
+    assert "the answer is option A, but the column 'label' says" in told
     assert "the label 3 is none of 0 to 2" in refusal(tmp_path, source, {**row, "label": 3})
     answer = "no answer" if source != "math_jsonl" else "neither answer nor final_answer"
     assert "'²' is neither" in refusal(tmp_path, source, {**row, "label": "²"})
@@ -310,6 +332,14 @@ def test_a_label_that_is_no_option_leaves_the_solution_alone(tmp_path: Path) -> 
         (2.5, ("2.5",)),
         (1e300, ("1e+300",)),
         (True, ("True",)),
+        ('["a", null]', ("a",)),
+        ('["a", true, 2.0]', ("a", "True", "2")),
+        ("<answer> B </answer>", ("B",)),
+        ("<think>3 < 4</think>\n<answer>4</answer>\n", ("4",)),
+        (["<answer>3</answer>", "three"], ("3", "three")),
+        ('{"answer": "B"}', ("B",)),
+        ("{'answer': 3.0}", ("3",)),
+        ("{}", ("{}",)),
     ],
 )
 def test_several_acceptable_answers(
@@ -330,6 +360,15 @@ def test_no_answer(tmp_path: Path, source: str, answer: Any) -> None:
     told = refusal(tmp_path, source, {"question": "How many?", "answer": answer})
     wanted = "got dict" if isinstance(answer, dict) else "no answer"
     assert wanted in told
+
+
+@pytest.mark.parametrize(
+    "value", ["[null]", "<answer> </answer>", '{"answer": null}', '{"result": "B"}']
+)
+def test_texts_that_hold_no_answer(value: str) -> None:
+    with pytest.raises(RowError) as caught:
+        acceptable_answers(value)
+    assert caught.value.kind == "no answer"
 
 
 def test_a_list_as_numpy_prints_it_is_not_read_as_one_text() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from reopold_agent.data.checks import NO_QUESTION, RowError
 from reopold_agent.data.options import (
+    check_label,
     is_blank,
     labelled_option,
     options_of,
@@ -72,6 +74,7 @@ def question_task(
     metadata = dict(metadata or {})
     if options:
         answers = right_options(answers, options, by_letter=lettered)
+        check_label(row, answers, len(options))
         metadata.update(answer_kind="option", options=options)
     return Task(id, turns[0][1].strip(), answers, images, is_video, metadata)
 
@@ -207,17 +210,23 @@ def acceptable_answers(value: Any) -> tuple[str, ...]:
     """Returns a row's answer, a single one or a list, as strings.
 
     A list may be written as text (``['3', 'three']``); one of numbers alone is an interval or a
-    point, and one answer.
+    point, and one answer. Of ``<answer> B </answer>`` and of the object ``{"answer": "B"}`` that is
+    written as text, what is inside counts.
 
     Raises:
         RowError: there is no answer, or it is neither a text nor a number.
     """
     value = as_list(value)
+    if isinstance(value, str):
+        value = _unwrapped(value)
     if isinstance(value, str) and value.strip().startswith("["):
         listed = written(value)
-        if isinstance(listed, list) and any(isinstance(each, str) for each in listed):
+        if isinstance(listed, list) and any(
+            each is None or isinstance(each, (str, bool)) for each in listed
+        ):
             value = listed
     values = list(value) if isinstance(value, (list, tuple)) else [value]
+    values = [_unwrapped(each) if isinstance(each, str) else each for each in values]
     for each in values:
         if each is not None and not isinstance(each, (str, int, float)):
             kind = type(each).__name__
@@ -226,3 +235,27 @@ def acceptable_answers(value: Any) -> tuple[str, ...]:
     if not answers:
         raise RowError("no answer", "no answer")
     return answers
+
+
+_TAGGED = re.compile(
+    r"\s*(?:<think>.*</think>\s*)?<answer>((?:(?!</answer>).)*)</answer>\s*", re.DOTALL
+)
+"""A response as the answer, as in the rows of R1-V and Vision-R1."""
+
+_OBJECT = re.compile(r"\s*\{\s*([\"']).*?\1\s*:")
+
+
+def _unwrapped(text: str) -> Any:
+    """Returns the answer in a text: in its tags, or in the object that is written in it.
+
+    Raises:
+        RowError: the object has no ``answer``.
+    """
+    if tagged := _TAGGED.fullmatch(text):
+        text = tagged[1]
+    value = written(text) if _OBJECT.match(text) else None
+    if not isinstance(value, Mapping):
+        return text
+    if "answer" not in value:
+        raise RowError("no answer", f"the answer is an object without 'answer': {text[:40]}")
+    return value["answer"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import re
 import tokenize
 import unicodedata
@@ -166,6 +167,31 @@ def labelled_option(row: Mapping[str, Any]) -> str | None:
     return LETTERS[int(number)]
 
 
+def check_label(row: Mapping[str, Any], right: Sequence[str], count: int) -> None:
+    """Compares the right options with the hub's ``label``, if it is one of the options.
+
+    Args:
+        row: the row.
+        right: letters of the right options (`right_options`).
+        count: number of options.
+
+    Raises:
+        RowError: the label is another option.
+    """
+    label = row.get("label")
+    if is_blank(label) or isinstance(label, bool) or not isinstance(label, (str, int, float)):
+        return
+    letters = LETTERS[:count]
+    told = text_of_value(label).removesuffix(".0")
+    letter = dict(zip(map(str, range(count)), letters, strict=True)).get(told, told)
+    if len(letter) == 1 and letter in letters and letter not in ", ".join(right):
+        raise RowError(
+            _PROBLEM,
+            f"the answer is option {', '.join(right)}, but the column 'label' says {told}, which "
+            f"is option {letter}, counted from 0; correct one of them, or remove 'label'",
+        )
+
+
 _OPTION_MARKS = (
     re.compile(r"(?:\A|[\n;；])\s*\(?([A-J])(?:\)|[.．:：、])\s*"),
     re.compile(r"(?:\A|\s)\(?([A-J])(?:\)|[.．:：、])\s*"),
@@ -213,7 +239,8 @@ def list_of(row: Mapping[str, Any], name: str) -> list[Any]:
 def written(text: str) -> Any:
     """Returns the value of a list or an object that is written as text, as tsv files have it.
 
-    None if the text is something else, such as an interval.
+    It is Python's or JSON's (with null, true and false). None if the text is something else, such
+    as an interval.
 
     Raises:
         RowError: texts stand in it without commas, which would be read as one text, or a backslash
@@ -226,7 +253,10 @@ def written(text: str) -> Any:
         tokens = [t for t in tokenize.generate_tokens(io.StringIO(text.strip()).readline)
                   if t.type not in (tokenize.NL, tokenize.NEWLINE)]  # fmt: skip
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
-        return None
+        try:
+            value, tokens = json.loads(text), []
+        except (ValueError, RecursionError):
+            return None
     for first, second in pairwise(tokens):
         if first.type == second.type == tokenize.STRING:
             raise RowError("wrong type", f"texts without a comma between them: {text[:40]}")
@@ -287,7 +317,16 @@ def _texts(values: Sequence[Any]) -> list[str]:
             raise RowError("wrong type", f"an option must be a text or a number, got {kind}")
     texts = [text_of_value(value) for value in values]
     bare = options_in("\n".join(texts))
-    return bare if len(bare) == len(texts) else texts
+    if len(bare) == len(texts):
+        return bare
+    own = [mark[1] for text in texts if (mark := _OPTION_MARKS[0].match(text))]
+    if 1 < len(own) == len(texts) == len(set(own)):
+        raise RowError(
+            _PROBLEM,
+            f"the options' own letters are {', '.join(own)}; "
+            f"put them in the order {', '.join(LETTERS[: len(own)])}, or remove the letters",
+        )
+    return texts
 
 
 _EXACT = 2**53
