@@ -150,9 +150,61 @@ def test_splits_by_file_name(tmp_path: Path) -> None:
     assert ids("train") == ["a", "b"]
     assert ids("test") == ["c"]
     assert ids("val") == ["d"]
-    assert sorted(ids(None)) == ["a", "b", "c", "d"]
+    with pytest.raises(DataError, match=r"several splits: my_val.*\n.*data\.train\.split=train"):
+        ids(None)
     with pytest.raises(DataError, match=r"no file for the split 'eval'.*test\.jsonl"):
         ids("eval")
+
+
+SPLIT_NAMES = [
+    ("Train", "Test"),
+    ("x-train", "x-test"),
+    ("geo.train", "geo.test"),
+    ("my_TRAIN-00000-of-00002", "my_VAL-00000-of-00001"),
+    ("amc-2023", "amc-2023-dev"),
+    ("x-train", "x-test.json"),  # not one file in two formats
+]
+
+
+@pytest.mark.parametrize(("train", "held_out"), SPLIT_NAMES)
+def test_a_split_is_a_word_of_a_files_name(tmp_path: Path, train: str, held_out: str) -> None:
+    suffixes = (".jsonl", "" if held_out.endswith(".json") else ".jsonl")
+    for name, suffix, qid in zip((train, held_out), suffixes, "ab", strict=True):
+        write_rows([{"question": "?", "answer": "1", "qid": qid}], tmp_path / (name + suffix))
+    assert [task.id for task in load(path=str(tmp_path), split="train")] == ["a"]  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match="no file for the split 'eval'"):
+        load(path=str(tmp_path), split="eval")
+
+
+@pytest.mark.parametrize("names", [("mytrain", "mytest"), ("train2017", "val2017")])
+def test_files_that_may_be_of_another_split_are_refused(
+    tmp_path: Path, names: tuple[str, str]
+) -> None:
+    for name in names:
+        write_rows([{"question": "?", "answer": "1", "qid": name}], tmp_path / f"{name}.jsonl")
+    with pytest.raises(DataError, match=rf"{names[1]}\.jsonl may hold another split") as error:
+        load(path=str(tmp_path), split="train")
+    assert str(error.value).count("\n") == 1
+    assert load(path=str(tmp_path), split=names[0])[0].id == names[0]
+    (tmp_path / f"{names[0]}.jsonl").unlink()
+    assert len(load(path=str(tmp_path), split="train", limit=5)) == 1  # the only file
+
+
+def test_shards_whose_name_has_a_splits_letters_are_training_rows(tmp_path: Path) -> None:
+    for part in range(2):
+        name = f"retrieval-0000{part}-of-00002.jsonl"
+        write_rows([{"question": "?", "answer": "1", "qid": part}], tmp_path / name)
+    assert len(load(path=str(tmp_path), split="train")) == 2
+
+
+def test_all_files_are_not_taken_if_they_are_of_several_splits(tmp_path: Path) -> None:
+    write_rows([{"problem": "?", "answer": "1"}], tmp_path / "gsm8k-train.jsonl")
+    assert len(load(source="math_jsonl", path=str(tmp_path), split=None)) == 1
+    write_rows([{"problem": "??", "answer": "1"}], tmp_path / "gsm8k-test.jsonl")
+    with pytest.raises(DataError, match=r"several splits: gsm8k-test\.jsonl, gsm8k-train\.jsonl"):
+        load(source="math_jsonl", path=str(tmp_path), limit=9)
+    with pytest.raises(DataError, match=r"no file for the split 'dev'.*\nName .* the path\.$"):
+        load(source="math_jsonl", path=str(tmp_path), split="dev")
 
 
 def test_files_without_a_split_in_their_name_hold_training_rows(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,7 +14,12 @@ from reopold_agent.errors import DataError, MissingExtraError
 
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv")
 
-_SPLITS = frozenset({"test", "testmini", "validation", "valid", "val", "dev", "eval"})
+_HELD_OUT = frozenset({"test", "testmini", "validation", "valid", "val", "dev", "eval"})
+
+_SPLITS = _HELD_OUT | {"train"}
+
+_SHARD = re.compile(r"-\d+(-of-\d+.*)?$")
+"""End of the names of files that together hold a split, as the hub writes them."""
 
 _ONE_ROW = "data.json"
 """Name of the file with the one row of a folder (InterGPS's Geometry3K)."""
@@ -29,9 +35,10 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     """Returns the row files of a path: the file itself, or those in the folder and its ``data``.
 
     A folder with folders of one ``data.json`` each has a row in each of them (see `data_folder`).
-    Of other folders, only files named after the split are taken. As on the hub, files whose names
-    mention no split hold the training rows. Where files of one name repeat the rows in several
-    formats, as MathVista's and MathVerse's do, the first of parquet, jsonl, json and tsv is taken.
+    Of other folders, only files named after the split are taken: it is a word of their names, in
+    capitals or not, between ``_``, ``-`` and ``.``. As on the hub, files whose names mention no
+    split hold the training rows. Where files of one name repeat the rows in several formats, as
+    MathVista's and MathVerse's do, the first of parquet, jsonl, json and tsv is taken.
 
     Args:
         path: a file or a folder.
@@ -40,7 +47,8 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
             files.
 
     Raises:
-        DataError: there are no such files, or none of the split; the message says what to set.
+        DataError: there are no such files, none of the split, or it is not clear which; the message
+            says what to set.
     """
     if path.is_file():
         if path.suffix not in _SUFFIXES:
@@ -61,27 +69,34 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     )
     if not files:
         raise DataError(f"no rows in {path}: expected *.parquet, *.jsonl or *.json there")
+    several = len({words for file in files if (words := _SPLITS.intersection(_words(file)))}) > 1
     if split is None:
+        if several:
+            raise DataError(
+                f"{path} has files of several splits: {_names(files)}.\nName the file itself as "
+                "the path (as data.train.path=FILE), or set the split (as data.train.split=train)."
+            )
         return _one_format(files)
     names = [split] if isinstance(split, str) else split
     for name in names:
         if name is None:
-            if len({file.stem.split("-")[0] for file in files}) == 1:
+            if len({_name(file) for file in files}) == 1:
                 return _one_format(files)
             continue
         # "testmini" before "testmini_text_only" and "annot_testmini", which are other files.
-        exact = [file for file in files if file.stem.split("-")[0] == name]
-        named = exact or [file for file in files if name in _words(file)]
-        if not named and name == "train":
-            named = [file for file in files if not _SPLITS.intersection(_words(file))]
+        wanted = name.lower()
+        exact = [file for file in files if wanted in (_name(file), file.stem.lower())]
+        named = exact or [file for file in files if wanted in _words(file)]
+        if not named and wanted == "train":
+            named = [file for file in files if not _HELD_OUT.intersection(_words(file))]
+            _check_unnamed(named, path)
         if named:
             return _one_format(named)
-    wanted = " or ".join(name for name in names if name is not None)
+    splits = " or ".join(name for name in names if name is not None)
     raise DataError(
-        (f"no file for the split '{wanted}' in {path}" if wanted else f"several files in {path}")
-        + "; there are "
-        + ", ".join(file.name for file in files)
-        + ".\nName the file itself as the path, or set split=null to take all files."
+        (f"no file for the split '{splits}' in {path}" if splits else f"several files in {path}")
+        + f"; there are {_names(files)}.\nName the file itself as the path"
+        + ("." if several else ", or set split=null to take all files.")
     )
 
 
@@ -105,17 +120,41 @@ def row_label(file: Path, number: int) -> str:
     return f"{file.name}, row {number}"
 
 
+def _name(file: Path) -> str:
+    """Returns the name of a file in small letters, without its suffix and its shard's number."""
+    return _SHARD.sub("", file.stem.lower())
+
+
 def _words(file: Path) -> list[str]:
-    return file.stem.split("-")[0].split("_")
+    return re.split(r"[_.-]", _name(file))
+
+
+def _names(files: Sequence[Path]) -> str:
+    return ", ".join(file.name for file in files)
+
+
+def _check_unnamed(files: Sequence[Path], path: Path) -> None:
+    """Checks that training rows may be taken from files whose names mention no split.
+
+    Raises:
+        DataError: there are several, and one may hold another split: ``mytest.jsonl``.
+    """
+    doubtful = [file for file in files if any(split in _name(file) for split in _HELD_OUT)]
+    if doubtful and len({_name(file) for file in files}) > 1:
+        raise DataError(
+            f"no file of {path} is named 'train', and {_names(doubtful)} may hold another split; "
+            f"there are {_names(files)}.\nName the file itself as the path "
+            "(as data.train.path=FILE), or its name as the split (as data.train.split=NAME)."
+        )
 
 
 def _one_format(files: list[Path]) -> list[Path]:
     """Returns the files without those that repeat the rows of another one in another format."""
     formats: dict[str, set[str]] = {}
     for file in files:
-        formats.setdefault(file.stem.split("-")[0], set()).add(file.suffix)
+        formats.setdefault(_name(file), set()).add(file.suffix)
     best = {name: min(found, key=_SUFFIXES.index) for name, found in formats.items()}
-    return [file for file in files if file.suffix == best[file.stem.split("-")[0]]]
+    return [file for file in files if file.suffix == best[_name(file)]]
 
 
 def read_rows(
