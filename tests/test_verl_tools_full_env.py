@@ -52,7 +52,8 @@ PLUGIN = """
         secret = os.environ.get("SPIED_API_KEY", "none")
         return replace(found, text=f"process {os.getpid()} {outcome} {secret} {found.text}")
 
-    WORDS = crop_image.schema()["function"]["parameters"]
+    # In the words that the embedded student has learned.
+    WORDS = crop_image.with_options({"sizes": "original"}).schema()["function"]["parameters"]
 
     class SpiedEnv(PixelReasonerEnv):
         default_tools = (
