@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -829,3 +830,32 @@ def test_web_pages_are_clicked_in_a_browser(monkeypatch: pytest.MonkeyPatch) -> 
         assert (terminated, info["success"]) == (True, True)
         assert reward > 0.999  # without the page's clock, which lowers it
     env.close()
+
+
+class Hanging(Room):
+    """Never starts."""
+
+    def reset(self, **options: Any) -> Any:
+        time.sleep(30)
+
+
+def test_an_environment_that_never_starts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reopold_agent.envs.gym_env.START_SECONDS", 0.2)
+    gymnasium.register("reopold-test/Hanging-v0", Hanging)
+    try:
+        env = GymnasiumEnv(gym_id="reopold-test/Hanging-v0")
+        with pytest.raises(ConfigError, match=r"did not start within 0.2 s \(its reset hangs\)\."):
+            env.num_tasks("train")
+    finally:
+        del gymnasium.registry["reopold-test/Hanging-v0"]
+
+
+def test_success_return_must_be_a_number() -> None:
+    with pytest.raises(ConfigError, match="success_return must be a number, got 'high'"):
+        GymnasiumEnv(gym_id="reopold-test/Room-v0", success_return="high")  # type: ignore[arg-type]
+
+
+def test_the_bounds_of_short_floats_are_round() -> None:
+    actions = Actions(spaces.Box(-0.7, 0.7, (1,), np.float32))
+    assert "0.7" in json.dumps(actions.schema)
+    assert "0.69" not in json.dumps(actions.schema)

@@ -517,6 +517,8 @@ print("done")
         {"text": IMAGE_MARK, "images": ()},
         {"text": IMAGE_MARK, "images": (np.zeros((28, 28), np.float32),)},
         {"text": 7, "images": ()},
+        {},
+        np.zeros(5000),
     ],
 )
 def test_an_invalid_observation_loses_its_episode_only(
@@ -545,7 +547,15 @@ def test_an_invalid_observation_loses_its_episode_only(
             1,
         ),
         (np.zeros((28, 28, 3), np.uint8), IMAGE_MARK, 1),
-        (np.int64(3), "np.int64(3)", 0),
+        (np.zeros((64, 64), np.uint8), IMAGE_MARK, 1),  # grey
+        (np.int64(3), "3", 0),
+        (np.array([10001.0, 0.5]), "[10001, 0.5]", 0),
+        (
+            {"text": "page", "goal": "buy", "screen": np.zeros((64, 64, 3), np.uint8)},
+            f"{IMAGE_MARK}\ntext: page\ngoal: buy",
+            1,
+        ),
+        (("look", np.zeros((64, 64, 3), np.uint8)), f"{IMAGE_MARK}\n[look]", 1),
     ],
 )
 def test_whatever_an_environment_shows_is_what_the_student_reads(
@@ -604,6 +614,29 @@ def test_success_is_what_the_environment_says(
     (trajectory,) = runner.run(scripted, specs(1), T1, (1,))
     assert (trajectory.reward, trajectory.success) == (sum(rewards), success)
     assert [turn.observation for turn in trajectory.turns] == ["Go on.", "Go on."]
+
+
+def test_a_budget_is_a_success_only_by_the_environments_word(
+    chat: ChatRenderer, scripted: ScriptedPolicy
+) -> None:
+    class Endless(gymnasium.Env[Any, str]):
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            self.won = options["index"] == 0
+            return "Begin.", {}
+
+        def step(self, action: str) -> Any:
+            return "Go on.", 1.0, False, False, {"success": True} if self.won else {}
+
+    runner = RolloutRunner(
+        Endless,
+        chat,
+        None,
+        prompt_pixels=PROMPT_PIXELS,
+        observation_pixels=OBSERVATION_PIXELS,
+        limits=RolloutLimits(max_turns=2),
+    )
+    trajectories = runner.run(scripted, specs(2), T1, (1,))
+    assert [(t.reward, t.success) for t in trajectories] == [(2.0, True), (2.0, False)]
 
 
 # Order, groups, determinism

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from gymnasium.wrappers import TimeLimit
 from PIL import Image
 from test_envs import call
 from test_rollout import ScriptedPolicy, specs
 
 from reopold_agent.common.pixels import PixelLimits
-from reopold_agent.envs.base import ToolEnv
-from reopold_agent.errors import ToolResultError
+from reopold_agent.envs.base import ToolEnv, take_turn
+from reopold_agent.errors import ConfigError, ToolResultError
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
 from reopold_agent.tools import EpisodeState, Isolation, Tool, ToolResult
@@ -142,14 +144,15 @@ def test_rewards_with_two_arguments_keep_working() -> None:
     assert env.step("\\boxed{3}")[1:3] == (2.0, True)
 
 
-def test_a_verdict_that_is_none_is_the_developers_error() -> None:
+@pytest.mark.parametrize("given", [1.0, (float("nan"), True), ("x", True), None])
+def test_a_verdict_that_is_none_is_the_developers_error(given: Any) -> None:
     class Wrong(Walk):
         def reward(self, task: Task, answer: str, state: EpisodeState) -> Any:
-            return 1.0
+            return given
 
     env = Wrong()
     env.reset(seed=0)
-    with pytest.raises(ValueError, match=r"reward must return \(number, whether .* got 1.0"):
+    with pytest.raises(ValueError, match=r"reward must return \(number, whether .* got "):
         env.step("done")
 
 
@@ -183,6 +186,77 @@ def test_a_tool_in_a_worker_process_ends_the_episode_too() -> None:
     assert env.step(move(1))[1:4] == (-0.1, False, False)
     _, reward, terminated, _, info = env.step(move(2))
     assert (reward, terminated, info["success"]) == (1.0, True, True)
+
+
+@pytest.mark.parametrize("kind", ["static", "class", "keyword", "default", "other default"])
+def test_the_state_is_given_however_reward_takes_it(kind: str) -> None:
+    class Static(Walk):
+        @staticmethod
+        def reward(task: Task, answer: str, state: EpisodeState) -> tuple[float, bool]:  # type: ignore[override]
+            return 0.5, state.extra["at"] == 2
+
+    class OfClass(Walk):
+        @classmethod
+        def reward(cls, task: Task, answer: str, state: EpisodeState) -> tuple[float, bool]:  # type: ignore[override]
+            return 0.5, state.extra["at"] == 2
+
+    class Keyword(Walk):
+        def reward(self, task: Task, answer: str, *, state: Any = None) -> tuple[float, bool]:  # type: ignore[override]
+            return 0.5, state.extra["at"] == 2
+
+    class Default(Walk):
+        def reward(self, task: Task, answer: str, state: Any = None) -> tuple[float, bool]:
+            return 0.5, state.extra["at"] == 2
+
+    class Other(Walk):
+        def reward(self, task: Task, answer: str, strict: bool = False) -> tuple[float, bool]:  # type: ignore[override]
+            return 0.5, strict is False
+
+    kinds = {
+        "static": Static,
+        "class": OfClass,
+        "keyword": Keyword,
+        "default": Default,
+        "other default": Other,
+    }
+    env = kinds[kind]()
+    env.reset(seed=0)
+    env.step(move(2))
+    assert env.step("done")[4]["success"]
+
+
+def test_a_reward_that_needs_more_is_refused_when_the_environment_is_made() -> None:
+    class Needs(Walk):
+        def reward(self, task: Task, answer: str, state: Any, more: Any) -> tuple[float, bool]:  # type: ignore[override]
+            return 0.0, False
+
+    with pytest.raises(ConfigError, match=r"missing a required argument: 'more'\.\nDefine it as"):
+        Needs()
+
+
+def test_what_a_tool_does_after_its_time_does_not_count() -> None:
+    def late(state: EpisodeState) -> ToolResult:
+        state.extra["begun"] = True
+        time.sleep(0.6)
+        state.extra["late"] = True
+        return ToolResult("too late")
+
+    env = walk(tools=[Tool("late", late, "Is late.", timeout_s=0.2)])
+    observation = env.step(call("late"))[0]
+    assert "did not finish within 0.2 seconds" in observation["text"]
+    time.sleep(0.8)
+    assert env.episode is not None
+    assert env.episode.extra == {"at": 0, "begun": True}
+
+
+def test_a_time_limit_around_the_environment_asks_the_hook() -> None:
+    limited = TimeLimit(Walk(), 1)
+    limited.reset(seed=0)
+    _, reward, terminated, truncated, info = take_turn(limited, move(1))
+    assert (terminated, truncated, info["success"]) == (False, True, True)
+    assert reward == pytest.approx(-1.1)
+    limited.reset(seed=0)
+    assert take_turn(limited, move(3))[1:4] == (1.0, True, True)  # it ended by itself
 
 
 # In a rollout, whose budgets the environment does not know

@@ -283,7 +283,7 @@ def _integer(low: Any, high: Any) -> Schema:
 def _number(low: Any, high: Any) -> Schema:
     schema: Schema = {"type": "number"}
     if np.isfinite(low):
-        schema["minimum"] = float(low)
+        schema["minimum"] = float(str(low))  # 0.7, not the float32's 0.699999988
     if np.isfinite(high):
-        schema["maximum"] = float(high)
+        schema["maximum"] = float(str(high))
     return schema

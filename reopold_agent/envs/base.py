@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import gymnasium
@@ -152,6 +152,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         self._max_text, self._max_side, self._max_pictures = max_text, max_side, max_pictures
         self._system_message = system_message
         self._source = self._known(source)
+        _state_of(self.reward, None)
         self._tasks: dict[str, TaskSource] = {}
         self.observation_space = spaces.Dict(
             {"text": UnicodeText(max_text), "images": Pictures(max_pictures, max_side)}
@@ -406,9 +407,8 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         return call, result
 
     def _verdict(self, answer: str, state: EpisodeState) -> tuple[float, bool]:
-        # The state is passed by position: its parameter may have any name.
-        states = (state,) if _takes_state(type(self).reward) else ()
-        return _outcome(self.reward(state.task, answer, *states))
+        positional, named = _state_of(self.reward, state)
+        return _outcome(self.reward(state.task, answer, *positional, **named))
 
     def _decided(self, result: ToolResult, state: EpisodeState) -> tuple[float, bool]:
         """Returns reward and success of an episode that a tool ends."""
@@ -503,6 +503,18 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         return tasks[int(index)]
 
 
+def take_turn(
+    env: gymnasium.Env[Any, Any], turn: str
+) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+    """Takes a step; asks the hook of a `ToolEnv` whose episode a wrapper (a time limit) ended."""
+    observation, reward, terminated, truncated, info = env.step(turn)
+    inner = env.unwrapped
+    if (terminated or truncated) and isinstance(inner, ToolEnv) and inner.episode is not None:
+        last, success = inner.truncate()
+        reward, info = float(reward) + last, {**info, "success": success}
+    return observation, float(reward), terminated, truncated, info
+
+
 def truncate_episode(env: gymnasium.Env[Any, Any]) -> tuple[float, bool]:
     """Ends an episode at a budget of its caller; returns the reward for that and the success.
 
@@ -549,27 +561,52 @@ def _settings(environment: type) -> set[str]:
     return {each.name for each in named if each.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
-@lru_cache(maxsize=256)
-def _takes_state(function: Callable[..., Any]) -> bool:
-    """Whether an environment's ``reward`` takes the state besides itself, task and answer."""
-    kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return inspect.Parameter.VAR_POSITIONAL in kinds or sum(k in positional for k in kinds) > 3
+def _state_of(
+    reward: Callable[..., Any], state: EpisodeState | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the state as the arguments with which an environment's ``reward`` takes it, if any.
+
+    It takes it as a third parameter that is required or named ``state``, or as a keyword ``state``.
+
+    Raises:
+        ConfigError: it needs other arguments than task, answer and state.
+    """
+    given = inspect.signature(reward).parameters.values()
+    kinds = inspect.Parameter
+    if any(each.kind is kinds.KEYWORD_ONLY and each.name == "state" for each in given):
+        arguments: tuple[tuple[Any, ...], dict[str, Any]] = (), {"state": state}
+    else:
+        places = [
+            e for e in given if e.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+        ]
+        third = places[2] if len(places) > 2 else None
+        takes = third is not None and (third.default is kinds.empty or third.name == "state")
+        takes = takes or any(each.kind is kinds.VAR_POSITIONAL for each in given)
+        arguments = ((state,) if takes else ()), {}
+    try:
+        inspect.signature(reward).bind("task", "answer", *arguments[0], **arguments[1])
+    except TypeError as error:
+        raise ConfigError(
+            f"reward is called with a task, an answer and perhaps a state: {error}.\n"
+            "Define it as reward(self, task, answer) or reward(self, task, answer, state)."
+        ) from None
+    return arguments
 
 
 def _outcome(given: Any) -> tuple[float, bool]:
     """Returns the reward and success that an environment's hook returned.
 
     Raises:
-        ValueError: they are no number and truth value.
+        ValueError: they are no finite number and truth value.
     """
     try:
         reward, success = given
-        return float(reward), bool(success)
+        reward = float(reward)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"reward must return (number, whether it is a success), got {given!r}"
-        ) from None
+        reward, success = math.nan, False
+    if not math.isfinite(reward):
+        raise ValueError(f"reward must return (number, whether it is a success), got {given!r}")
+    return reward, bool(success)
 
 
 def _choose(choice: ToolChoice) -> list[Tool]:

@@ -22,6 +22,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from PIL import Image
 from typing_extensions import override
 
+from reopold_agent.common.bounded import DeadlineError, run_bounded
 from reopold_agent.envs.actions import Actions
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.envs.in_words import can_say, coloured_in_words, find_picture, in_words
@@ -44,6 +45,9 @@ from reopold_agent.types import IMAGE_MARK, Observation, Task, TaskSource, ToolC
 _log = logging.getLogger(__name__)
 
 SHOW = ("auto", "text", "picture", "both")
+
+START_SECONDS = 120.0
+"""Limit of the first start of an environment."""
 
 VALUES_BESIDE_PICTURE, VALUES_ALONE = 32, 1024
 """Largest part of an observation that is stated beside a picture, and where there is none."""
@@ -149,6 +153,8 @@ class GymnasiumEnv(ToolEnv):
             raise ConfigError(f"show is one of {', '.join(SHOW)}, got '{show}'")
         if num_tasks < 1:
             raise ConfigError(f"num_tasks must be at least 1, got {num_tasks}")
+        if success_return is not None and not isinstance(success_return, (int, float)):
+            raise ConfigError(f"success_return must be a number, got '{success_return}'")
         own = inspect.signature(ToolEnv.__init__).parameters
         for setting in settings:
             if setting not in own:
@@ -197,7 +203,12 @@ class GymnasiumEnv(ToolEnv):
         """
         if not self._played:
             try:
-                self._opened(task_seed(split, 0))
+                run_bounded(lambda: self._opened(task_seed(split, 0)), START_SECONDS)
+            except DeadlineError:
+                raise ConfigError(
+                    f"{self._name} did not start within {START_SECONDS:g} s (its reset hangs).\n"
+                    "Check its arguments (env.kwargs.kwargs), and that it runs by itself."
+                ) from None
             except ReopoldError:
                 raise
             except Exception as error:

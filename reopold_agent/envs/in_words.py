@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-_SMALLEST_PICTURE = 32
+SMALLEST_PICTURE = 32
 """Arrays with a shorter side (MiniGrid's 7 x 7 x 3) encode something else than a picture."""
 
 _COLOURS = ("grey", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
@@ -25,7 +25,7 @@ def in_words(value: Any, most: int, names: Sequence[str] = ()) -> str:
         most: parts (entries of a dictionary, or the whole) of more values are left out.
         names: of the entries of a vector or tuple.
     """
-    if value is None or (_count(value) > most and not isinstance(value, Mapping)):
+    if value is None or (count_values(value) > most and not isinstance(value, Mapping)):
         return ""
     if isinstance(value, Mapping):
         parts = {key: in_words(each, most) for key, each in value.items()}
@@ -59,7 +59,7 @@ def find_picture(space: spaces.Space[Any]) -> tuple[str, ...] | None:
                 return (key, *inner)
     if isinstance(space, spaces.Box) and space.dtype == np.uint8:
         *sides, last = (*space.shape, 1) if len(space.shape) == 2 else space.shape or (0,)
-        if len(sides) == 2 and last in (1, 3) and min(sides) >= _SMALLEST_PICTURE:
+        if len(sides) == 2 and last in (1, 3) and min(sides) >= SMALLEST_PICTURE:
             return ()
     return None
 
@@ -92,11 +92,12 @@ def _colours(codes: str, before: str) -> str:
     return found
 
 
-def _count(value: Any) -> int:
+def count_values(value: Any) -> int:
+    """Returns the number of values in an observation."""
     if isinstance(value, Mapping):
-        return sum(map(_count, value.values()))
+        return sum(map(count_values, value.values()))
     if isinstance(value, (tuple, list)):
-        return sum(map(_count, value))
+        return sum(map(count_values, value))
     return int(value.size) if isinstance(value, np.ndarray) else 1
 
 
@@ -109,7 +110,11 @@ def _plain(value: Any) -> str:
         value = value.item()
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(map(_plain, value)) + "]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if 1000 <= abs(value) < 1e15:  # money, counters, coordinates
+        return f"{value:.2f}".rstrip("0").rstrip(".")
+    return f"{value:.4g}"
 
 
 def _indented(text: str) -> str:

@@ -13,9 +13,13 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
 
+from reopold_agent.envs.in_words import SMALLEST_PICTURE, count_values, in_words
 from reopold_agent.types import IMAGE_MARK, Observation, PixelArray
 
 Part: TypeAlias = "str | PixelArray"
+
+_MOST_VALUES = 4096
+"""Most values of an observation that are put into words."""
 
 _SAMPLE_CHARACTERS = "abcdefghij 0123456789.,?\né漢"
 
@@ -122,15 +126,14 @@ def as_observation(value: Any) -> Observation:
 
     Args:
         value: an `Observation`, with or without ``images`` and marks for them, or what another
-            Gymnasium environment shows: a text, a picture, or any other value, which is shown as
-            its ``repr``.
+            Gymnasium environment shows: a text, a picture, or any other value, of which pictures
+            are shown first and the rest is put into words.
 
     Raises:
-        ValueError: nothing, or a text or pictures that are none, or more marks than pictures.
+        ValueError: nothing, more than can be said, a text or pictures that are none, or more marks
+            than pictures.
     """
-    if value is None:
-        raise ValueError("an observation is None")
-    if isinstance(value, Mapping) and "text" in value:
+    if isinstance(value, Mapping) and "text" in value and {"text", "images"}.issuperset(value):
         text, images = value["text"], tuple(value.get("images", ()))
         if not isinstance(text, str) or not all(map(_is_picture, images)):
             raise ValueError(
@@ -146,8 +149,34 @@ def as_observation(value: Any) -> Observation:
         return Observation(text=text + IMAGE_MARK * missing, images=images)
     if _is_picture(value):
         return Observation(text=IMAGE_MARK, images=(value,))
-    text = value if isinstance(value, str) else repr(value)
-    return Observation(text=text.replace(IMAGE_MARK, " "), images=())
+    if isinstance(value, str):
+        return Observation(text=value.replace(IMAGE_MARK, " "), images=())
+    pictures: list[PixelArray] = []
+    rest = _without_pictures(value, pictures)
+    if count_values(rest) > _MOST_VALUES:
+        raise ValueError(f"an observation of more than {_MOST_VALUES} values is no picture or text")
+    said = in_words(rest, _MOST_VALUES).replace(IMAGE_MARK, " ")
+    if not pictures and not said:
+        raise ValueError(f"an observation shows nothing: {value!r:.100}")
+    marks = IMAGE_MARK * len(pictures)
+    return Observation(text="\n".join(filter(None, (marks, said))), images=tuple(pictures))
+
+
+def _without_pictures(value: Any, pictures: list[PixelArray]) -> Any:
+    """Moves the pictures of an observation into a list; returns the rest."""
+    if isinstance(value, Mapping):
+        return {key: _without_pictures(each, pictures) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        rest = [_without_pictures(each, pictures) for each in value]
+        return [each for each in rest if each is not None]
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint8 or value.ndim not in (2, 3):
+        return value
+    grey = value if value.ndim == 2 else value[..., 0] if value.shape[2] == 1 else None
+    found = value if grey is None else np.stack([grey] * 3, axis=-1)
+    if not _is_picture(found) or min(found.shape[:2]) < SMALLEST_PICTURE:
+        return value
+    pictures.append(found)
+    return None
 
 
 def parts_of(observation: Any) -> list[Part]:

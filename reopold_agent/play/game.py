@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 
-from reopold_agent.envs.base import ToolEnv, truncate_episode
+from reopold_agent.envs.base import ToolEnv, take_turn, truncate_episode
 from reopold_agent.envs.from_config import num_tasks
 from reopold_agent.envs.registration import task_seed
 from reopold_agent.envs.spaces import Part, as_observation, parts_of, succeeded
@@ -225,7 +225,7 @@ class Game:
         episode.turns.append(("assistant", [text]))
         self._count(lambda budget: budget.turn(text))
         try:
-            observation, reward, terminated, truncated, info = self._env.step(text)
+            observation, reward, terminated, truncated, info = take_turn(self._env, text)
             observation = as_observation(observation)
         except Exception as error:  # as above
             self._failed("step", error)
@@ -243,20 +243,21 @@ class Game:
             return
         self._show(observation)
         if episode.said >= self._rules.max_turns:
-            self._truncate(episode, StopReason.MAX_TURNS)
+            self._truncate(episode, StopReason.MAX_TURNS, info)
             return
         self._count(lambda budget: budget.answer(observation))
         if self._budget is not None and not self._budget.fits:
-            self._truncate(episode, StopReason.MAX_TOKENS)
+            self._truncate(episode, StopReason.MAX_TOKENS, info)
 
-    def _truncate(self, episode: Episode, stop: StopReason) -> None:
+    def _truncate(self, episode: Episode, stop: StopReason, info: Mapping[str, Any]) -> None:
         """Ends an episode at a budget that its environment does not know."""
         try:
-            reward, episode.success = truncate_episode(self._env)
+            reward, success = truncate_episode(self._env)
         except Exception as error:  # as above
             self._failed("truncation_reward", error)
             self._end(episode, StopReason.ENV_ERROR)
             return
+        episode.success = success or succeeded(info, 0.0)
         episode.reward += reward
         self._end(episode, stop)
 

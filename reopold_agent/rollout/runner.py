@@ -23,6 +23,7 @@ from reopold_agent.envs.base import (
     ToolEnv,
     end_episode,
     show_as,
+    take_turn,
     truncate_episode,
     without_pictures,
 )
@@ -118,6 +119,7 @@ class _Episode:
     reward: float = 0.0
     success: bool = False
     info: dict[str, Any] = field(default_factory=dict)
+    last_info: Mapping[str, Any] = field(default_factory=dict)
 
     def append(self, ids: Sequence[int]) -> None:
         """Adds tokens that the student did not sample."""
@@ -344,6 +346,7 @@ class RolloutRunner:
         turn.tool_call = call if isinstance(call, ToolCall) else None
         episode.reward += float(reward)
         turn.observation = observation["text"]
+        episode.last_info = info
         if terminated or truncated:
             episode.success = succeeded(info, episode.reward)
             episode.info = {k: info[k] for k in ("answer", "success") if k in info}
@@ -395,7 +398,9 @@ class RolloutRunner:
         outcome = episode.worker.result(self.limits.env_seconds)
         if outcome.error is not None:
             return self._fail_env(episode, outcome.error)
-        reward, episode.success = outcome.value
+        reward, success = outcome.value
+        # An environment that is no ToolEnv is not asked; only its own word counts.
+        episode.success = success or succeeded(episode.last_info, 0.0)
         episode.reward += reward
         episode.stop = stop
         return False
@@ -459,7 +464,7 @@ class RolloutRunner:
         self.stats.sampled_tokens += len(completion.ids)
         text = self.chat.text(completion.ids)
         episode.turns.append(Turn(start, len(episode.ids), text, completion.finish))
-        episode.worker.call(lambda env: env.step(text))
+        episode.worker.call(lambda env: take_turn(env, text))
 
     @staticmethod
     def _trajectory(episode: _Episode) -> Trajectory:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 from PIL import Image
@@ -353,11 +356,18 @@ def on_thread(
     """
     if tool.inline:
         return usable(tool.function(state, **arguments), state.images)
+    theirs = replace(state)
+    call = partial(tool.function, theirs)
     try:
         # The pictures are checked within the time limit too: opening one may take long.
-        return run_bounded(lambda: usable(tool.function(state, **arguments), state.images), seconds)
+        return run_bounded(lambda: usable(call(**arguments), state.images), seconds)
     except DeadlineError:
+        # The thread goes on; what it still does must not change the episode.
+        with suppress(Exception):  # of a third party's values, which then stay shared
+            theirs = replace(theirs, extra=copy.deepcopy(theirs.extra))
         raise ToolTimeoutError(f"The tool did not finish within {seconds:g} seconds.") from None
+    finally:
+        state.extra = theirs.extra
 
 
 def usable(result: object, known: Sequence[Image.Image]) -> ToolResult:
