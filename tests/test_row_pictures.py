@@ -18,6 +18,7 @@ from PIL import Image
 
 import reopold_agent.envs  # noqa: F401  # registers the environments
 from reopold_agent.data import load_tasks
+from reopold_agent.data.demonstrations import load_demonstrations
 from reopold_agent.data.export import write_verl
 from reopold_agent.data.formats import pixel_reasoner_task, verl_task
 from reopold_agent.data.pictures import PictureFolder, given_pictures, unread_columns
@@ -67,6 +68,8 @@ def question(source: str, text: str = "Which?") -> dict[str, Any]:
 
 
 SOURCES = ("pixel_reasoner", "verl", "math_jsonl", "geometry3k")
+SAID = {"role": "user", "content": "Which?"}
+DATA = f"data:image/png;base64,{base64.b64encode(png(2)).decode()}"
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -187,7 +190,7 @@ def test_parts_as_parquet_stores_them(folder: Path) -> None:
     words = {**nothing, "type": "text", "text": "Only if red: stop?"}
     task = load_parts(words, images=["1.png"])
     assert (task.question, reds(task)) == ("Only if red: stop?", [1])
-    assert load_parts(words, images=[None]).images == ()
+    assert load_parts(words, images=[]).images == ()
     assert reds(load_parts(words, {"type": "image", "path": "2.png"})) == [2]
     task = load_parts({"type": "video", "video": ["1.png", "2.png"]}, words)
     assert (task.is_video, reds(task)) == (True, [1, 2])
@@ -245,10 +248,160 @@ def test_a_column_that_looks_like_pictures_is_reported_once(
     assert tasks.report.record()["unread_columns"] == {"screenshot": 3}
 
 
+# Rows whose pictures would not be seen
+
+
+SHOWN = [{"role": "user", "content": [{"type": "image", "image": "2.png"}, "Which?"]}]
+
+
+@pytest.mark.parametrize("column", ["messages", "prompt", "message_list", "completion"])
+@pytest.mark.parametrize(
+    "messages",
+    [
+        SHOWN,
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which?"}]}],
+        [{"role": "user", "content": "<image>Which?", "images": ["2.png"]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": DATA}}]}],
+    ],
+)
+@pytest.mark.parametrize("source", SOURCES)
+def test_pictures_in_messages_that_are_not_read_are_refused(
+    folder: Path, source: str, messages: list[Any], column: str
+) -> None:
+    row = question(source)
+    if column not in row:
+        message = f"'{column}' holds pictures and is not read, and the row has none elsewhere"
+        with pytest.raises(DataError, match=message):
+            load(folder, source, {**row, column: messages})
+        assert reds(load(folder, source, {**row, column: messages, "image": "2.png"})) == [2]
+    with pytest.raises(DataError, match=rf"'extra_info.{column}' holds pictures and is not read"):
+        load(folder, source, {**row, "extra_info": {column: messages}})
+
+
+def test_messages_without_pictures_are_no_matter(folder: Path) -> None:
+    words = [{"role": "user", "content": "Save it as a.png", "images": None, "id": "a.png"[:1]},
+             {"role": "assistant", "content": [{"type": "text", "text": "a.png", "image": None}]},
+             "plot.png"]  # fmt: skip
+    for source in SOURCES:
+        for given in (words, "Which?", None, 7):
+            assert load(folder, source, {**question(source), "messages": given}).images == ()
+    row = {"prompt": SHOWN, "reward_model": {"ground_truth": "7"}, "messages": SHOWN}
+    assert reds(load(folder, "verl", row)) == [2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["![](2.png) Which?", "Look: ![a digit](img/2.JPG 'x')", '<img src="2.png"> Which?',
+     "<img width=9 src=2.webp/>Which?", "![](https://host/2.jpg?width=9)", f"![]({DATA})",
+     "![](<2.png>)", "![](2(1).png)"],
+)  # fmt: skip
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_picture_that_only_the_text_names_is_refused(
+    folder: Path, source: str, text: str
+) -> None:
+    with pytest.raises(DataError, match=r"the text shows the picture '.*, but 0 pictures in"):
+        load(folder, source, question(source, text))
+    for shown in ("[image] Which?", "![](x) Which?", '<img src="a"> Which?', "Is a.png red?"):
+        assert load(folder, source, question(source, shown)).question == shown
+    marked = {**question(source, f"<image>{text} Hm?"), "images": ["2.png"]}
+    assert reds(load(folder, source, marked)) == [2]
+
+
+def test_only_the_users_words_show_pictures(folder: Path) -> None:
+    said = [{"role": "system", "content": "Draw ![](a.png)"}, SAID,
+            {"role": "assistant", "content": "![](a.png)"}, SAID]  # fmt: skip
+    assert load(folder, "verl", {**question("verl"), "prompt": said}).images == ()
+    said[1] = {"role": "user", "content": "![](a.png)"}
+    with pytest.raises(DataError, match=r"the text shows the picture 'a\.png'"):
+        load(folder, "verl", {**question("verl"), "prompt": said})
+
+
+def test_a_demonstration_whose_text_names_a_picture_is_refused(folder: Path) -> None:
+    file = folder / "rows.json"
+    row = {"messages": [{"role": "user", "content": "![](2.png) Which?"},
+                        {"role": "assistant", "content": "7"}]}  # fmt: skip
+    file.write_text(json.dumps([row]))
+    with pytest.raises(DataError, match=r"row 0: the text shows the picture '2\.png'"):
+        load_demonstrations({"path": str(file)})
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [[None], [None, None], [{"bytes": None, "path": None}], [{"url": ""}], [float("nan")]],
+)
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_list_of_nulls_is_a_missing_picture(
+    folder: Path, source: str, nothing: list[Any]
+) -> None:
+    for given in ({"images": nothing}, {"extra_info": {"img_paths": nothing}}, {"videos": nothing}):
+        with pytest.raises(DataError, match="is a list of nulls; give the pictures"):
+            load(folder, source, {**question(source), **given})
+    for none in (None, [], {"bytes": None, "path": None}, ""):
+        assert load(folder, source, {**question(source), "images": none}).images == ()
+    both = {**question(source), "images": ["2.png"], "extra_info": {"images": nothing}}
+    assert reds(load(folder, source, both)) == [2]
+
+
+def test_lists_of_nulls_in_parquet(folder: Path) -> None:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{**question("math_jsonl"), "id": str(i)} for i in range(3)]
+
+    def tasks(kind: pa.DataType, *values: Any) -> Any:
+        table = pa.Table.from_pylist(rows).append_column("images", pa.array(values, kind))
+        pq.write_table(table, folder / f"{len(list(folder.glob('*.parquet')))}.parquet")
+        newest = folder / f"{len(list(folder.glob('*.parquet'))) - 1}.parquet"
+        return load_tasks({"source": "math_jsonl", "path": str(newest)})
+
+    empty = {"bytes": None, "path": None}
+    found = tasks(kind, {"bytes": png(2), "path": "2.png"}, None, empty)
+    assert [len(task.images) for task in found] == [1, 0, 0]
+    found = tasks(pa.list_(kind), [{"bytes": png(2), "path": "2.png"}], None, [])
+    assert [len(task.images) for task in found] == [1, 0, 0]
+    with pytest.raises(DataError, match="'images' is a list of nulls"):
+        tasks(pa.list_(kind), [{"bytes": png(2), "path": "2.png"}], None, [empty])
+
+
+@pytest.mark.parametrize(
+    "column", ["image_id", "imageId", "image_name", "photo_url", "imageUrl", "photo", "img_names"]
+)
+def test_a_column_that_names_a_picture_is_reported_where_there_is_none(
+    folder: Path, column: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"question": "Which?", "answer": "7", "qid": str(i), column: f"a{i}"} for i in range(3)]
+    rows += [{**rows[0], "qid": "p", "image": "2.png"}, {**rows[0], "qid": "n", column: None}]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    tasks: Any = load_tasks({"source": "pixel_reasoner", "path": str(folder / "rows.json")})
+    assert len(tasks) == 5
+    assert tasks.report.record()["unread_columns"] == {column: 3}
+    assert caplog.text.count(f"'{column}' that looks like pictures and is not read") == 1
+    for other in ("image_size", "image_width", "has_image", "question_id", "image_caption"):
+        assert unread_columns({other: "x"}, by_name=True) == []
+
+
+def test_an_object_with_two_names_is_refused(folder: Path) -> None:
+    row = question("pixel_reasoner")
+    for two in ({"path": "1.png", "image": "2.png"}, {"image": "2.png", "url": "11.png"}):
+        for value in (two, [two], [{"image": two}]):
+            with pytest.raises(DataError, match="hold different pictures"):
+                load(folder, "pixel_reasoner", {**row, "image": value})
+    for same in (
+        {"path": "2.png", "image": "images/2.png"},
+        {"path": "2.png", "source": "coco", "url": "https://host/9.png"},
+        {"bytes": png(2), "path": "a.png", "image": "b.png"},
+    ):
+        assert reds(load(folder, "pixel_reasoner", {**row, "image": [same]})) == [2]
+
+
+def test_the_mark_of_a_geometry_problem_is_stripped(folder: Path) -> None:
+    row = {"annotat_text": "<image>Find x.", "choices": ["3", "7"], "answer": "B", "id": 1,
+           "image": "2.png"}  # fmt: skip
+    task = load(folder, "geometry3k_intergps", row)
+    assert (task.question, task.answers, reds(task)) == ("Find x.", ("7",), [2])
+    with pytest.raises(DataError, match="the question has no words beside its picture"):
+        load(folder, "geometry3k_intergps", {**row, "annotat_text": "<image>"})
+
+
 # Wherever a row has its pictures, none is lost
-
-
-DATA = f"data:image/png;base64,{base64.b64encode(png(2)).decode()}"
 
 
 def asked(content: Any, **keys: Any) -> dict[str, Any]:
@@ -462,7 +615,7 @@ def test_marks_of_videos_in_the_forms_of_other_programs(folder: Path, mark: str)
 @pytest.mark.parametrize(
     "mark",
     ["<img>", '<img src="a">', "[image1]", "[Image]", "{image}", "<image_placeholder>",
-     "<ImageHere>", "<|image|>", "<|vision_start|>", "<picture 1>", "![](1.png)"],
+     "<ImageHere>", "<|image|>", "<|vision_start|>", "<picture 1>", "![](1)"],
 )  # fmt: skip
 @pytest.mark.parametrize("source", SOURCES)
 def test_what_looks_like_a_mark_is_refused_where_pictures_have_none(
@@ -483,9 +636,6 @@ def test_the_mark_of_a_video_takes_no_picture(folder: Path, text: str) -> None:
         row = {**question(source, text), "images": ["1.png"]}
         with pytest.raises(DataError, match="the row's pictures are no video; say so with 'is_vi"):
             load(folder, source, row)
-
-
-SAID = {"role": "user", "content": "Which?"}
 
 
 def test_rows_as_pandas_reads_them(folder: Path) -> None:

@@ -33,7 +33,14 @@ from reopold_agent.data.pictures import (
     unread_columns,
 )
 from reopold_agent.data.rows import download, fills_with_nulls, find_row_files, read_rows
-from reopold_agent.data.turns import Mark, Pieces, chosen_pictures, pieces_of, system_column
+from reopold_agent.data.turns import (
+    Mark,
+    Pieces,
+    chosen_pictures,
+    pieces_of,
+    refuse_named_pictures,
+    system_column,
+)
 from reopold_agent.data.urls import url_rules
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.types import ImageSource, Role
@@ -182,8 +189,11 @@ def _demonstration(row: Mapping[str, Any], number: int, pictures: PictureFolder)
         pieces.append(its_pieces)
     read = _with_results(_with_pictures(read, pieces, given_pictures(row, pictures), pictures))
     turns = tuple(each.turn for each in read)
-    if not _shown(read) and (unread := unread_columns(row)):
-        raise DataError(f"'{unread[0]}' looks like pictures and is not read; name it 'images'")
+    if not _shown(read):
+        if unread := unread_columns(row):
+            raise DataError(f"'{unread[0]}' looks like pictures and is not read; name it 'images'")
+        parts = (part for each in read if each.role == "user" for part in each.turn.parts)
+        refuse_named_pictures([part for part in parts if isinstance(part, str)])
     roles = [each.role for each in read]
     dialogue = roles[1:] if turns[0].role == "system" else roles
     answers, asked = dialogue[1::2], dialogue[::2]

@@ -19,7 +19,7 @@ from reopold_agent.data.options import (
     written,
 )
 from reopold_agent.data.pictures import PictureFolder, as_list, given_pictures, is_null
-from reopold_agent.data.turns import Turns, read_turns, system_column
+from reopold_agent.data.turns import Turns, read_turns, refuse_unread_messages, system_column
 from reopold_agent.types import IMAGE_MARK, Task
 
 
@@ -71,6 +71,8 @@ def question_task(
     given = given_pictures(row, pictures)
     message = {"role": "user", "content": with_options(question, options)}
     turns, images, is_video = read_turns([message], given, pictures)
+    if not images:
+        refuse_unread_messages(row)
     metadata = dict(metadata or {})
     if options:
         answers = right_options(answers, options, by_letter=lettered)
@@ -95,6 +97,8 @@ def verl_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> T
     extra, graded = _group(row, "extra_info"), _group(row, "reward_model")
     messages = [*system_column(row, prompt), *prompt]
     turns, images, is_video = read_turns(messages, given_pictures(row, pictures), pictures)
+    if not images:
+        refuse_unread_messages(row, read=("prompt",))
     system = turns[0][1] if turns and turns[0][0] == "system" else None
     dialogue = turns if system is None else turns[1:]
     roles = [role for role, _ in dialogue]

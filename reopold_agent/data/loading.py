@@ -283,7 +283,7 @@ def _read_tasks(
         first.setdefault(task.id, where)
         found.append((where, task))
         report.check_references(where, task)
-        report.note_unread(unread_columns(row))
+        report.note_unread(unread_columns(row, by_name=not task.images))
     bad = set[int]()
     if checks.pictures != "none":
         bad |= set(check_pictures(found, checks.pictures, report))

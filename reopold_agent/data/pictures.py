@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import itertools
 import math
 import re
 import zipfile
@@ -37,10 +38,17 @@ _VIDEO_COLUMN = re.compile(
 
 _SOUND_COLUMN = re.compile(r"audios?(?:_(?:path|file|url)s?)?", re.IGNORECASE)
 
-_NESTED = ("extra_info", "multi_modal_data")
+NESTED = ("extra_info", "multi_modal_data")
 """Columns with an object in which pictures are looked for too, as in verl's rows."""
 
-_READ_OTHERWISE = ("prompt", "completion", "messages", "message_list")
+_UNREAD_NAME = re.compile(
+    r"(?:image|img|picture|photo|screenshot)s?_?(?:id|name|file_?name|file|key|path|ur[il])s?"
+    r"|photos?|screenshots?",
+    re.IGNORECASE,
+)
+"""Names of columns that tell which picture belongs to a row, such as ``image_id``, ``imageId``."""
+
+MESSAGES = ("prompt", "completion", "messages", "message_list")
 """Columns with messages, whose pictures the reader of messages finds."""
 
 _PICTURE_STARTS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
@@ -141,6 +149,7 @@ def _content(value: Any) -> bytes | str | None:
         RowError: it is none of these, or its base64 is damaged.
     """
     while isinstance(value, Mapping):
+        _refuse_two_names(value)
         found = next((name for name in _INSIDE if not is_empty(value.get(name))), None)
         if found is None and not is_empty(value):
             raise RowError(
@@ -160,6 +169,17 @@ def _content(value: Any) -> bytes | str | None:
         raise RowError("wrong type", f"a picture must be a path or bytes, got {kind}")
     decoded = _base64_picture(value)
     return value.removeprefix("file://").removeprefix("./") if decoded is None else decoded
+
+
+def _refuse_two_names(value: Mapping[str, Any]) -> None:
+    """Refuses a picture's object with the names of two files; beside bytes, names say nothing."""
+    named = {name: value[name] for name in _INSIDE if isinstance(value.get(name), str)}
+    files = [name for name, file in named.items() if _ends_in(file, _PICTURE_FILES)]
+    if not is_empty(value.get("bytes")):
+        return
+    for one, other in itertools.combinations(files, 2):
+        if is_url(named[one]) == is_url(named[other]) and not _same(named[one], named[other], None):
+            raise _differ(one, other)
 
 
 def _base64_picture(text: str) -> bytes | None:
@@ -188,6 +208,11 @@ def _starts_as_picture(data: bytes) -> bool:
 def _ends_in(name: str, endings: tuple[str, ...]) -> bool:
     """Returns whether a path or URL is of a file with one of these endings."""
     return _without_query(name).lower().endswith(endings)
+
+
+def target_is_picture(target: str) -> bool:
+    """Returns whether a path or URL in a text is of a picture's file or holds the picture."""
+    return target.startswith("data:image/") or _ends_in(target, _PICTURE_FILES)
 
 
 def _without_query(name: str) -> str:
@@ -262,10 +287,11 @@ def given_pictures(row: Mapping[str, Any], pictures: PictureFolder | None = None
 
     Raises:
         RowError: two columns hold different pictures, or there are both pictures and a video,
-            several videos, sound, or an ``is_video`` that is neither true nor false.
+            several videos, sound, a list of nulls alone, or an ``is_video`` that is neither true
+            nor false.
     """
     groups = [("", row)]
-    for name in _NESTED:
+    for name in NESTED:
         inside = [(f"{where}{name}.", group.get(name)) for where, group in groups]
         groups += [(where, group) for where, group in inside if isinstance(group, Mapping)]
     is_video = any(flag(group.get("is_video"), "is_video") for _, group in groups)
@@ -281,7 +307,30 @@ def given_pictures(row: Mapping[str, Any], pictures: PictureFolder | None = None
     if images and films:
         both = f"in '{next(iter(images))}' and '{next(iter(films))}'"
         raise RowError("video", f"both pictures and a video, {both}; give one of them")
+    if not images and not films:
+        for where, group in groups:
+            _refuse_nulls(group, where)
     return Given(_agreed(images or films, pictures), is_video or bool(films))
+
+
+def _refuse_nulls(group: Mapping[str, Any], where: str) -> None:
+    """Refuses a list with nothing but nulls: one entry for each picture, and all of them gone.
+
+    No picture at all is a null or an empty list, in parquet an object of nulls.
+    """
+    for name, value in group.items():
+        value = as_list(value)
+        if (
+            is_picture_column(name)
+            and isinstance(value, (list, tuple))
+            and any(not isinstance(each, (list, tuple)) for each in value)
+            and is_empty(value)
+        ):
+            raise RowError(
+                NO_PICTURE,
+                f"'{where}{name}' is a list of nulls; give the pictures, or an empty list if there "
+                "is none",
+            )
 
 
 def _refuse_sound(group: Mapping[str, Any], where: str) -> None:
@@ -355,17 +404,28 @@ def _frames(films: Sequence[Any]) -> list[Any]:
     return list(lists[0]) if lists else found
 
 
-def unread_columns(row: Mapping[str, Any]) -> list[str]:
-    """Returns the columns that look like pictures but have no name that is read."""
+def unread_columns(row: Mapping[str, Any], *, by_name: bool = False) -> list[str]:
+    """Returns the columns that look like pictures but have no name that is read.
+
+    Args:
+        row: the row.
+        by_name: whether a name such as ``image_id`` is enough, whatever the column holds; for rows
+            that have no picture.
+    """
     found = []
     for name, value in row.items():
-        if name in _READ_OTHERWISE or is_picture_column(name):
+        if name in MESSAGES or is_picture_column(name):
             continue
-        if name in _NESTED and isinstance(value, Mapping):
-            found += [f"{name}.{each}" for each in unread_columns(value)]
-        elif looks_like_picture(value):
+        if name in NESTED and isinstance(value, Mapping):
+            found += [f"{name}.{each}" for each in unread_columns(value, by_name=by_name)]
+        elif looks_like_picture(value) or (by_name and _names_picture(name, value)):
             found.append(name)
     return found
+
+
+def _names_picture(name: Any, value: Any) -> bool:
+    named = _UNREAD_NAME.fullmatch(str(name)) is not None
+    return named and not isinstance(value, (bool, np.bool_)) and not is_empty(value)
 
 
 def is_picture_column(name: Any) -> bool:

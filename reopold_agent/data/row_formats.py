@@ -97,7 +97,7 @@ def geometry3k_intergps(
     images = row.get("image") or f"{name}/img_diagram.png"
     return Task(
         name,
-        text_of(row, "annotat_text", "problem_text"),
+        _words(row, "annotat_text", "problem_text"),
         (options[LETTERS.index(letter)],),
         (pictures.find(str(images)),),
         metadata={"answer_kind": "math", "category": str(row.get("problem_type_goal", ""))},
@@ -127,9 +127,7 @@ def parquet_pictures(
 def mathvision(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFolder) -> Task:
     """Reads MATH-V's jsonl and hub parquet, and VLMEvalKit's tsv with or without pictures."""
     options = options_of(row)
-    question = re.sub(r"<image\d*>", "", text_of(row, "question")).strip()
-    if not question:
-        raise RowError(NO_QUESTION, "the question has no words beside its picture")
+    question = _words(row, "question")
     name = _name(row, number, "id", "index")
     file = f"images/{_name(row, number, 'index', 'id')}.jpg"  # as NoisyRollout names them
     picture = row.get("decoded_image") or row.get("image") or file
@@ -273,6 +271,14 @@ def vlmevalkit(row: Mapping[str, Any], number: int, root: Path, pictures: Pictur
         metadata={"answer_kind": "auto", "category": str(row.get("category") or "")},
         lettered=True,
     )
+
+
+def _words(row: Mapping[str, Any], *columns: str) -> str:
+    """Returns a question without the marks of its one picture, which comes first."""
+    question = re.sub(r"<image\d*>", "", text_of(row, *columns)).strip()
+    if not question:
+        raise RowError(NO_QUESTION, "the question has no words beside its picture")
+    return question
 
 
 def _name(row: Mapping[str, Any], number: int, *columns: str) -> str:

@@ -9,14 +9,18 @@ from typing import Any, TypeAlias, cast
 
 from reopold_agent.data.checks import RowError
 from reopold_agent.data.pictures import (
+    MESSAGES,
+    NESTED,
     Given,
     PictureFolder,
     as_list,
     given_pictures,
     is_empty,
     is_picture_column,
+    looks_like_picture,
     picture_of,
     repeats_pictures,
+    target_is_picture,
 )
 from reopold_agent.types import IMAGE_MARK, ImageSource, Role
 
@@ -72,9 +76,12 @@ def read_turns(
         raise RowError("video", "both pictures and a video in the messages; give one of them")
     if len(videos) > 1:
         raise RowError("video", f"{len(videos)} videos in the messages; one is possible")
-    if not marks and given.values:
+    if not marks:
         asked = [piece for role, pieces in turns if role == "user" for piece in pieces]
-        _refuse_lookalikes(asked)
+        if given.values:
+            _refuse_lookalikes(asked)
+        else:
+            refuse_named_pictures(asked)
     chosen = chosen_pictures(marks, given, pictures)
     shown = [value for values in chosen for value in values] if marks else given.values
     opened = tuple(picture_of(value, pictures) for value in shown)
@@ -213,6 +220,34 @@ def _refuse_lookalikes(pieces: Collection[str | Mark]) -> None:
             )
 
 
+_NAMED = re.compile(
+    r"!\[[^\[\]\n]{0,200}\]\(\s*<?(?P<markdown>(?:[^()<>\s]+|\([^()\s]*\))+)"
+    r"|<img\s[^<>]{0,200}?src\s*=\s*[\"']?(?P<html>[^<>\"'\s]+?)/?(?=[\"'\s>])",
+    re.IGNORECASE,
+)
+"""A picture in Markdown or HTML, with its path or URL."""
+
+
+def refuse_named_pictures(pieces: Collection[str | Mark]) -> None:
+    """Refuses texts that show a picture by its name, as Markdown and HTML do.
+
+    Args:
+        pieces: the user's, in a row without pictures: what they show would not be seen.
+
+    Raises:
+        RowError: there is one.
+    """
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    for found in (found for text in texts for found in _NAMED.finditer(text)):
+        target = found["markdown"] or found["html"]
+        if target_is_picture(target):
+            raise RowError(
+                MARKS,
+                f"the text shows the picture '{target[:60]}', but 0 pictures in the row; put it "
+                "into a column 'images' and write <image> in its place",
+            )
+
+
 def _pieces(content: Any) -> Iterator[str | Mark]:
     """Yields the texts and marks of a message's content in reading order."""
     if isinstance(content, str):
@@ -294,6 +329,49 @@ def _part(part: Mapping[str, Any]) -> Iterator[str | Mark]:
         yield from _pieces(text)
     else:
         raise RowError("wrong type", f"a part of a message has neither text nor picture: {kind}")
+
+
+_WORDS = ("role", "name", "text", "tool_calls")
+"""Keys of a message and its parts in which the name of a picture's file is a word."""
+
+
+def refuse_unread_messages(row: Mapping[str, Any], read: Collection[str] = ()) -> None:
+    """Refuses a row whose pictures are only in messages that its reader does not read.
+
+    Args:
+        row: a row in which the reader has found no picture.
+        read: the columns with messages that it reads.
+
+    Raises:
+        RowError: another column's messages hold pictures.
+    """
+    nested = [(f"{name}.", row[name]) for name in NESTED if isinstance(row.get(name), Mapping)]
+    for where, group in [("", row), *nested]:
+        for name in MESSAGES:
+            if where + name not in read and _shows(group.get(name)):
+                raise RowError(
+                    "lost",
+                    f"'{where}{name}' holds pictures and is not read, and the row has none "
+                    "elsewhere; put them into a column 'images'",
+                )
+
+
+def _shows(messages: Any, depth: int = 8) -> bool:
+    """Returns whether messages, or one of them, or a part of one, hold or mark a picture."""
+    messages = as_list(messages)
+    if isinstance(messages, (list, tuple)):
+        return depth > 0 and any(_shows(each, depth - 1) for each in messages)
+    if not isinstance(messages, Mapping):  # a text
+        return False
+    if messages.get("type") in (*_IMAGES, *_VIDEOS):
+        return True
+    return any(
+        _shows(value, depth - 1)
+        if key == "content"
+        else (not is_empty(value) if is_picture_column(key) else looks_like_picture(value))
+        for key, value in messages.items()
+        if key not in _WORDS
+    )
 
 
 def chosen_pictures(

@@ -228,7 +228,7 @@ def load_benchmark(benchmark: Benchmark) -> LoadedBenchmark:
             rows[key] = task
             report.check_references(where, task, benchmark.kind)
             if not task.images:
-                report.note_unread(unread_columns(row))
+                report.note_unread(unread_columns(row, by_name=True))
     if len(left_out) > _MOST_LEFT_OUT * report.rows:
         for each in left_out:
             report.add(*each)
