@@ -314,7 +314,7 @@ def test_demonstrations_of_hostile_texts_have_the_structure_of_innocent_ones(
     (conversation,) = load_demonstrations({"path": str(folder)})
     runner = RolloutRunner(
         lambda: PixelReasonerEnv(),
-        ChatRenderer(tokenizer),
+        ChatRenderer(tokenizer, stop_at_tool_call=False),
         vision,
         prompt_pixels=PixelLimits(56 * 56, 56 * 56),
         observation_pixels=PixelLimits(56 * 56, 56 * 56),
@@ -323,8 +323,7 @@ def test_demonstrations_of_hostile_texts_have_the_structure_of_innocent_ones(
     trajectory = demonstrated(conversation, 0, runner)
     expected = structure(5, trajectory.images)
     found = counts(runner.chat, trajectory.ids)
-    # A turn ends with a tool call by itself; the template writes its end before the next one.
-    expected["<|im_end|>"] += 1 - written(said).endswith("</tool_call>")
+    expected["<|im_end|>"] += 1  # the last turn is over
     assert len(trajectory.images) == 2
     assert found == expected
 

@@ -200,6 +200,34 @@ def test_several_calls_and_results_are_one_turn_each(rendered: Callable[..., Tra
         rendered(messages)
 
 
+@pytest.mark.parametrize("after", [CALL, "Now I know: \\boxed{7}"])
+def test_a_trained_turn_ends_with_its_first_call(
+    rendered: Callable[..., Trajectory], runner_of: Callable[..., RolloutRunner], after: str
+) -> None:
+    said = {"role": "assistant", "content": f"Hm.\n{CALL}\n{after}"}
+    with pytest.raises(DataError, match=r"words after one, .* rollout\.stop_at_tool_call=false"):
+        rendered([ASKED, said], images=["a.png"])
+    with pytest.raises(DataError, match=r"words after one, "):
+        rendered([ASKED, said, {"role": "user", "content": SHOWN}, ANSWER])
+    free = rendered([ASKED, said], images=["a.png"], stop_at_tool_call=False)
+    trained = trained_text(free, runner_of(stop_at_tool_call=False))
+    assert trained == f"{said['content']}<|im_end|>"
+    turns = [ASKED, {**said, "weight": 0}, {"role": "user", "content": SHOWN}, ANSWER]
+    assert trained_text(rendered(turns), runner_of()) == "\\boxed{7}<|im_end|>"
+
+
+def test_white_space_after_a_call_is_not_taught(
+    rendered: Callable[..., Trajectory], runner_of: Callable[..., RolloutRunner]
+) -> None:
+    def turns(call: str) -> list[dict[str, Any]]:
+        said = {"role": "assistant", "content": call}
+        return [ASKED, said, {"role": "user", "content": SHOWN}, ANSWER]
+
+    assert same(rendered(turns(f"{CALL} \n\n")), rendered(turns(CALL)))
+    free = rendered(turns(f"{CALL}\n"), stop_at_tool_call=False)
+    assert free.turns[0].text == f"{CALL}\n"
+
+
 def test_nulls_that_parquet_adds_are_no_arguments(
     tmp_path: Path, runner_of: Callable[..., RolloutRunner]
 ) -> None:

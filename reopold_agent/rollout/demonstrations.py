@@ -108,7 +108,13 @@ def _words(turn: RecordedTurn) -> str:
 
 
 def _said(turn: RecordedTurn, runner: RolloutRunner, name: str) -> tuple[str, list[int]]:
-    """Returns an assistant's turn as text, its calls after its words, and as ids."""
+    """Returns an assistant's turn as text, its calls after its words, and as ids.
+
+    White space after a call that ends the turn is left out: a rollout would not have it.
+
+    Raises:
+        DataError: a call cannot be read, or a trained turn goes on where a student's has ended.
+    """
     words = _words(turn)
     calls = [part for part in turn.parts if isinstance(part, RecordedCall)]
     try:
@@ -119,11 +125,16 @@ def _said(turn: RecordedTurn, runner: RolloutRunner, name: str) -> tuple[str, li
         ) from error
     text = "\n".join([words] * bool(words) + written)
     ids = runner.chat.turn_ids(text)
-    if calls and not set(runner.chat.stop_ids).isdisjoint(ids[:-1]):
+    stops = set(runner.chat.stop_ids)
+    if not stops.isdisjoint(ids[:-1]):
+        text = text.rstrip()
+        ids = runner.chat.turn_ids(text)
+    if (calls or turn.trained) and not stops.isdisjoint(ids[:-1]):
         raise DataError(
-            f"the conversation {name} has several tool calls in one turn, but a turn ends with its "
-            "first call: give each call a turn of its own, or set rollout.stop_at_tool_call=false "
-            "if your environment runs several"
+            f"the conversation {name} has several tool calls in one turn, or words after one, but "
+            "a turn ends with its first call: give each call a turn of its own and move the words "
+            "behind the result, or set rollout.stop_at_tool_call=false if your environment allows "
+            "them"
         )
     return text, ids
 
