@@ -56,8 +56,23 @@ def refusal(folder: Path, source: str, row: dict[str, Any]) -> str:
         dict(zip("ABC", PETS, strict=True)),
         {f"option_{letter}": pet for letter, pet in zip("abc", PETS, strict=True)},
         {f"choice{letter}": pet for letter, pet in zip("ABC", PETS, strict=True)},
+        {"Options": PETS},
+        {"CHOICES": PETS},
+        {"option": PETS},
+        {"option": dict(zip("ABC", PETS, strict=True))},
+        {"choice": PETS},
+        {"answer_choices": PETS},
+        {"Answer Choices": PETS},
+        {"candidates": PETS},
+        {f"option{number}": pet for number, pet in enumerate(PETS, 1)},
+        {f"option_{number}": pet for number, pet in enumerate(PETS, 1)},
+        {f"choice{number}": pet for number, pet in enumerate(PETS)},
+        {f"Option {letter}": pet for letter, pet in zip("ABC", PETS, strict=True)},
+        {f"option {letter}": pet for letter, pet in zip("abc", PETS, strict=True)},
+        {f"op{letter}": pet for letter, pet in zip("abc", PETS, strict=True)},
+        {"options": None, "Options": PETS, "option_a": ""},
     ],
-    ids=["options", "choices", "A, B, C", "option_a", "choiceA"],
+    ids=str,
 )
 def test_every_source_shows_options_and_knows_the_right_one(
     tmp_path: Path, source: str, answer: Any, columns: dict[str, Any]
@@ -161,6 +176,19 @@ def test_we_maths_column_in_other_sources(tmp_path: Path) -> None:
     row = {"question": "Which?", "answer": "B", "option": "A. cat; B. dog"}
     assert one(tmp_path, "pixel_reasoner", row).metadata["options"] == ["cat", "dog"]
     assert "options" not in one(tmp_path, "pixel_reasoner", {**row, "option": "yes"}).metadata
+
+
+@pytest.mark.parametrize("name", ["options", "choices"])
+def test_options_in_verls_extra_info(tmp_path: Path, name: str) -> None:
+    row = {"question": "Which pet?", "answer": "B", "extra_info": {"index": 3, name: PETS}}
+    task = one(tmp_path, "verl", row)
+    assert (task.question, task.answers) == ("Which pet?" + LISTED, ("B",))
+    assert task.metadata["options"] == PETS
+
+
+@pytest.mark.parametrize("column", [{"choice": "B"}, {"option": 2}, {"candidates": "cat or dog"}])
+def test_columns_that_need_not_be_options(column: dict[str, Any]) -> None:
+    assert options_of(column, ("B",)) == []
 
 
 @pytest.mark.parametrize("given", [None, float("nan"), [], "", " ", "[]", [None, ""], {"A": None}])
@@ -419,6 +447,80 @@ def test_vlmevalkits_tsv_is_a_training_source(tmp_path: Path) -> None:
     assert (choice.id, choice.answers, choice.metadata["answer_kind"]) == ("7", ("B",), "option")
     assert (count.id, count.answers) == ("8", ("3", "three"))
     assert [task.images[0].open().size for task in (choice, count)] == [(30, 30)] * 2
+
+
+def tsv(folder: Path, *rows: dict[str, str]) -> dict[str, str]:
+    with (folder / "Mine.tsv").open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, list(rows[0]), delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return {"source": "vlmevalkit", "path": str(folder / "Mine.tsv")}
+
+
+@pytest.mark.parametrize(
+    ("texts", "answer", "options"),
+    [
+        (["3", "4", "nan", "NaN"], "B", ["3", "4"]),
+        (["3", "4", "None", "null"], "B", ["3", "4"]),
+        (["nan", "nan", "nan", "nan"], "4", None),
+        (["3", "None", "4", ""], "B", ["3", "None", "4"]),
+        (["3", "4", "5", "None of the above"], "B", ["3", "4", "5", "None of the above"]),
+        (["3", "4", "5", "None"], "D", ["3", "4", "5", "None"]),  # the answer says so
+        (["all", "None", "", ""], "A", ["all", "None"]),
+    ],
+)
+def test_words_for_nothing_in_tsv_rows(
+    tmp_path: Path, texts: list[str], answer: str, options: list[str] | None
+) -> None:
+    row = {"index": "1", "question": "Which?", "hint": "nan", "answer": answer}
+    spec = tsv(tmp_path, {**row, **dict(zip("ABCD", texts, strict=True))})
+    (task,) = list(load_tasks(spec))
+    assert task.metadata.get("options") == options
+    assert task.question.startswith("Which?")
+
+
+@pytest.mark.parametrize("word", ["nan", "None", "NULL"])
+def test_a_word_for_nothing_is_no_question_in_tsv_rows(tmp_path: Path, word: str) -> None:
+    spec = tsv(tmp_path, {"index": "1", "question": word, "answer": "4"})
+    with pytest.raises(BadRowsError, match="no question"):
+        load_tasks(spec)
+
+
+def test_the_last_option_none_stays_in_other_files(tmp_path: Path) -> None:
+    pets = ["cat", "dog", "None"]
+    for columns in ({"options": pets}, dict(zip("ABC", pets, strict=True))):
+        row = {"question": "Which?", "answer": "B", **columns}
+        assert one(tmp_path, "vlmevalkit", row).metadata["options"] == pets
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_letters_as_answers_without_options_are_told_once(
+    tmp_path: Path, source: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = one(tmp_path, source, {"question": "Which pet?", "answer": "B", "pets": PETS})
+    assert task.answers == ("B",)
+    (told,) = [each.getMessage() for each in caplog.records if "no options" in each.getMessage()]
+    assert told.startswith("1 of 1 rows of ")
+    assert "put them into one column 'options', as a list" in told
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "columns"),
+    [
+        ("Which pet?", "B", {"options": PETS}),
+        ("Which pet? (A) cat (B) dog", "B", {}),
+        ("Which pet? a) cat b) dog", "B", {}),
+        ("Which of the options A to D?", "B", {}),
+        ("Is the vitamin C or K?", "C", {}),
+        ("Which pet?", "dog", {}),
+        ("Which variable?", "x", {}),
+    ],
+)
+def test_other_answers_are_not_told(
+    tmp_path: Path, question: str, answer: str, columns: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    one(tmp_path, "pixel_reasoner", {"question": question, "answer": answer, **columns})
+    assert "no options" not in caplog.text
 
 
 def test_options_survive_an_export_to_verl(tmp_path: Path) -> None:

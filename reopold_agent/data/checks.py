@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -71,6 +72,7 @@ class DataReport:
         problems: by kind, in the order in which they were found.
         references: answers that no rule can compare, by reason; their rows are used.
         unread: rows by a column that looks like pictures and is not read.
+        optionless: rows whose answer is a letter from A to J, though they show no options.
     """
 
     source: str
@@ -81,6 +83,7 @@ class DataReport:
     problems: dict[str, Problem] = field(default_factory=dict)
     references: dict[str, Problem] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
+    optionless: dict[str, Problem] = field(default_factory=dict)
 
     def add(self, where: str, error: DataError) -> None:
         """Counts a problem; errors without a kind are counted as "other"."""
@@ -90,7 +93,8 @@ class DataReport:
     def check_references(self, where: str, task: Task, kind: str = "auto") -> None:
         """Counts a task if no rule can compare an answer with any of its references.
 
-        Responses to it that do not repeat a reference are undecided, not wrong.
+        Responses to it that do not repeat a reference are undecided, not wrong. A task whose answer
+        is the letter of an option, but which shows no options, is counted too.
 
         Args:
             where: label of the row.
@@ -102,6 +106,8 @@ class DataReport:
         reasons = [reference_problem(answer, kind, options) for answer in task.answers]
         if reasons and all(reasons):
             _count(self.references, reasons[0], where, task.answers[0])
+        if not options and kind in ("auto", "option", "math") and _lacks_options(task):
+            _count(self.optionless, "letter", where, f"the answer '{task.answers[0]}'")
 
     def note_unread(self, columns: Iterable[str]) -> None:
         """Counts a row with columns that look like pictures and are not read."""
@@ -113,12 +119,18 @@ class DataReport:
         return _table(self.problems)
 
     def warn(self) -> None:
-        """Logs references that no rule can compare, and columns that may be pictures."""
+        """Logs references that seem wrong, and columns that may be pictures."""
         for column, count in self.unread.items():
             _log.warning(
                 "%d of %d rows of %s have a column '%s' that looks like pictures and is not read."
                 "\nIf it holds the question's pictures, put them all into one column 'images'.",
                 *(count, self.rows, self.path, column),
+            )
+        for problem in self.optionless.values():
+            _log.warning(
+                "%d of %d rows of %s have a letter as the answer and show no options:\n%s\n"
+                "If they have options, put them into one column 'options', as a list.",
+                *(problem.rows, self.rows, self.path, _table(self.optionless)),
             )
         rows = sum(problem.rows for problem in self.references.values())
         if rows:
@@ -139,8 +151,25 @@ class DataReport:
             "pictures_checked": self.pictures,
             "problems": _recorded(self.problems),
             **({"references": _recorded(self.references)} if self.references else {}),
+            **({"without_options": _recorded(self.optionless)} if self.optionless else {}),
             **({"unread_columns": self.unread} if self.unread else {}),
         }
+
+
+_LETTER = re.compile(r"(?<![A-Za-z])(?:[A-J](?![A-Za-z])|[a-j](?=[).]))")
+"""A letter that may be an option's, or the name of a thing that is asked for."""
+
+
+def _lacks_options(task: Task) -> bool:
+    """Returns whether all answers are letters that the question does not mention, nor two others.
+
+    "Which is larger, A or B?" mentions them, and so does a question about options A to D.
+    """
+    if not task.answers or not all(re.fullmatch("[A-J]", answer) for answer in task.answers):
+        return False
+    texts = [task.question, *(words for _, words in task.history)]
+    shown = {letter.upper() for text in texts for letter in _LETTER.findall(text)}
+    return len(shown) < 2 and shown.isdisjoint(task.answers)
 
 
 def _count(problems: dict[str, Problem], kind: str, where: str, message: str) -> None:

@@ -127,10 +127,16 @@ def verl_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> T
 def choice_task(task: Task, row: Mapping[str, Any]) -> Task:
     """Returns a task with the options in its row, as `question_task` shows and checks them.
 
+    They may be in ``extra_info`` too, as ``options`` or ``choices``.
+
     Raises:
         RowError: an answer is none of the options, or these cannot be read.
     """
     options = options_of(row, task.answers)
+    extra = row.get("extra_info")
+    if not options and isinstance(extra, Mapping):
+        names = [name for name in ("options", "choices") if name in extra]
+        options = options_of({name: extra[name] for name in names}, task.answers)
     if not options:
         return task
     return replace(

@@ -26,18 +26,28 @@ LETTERS = "ABCDEFGHIJ"
 _PROBLEM = "options"
 """Kind of the problem that options, question and answer do not agree."""
 
-_COLUMNS = ("options", "choices")
+_COLUMNS = ("options", "choices", "answer_choices")
 
-_LETTERED = re.compile(r"(?:option|choice)(?:_|(?!s))([a-z])", re.IGNORECASE)
-"""Columns of one option each, such as SEED-Bench's ``choice_a``, but not ``options``."""
+_PERHAPS = ("option", "choice", "candidates")
+"""Columns that hold options or something else, such as one option's letter."""
+
+_LETTERED = re.compile(
+    r"(?:option|choice)(?:[_ -]+|(?!s))(?P<letter>[a-z])|op(?P<short>[a-j])"
+    r"|(?:option|choice)[_ -]?(?P<number>\d{1,2})",
+    re.IGNORECASE,
+)
+"""Columns of one option each, but not ``options``: SEED-Bench's ``choice_a``, MedMCQA's ``opa``,
+WinoGrande's ``option1``."""
 
 
 def options_of(row: Mapping[str, Any], answers: Sequence[str] | None = None) -> list[str]:
     """Returns the texts of a row's options, or an empty list if it has none.
 
-    They are in ``options`` or ``choices`` (a list, an object by letter, the hub's ``text`` and
-    ``label``, or one of these or a lettered list as text), in ``option_a``, ``option_b`` or
-    ``choice_a`` and so on, in We-Math's ``option``, or else in the columns A, B and so on.
+    They are in ``options``, ``choices`` or ``answer_choices`` (a list, an object by letter, the
+    hub's ``text`` and ``label``, or one of these or a lettered list as text), in ``option``,
+    ``choice`` or ``candidates`` if these are such a list or object, in ``option_a``, ``choice_a``,
+    ``opa`` or ``option1`` and so on, in We-Math's ``option``, or else in the columns A, B and so
+    on. All names but these letters may be written in capitals too.
 
     Args:
         row: the row.
@@ -49,11 +59,15 @@ def options_of(row: Mapping[str, Any], answers: Sequence[str] | None = None) -> 
         RowError: there are more than can be lettered, one between two others is empty, or they are
             not texts.
     """
-    for name in _COLUMNS:
-        if found := _filled(_given(row, name)):
-            return _texts(found)
-    named = {m[1].upper(): row[name] for name in row if (m := _LETTERED.fullmatch(str(name)))}
-    if found := _filled([named.get(letter) for letter in ascii_uppercase]):
+    for column in (*_COLUMNS, *_PERHAPS):
+        for name in row:
+            if str(name).strip().casefold().replace(" ", "_") != column:
+                continue
+            if column in _PERHAPS and not isinstance(as_list(row[name]), (list, tuple, Mapping)):
+                continue
+            if found := _filled(_given(row, name)):
+                return _texts(found)
+    if found := _filled(_in_columns(row)):
         return _texts(found)
     lettered = [row.get(letter) for letter in ascii_uppercase]
     if answers is not None:
@@ -69,6 +83,23 @@ def options_of(row: Mapping[str, Any], answers: Sequence[str] | None = None) -> 
         if not _can_be_options(_filled(lettered), answers):
             return []
     return _texts(_filled(lettered))
+
+
+def _in_columns(row: Mapping[str, Any]) -> list[Any]:
+    """Returns the values of the columns of one option each, in order; a missing one is None."""
+    letters: dict[str, Any] = {}
+    numbers: dict[int, Any] = {}
+    for name, value in row.items():
+        if not (match := _LETTERED.fullmatch(str(name).strip())):
+            continue
+        if match["number"]:
+            numbers[int(match["number"])] = value
+        else:
+            letters[(match["letter"] or match["short"]).upper()] = value
+    if any(not is_blank(value) for value in letters.values()):
+        return [letters.get(letter) for letter in ascii_uppercase]
+    first = 0 if 0 in numbers else 1
+    return [numbers.get(number) for number in range(first, max(numbers, default=0) + 1)]
 
 
 def with_options(question: str, options: Sequence[str]) -> str:

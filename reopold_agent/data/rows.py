@@ -237,7 +237,33 @@ def _tsv_rows(file: Path) -> Iterator[dict[str, Any]]:
         shown = row.get("image")
         if shown and len(shown) <= _LONGEST_INDEX:
             row["image"] = pictures.get(shown.removesuffix(".0")) or shown
+        _empty_nothing(row)
         yield row
+
+
+_NOTHING = frozenset({"nan", "none", "null"})
+"""Words for an empty cell in files that were written from texts of Python's values."""
+
+_OPTION = re.compile(r"(?:(?:option|choice)[_ -]?)?([a-j])", re.IGNORECASE)
+
+
+def _empty_nothing(row: dict[str, Any]) -> None:
+    """Empties the question, the hint and the last options of a tsv row if they are words for none.
+
+    An option between others stays, as does one that is the answer, or without which one option
+    would be left: it may really read "None".
+    """
+    for name in ("question", "hint"):
+        if str(row.get(name)).strip().lower() in _NOTHING and name in row:
+            row[name] = ""
+    answer = str(row.get("answer")).strip().strip("().").upper()
+    options = {m[1].upper(): name for name in row if (m := _OPTION.fullmatch(name))}
+    filled = [letter for letter in sorted(options) if row[options[letter]].strip()]
+    kept = list(filled)
+    while kept and kept[-1] != answer and row[options[kept[-1]]].strip().lower() in _NOTHING:
+        kept.pop()
+    if len(kept) != 1:
+        row.update({options[letter]: "" for letter in filled[len(kept) :]})
 
 
 def _lines(handle: BinaryIO) -> Iterator[tuple[int, bytes]]:
