@@ -24,7 +24,8 @@ import reopold_agent.envs  # noqa: F401  # registers the environments
 from reopold_agent.data import load_tasks
 from reopold_agent.data.archives import unzipped
 from reopold_agent.data.checks import BadRowsError
-from reopold_agent.data.row_formats import options_in
+from reopold_agent.data.pictures import PictureFolder
+from reopold_agent.data.row_formats import FORMATS, options_in
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.evaluate.benchmarks import Benchmark, LoadedBenchmark, load_benchmark, select
 from reopold_agent.evaluate.words import shipped_benchmarks
@@ -523,6 +524,15 @@ def test_vlmevalkits_mathverse_wemath_and_hallusionbench(tmp_path: Path) -> None
     assert [task.answers for task in (first, second, third)] == [("yes",), ("no",), ("no",)]
     assert first.metadata["question"] == second.metadata["question"]
     assert first.metadata["figure"] == third.metadata["figure"] != second.metadata["figure"]
+
+
+def test_empty_names_of_groups_are_not_the_word_none() -> None:
+    row = {"category": "VD", "subcategory": None, "set_id": 0, "figure_id": None,
+           "question_id": 2, "question": "Is it?", "answer": "Yes"}  # fmt: skip
+    pictures = PictureFolder(Path())
+    assert FORMATS["hallusionbench"](row, 5, Path(), pictures).id == "VD_0__2"
+    empty = {**row, "set_id": None, "question_id": None, "index": None}
+    assert FORMATS["hallusionbench"](empty, 5, Path(), pictures).id == "VD_5"
 
 
 def test_any_file_of_vlmevalkit_is_a_benchmark_of_ones_own(tmp_path: Path) -> None:

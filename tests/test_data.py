@@ -11,6 +11,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from PIL import Image
 from reopold_agent.common.pictures import to_rgb
 from reopold_agent.data import images as images_module
 from reopold_agent.data import load_tasks
+from reopold_agent.data.fingerprint import tasks_digest
 from reopold_agent.data.formats import verl_row
 from reopold_agent.data.images import BytesImage, FileImage, ZipImage, safe_join
 from reopold_agent.demo.tasks import DemoTasks
@@ -118,6 +120,61 @@ def test_paths_without_their_top_folder_are_found_too(
     store(tmp_path, how)
     write_rows([{**IMAGE_ROW, "image": f"{prefix}1.png"}], tmp_path / "rows.json")
     assert same(load(path=str(tmp_path))[0].images[0].open(), photo(1))
+
+
+@pytest.mark.parametrize("top", [True, False])
+def test_a_name_of_different_pictures_in_two_archives_is_refused(tmp_path: Path, top: bool) -> None:
+    members = {}
+    for name, seed in (("train", 1), ("val", 2)):
+        members[name] = f"{name}/0.png" if top else "0.png"
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr(members[name], png(photo(seed)))
+            archive.writestr("same.png", png(photo(3)))
+            archive.writestr("images/", b"")
+    write_rows([{**IMAGE_ROW, "image": "0.png"}], tmp_path / "rows.json")
+    both = f"'0.png' is train.zip:{members['train']} or val.zip:{members['val']}"
+    with pytest.raises(DataError, match=both):
+        load(path=str(tmp_path))
+    name = "val/0.png" if top else "same.png"
+    write_rows([{**IMAGE_ROW, "image": name}], tmp_path / "other.json")
+    (picture,) = load(path=str(tmp_path / "other.json"))[0].images
+    assert same(picture.open(), photo(2 if top else 3))
+
+
+def test_the_full_name_in_an_archive_comes_before_one_without_its_top(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "train.zip", "w") as archive:
+        archive.writestr("train/0.png", png(photo(1)))
+        archive.writestr("0.png", png(photo(2)))
+    write_rows([{**IMAGE_ROW, "image": "0.png"}], tmp_path / "rows.json")
+    assert same(load(path=str(tmp_path))[0].images[0].open(), photo(2))
+
+
+@pytest.mark.parametrize("source", ["math_jsonl", "geometry3k", "vlmevalkit"])
+@pytest.mark.parametrize("empty", [None, "", float("nan")])
+def test_a_row_without_an_id_is_named_by_its_number(
+    tmp_path: Path, source: str, empty: str | float | None
+) -> None:
+    row = {"problem": "?", "question": "?", "answer": "1"}
+    rows: Rows = [{**row, "id": empty, "index": empty}] * 2
+    write_rows(rows, tmp_path / "rows.json")
+    tasks = load(source=source, path=str(tmp_path / "rows.json"))
+    assert [task.id for task in tasks] == ["0", "1"]  # type: ignore[attr-defined]
+    write_rows([{**row, "id": 0, "index": 0}], tmp_path / "zero.json")
+    assert load(source=source, path=str(tmp_path / "zero.json"))[0].id == "0"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"metadata": {"system_message": "Think."}},
+        {"metadata": {"options": ["1", "2"]}},
+        {"is_video": True},
+    ],
+)
+def test_a_fingerprint_depends_on_how_a_task_is_asked(change: dict[str, Any]) -> None:
+    task = Task("a", "?", ("1",))
+    assert tasks_digest([replace(task, **change)]) != tasks_digest([task])
+    assert tasks_digest([replace(task, metadata={"category": "x"})]) == tasks_digest([task])
 
 
 def test_a_row_file_may_be_named_itself_and_a_path_object_will_do(tmp_path: Path) -> None:

@@ -8,13 +8,24 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from reopold_agent.data.demonstrations import Demonstration, RecordedCall
-from reopold_agent.types import IMAGE_MARK, TaskSource
+from reopold_agent.types import IMAGE_MARK, Task, TaskSource
 
 
 def tasks_digest(tasks: TaskSource) -> str:
-    """Returns the SHA-256 of tasks in order: ids, texts, answers, number of pictures (unopened)."""
+    """Returns the SHA-256 of tasks in order: what is asked and answered; pictures are counted."""
     each = (tasks[index] for index in range(len(tasks)))
-    return _digest([t.id, t.question, t.answers, t.history, len(t.images)] for t in each)
+    return _digest(
+        [t.id, t.question, t.answers, t.history, len(t.images), *_asked_otherwise(t)] for t in each
+    )
+
+
+def _asked_otherwise(task: Task) -> list[Any]:
+    """Returns what few tasks have; nothing for others, so that earlier runs know their data."""
+    also = {key: task.metadata.get(key) for key in ("system_message", "options")}
+    given = {key: value for key, value in also.items() if value is not None}
+    if task.is_video:
+        given["is_video"] = True
+    return [given] if given else []
 
 
 def demonstrations_digest(demonstrations: Sequence[Demonstration]) -> str:
@@ -38,5 +49,5 @@ def _part(part: Any) -> Any:
 def _digest(rows: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row).encode() + b"\n")
+        digest.update(json.dumps(row, default=str).encode() + b"\n")
     return digest.hexdigest()

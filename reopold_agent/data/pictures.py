@@ -74,23 +74,32 @@ class PictureFolder:
     root: Path
     urls: UrlRules | None = None
     _members: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    _others: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    """Members of later archives whose names are in `_members` too, with another content."""
 
     def __post_init__(self) -> None:
+        contents: dict[str, tuple[int, int]] = {}
         for archive in sorted(self.root.glob("*.zip")):
             try:
                 with zipfile.ZipFile(archive) as opened:
-                    for name in opened.namelist():
-                        # The top folder of an archive may or may not be named like the archive.
-                        for key in (name, name.removeprefix(f"{archive.stem}/")):
-                            self._members.setdefault(key, (archive, name))
+                    members = opened.infolist()
             except zipfile.BadZipFile as error:
                 raise DataError(f"{archive} is not a zip archive: {error}") from error
+            # The top folder of an archive may or may not be named like the archive.
+            top = f"{archive.stem}/"
+            own = {each.filename.removeprefix(top): each for each in members}
+            for key, member in {**own, **{each.filename: each for each in members}}.items():
+                content = (member.CRC, member.file_size)
+                self._members.setdefault(key, (archive, member.filename))
+                if contents.setdefault(key, content) != content:
+                    self._others.setdefault(key, (archive, member.filename))
 
     def find(self, relative: str) -> ImageSource:
         """Returns the picture at a path or URL.
 
         Raises:
-            RowError: the picture is missing, its path leaves the folder, or URLs are not allowed.
+            RowError: the picture is missing, its path leaves the folder, several archives have
+                different ones of its name, or URLs are not allowed.
         """
         if is_url(relative):
             return url_image(relative, self.urls)
@@ -103,6 +112,14 @@ class PictureFolder:
                 return FileImage(path)
         keys = [relative.removeprefix("./"), relative.removeprefix("images/")]
         for key in (*keys, relative.removeprefix("videos/")):
+            if key in self._others:
+                found = (self._members[key], self._others[key])
+                one, other = (f"{archive.name}:{member}" for archive, member in found)
+                raise RowError(
+                    "ambiguous picture",
+                    f"'{relative}' is {one} or {other}, which differ; unzip each into "
+                    "a folder of its own, and name the folder in the row",
+                )
             if key in self._members:
                 return ZipImage(*self._members[key])
         raise RowError(

@@ -33,7 +33,7 @@ from reopold_agent.data.options import (
     right_options,
     with_options,
 )
-from reopold_agent.data.pictures import PictureFolder, picture_of
+from reopold_agent.data.pictures import PictureFolder, is_null, picture_of
 from reopold_agent.judges.boxed import extract_boxed
 from reopold_agent.types import ImageSource, Task
 
@@ -67,7 +67,7 @@ def math_jsonl(row: Mapping[str, Any], number: int, root: Path, pictures: Pictur
     return question_task(
         row,
         pictures,
-        id=str(row.get("id", row.get("unique_id", row.get("idx", number)))),
+        id=_name(row, number, "id", "unique_id", "idx"),
         question=text_of(row, *_QUESTION),
         answers=_math_answers(row),
         metadata={"answer_kind": "math", "category": category},
@@ -93,7 +93,7 @@ def geometry3k_intergps(
         raise RowError(
             "no answer", f"the answer '{letter[:40]}' is none of the {len(options)} options"
         )
-    name = str(row.get("id", number))
+    name = _name(row, number, "id")
     images = row.get("image") or f"{name}/img_diagram.png"
     return Task(
         name,
@@ -117,7 +117,7 @@ def parquet_pictures(
     return question_task(
         row,
         pictures,
-        id=str(row.get("id", number)),
+        id=_name(row, number, "id"),
         question=text_of(row, *_QUESTION),
         answers=answers_of(row),
         metadata={"answer_kind": "math", "category": ""},
@@ -199,7 +199,7 @@ def wemath(row: Mapping[str, Any], number: int, root: Path, pictures: PictureFol
 
     ``key`` and ``ID`` group the sub-problems of one problem.
     """
-    problem, key = _name(row, number, "ID", "id"), str(row.get("key", ""))
+    problem, key = _name(row, number, "ID", "id"), _cell(row, "key")
     listed, options = str(row.get("option", "")), options_of(row)
     if options:
         question = with_options(text_of(row, "question"), options)
@@ -232,10 +232,10 @@ def hallusionbench(
         raise RowError("no answer", f"the answer must be 0 or 1, or yes or no; got '{answer[:40]}'")
     name = row.get("local_image") or row.get("filename") or row.get("image")
     images: tuple[ImageSource, ...] = (picture_of(name, pictures),) if name else ()
-    keys = [str(row.get(key, "")) for key in ("set_id", "figure_id", "question_id")]
+    keys = [_cell(row, key) for key in ("set_id", "figure_id", "question_id")]
     if not any(keys):  # the tsv's index ends in them
-        keys = str(row.get("index", number)).split("_")[-3:]
-    group = [str(row.get(key, "")) for key in ("category", "subcategory", "l2-category")]
+        keys = _name(row, number, "index").split("_")[-3:]
+    group = [_cell(row, key) for key in ("category", "subcategory", "l2-category")]
     group = group[:1] + [each for each in group[1:] if each]
     return Task(
         "_".join([*group, *keys]),
@@ -284,7 +284,11 @@ def _words(row: Mapping[str, Any], *columns: str) -> str:
 def _name(row: Mapping[str, Any], number: int, *columns: str) -> str:
     """Returns the first of the columns that is not empty, or the row's number."""
     given = (row.get(each) for each in columns)
-    return str(next((value for value in given if value not in (None, "")), number))
+    return str(next((value for value in given if not is_null(value) and value != ""), number))
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    return "" if is_null(value := row.get(column)) else str(value)
 
 
 FORMATS: Mapping[str, RowMaker] = {
