@@ -200,6 +200,21 @@ def test_several_calls_and_results_are_one_turn_each(rendered: Callable[..., Tra
         rendered(messages)
 
 
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_last_call_of_a_given_weight_needs_no_result(tmp_path: Path, weight: int) -> None:
+    last = {**calls_of("b"), "weight": weight}
+    found = demonstration(tmp_path, messages=[ASK, calls_of("a"), result("1", "a"), last])
+    assert [turn.trained for turn in found.turns[1::2]] == [True, weight == 1]
+
+
+def test_results_may_be_the_users_messages(tmp_path: Path) -> None:
+    """As in Pixel-Reasoner's rows, which have no role tool."""
+    messages = [ASK, calls_of("a"), ASK, calls_of("b"), ASK, SAY]
+    for name in ("messages", "message_list"):
+        found = demonstration(tmp_path, **{name: messages})
+        assert [turn.role for turn in found.turns] == ["user", "assistant"] * 3
+
+
 @pytest.mark.parametrize("after", [CALL, "Now I know: \\boxed{7}"])
 def test_a_trained_turn_ends_with_its_first_call(
     rendered: Callable[..., Trajectory], runner_of: Callable[..., RolloutRunner], after: str
@@ -237,7 +252,7 @@ def test_nulls_that_parquet_adds_are_no_arguments(
         hugging_face("select_frames", {"target_frames": [1]}),
     ]
     rows = [
-        {"messages": [ask, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+        {"messages": [ask, {"role": "assistant", "tool_calls": [call]}, result("1"), SAY]}
         for call in calls
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
@@ -253,7 +268,7 @@ def test_nulls_that_parquet_adds_are_no_arguments(
 def test_an_experts_own_null_is_an_argument(tmp_path: Path, suffix: str) -> None:
     tool = {"name": "f", "parameters": {"enum": [1, None], "default": None}}
     call = {"role": "assistant", "content": None, "tool_calls": [bare("f", {"x": None})]}
-    row = {"messages": [ASK, call], "tools": [tool]}
+    row = {"messages": [ASK, call, result("1"), SAY], "tools": [tool]}
     (tmp_path / f"rows.{suffix}").write_text(json.dumps(row if suffix == "jsonl" else [row]))
     (found,) = load_demonstrations({"path": str(tmp_path)})
     assert found.turns[1].parts == (RecordedCall("f", {"x": None}),)
@@ -263,7 +278,10 @@ def test_an_experts_own_null_is_an_argument(tmp_path: Path, suffix: str) -> None
 def test_nulls_of_a_json_text_are_kept_in_parquet(tmp_path: Path) -> None:
     call = {"role": "assistant", "content": None, "tool_calls": [openai("f", {"x": None})]}
     tool = {"name": "f", "parameters": {"default": None}}
-    rows = [{"messages": [ASK, call], "tools": json.dumps([tool])}, {"messages": [ASK, SAY]}]
+    rows = [
+        {"messages": [ASK, call, result("1"), SAY], "tools": json.dumps([tool])},
+        {"messages": [ASK, SAY]},
+    ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     found = load_demonstrations({"path": str(tmp_path)})
     assert found[0].turns[1].parts == (RecordedCall("f", {"x": None}),)
@@ -342,7 +360,7 @@ def test_only_tools_that_are_described_are_called(
         (found,) = load({**mistake, "weight": 0}, {"role": "tool", "content": "No tool."}, SAY)
         assert demonstrated(found, 0, runner_of()).turns[-1].text == "!"
     for given in ([], None):
-        assert load(call, tools=given)
+        assert load(call, result("1"), SAY, tools=given)
     with pytest.raises(DataError, match="row 0: a description in 'tools' has no name"):
         load(SAY, tools=[{"type": "function", "function": {"description": "f"}}])
 
@@ -669,6 +687,11 @@ def test_training_reads_calls_results_and_weights(tmp_path: Path) -> None:
         ([ASK, calls_of("a", "b"), result("1", "a"), result("2", "a"), SAY],
          "message 3: the call 'a' has two results"),
         ([ASK, calls_of("a", "a"), result("1", "a"), SAY], "message 1: two calls have one id"),
+        ([ASK, calls_of("a")], "message 1: its calls have no result, and the conversation ends; "),
+        ([ASK, calls_of("a"), ASK, SAY, result("1"), SAY],
+         "message 1: its calls have no result, but message 2 of the role user follows; add"),
+        ([ASK, calls_of("a"), result("1"), calls_of("b"), ASK, SAY],
+         "message 3: its calls have no result, but message 4 of the role user follows; add"),
         ([ASK, {"role": "assistant", "tool_calls": []}],
          "message 1: a message of the role assistant has no"),
         ([ASK, {**SAY, "weight": 0.5}], "message 1: 'weight' must be 0 or 1, got 0.5"),

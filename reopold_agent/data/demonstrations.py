@@ -208,6 +208,7 @@ def _demonstration(row: Mapping[str, Any], number: int, pictures: PictureFolder)
         raise DataError("no message is trained on: each of the assistant's has weight 0")
     tools = _tools(row)
     _check_names(read, tools)
+    _check_answered(read)
     names = (row.get("id"), row.get("qid"), number)
     return Demonstration(str(next(name for name in names if name is not None)), turns, tools)
 
@@ -299,6 +300,7 @@ class _Read:
         turn: what it says.
         calls: ids of its calls; None for a call without one.
         answers: id of the call whose result it is.
+        weighed: whether it has a ``weight`` of its own.
     """
 
     where: str
@@ -306,6 +308,7 @@ class _Read:
     turn: RecordedTurn
     calls: tuple[str | None, ...] = ()
     answers: str | None = None
+    weighed: bool = False
 
 
 def _with_pictures(
@@ -409,6 +412,28 @@ def _check_names(read: Sequence[_Read], tools: Sequence[Mapping[str, Any]]) -> N
                 raise DataError(f"{each.where}: {unknown_tool(part.name, names)}")
 
 
+def _check_answered(read: Sequence[_Read]) -> None:
+    """Refuses calls without a result.
+
+    A last call may have none where its message's weight is given: 0, or 1 for a call that ends the
+    episode. Where no message has the role tool, the results are the user's messages.
+    """
+    results = any(each.role == "tool" for each in read)
+    for each, after in zip(read, [*read[1:], None], strict=True):
+        if after is None and each.calls and not each.weighed:
+            raise DataError(
+                f"{each.where}: its calls have no result, and the conversation ends; add the "
+                "result and the answer, or give the message 'weight': 1 if a call ends the "
+                "episode, or 0"
+            )
+        if after is not None and each.calls and results and after.role != "tool":
+            raise DataError(
+                f"{each.where}: its calls have no result, but {after.where} of the role "
+                f"{after.role} follows; add the 'tool' messages that are missing, or leave the "
+                "calls out"
+            )
+
+
 def tool_names(tools: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the names of tools that are given by their schemas.
 
@@ -456,7 +481,8 @@ def _read(where: str, message: Any, folder: PictureFolder) -> tuple[_Read, Piece
         )
     turn = RecordedTurn(role, tuple(call for _, call in called), trained)
     ids = tuple(name for name, _ in called)
-    return _Read(where, message["role"], turn, ids, _id(message.get("tool_call_id"))), pieces
+    answers = _id(message.get("tool_call_id"))
+    return _Read(where, message["role"], turn, ids, answers, weight is not None), pieces
 
 
 def _id(value: Any) -> str | None:
