@@ -639,6 +639,16 @@ def test_a_budget_is_a_success_only_by_the_environments_word(
     assert [(t.reward, t.success) for t in trajectories] == [(2.0, True), (2.0, False)]
 
 
+@pytest.mark.parametrize("last", [None, {}, np.zeros(5000), {"text": 7}])
+def test_what_is_shown_at_the_end_need_not_be_an_observation(
+    make_runner: Any, scripted: ScriptedPolicy, last: Any
+) -> None:
+    behaviour = Behaviour(change=lambda index, at, shown: last if at == 2 else shown)
+    (trajectory,) = make_runner(behaviour).run(scripted, specs(1), T1, (1,))
+    assert trajectory.stop_reason is StopReason.ANSWER
+    assert trajectory.turns[-1].observation == ""
+
+
 # Order, groups, determinism
 
 

@@ -20,7 +20,7 @@ from gymnasium import spaces
 from PIL import Image
 
 from reopold_agent.common.pixels import ShownSizes, smaller, stated
-from reopold_agent.envs.spaces import Pictures, UnicodeText
+from reopold_agent.envs.spaces import Pictures, UnicodeText, as_observation, succeeded
 from reopold_agent.errors import ConfigError, ToolError, suggestion
 from reopold_agent.judges import JUDGES, Judge
 from reopold_agent.tools import (
@@ -505,23 +505,35 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
 def take_turn(
     env: gymnasium.Env[Any, Any], turn: str
-) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-    """Takes a step; asks the hook of a `ToolEnv` whose episode a wrapper (a time limit) ended."""
+) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    """Takes a step; asks the hook of a `ToolEnv` whose episode a wrapper (a time limit) ended.
+
+    Raises:
+        ValueError: the episode goes on, and what the environment shows is no observation.
+    """
     observation, reward, terminated, truncated, info = env.step(turn)
+    ended = terminated or truncated
     inner = env.unwrapped
-    if (terminated or truncated) and isinstance(inner, ToolEnv) and inner.episode is not None:
+    if ended and isinstance(inner, ToolEnv) and inner.episode is not None:
         last, success = inner.truncate()
         reward, info = float(reward) + last, {**info, "success": success}
-    return observation, float(reward), terminated, truncated, info
+    try:
+        shown = as_observation(observation)
+    except ValueError:
+        if not ended:
+            raise
+        shown = Observation(text="", images=())  # nobody answers it
+    return shown, float(reward), terminated, truncated, info
 
 
-def truncate_episode(env: gymnasium.Env[Any, Any]) -> tuple[float, bool]:
+def truncate_episode(env: gymnasium.Env[Any, Any], info: Mapping[str, Any]) -> tuple[float, bool]:
     """Ends an episode at a budget of its caller; returns the reward for that and the success.
 
-    Environments that are no `ToolEnv` are not asked: 0 and no success.
+    An environment that is no `ToolEnv` is not asked; only its word in ``info``, of its last step,
+    makes this a success.
     """
     inner = env.unwrapped
-    return inner.truncate() if isinstance(inner, ToolEnv) else (0.0, False)
+    return inner.truncate() if isinstance(inner, ToolEnv) else (0.0, succeeded(info, 0.0))
 
 
 def show_as(env: gymnasium.Env[Any, Any], sizes: ShownSizes) -> None:

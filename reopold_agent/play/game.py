@@ -226,7 +226,6 @@ class Game:
         self._count(lambda budget: budget.turn(text))
         try:
             observation, reward, terminated, truncated, info = take_turn(self._env, text)
-            observation = as_observation(observation)
         except Exception as error:  # as above
             self._failed("step", error)
             self._end(episode, StopReason.ENV_ERROR)
@@ -252,12 +251,11 @@ class Game:
     def _truncate(self, episode: Episode, stop: StopReason, info: Mapping[str, Any]) -> None:
         """Ends an episode at a budget that its environment does not know."""
         try:
-            reward, success = truncate_episode(self._env)
+            reward, episode.success = truncate_episode(self._env, info)
         except Exception as error:  # as above
             self._failed("truncation_reward", error)
             self._end(episode, StopReason.ENV_ERROR)
             return
-        episode.success = success or succeeded(info, 0.0)
         episode.reward += reward
         self._end(episode, stop)
 

@@ -340,7 +340,6 @@ class RolloutRunner:
             self._add_prompt(episode, as_observation(observation), info)
             return True
         observation, reward, terminated, truncated, info = outcome.value
-        observation = as_observation(observation)
         turn = episode.turns[-1]
         call = info.get("tool_call")
         turn.tool_call = call if isinstance(call, ToolCall) else None
@@ -394,13 +393,11 @@ class RolloutRunner:
 
     def _truncate(self, episode: _Episode, stop: StopReason) -> bool:
         """Ends an episode at a budget that its environment does not know."""
-        episode.worker.call(truncate_episode)
+        episode.worker.call(lambda env: truncate_episode(env, episode.last_info))
         outcome = episode.worker.result(self.limits.env_seconds)
         if outcome.error is not None:
             return self._fail_env(episode, outcome.error)
-        reward, success = outcome.value
-        # An environment that is no ToolEnv is not asked; only its own word counts.
-        episode.success = success or succeeded(episode.last_info, 0.0)
+        reward, episode.success = outcome.value
         episode.reward += reward
         episode.stop = stop
         return False
