@@ -641,11 +641,25 @@ def test_a_budget_is_a_success_only_by_the_environments_word(
 
 @pytest.mark.parametrize("last", [None, {}, np.zeros(5000), {"text": 7}])
 def test_what_is_shown_at_the_end_need_not_be_an_observation(
-    make_runner: Any, scripted: ScriptedPolicy, last: Any
+    chat: ChatRenderer, scripted: ScriptedPolicy, last: Any
 ) -> None:
-    behaviour = Behaviour(change=lambda index, at, shown: last if at == 2 else shown)
-    (trajectory,) = make_runner(behaviour).run(scripted, specs(1), T1, (1,))
-    assert trajectory.stop_reason is StopReason.ANSWER
+    class Ending(gymnasium.Env[Any, str]):
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            return "Begin.", {}
+
+        def step(self, action: str) -> Any:
+            return last, 1.0, True, False, {}
+
+    runner = RolloutRunner(
+        Ending,
+        chat,
+        None,
+        prompt_pixels=PROMPT_PIXELS,
+        observation_pixels=OBSERVATION_PIXELS,
+        limits=RolloutLimits(),
+    )
+    (trajectory,) = runner.run(scripted, specs(1), T1, (1,))
+    assert (trajectory.stop_reason, trajectory.success) == (StopReason.ANSWER, True)
     assert trajectory.turns[-1].observation == ""
 
 
