@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from running import composed
 
+from reopold_agent.common.processes import descendants
 from reopold_agent.envs.from_config import make_env
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
 from reopold_agent.errors import ConfigError
@@ -340,25 +341,36 @@ def test_children_of_a_call_that_hangs_are_ended(
 
 @linux
 def test_a_tool_that_forks_and_forks_is_ended(processes: ToolProcesses) -> None:
+    # Other tests of this process may have left shared pools; their processes are not counted.
+    mine = {each for pid in processes.pids() for each in (pid, *descendants(pid))}
+    elsewhere = _processes_of_tests() - mine
     result = call(hostile.forks, processes, times=4, timeout=2.0)[1]
     assert "did not finish within 2 seconds" in result.text
     result = call(hostile.forks, processes, times=7)[1]
     assert "failed: it started more than 64 processes" in result.text
     assert still_good(processes)
+
+    def left() -> int:
+        """How many run beyond the worker and the one that waits beside it, for each process."""
+        return len(_processes_of_tests() - elsewhere) - 2 * len(processes.pids())
+
     deadline = time.monotonic() + 20  # those that were killed may take a moment to end
-    while _processes_of_tests() > len(processes.pids()) and time.monotonic() < deadline:
+    while left() > 0 and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert _processes_of_tests() <= len(processes.pids())
+    assert left() <= 0
 
 
-def _processes_of_tests() -> int:
-    """How many of this process's descendants run tools (one waits beside each)."""
-    from reopold_agent.common.processes import descendants
-
-    names = [
-        Path(f"/proc/{pid}/cmdline").read_bytes() for pid in descendants(os.getpid()) if _runs(pid)
-    ]
-    return sum(b"tools.worker" in name for name in names) // 2
+def _processes_of_tests() -> set[int]:
+    """This process's descendants that run tools (and the one that waits beside each)."""
+    found = set()
+    for pid in descendants(os.getpid()):
+        try:
+            name = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:  # it ended after it was listed
+            continue
+        if b"tools.worker" in name and _runs(pid):
+            found.add(pid)
+    return found
 
 
 @linux
