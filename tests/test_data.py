@@ -217,7 +217,7 @@ SPLIT_NAMES = [
     ("Train", "Test"),
     ("x-train", "x-test"),
     ("geo.train", "geo.test"),
-    ("my_TRAIN-00000-of-00002", "my_VAL-00000-of-00001"),
+    ("my_TRAIN-00000-of-00001", "my_VAL-00000-of-00001"),
     ("amc-2023", "amc-2023-dev"),
     ("x-train", "x-test.json"),  # not one file in two formats
 ]
@@ -252,6 +252,34 @@ def test_shards_whose_name_has_a_splits_letters_are_training_rows(tmp_path: Path
         name = f"retrieval-0000{part}-of-00002.jsonl"
         write_rows([{"question": "?", "answer": "1", "qid": part}], tmp_path / name)
     assert len(load(path=str(tmp_path), split="train")) == 2
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["train-00000-of-00002"], r"has 1 of the 2 files of 'train': train-00001-of-00002 is"),
+        (["train-00001-of-00002-ab12"], r"has 1 of the 2 files of 'train': train-00000-of-00002"),
+        (["train-2-of-3", "train-3-of-3"], r"has 2 of the 3 files of 'train': train-00001-of-"),
+        (["train-0-of-1", "train-0-of-2", "train-1-of-2"], r"'train' twice, in 1 and 2 files"),
+        (["rows-00000-of-00003"], r"has 1 of the 3 files of 'rows'"),
+    ],
+)
+def test_a_split_that_lacks_files_is_refused(tmp_path: Path, names: list[str], told: str) -> None:
+    for name in names:
+        write_rows([{"question": "?", "answer": "1", "qid": name}], tmp_path / f"{name}.jsonl")
+    with pytest.raises(DataError, match=told) as error:
+        load(path=str(tmp_path), split="train")
+    assert str(error.value).count("\n") == 1
+    assert len(load(path=str(tmp_path / f"{names[0]}.jsonl"), split="train")) == 1
+
+
+@pytest.mark.parametrize("numbers", [(0, 1, 2), (1, 2, 3)])
+def test_numbers_of_files_count_from_0_or_1(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    for number in numbers:
+        name = f"train-{number:05d}-of-00003.jsonl"
+        write_rows([{"question": "?", "answer": "1", "qid": number}], tmp_path / name)
+    (tmp_path / "test-00000-of-00002.jsonl").write_text("")  # of another split
+    assert len(load(path=str(tmp_path), split="train")) == 3
 
 
 def test_all_files_are_not_taken_if_they_are_of_several_splits(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ _SPLITS = _HELD_OUT | {"train"}
 _SHARD = re.compile(r"-\d+(-of-\d+.*)?$")
 """End of the names of files that together hold a split, as the hub writes them."""
 
+_NUMBERED = re.compile(r"-(\d+)-of-(\d+)")
+"""Number of a file and of all that hold the split; counted from 0, by some writers from 1."""
+
 _ONE_ROW = "data.json"
 """Name of the file with the one row of a folder (InterGPS's Geometry3K)."""
 
@@ -154,7 +157,37 @@ def _one_format(files: list[Path]) -> list[Path]:
     for file in files:
         formats.setdefault(_name(file), set()).add(file.suffix)
     best = {name: min(found, key=_SUFFIXES.index) for name, found in formats.items()}
-    return [file for file in files if file.suffix == best[_name(file)]]
+    chosen = [file for file in files if file.suffix == best[_name(file)]]
+    _check_shards(chosen)
+    return chosen
+
+
+def _check_shards(files: Sequence[Path]) -> None:
+    """Checks that numbered files are complete, and are there once.
+
+    Raises:
+        DataError: a download that was not finished lacks some, or a folder has two conversions.
+    """
+    numbers: dict[tuple[Path, str], dict[int, set[int]]] = {}
+    for file in files:
+        if found := _NUMBERED.search(file.stem):
+            totals = numbers.setdefault((file.parent, _name(file)), {})
+            totals.setdefault(int(found[2]), set()).add(int(found[1]))
+    for (folder, name), totals in numbers.items():
+        if len(totals) > 1:
+            counts = " and ".join(map(str, sorted(totals)))
+            raise DataError(
+                f"{folder} has the rows of '{name}' twice, in {counts} files.\n"
+                "Remove those of one conversion."
+            )
+        ((total, there),) = totals.items()
+        lacking = min(set(range(total)) - there, set(range(1, total + 1)) - there, key=len)
+        if lacking:
+            first = f"{name}-{min(lacking):05d}-of-{total:05d}"
+            raise DataError(
+                f"{folder} has {len(there)} of the {total} files of '{name}': {first} is missing.\n"
+                "Complete the download, or name one file as the path to use it alone."
+            )
 
 
 def read_rows(
