@@ -93,13 +93,12 @@ class Collector:
         batch = StepBatch(position)
         if self._recorded is not None:
             return self._read_rows(batch)
-        policy = self._actor()
         for number in range(objective.max_rollout_rounds):
             tasks = [self.order[batch.position + k] for k in range(config.batch.prompts)]
             batch.position += config.batch.prompts
             episodes = step_episodes(tasks, config.batch.samples)
             seed = (config.seed, 1, step) if number == 0 else (config.seed, 1, step, number)
-            batch.add(self._play(policy, episodes, seed, on_done), self.runner.stats)
+            batch.add(self.play(episodes, seed, on_done), self.runner.stats)
             if not batch.usable:
                 raise ConfigError(
                     f"step {step}: every episode of the batch ended in an error of the "
@@ -113,14 +112,23 @@ class Collector:
                 break
         return batch
 
-    def _play(
+    def play(
         self,
-        policy: Policy,
         episodes: Sequence[EpisodeSpec],
         seed: tuple[int, ...],
-        on_done: Callable[[Row], None] | None,
+        on_done: Callable[[Row], None] | None = None,
     ) -> list[Row]:
-        """Plays episodes; returns their rows in the given order."""
+        """Plays episodes; returns their rows in the given order.
+
+        Args:
+            episodes: the episodes to play.
+            seed: determines every random draw (`RolloutRunner.run`).
+            on_done: called with the row of each episode as it ends.
+
+        Raises:
+            ConfigError: the teacher has to play, and there is none.
+        """
+        policy = self._actor()
         ended: dict[tuple[int, int], Row] = {}
 
         def make_row(trajectory: Trajectory) -> None:

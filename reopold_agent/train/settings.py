@@ -127,11 +127,12 @@ def billions(parameters: int) -> str:
     return f"{parameters / 1e9:.1f}B"
 
 
-def compose_run(words: Sequence[str]) -> TrainConfig:
+def compose_run(words: Sequence[str], *, with_student: bool = False) -> TrainConfig:
     """Composes and checks the configuration that ``python -m reopold_agent.train`` would use.
 
     Args:
         words: the arguments of the command line.
+        with_student: also check that the settings suit the student (`check_student`).
 
     Raises:
         ConfigError: an argument is not a setting, or given twice.
@@ -142,7 +143,10 @@ def compose_run(words: Sequence[str]) -> TrainConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("reopold_agent.configs", version_base="1.3"):
-            return load_config(compose("train", list(words)))[0]
+            composed = compose("train", list(words))
+            if with_student:
+                check_student(composed, words)
+            return load_config(composed)[0]
     except (HydraException, OmegaConfBaseException) as error:
         told = explain(error, "train")
         assert told is not None  # all errors of Hydra are explained

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from reopold_agent.config import TrainConfig
+from reopold_agent.config import EngineConfig, TrainConfig
 from reopold_agent.data.demonstrations import Demonstration
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.loading import (
     LoadedModel,
+    ModelSpec,
     Processing,
     check_available,
     check_vocabularies,
@@ -45,7 +46,7 @@ from reopold_agent.train.interrupts import Interrupts
 from reopold_agent.train.loop import TrainingLoop
 from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.recovery import Recovery
-from reopold_agent.train.roles import check_roles, make_roles, teacher_name
+from reopold_agent.train.roles import Roles, check_roles, make_roles, teacher_name
 from reopold_agent.train.scoring import Scoring
 from reopold_agent.train.step_log import StepLog
 from reopold_agent.train.update import Updater
@@ -63,50 +64,20 @@ class LocalEngine(Engine):
         if checkpoint is not None:
             check_files(checkpoint)
         objective = run_objective(config, saved)
-        check_roles(config, objective)
         following = config.model.teacher is not None and config.model.teacher.follow is not None
-        specs = model_specs(config, objective)
-        weights = reads_weights(config.policy.teacher)
-        contexts = [
-            context_length(check_available(spec, role, weights=role == "student" or weights))
-            for role, spec in specs.items()
-        ]
-        device, autocast = self._device()
-        if config.engine.threads is not None:
-            torch.set_num_threads(config.engine.threads)
-        _seed_everything(config.seed)
-
-        config, tasks = checked_run(  # before any model is loaded
-            config, load_processing(specs["student"], "student"), contexts, self.folder.data_report
-        )
+        config, specs, tasks = prepared(config, objective, self.folder.data_report)
         recorded = read_demonstrations(config, objective)
         notes = [
             self._state.check_data(checkpoint is not None, recorded),
             exploration_note(config, objective),
         ]
-
-        student = load_model(
-            specs["student"],
-            "student",
-            device,
-            autocast=autocast,
-            saved=checkpoint / "model" if checkpoint else None,
+        device, autocast = compute_device(config.engine)
+        student, teacher = load_models(
+            config,
+            specs,
+            saved_student=checkpoint / "model" if checkpoint else None,
+            saved_teacher=checkpoint / "teacher" if checkpoint and following else None,
         )
-        teacher: Processing | None = None
-        if "teacher" in specs and is_trainers_own(config.policy.teacher):
-            model = load_model(
-                specs["teacher"],
-                "teacher",
-                device,
-                autocast=autocast,
-                saved=checkpoint / "teacher" if checkpoint and following else None,
-            )
-            model.adapter.model.requires_grad_(False)
-            teacher = model
-        elif "teacher" in specs:
-            teacher = load_processing(specs["teacher"], "teacher", weights=weights)
-        if teacher is not None:
-            check_vocabularies(student, teacher)
 
         self._begin(objective, saved)
         self.folder.write_versions(device=device_name(device))
@@ -138,16 +109,114 @@ class LocalEngine(Engine):
             finally:
                 loop.close()
 
-    def _device(self) -> tuple[torch.device, torch.dtype | None]:
-        device = pick_device(self.config.engine.device)
-        precision = self.config.engine.precision
-        if precision == "auto":
-            precision = "bfloat16" if device.type == "cuda" else "float32"
-        return device, torch.bfloat16 if precision == "bfloat16" else None
-
     def _finished(self, checkpoint: Path) -> bool:
         done = int(load_trainer_state(checkpoint)["step"])
         return done >= self.config.steps and self.folder.summary.is_file()
+
+
+def compute_device(engine: EngineConfig) -> tuple[torch.device, torch.dtype | None]:
+    """Returns the device, and the dtype of the computation if it is not the weights'.
+
+    Raises:
+        ConfigError: the settings name a GPU and PyTorch sees none.
+    """
+    device, precision = pick_device(engine.device), engine.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    return device, torch.bfloat16 if precision == "bfloat16" else None
+
+
+def prepared(
+    config: TrainConfig, objective: Objective, report: Path
+) -> tuple[TrainConfig, dict[str, ModelSpec], dict[str, int]]:
+    """Checks policies, checkpoints, chat template and rows before any model is loaded.
+
+    It also sets PyTorch's threads and seeds all random numbers.
+
+    Args:
+        config: the run's configuration.
+        objective: made for this run.
+        report: file for the report on the rows.
+
+    Returns:
+        The configuration as `checked_run` completes it, the checkpoints by role, and the number of
+        tasks by split.
+
+    Raises:
+        ReopoldError: something does not fit; the message says what to do.
+    """
+    check_roles(config, objective)
+    specs = model_specs(config, objective)
+    weights = reads_weights(config.policy.teacher)
+    contexts = [
+        context_length(check_available(spec, role, weights=role == "student" or weights))
+        for role, spec in specs.items()
+    ]
+    compute_device(config.engine)  # refuses a GPU that there is not
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
+    _seed_everything(config.seed)
+    student = load_processing(specs["student"], "student")
+    config, tasks = checked_run(config, student, contexts, report)
+    return config, specs, tasks
+
+
+def load_models(
+    config: TrainConfig,
+    specs: Mapping[str, ModelSpec],
+    *,
+    saved_student: Path | None = None,
+    saved_teacher: Path | None = None,
+) -> tuple[LoadedModel, Processing | None]:
+    """Loads the student, and the teacher unless another process serves it.
+
+    Args:
+        config: the run's configuration.
+        specs: the checkpoints by role.
+        saved_student, saved_teacher: folders of a checkpoint of the run, whose weights replace
+            those of ``specs``.
+
+    Raises:
+        ModelError: a model cannot be loaded, or they do not fit each other.
+    """
+    device, autocast = compute_device(config.engine)
+    student = load_model(
+        specs["student"], "student", device, autocast=autocast, saved=saved_student
+    )
+    teacher: Processing | None = None
+    if "teacher" in specs and is_trainers_own(config.policy.teacher):
+        model = load_model(
+            specs["teacher"], "teacher", device, autocast=autocast, saved=saved_teacher
+        )
+        model.adapter.model.requires_grad_(False)
+        teacher = model
+    elif "teacher" in specs:
+        weights = reads_weights(config.policy.teacher)
+        teacher = load_processing(specs["teacher"], "teacher", weights=weights)
+    if teacher is not None:
+        check_vocabularies(student, teacher)
+    return student, teacher
+
+
+def make_scoring(config: TrainConfig, objective: Objective, roles: Roles) -> Scoring | None:
+    """Returns the teacher's scoring; None for objectives that need none."""
+    if not objective.needs & Needs.TEACHER or objective.needs & Needs.DEMONSTRATIONS:
+        return None
+    return Scoring(roles.required_teacher(), teacher_name(config))
+
+
+def make_updater(
+    config: TrainConfig, objective: Objective, roles: Roles, guard: NonFiniteGuard
+) -> Updater:
+    """Returns what computes the student's gradients and updates it."""
+    return Updater(
+        roles.trainer,
+        objective,
+        config.optimizer,
+        max_tokens=config.engine.max_tokens_per_micro_batch,
+        teacher=roles.own_teacher,
+        skip_nonfinite=guard.skips,
+    )
 
 
 def make_loop(
@@ -180,18 +249,9 @@ def make_loop(
     chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
     following = following_teacher(config.model.teacher, teacher, student)
     roles = make_roles(config, chat, student, teacher)
-    scoring = None
-    if objective.needs & Needs.TEACHER and not objective.needs & Needs.DEMONSTRATIONS:
-        scoring = Scoring(roles.required_teacher(), teacher_name(config))
+    scoring = make_scoring(config, objective, roles)
     guard = NonFiniteGuard(config.on_nonfinite)
-    updater = Updater(
-        roles.trainer,
-        objective,
-        config.optimizer,
-        max_tokens=config.engine.max_tokens_per_micro_batch,
-        teacher=roles.own_teacher,
-        skip_nonfinite=guard.skips,
-    )
+    updater = make_updater(config, objective, roles, guard)
     train_runner, eval_runner = (
         make_runner(config, chat, student.vision, max_turns=max_turns)
         for max_turns in (config.rollout.max_turns, config.evaluation.max_turns)

@@ -191,6 +191,29 @@ class Updater:
             **totals.shares(),
         )
 
+    def try_gradient(self, rows: Sequence[Row], step: int, threshold: float | None) -> float:
+        """Computes a gradient as an update would, and forgets it; the weights stay.
+
+        Args:
+            rows, step, threshold: as in `step`, for one mini-batch.
+
+        Returns:
+            The gradient's norm before clipping.
+
+        Raises:
+            NonFiniteError: loss or gradient is not finite.
+        """
+        model = self.policy.adapter.model
+        model.train()
+        try:
+            made = self._gradient(rows, step, threshold)
+        finally:
+            model.eval()
+            self.optimizer.zero_grad(set_to_none=True)
+        if isinstance(made, list):
+            raise NonFiniteError(describe(step, made))
+        return made.norm
+
     def _gradient(
         self, batch: Sequence[Row], step: int, threshold: float | None
     ) -> _Gradient | list[Finding]:
