@@ -6,6 +6,7 @@
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 #SBATCH --requeue
+#SBATCH --signal=B:TERM@600
 #SBATCH --open-mode=append
 #
 # One run of engine=verl on all nodes of a SLURM job (docs/cluster.md):
@@ -16,7 +17,9 @@
 # first node and a worker on each other, waits until all have joined, runs the driver on the first node,
 # and ends the cluster with it. A driver that fails gets a new cluster and resumes from its newest
 # checkpoint, REOPOLD_TRIES times in all (3); exit status 2 (a setting to correct) ends the job at once.
-# A lost node ends the whole job; SLURM queues it again (--requeue) and it resumes too.
+# A lost node ends the whole job; SLURM queues it again (--requeue) and it resumes too. SIGTERM goes to
+# the driver, which finishes its step, saves and ends the job; --signal=B: sends it to this script only, 600
+# seconds before the end of the time, because the raylets must live until the driver has saved.
 #
 # Environment: VIRTUAL_ENV is activated where it is set; REOPOLD_GPUS is the number of GPUs per node
 # (default: SLURM's), REOPOLD_PORT Ray's port (6379), REOPOLD_WAIT the seconds to wait for nodes (600).
@@ -57,8 +60,9 @@ stop_cluster() {
   wait "${steps[@]}" 2>/dev/null || true
   steps=()
 }
+driver=''
 trap stop_cluster EXIT
-trap 'exit 143' TERM
+trap '[ -n "$driver" ] || exit 143; kill "$driver" 2>/dev/null || true' TERM
 trap 'exit 130' INT
 
 start_raylet() { # NODE, then the arguments of `ray start`
@@ -112,11 +116,18 @@ for try in $(seq 1 "$tries"); do
     srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" \
       env RAY_ADDRESS="$address" python -m reopold_agent.train engine=verl "$@" \
       engine.nodes="${#nodes[@]}" engine.gpus_per_node="$gpus" \
-      hydra.run.dir="$run" resume=auto || status=$?
+      hydra.run.dir="$run" resume=auto &
+    driver=$!
+    wait "$driver" || status=$?
+    while kill -0 "$driver" 2>/dev/null; do # a signal ended `wait`, not the driver
+      status=0
+      wait "$driver" || status=$?
+    done
+    driver=''
   fi
   stop_cluster
   case $status in
-    0 | 2 | 130) exit "$status" ;;
+    0 | 2 | 130 | 143) exit "$status" ;;
   esac
   echo "reopold: the run ended with status $status" >&2
 done

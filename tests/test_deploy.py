@@ -145,7 +145,11 @@ PYTHON = """#!/usr/bin/env bash
 n=$(cat "$STEPS.tries" 2>/dev/null || echo 0)
 echo $((n + 1)) > "$STEPS.tries"
 [ "$n" -lt "${FAILURES:-0}" ] && exit "${STATUS:-1}"
-exit 0
+[ -n "${TRAINS:-}" ] || exit 0
+trap 'kill $!; sleep 0.5; echo saved >> "$STEPS"; exit 143' TERM
+sleep 60 > /dev/null 2>&1 &
+echo training >> "$STEPS"
+wait
 """
 
 
@@ -185,6 +189,20 @@ def test_a_failed_driver_gets_a_new_cluster(
     assert sum("reopold_agent.train" in line for line in lines) == tried
     assert sum("--head" in line for line in lines) == tried
     assert lines.count("ended") == 2 * tried
+
+
+def test_the_driver_saves_before_a_signal_ends_the_cluster(tmp_path: Path) -> None:
+    environment, steps = slurm(tmp_path, ray=RAY, python=PYTHON)
+    environment["TRAINS"] = "yes"
+    job = subprocess.Popen(["bash", str(SLURM), "runs/x", "env=math"], env=environment)
+    deadline = time.monotonic() + 60
+    while "training" not in steps.read_text() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=60) == 143
+    lines = steps.read_text().splitlines()
+    assert lines[-3:] == ["saved", "ended", "ended"]
+    assert sum("reopold_agent.train" in line for line in lines) == 1
 
 
 def test_outside_of_slurm_it_says_how_to_call_it(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -13,14 +17,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reopold_agent.errors import ModelError, NonFiniteError
+from reopold_agent.errors import CheckpointError, ModelError, NonFiniteError, StorageError
 from reopold_agent.objectives import Reopold, TokenBatch
 from reopold_agent.train.collect import step_episodes
 from reopold_agent.train.data_order import DataOrder
+from reopold_agent.train.interrupts import Interrupts
 from reopold_agent.train.totals import TokenTotals
+from reopold_agent.train.verl.checkpoints import newest_checkpoint, save_checkpoint, steps_of
 from reopold_agent.train.verl.client import aligned_scores
 from reopold_agent.train.verl.follow import Follower
 from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, to_row
+from reopold_agent.train.verl.stop import StoppedError, StopRequest
 from reopold_agent.train.verl.tasks import StepTasks
 from reopold_agent.types import EncodedImage, StopReason, ToolCall, Trajectory, Turn
 
@@ -174,3 +181,94 @@ def test_rows_of_another_process_are_shown_once_and_whole(tmp_path: Path) -> Non
         assert [row["step"] for row in shown.rows] == [1]
         stream.write(' "step": 2}\n')
     assert [row["step"] for row in shown.rows] == [1, 2]
+
+
+def shards(folder: Path) -> None:
+    (folder / "actor").mkdir()
+    (folder / "actor" / "model.pt").write_bytes(b"weights")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_checkpoints_are_kept_and_found(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for step in (5, 9, 10):
+        saved = save_checkpoint(tmp_path, step, 2, shards)
+        assert newest_checkpoint(tmp_path) == saved
+        assert steps_of(saved) == step
+    tracker = "latest_checkpointed_iteration.txt"
+    assert names(tmp_path) == ["global_step_10", "global_step_9", tracker]
+    # Whoever goes back to an earlier one keeps the later ones until they are replaced.
+    (tmp_path / tracker).write_text("9")
+    (tmp_path / "global_step_9.copy").mkdir()
+    save_checkpoint(tmp_path, 9, 1, shards)
+    assert names(tmp_path) == ["global_step_10", "global_step_9", "global_step_9.copy", tracker]
+    (tmp_path / tracker).write_text("11")
+    with pytest.raises(CheckpointError, match="there are: global_step_10, global_step_9"):
+        newest_checkpoint(tmp_path)
+
+
+def no_space(_: Any = None, __: Any = None) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def torchs_own_error(_: Any) -> None:  # what torch.save raises on a full disk
+    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+
+@pytest.mark.parametrize("fails", [no_space, torchs_own_error])
+def test_a_full_disk_leaves_verls_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Any
+) -> None:
+    earlier = save_checkpoint(tmp_path, 3, 1, shards)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
+
+    def half(folder: Path) -> None:
+        shards(folder)
+        fails(folder)
+
+    with pytest.raises(CheckpointError) as caught:
+        save_checkpoint(tmp_path, 4, 1, half)
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("global_step_4: No space left on device")
+    assert second.endswith(f"the last good checkpoint is {earlier}.")
+    assert newest_checkpoint(tmp_path) == earlier
+    assert names(tmp_path) == ["global_step_3", "latest_checkpointed_iteration.txt"]
+
+
+def test_a_tracker_that_does_not_fit_stays_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = save_checkpoint(tmp_path, 3, 1, shards)
+
+    def until_the_tracker(folder: Path) -> None:
+        shards(folder)
+        monkeypatch.setattr(os, "replace", no_space)
+
+    with pytest.raises(StorageError, match="No space left"):
+        save_checkpoint(tmp_path, 4, 1, until_the_tracker)
+    assert newest_checkpoint(tmp_path) == earlier
+
+
+def test_a_signal_reaches_the_trainer(tmp_path: Path) -> None:
+    request = StopRequest(tmp_path)
+    (tmp_path / ".stop").touch()  # of a run that was killed
+    seen = []
+
+    def ended(_: float) -> bool:
+        seen.append(request.made)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if request.made:
+            with pytest.raises(StoppedError):
+                request.obey()
+        return request.made
+
+    with Interrupts() as interrupts:
+        request.wait(ended, interrupts)
+    assert seen == [False, False, True]
+    request.obey()  # withdrawn once the trainer has ended
+    assert names(tmp_path) == []

@@ -71,34 +71,48 @@ def save_checkpoint(
         "python_rng": _jsonable(random.getstate()),
         "numpy_rng": _jsonable(np.random.get_state(legacy=False)),
     }
+    with new_checkpoint(target, newest_checkpoint(folder)) as temporary:
+        student.save(temporary / "model")
+        if teacher is not None:
+            teacher.save(temporary / "teacher")
+        torch.save(
+            {
+                "optimizer": updater.optimizer.state_dict(),
+                "scheduler": updater.scheduler.state_dict(),
+                "torch_rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+            temporary / "state.pt",
+        )
+        trainer["files"] = _checksums(temporary)
+        (temporary / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
+    with writing(folder):
+        for old in _checkpoints(folder)[:-keep]:
+            remove_folder(old)
+    return target
+
+
+@contextmanager
+def new_checkpoint(target: Path, newest: Path | None) -> Iterator[Path]:
+    """Yields an empty folder that becomes the checkpoint ``target`` when the block succeeds.
+
+    Args:
+        target: the checkpoint's folder.
+        newest: the last good checkpoint, if there is one, for the message.
+
+    Raises:
+        CheckpointError: the disk is full or not writable; ``target`` and others are unchanged.
+    """
     try:
-        with replaced_folder(target) as temporary, _full_disk_said(folder):
-            student.save(temporary / "model")
-            if teacher is not None:
-                teacher.save(temporary / "teacher")
-            torch.save(
-                {
-                    "optimizer": updater.optimizer.state_dict(),
-                    "scheduler": updater.scheduler.state_dict(),
-                    "torch_rng": torch.get_rng_state(),
-                    "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                },
-                temporary / "state.pt",
-            )
-            trainer["files"] = _checksums(temporary)
-            (temporary / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
+        with replaced_folder(target) as temporary, _full_disk_said(target.parent):
+            yield temporary
     except _NOT_WRITTEN as error:
-        newest = newest_checkpoint(folder)
         kept = f"the last good checkpoint is {newest}" if newest else "there is no earlier one"
         reason = _reason(error.__cause__ if isinstance(error, StorageError) else error)
         raise CheckpointError(
             f"could not write checkpoint {target}: {reason}\n"
             f"Free some space or check permissions, then give the same command again; {kept}."
         ) from error
-    with writing(folder):
-        for old in _checkpoints(folder)[:-keep]:
-            remove_folder(old)
-    return target
 
 
 def save_final(

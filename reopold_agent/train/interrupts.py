@@ -62,6 +62,18 @@ class Interrupts:
         )
 
 
+def say_stopped(state: str, command: Sequence[str], folder: Path) -> None:
+    """Prints where a run has stopped and the command that goes on.
+
+    Args:
+        state: a sentence's end, with the words that introduce the command: ``after step 3; saved
+            PATH.\\nContinue with:``.
+        command: the command line's arguments.
+        folder: the run's.
+    """
+    print(f"\nStopped {state}\n  {resume_command(command, folder)}", file=sys.stderr)
+
+
 def resume_command(command: Sequence[str], folder: Path) -> str:
     """Returns the command line that continues a run."""
     return again(command, f"hydra.run.dir={folder}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from reopold_agent.train.checkpoint import (
     restore,
     save_checkpoint,
 )
-from reopold_agent.train.interrupts import Interrupts, resume_command
+from reopold_agent.train.interrupts import Interrupts, say_stopped
 from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.step_log import StepLog
 from reopold_agent.train.update import Updater
@@ -105,10 +104,8 @@ class Recovery:
             return
         saved = self._ensure_saved(step, position)
         self._progress.stop()
-        print(
-            f"\nStopped after step {step}; saved {saved}.\nContinue with:\n"
-            f"  {resume_command(self._command, self._folder.path)}",
-            file=sys.stderr,
+        say_stopped(
+            f"after step {step}; saved {saved}.\nContinue with:", self._command, self._folder.path
         )
         raise self._interrupts.error()
 
@@ -123,14 +120,10 @@ class Recovery:
             yield
         except KeyboardInterrupt:
             self._progress.stop()
-            state = "before the first step; nothing was trained yet.\nStart again with"
+            state = "before the first step; nothing was trained yet.\nStart again with:"
             if step:
-                state = f"after the last step; all {step} are saved.\nContinue with"
-            print(
-                f"\nStopped in the evaluation {state}:\n"
-                f"  {resume_command(self._command, self._folder.path)}",
-                file=sys.stderr,
-            )
+                state = f"after the last step; all {step} are saved.\nContinue with:"
+            say_stopped(f"in the evaluation {state}", self._command, self._folder.path)
             raise
 
     @contextmanager

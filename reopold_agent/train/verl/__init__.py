@@ -13,6 +13,8 @@ verl, which the extra ``verl`` installs.
 `records`      trajectories as rows of verl's TransferQueue, and back
 `training`     verl's FSDP engine with allowed ids, positions and pictures as everywhere else
 `loss`         objectives as verl's loss function
+`checkpoints`  folders of checkpoints, written whole or not at all
+`stop`         carries a signal from the command to the trainer
 `plugin`       what verl imports in each process: the vLLM server and the CPU platform
 =============  ======================================================================
 """

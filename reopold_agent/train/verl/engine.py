@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,12 +36,15 @@ from reopold_agent.tracking.summary import print_summary
 from reopold_agent.train.banner import banner, exploration_note, show_banner
 from reopold_agent.train.engine import Engine, model_specs, run_objective
 from reopold_agent.train.finish import next_commands, summarise
+from reopold_agent.train.interrupts import Interrupts, say_stopped
+from reopold_agent.train.verl.checkpoints import newest_checkpoint, steps_of
 from reopold_agent.train.verl.compose import (
     check_supported,
     student_gpus,
     verl_config,
 )
 from reopold_agent.train.verl.follow import Follower
+from reopold_agent.train.verl.stop import StoppedError, StopRequest
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +65,7 @@ class VerlEngine(Engine):
         _require_verl()
         checkpoint = newest_checkpoint(self.folder.checkpoints)
         saved = self._state.check(checkpoint)
-        done = 0 if checkpoint is None else _step(checkpoint)
+        done = 0 if checkpoint is None else steps_of(checkpoint)
         if done >= config.steps and self.folder.summary.is_file():
             return self._state.show_again()
         if saved is not None and saved["steps"] < config.steps:
@@ -108,8 +110,13 @@ class VerlEngine(Engine):
             if checkpoint is not None:
                 progress.note(f"continuing from {checkpoint} at step {done}")
             progress.note("starting Ray, the trainer and the vLLM servers; this takes minutes")
-            with Follower(self.folder.metrics, progress):
-                self._train(config, composed, objective, tasks, device, with_teacher)
+            try:
+                with Follower(self.folder.metrics, progress):
+                    self._train(config, composed, objective, tasks, device, with_teacher)
+            except KeyboardInterrupt as error:
+                progress.stop()
+                self._say_stopped(at_once=not isinstance(error.__cause__, StoppedError))
+                raise
         return self._finish(time.perf_counter() - started)
 
     def _device(self) -> str:
@@ -159,14 +166,37 @@ class VerlEngine(Engine):
             )
             actor = ray.remote(TaskRunner).options(num_cpus=1, scheduling_strategy=here)
             runner = actor.remote(config, objective, str(self.folder.path), dict(tasks))
+            running = [runner.run.remote(composed)]
+            with Interrupts() as interrupts:
+                StopRequest(self.folder.path).wait(
+                    lambda seconds: bool(ray.wait(running, timeout=seconds)[0]), interrupts
+                )
             try:
-                ray.get(runner.run.remote(composed))
+                ray.get(running)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None)
+                if isinstance(cause, StoppedError):
+                    raise interrupts.error() from cause
                 if isinstance(cause, ReopoldError):
                     raise cause from error
                 _log.error("the processes' logs are in /tmp/ray/session_latest/logs of each node")
                 raise
+
+    def _say_stopped(self, *, at_once: bool) -> None:
+        """Says what is saved, what is lost, and how to go on.
+
+        Args:
+            at_once: whether the trainer could not finish its step.
+        """
+        newest = newest_checkpoint(self.folder.checkpoints)
+        if newest is None:
+            lost = "the steps made so far are lost" if at_once else "nothing was trained yet"
+            state = f"before the first checkpoint; {lost}.\nStart again with:"
+        elif at_once:
+            state = f"at once; what came after {newest} is lost.\nContinue with:"
+        else:
+            state = f"after step {steps_of(newest)}; saved {newest}.\nContinue with:"
+        say_stopped(state, self._command, self.folder.path)
 
     @contextmanager
     def _cluster(self, composed: Any, device: str, with_teacher: bool) -> Iterator[None]:
@@ -231,30 +261,6 @@ class VerlEngine(Engine):
         make_plots(self.folder.path)
         print_summary(summary)
         return summary
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns verl's newest complete checkpoint: the one that its tracker file names.
-
-    Raises:
-        CheckpointError: it names none; going on from the start would throw the others away.
-    """
-    tracker = folder / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
-        return None
-    step = tracker.read_text(encoding="utf-8").strip()
-    found = folder / f"global_step_{step}"
-    if not step.isdigit() or not found.is_dir():
-        there = ", ".join(sorted(p.name for p in folder.glob("global_step_*"))) or "none"
-        raise CheckpointError(
-            f"{tracker} says '{step}', which is not a checkpoint; there are: {there}\n"
-            "Write the number of a complete one into it, or remove it to start over."
-        )
-    return found
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("global_step_"))
 
 
 def _environment(device: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -292,17 +292,22 @@ class RolloutManager:
         *,
         max_turns: int,
         by_teacher: bool = False,
+        check: Callable[[], None] = lambda: None,
     ) -> list[Trajectory]:
-        """Plays the first ``tasks`` held-out tasks once each, in order of their index."""
+        """Plays the first ``tasks`` held-out tasks once each, in order of their index.
+
+        ``check`` is called every second while they are played, and may raise to end this.
+        """
         count = len(self._workers)
         parts = [list(range(tasks))[number::count] for number in range(count)]
-        played = ray.get(
-            [
-                worker.evaluate.remote(part, sampling, seed, max_turns, by_teacher)
-                for worker, part in zip(self._workers, parts, strict=True)
-                if part
-            ]
-        )
+        playing = [
+            worker.evaluate.remote(part, sampling, seed, max_turns, by_teacher)
+            for worker, part in zip(self._workers, parts, strict=True)
+            if part
+        ]
+        while len(ray.wait(playing, num_returns=len(playing), timeout=1.0)[0]) < len(playing):
+            check()
+        played = ray.get(playing)
         return sorted((t for part in played for t in part), key=lambda t: t.index)
 
     def _turn(self) -> Any:

@@ -38,9 +38,11 @@ from reopold_agent.train.step_log import sampler_gap, training_metrics
 from reopold_agent.train.token_use import expected_use
 from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.update import UpdateStats
+from reopold_agent.train.verl.checkpoints import save_checkpoint
 from reopold_agent.train.verl.loss import STEP, THRESHOLD, ObjectiveLoss
 from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, plain_rows
 from reopold_agent.train.verl.rollouts import TRAIN, RolloutManager
+from reopold_agent.train.verl.stop import StoppedError, StopRequest
 from reopold_agent.train.verl.tasks import StepTasks
 from reopold_agent.train.verl.training import TOTALS, StudentWorker, banned_ids
 from reopold_agent.types import Sampling, Trajectory
@@ -70,6 +72,8 @@ class Trainer(PPOTrainerSync):
     ) -> None:
         self.run_config, self.objective, self.folder = config, objective, folder
         self._without_update = 0  # steps in a row
+        self._stop = StopRequest(folder)
+        self._made = self._saved = 0  # steps of this process, and the newest saved one
         self.task_counts = dict(tasks)
         self.metrics = MetricsWriter(folder / "metrics.jsonl")
         self.trajectories = JsonLines(folder / "trajectories.jsonl")
@@ -140,12 +144,18 @@ class Trainer(PPOTrainerSync):
         kept = done if done else -1
         self.metrics.truncate_after(kept)
         self.trajectories.truncate_after(kept)
-        if not done:
-            self._evaluate_ends(0, "student")
-            if self.run_config.evaluation.teacher:
-                self._evaluate_ends(0, "teacher")
-        super().fit(agent_loop_manager)
-        self._evaluate_ends(self.run_config.steps, "student")
+        try:
+            if not done:
+                self._evaluate_ends(0, "student")
+                if self.run_config.evaluation.teacher:
+                    self._evaluate_ends(0, "teacher")
+            self._stop.obey()
+            super().fit(agent_loop_manager)
+            self._evaluate_ends(self.run_config.steps, "student")
+        except StoppedError:
+            if self._made > self._saved:
+                self._save_checkpoint()
+            raise
 
     def prepare_step(self) -> dict[str, Any]:
         """Starts the step's rollouts."""
@@ -268,11 +278,36 @@ class Trainer(PPOTrainerSync):
             )
         return batch
 
+    def _save_checkpoint(self) -> None:
+        """Lets verl's workers write a checkpoint, which is there whole or not at all."""
+
+        def write(folder: Path) -> None:
+            try:
+                self.actor_rollout_wg.save_checkpoint(
+                    str(folder / "actor"), None, self.global_steps, max_ckpt_to_keep=None
+                )
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error  # the worker's own, such as a full disk
+            torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
+
+        settings = self.config.trainer
+        target = save_checkpoint(
+            Path(settings.default_local_dir),
+            self.global_steps,
+            settings.max_actor_ckpt_to_keep,
+            write,
+        )
+        self.checkpoint_callback.on_save(
+            trainer=self, global_step=self.global_steps, checkpoint_dir=str(target)
+        )
+        self._saved = self.global_steps
+
     def _compute_metrics(
         self, batch: Any, metrics: dict[str, Any], timing_raw: Any, global_steps: int, epoch: int
     ) -> None:
-        """Writes the step's row and trajectories."""
+        """Writes the step's row and trajectories; ends the run here if it should stop."""
         step = global_steps - 1
+        self._made = global_steps
         trajectories = trajectories_of(self._rows)
         wanted = self.run_config.batch.prompts * self.run_config.batch.samples
         row = {
@@ -291,6 +326,8 @@ class Trainer(PPOTrainerSync):
         every = self.run_config.evaluation.every
         if every and global_steps % every == 0 and global_steps < self.run_config.steps:
             self._evaluate("student", global_steps, self._sampling(), curve=True)
+        if global_steps < self.run_config.steps:
+            self._stop.obey()
 
     # Methods that verl does not call
 
@@ -344,6 +381,8 @@ class Trainer(PPOTrainerSync):
             (self.run_config.seed, 2),
             max_turns=settings.max_turns,
             by_teacher=who == "teacher",
+            # What is missing at the ends is evaluated on resuming, a point of the curve is not.
+            check=(lambda: None) if curve else self._stop.obey,
         )
         result = EvaluationResult.of(played)
         self.metrics.write(evaluation_row(result, who, step, sampling, curve=curve))
