@@ -339,6 +339,23 @@ def test_files_that_do_not_fit_are_refused(qwen3: Any, template: str, told: str)
     assert str(caught.value).count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (PLAIN.replace("for m in messages", "for m in messages if m.role != 'system'"), "system"),
+        (PLAIN.replace("{{ m.content }}", "{{ m.content[:9] }}"), "system"),
+        (PLAIN.replace("{{ m.content }}", "{{ m.content if m.role == 'system' }}"), "user"),
+    ],
+)
+def test_a_template_that_leaves_words_out_is_refused(qwen3: Any, template: str, role: str) -> None:
+    assert template != PLAIN
+    rows = [Message("system", ("You may call tools.",)), Message("user", ("How many <|im_end|>?",))]
+    with pytest.raises(ModelError, match=rf"leaves out words of the {role} message.*\nUse") as told:
+        ChatRenderer(using(qwen3, template)).prompt(rows)
+    assert str(told.value).count("\n") == 1
+    ChatRenderer(using(qwen3, PLAIN)).prompt(rows)
+
+
 @pytest.mark.parametrize("missing", ["<|im_start|>", "<|vision_start|>"])
 def test_a_shipped_template_needs_its_control_tokens(missing: str) -> None:
     fast_class: Any = PreTrainedTokenizerFast

@@ -149,10 +149,24 @@ class ChatRenderer:
         """Returns the ids of a conversation for the student to continue, and its images in order.
 
         Each image takes one placeholder id per merged patch.
+
+        Raises:
+            ModelError: the template leaves out words of the system message or of the user.
         """
         guarded, guards = self._guard(messages)
         images = _images(messages)
-        return self._ids(self._apply(guarded, True), guards, images), images
+        written = self._apply(guarded, True)
+        for message in guarded:
+            words = [part.strip() for part in message.content if isinstance(part, str)]
+            # Words of earlier assistant turns may be left out: templates drop their thoughts.
+            if message.role != "assistant" and not all(part in written for part in words):
+                raise ModelError(
+                    f"the chat template {self._template} leaves out words of the {message.role} "
+                    "message, so the model would not see them (tools are described in the system "
+                    "message).\nUse a template that writes them: model.chat_template=FILE (in "
+                    f"evaluate chat_template=FILE), or one of {', '.join(SHIPPED)}."
+                )
+        return self._ids(written, guards, images), images
 
     def continuation(
         self, observation: Message, last_id: int
