@@ -11,7 +11,8 @@ verl, which the extra ``verl`` installs.
 `rollouts`     processes that play episodes with `RolloutRunner` and ask the vLLM servers
 `client`       verl's servers as a `Policy`: ids and pictures in, ids and log-probs out
 `records`      trajectories as rows of verl's TransferQueue, and back
-`training`     verl's FSDP engine with allowed ids, positions and pictures as everywhere else
+`training`     verl's FSDP engine with rows, positions and pictures as everywhere else
+`head`         log-probs and entropies of the student's tokens in place of logits
 `loss`         objectives as verl's loss function
 `checkpoints`  folders of checkpoints, written whole or not at all
 `stop`         carries a signal from the command to the trainer

@@ -1,8 +1,10 @@
 """Adapts verl's FSDP engine to this project's rules, and the worker that holds it.
 
-Three things differ from verl's own: ids that must not be sampled have probability 0 in training
-as in sampling; positions and patches are made from the pictures by `VisionProcessor`; gradients
-are divided once per mini-batch by the number of kept tokens on all ranks.
+Four things differ from verl's own: log-probs and entropies are computed for the student's own
+tokens only, without logits of the whole batch, and ids that must not be sampled have probability 0
+as in sampling (`head`); packed rows run with any attention of transformers, not with flash-attn
+alone; positions and patches are made from the pictures by `VisionProcessor`; gradients are divided
+once per mini-batch by the number of kept tokens on all ranks.
 """
 
 from __future__ import annotations
@@ -13,17 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from verl.utils.device import get_device_name
+from verl.utils.tensordict_utils import get_non_tensor_data
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from reopold_agent.objectives.chunks import BANNED
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import forbidden_ids
 from reopold_agent.train.totals import TokenTotals
+from reopold_agent.train.verl.head import TokenHead, Wanted, before_tokens
 from reopold_agent.train.verl.loss import ObjectiveLoss
 from reopold_agent.train.verl.records import pixels_of
 from reopold_agent.types import EncodedImage
@@ -31,27 +34,41 @@ from reopold_agent.types import EncodedImage
 TOTALS = "reopold_totals"
 """The metric that carries an update's `TokenTotals` from the workers to the trainer."""
 
+_STATES = "reopold_states"
+"""Key of the places whose log-probs the head computes, among verl's arguments for its outputs."""
+
 
 class FsdpEngine(FSDPEngineWithLMHead):
-    """verl's FSDP engine with banned ids, pictures from pixels, and one division per mini-batch."""
+    """verl's FSDP engine with our head, pictures from pixels, and one division per mini-batch."""
 
     def initialize(self) -> None:
-        """Builds the model, whose head then gives banned ids probability 0."""
+        """Builds the model, whose head then computes log-probs in place of logits."""
         super().initialize()
-        banned = banned_ids(self.model_config.tokenizer, self.module.config)
-        index = torch.tensor(banned, device=self._device())
-
-        def ban(module: nn.Module, inputs: Any, logits_BTV: Tensor) -> Tensor:
-            # In place: the projection's backward pass does not need its output.
-            return logits_BTV.index_fill_(-1, index.to(logits_BTV.device), BANNED)
-
-        head = self.module.get_output_embeddings()
-        if banned:
-            head.register_forward_hook(ban)
+        self._head = TokenHead(
+            self.module.get_output_embeddings(),
+            banned_ids(self.model_config.tokenizer, self.module.config),
+        )
         self._vision: VisionProcessor | None = None
         if hasattr(self.module.config, "vision_config"):
             processor = Qwen2VLImageProcessorPil.from_pretrained(self.model_config.local_path)
             self._vision = VisionProcessor(processor, cache_bytes=0)  # each is seen once
+            # verl shows a blank picture, times 0, to a micro-batch without any, so that all ranks
+            # gather the tower's weights; but it takes the tower's result for a tensor.
+            self.module.model.visual.register_forward_hook(
+                lambda tower, inputs, output: getattr(output, "pooler_output", output)
+            )
+
+    def _build_module(self) -> Any:
+        """Loads the model and leaves its attention as it is.
+
+        For packed rows verl would put a function in place that calls flash-attn. The models'
+        own attention finds the rows' bounds in the position ids, with flash-attn and without.
+        """
+        self.use_remove_padding = False
+        try:
+            return super()._build_module()
+        finally:
+            self.use_remove_padding = bool(self.model_config.use_remove_padding)
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
         """Returns the local engine's schedule: linear warm-up over updates, then constant."""
@@ -77,24 +94,24 @@ class FsdpEngine(FSDPEngineWithLMHead):
         pictures = _pictures(micro_batch)
         micro_batch = micro_batch.copy()
         micro_batch.pop("multi_modal_inputs", None)  # verl expects patches here, not pixels
+        inputs, arguments = super().prepare_model_inputs(micro_batch=micro_batch)
+        ids, width = micro_batch["input_ids"], inputs["input_ids"].shape[1]
+        packed = inputs["attention_mask"] is None
+        arguments[_STATES] = self._announce(micro_batch, None if packed else width)
         if self._vision is None:
-            return super().prepare_model_inputs(micro_batch=micro_batch)
+            return inputs, arguments
         encoded = [[self._vision.adopt(pixels) for pixels in row] for row in pictures]
-        ids = micro_batch["input_ids"]
         positions = [
             self._positions(row.cpu(), images)
             for row, images in zip(ids.unbind(), encoded, strict=True)
         ]
-        inputs, arguments = super().prepare_model_inputs(micro_batch=micro_batch)
-        shape = inputs["input_ids"].shape
-        if len(positions) == shape[0] and inputs["attention_mask"] is not None:
-            laid = torch.zeros((4, *shape), dtype=torch.int64)
+        laid = torch.zeros((4, *inputs["input_ids"].shape), dtype=torch.int64)
+        if packed:  # one row after the other, and padding at the end
+            joined = torch.cat(positions, dim=1)
+            laid[:, 0, : joined.shape[1]] = joined
+        else:
             for row, position in enumerate(positions):
                 laid[:, row, : position.shape[1]] = position
-        else:  # packed: one row after the other, and padding at the end
-            joined = torch.cat(positions, dim=1)
-            laid = torch.zeros((4, 1, shape[1]), dtype=torch.int64)
-            laid[:, 0, : joined.shape[1]] = joined
         device = inputs["input_ids"].device
         inputs["position_ids"] = laid.to(device)
         images = [image for row in encoded for image in row]
@@ -103,6 +120,26 @@ class FsdpEngine(FSDPEngineWithLMHead):
             inputs["pixel_values"] = patches.to(device)
             inputs["image_grid_thw"] = grids.to(device)
         return inputs, arguments
+
+    def prepare_model_outputs(
+        self, output: Any, output_args: Any, micro_batch: Any, logits_processor_func: Any
+    ) -> dict[str, Tensor]:
+        """Returns ``log_probs``, and ``entropy`` if asked for, of all tokens, nested as in verl.
+
+        They are 0 except at the student's own tokens (``response_mask``).
+        """
+        ids, places = micro_batch["input_ids"], (output_args[_STATES],)
+        logp_N, entropy_N = output.logits
+        found = {"log_probs": logp_N}
+        if get_non_tensor_data(micro_batch, "calculate_entropy", False):
+            found["entropy"] = entropy_N
+        nothing = torch.zeros(ids.values().shape, dtype=logp_N.dtype, device=logp_N.device)
+        return {
+            name: torch.nested.nested_tensor_from_jagged(
+                nothing.index_put(places, values), ids.offsets()
+            )
+            for name, values in found.items()
+        }
 
     def forward_backward_batch(
         self, data: Any, loss_function: Callable[..., Any], forward_only: bool = False
@@ -121,6 +158,26 @@ class FsdpEngine(FSDPEngineWithLMHead):
         output["metrics"][TOTALS] = [vars(totals)] if dist.get_rank() == 0 else []
         return output
 
+    def _announce(self, micro_batch: Any, width: int | None) -> Tensor:
+        """Tells the head which log-probs the next pass is for.
+
+        Args:
+            micro_batch: nested ``input_ids`` and ``response_mask``.
+            width: of padded rows; None where they are packed.
+
+        Returns:
+            (N,) int64: where the student's tokens are predicted, in the joined rows.
+        """
+        ids, masks = micro_batch["input_ids"], micro_batch["response_mask"].unbind()
+        joined = before_tokens(ids.offsets()[1:].tolist(), masks)
+        states = joined
+        if width is not None:
+            lengths = ids.offsets().diff().tolist()
+            states = before_tokens([n * width + size for n, size in enumerate(lengths)], masks)
+        entropy = bool(get_non_tensor_data(micro_batch, "calculate_entropy", False))
+        self._head.wanted = Wanted(states, ids.values()[joined + 1], entropy)
+        return joined
+
     def _over_ranks(self, totals: TokenTotals) -> TokenTotals:
         every: list[Any] = [None] * self.get_data_parallel_size()
         dist.all_gather_object(every, vars(totals), group=self.get_data_parallel_group())
@@ -138,9 +195,6 @@ class FsdpEngine(FSDPEngineWithLMHead):
         grids = torch.tensor([image.grid for image in images])
         three, _ = self.module.model.get_rope_index(ids_L[None], kinds[None], grids)
         return torch.cat([text[None], three[:, 0]])
-
-    def _device(self) -> torch.device:
-        return torch.device(get_device_name())
 
 
 for _device, _vendor in (("cuda", "nvidia"), ("cpu", None)):

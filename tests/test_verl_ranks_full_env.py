@@ -1,0 +1,165 @@
+"""verl's FSDP engine on two ranks of this CPU, without Ray and servers: against the local engine.
+
+Needs the environment that ``.ci/run`` builds: ``pytest -m full_env``.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from running import environment
+from step_rows import rows_of, update_rows
+from transformers import Qwen2Config, Qwen2ForCausalLM
+from verl_ranks import OBJECTIVE, Case
+
+from reopold_agent.config import OptimizerConfig
+from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.train.update import Updater
+from reopold_agent.types import EncodedImage, Trajectory
+
+pytestmark = [pytest.mark.full_env, pytest.mark.timeout(300)]
+
+pytest.importorskip("verl", reason="needs the full environment")
+
+WORLD = 2
+
+
+@pytest.fixture(scope="module")
+def models(
+    tokenizer: Any, vision: Any, make_model: Callable[..., Any]
+) -> dict[str, torch.nn.Module]:
+    """A Qwen2.5-VL with tied embeddings, and a text model with an output embedding of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = Qwen2Config(
+            vocab_size=len(tokenizer) + 5,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.15,
+            tie_word_embeddings=False,
+        )
+        text = Qwen2ForCausalLM(config).eval()
+    return {"pictures": make_model(seed=1), "text": text}
+
+
+@pytest.fixture(scope="module")
+def cases(
+    models: dict[str, Any],
+    tokenizer: Any,
+    vision: Any,
+    random_trajectory: Callable[..., Trajectory],
+    encode: Callable[..., EncodedImage],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> list[Case]:
+    """Rows with several pictures, with one and with none; the second rank has none at all."""
+    folder = tmp_path_factory.mktemp("models")
+    shown = [
+        random_trajectory(1, [encode(1), encode(2, 84, 56), encode(3)], turns=3),
+        random_trajectory(2),
+        random_trajectory(3, [encode(4)]),
+    ]
+    plain = [random_trajectory(seed, turns=1 + seed % 3, turn_tokens=20) for seed in range(4, 10)]
+    rows = {"pictures": [shown, plain[:3]], "text": [plain[:3], plain[3:]]}
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    vision.processor.save_pretrained(folder / "pictures")
+    # At least two micro-batches on each rank.
+    return [Case(name, folder / name, each, tokens=90) for name, each in rows.items()]
+
+
+@pytest.fixture(scope="module")
+def results(
+    cases: list[Case], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict[bool, dict[str, Any]]]]:
+    """By case, each rank's: log-probs, entropies and gradients, padded and packed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    job = folder / "job.pickle"
+    job.write_bytes(pickle.dumps(cases))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("verl_ranks.py")
+    logs = [folder / f"{rank}.log" for rank in range(WORLD)]
+    ranks = []
+    for rank, log in enumerate(logs):
+        words = [sys.executable, str(script), *map(str, (rank, WORLD, port, job, folder))]
+        with log.open("wb") as stream:
+            process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment())
+        ranks.append(process)
+    try:
+        codes = [process.wait(timeout=240) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert codes == [0] * WORLD, "\n".join(log.read_text()[-3000:] for log in logs)
+    return {
+        case.name: [
+            torch.load(folder / f"{case.name}-{rank}.pt", weights_only=False)
+            for rank in range(WORLD)
+        ]
+        for case in cases
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("index", [0, 1])
+def test_scores_are_the_local_engines(
+    index: int,
+    packed: bool,
+    cases: list[Case],
+    models: dict[str, Any],
+    results: dict[str, Any],
+    make_policy: Callable[..., TransformersPolicy],
+) -> None:
+    case = cases[index]
+    policy = make_policy(models[case.name])
+    for rank, found in enumerate(results[case.name]):
+        own = policy.score(case.rows[rank], with_entropy=True)
+        for place, (t, score) in enumerate(zip(case.rows[rank], own, strict=True)):
+            # verl's alignment: entry i belongs to token i + 1.
+            for name, expected in (("log_probs", score.logp), ("entropy", score.entropy)):
+                theirs = np.roll(found[packed][name][place].numpy(), 1)
+                np.testing.assert_allclose(theirs, expected, atol=1e-5, err_msg=f"{name} {rank}")
+            assert not found[packed]["log_probs"][place][np.roll(~t.loss_mask, -1)].any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("index", [0, 1])
+def test_gradients_are_the_local_engines(
+    index: int,
+    packed: bool,
+    cases: list[Case],
+    models: dict[str, Any],
+    results: dict[str, Any],
+    make_policy: Callable[..., TransformersPolicy],
+) -> None:
+    case = cases[index]
+    policy = make_policy(models[case.name])
+    settings = OptimizerConfig(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, max_grad_norm=1e9)
+    updater = Updater(policy, OBJECTIVE, settings, max_tokens=4096)
+    updater.optimizer.step = lambda: None  # type: ignore[assignment]  # only the gradients matter
+    update_rows(updater, [rows_of([t for part in case.rows for t in part])], 0)
+    named = policy.adapter.model.named_parameters()
+    expected = {name: p.grad for name, p in named if p.grad is not None}
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    assert largest > 1e-3
+    for found in results[case.name]:
+        gradients = found[packed]["gradients"]
+        assert expected.keys() == gradients.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(
+                gradients[name], gradient, atol=1e-5 * largest, rtol=1e-4, msg=name
+            )
