@@ -353,9 +353,15 @@ class EngineConfig:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (the last for ``local`` only).
         precision: ``auto`` (bfloat16 on a GPU, else float32), ``float32`` or ``bfloat16``.
         threads: CPU threads of PyTorch; null keeps its default.
-        max_tokens_per_pass: rows x tokens of one forward pass without gradient. Neither this nor
-            the next setting changes any result.
-        max_tokens_per_micro_batch: rows x tokens of one forward pass with gradient.
+        max_tokens_per_pass: tokens of one forward pass without gradient: the rows' own where they
+            are packed, else rows x longest. Neither this nor the next setting changes any result.
+        max_tokens_per_micro_batch: tokens of one forward pass with gradient, counted likewise.
+        packed: compute rows one after the other in one sequence instead of padding them to the
+            longest, in log-probs, update and teacher's scores; null: on a GPU.
+        attention: kernel of packed rows: ``flash_attention_2`` (the package flash-attn), ``varlen``
+            (PyTorch's own, from 2.11 on), ``sdpa`` (one call per row, on any device), or ``auto``:
+            the first of these that is installed, on a CPU ``sdpa``. Padded rows, and generation,
+            use ``model.student.attention`` and ``model.teacher.attention``.
         max_prompt_tokens: longest prompt; null means what the models' contexts leave beside
             ``rollout.max_response_tokens`` (with ``verl`` at most 8,192).
         old_logp: ``rollout`` uses the log-probs recorded while sampling, ``recompute`` runs the
@@ -368,7 +374,6 @@ class EngineConfig:
         rollout_workers: processes that play episodes, each ``rollout.concurrency`` at once.
         ray_address: address of a running cluster; null uses ``RAY_ADDRESS`` or else starts one
             on this machine.
-        attention: ``sdpa``, or ``flash_attention_2``, which packs sequences without padding.
         offload: keep weights, gradients and optimizer on the CPU between uses.
         overrides: verl settings by dotted key, applied last.
     """
@@ -380,6 +385,8 @@ class EngineConfig:
     max_tokens_per_pass: int = 16384
     max_tokens_per_micro_batch: int = 8192
     max_prompt_tokens: int | None = None
+    packed: bool | None = None
+    attention: str = "auto"
     old_logp: str = "auto"
     nodes: int = 1
     gpus_per_node: int = 1
@@ -388,7 +395,6 @@ class EngineConfig:
     teacher_server: ServerConfig = field(default_factory=ServerConfig)
     rollout_workers: int = 1
     ray_address: str | None = None
-    attention: str = "sdpa"
     offload: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -403,7 +409,13 @@ class EngineConfig:
             _positive(self, "engine", "threads")
         _one_of("engine.precision", self.precision, ("auto", "float32", "bfloat16"))
         _one_of("engine.old_logp", self.old_logp, ("auto", "rollout", "recompute"))
-        _one_of("engine.attention", self.attention, ("sdpa", "flash_attention_2"))
+        kernels = ("auto", "sdpa", "flash_attention_2", "varlen")
+        _one_of("engine.attention", self.attention, kernels)
+        if self.packed is False and self.attention in ("flash_attention_2", "varlen"):
+            raise ConfigError(
+                f"engine.attention={self.attention} computes packed rows, and engine.packed=false "
+                "pads them.\nLeave out engine.packed, or use engine.attention=auto."
+            )
         _positive(self, "engine", "nodes", "gpus_per_node", "rollout_workers")
         _not_negative(self, "engine", "teacher_gpus_per_node")
         if self.max_prompt_tokens is not None:

@@ -269,6 +269,8 @@ def test_settings_of_data_have_the_types_that_loading_needs(word: str, told: str
         "engine.old_logp=never",
         "engine.threads=0",
         "engine.max_tokens_per_pass=0",
+        "engine.packed=1",
+        "engine.attention=eager",
         "model.student.dtype=float8",
         "model.teacher.attention=flash_attention_2",
     ],

@@ -412,7 +412,7 @@ def test_every_public_name_is_in_the_reference(site: Path) -> None:
 @pytest.mark.slow
 def test_every_setting_is_explained_with_its_defaults(site: Path) -> None:
     page = re.sub(r"<[^>]+>", " ", (site / "reference/settings/index.html").read_text("utf-8"))
-    row = re.search(r"max_tokens_per_micro_batch\s+rows x tokens of one[^`]*?int\s+(\d+)", page)
+    row = re.search(r"max_tokens_per_micro_batch\s+tokens of one[^`]*?int\s+(\d+)", page)
     assert row is not None
     assert row[1] == "8192"
     rates = re.search(r"lr\s+learning rate\.\s+float\s+(\S+)\s+(\S+)", page)

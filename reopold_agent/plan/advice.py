@@ -53,12 +53,12 @@ def warnings_for(
                 "engine.teacher_gpus_per_node can be smaller where batch.mini_batch x "
                 "batch.samples divides by the rest."
             )
-    if layout.schedule != "local" and config.engine.attention == "sdpa":
+    if layout.schedule != "local" and config.engine.attention != "flash_attention_2":
         rows_per_pass = config.engine.max_tokens_per_micro_batch / work.length
         if rows_per_pass >= 2:
             found.append(
-                f"engine.attention=sdpa pads the about {rows_per_pass:.0f} episodes of a pass to "
-                "the longest, which these figures leave out; flash_attention_2 packs them."
+                f"engine=verl pads the about {rows_per_pass:.0f} episodes of a pass to the "
+                "longest, which these figures omit; engine.attention=flash_attention_2 packs them."
             )
     return tuple(found)
 

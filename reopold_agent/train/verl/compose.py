@@ -207,7 +207,11 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
         f"{model}.enable_gradient_checkpointing": spec.gradient_checkpointing,
         f"{model}.use_remove_padding": engine.attention == "flash_attention_2",
         f"{model}.use_fused_kernels": False,  # they would not see the banned ids
-        f"{model}.override_config": {"attn_implementation": engine.attention},
+        f"{model}.override_config": {
+            "attn_implementation": "flash_attention_2"
+            if engine.attention == "flash_attention_2"
+            else "sdpa"
+        },
         f"{actor}.strategy": "fsdp2",
         f"{actor}.use_dynamic_bsz": True,
         f"{actor}.ppo_max_token_len_per_gpu": tokens,
