@@ -343,7 +343,7 @@ def test_files_that_do_not_fit_are_refused(qwen3: Any, template: str, told: str)
     ("template", "role"),
     [
         (PLAIN.replace("for m in messages", "for m in messages if m.role != 'system'"), "system"),
-        (PLAIN.replace("{{ m.content }}", "{{ m.content[:9] }}"), "system"),
+        (PLAIN.replace("{{ m.content }}", "{{ m.content[:4] }}"), "system"),
         (PLAIN.replace("{{ m.content }}", "{{ m.content if m.role == 'system' }}"), "user"),
     ],
 )
@@ -352,6 +352,8 @@ def test_a_template_that_leaves_words_out_is_refused(qwen3: Any, template: str, 
     rows = [Message("system", ("You may call tools.",)), Message("user", ("How many <|im_end|>?",))]
     with pytest.raises(ModelError, match=rf"leaves out words of the {role} message.*\nUse") as told:
         ChatRenderer(using(qwen3, template)).prompt(rows)
+    with pytest.raises(ModelError, match=rf"leaves out words of the {role} message"):
+        ChatRenderer(using(qwen3, template)).check_words()
     assert str(told.value).count("\n") == 1
     ChatRenderer(using(qwen3, PLAIN)).prompt(rows)
 
@@ -429,6 +431,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "control token"),
         (PLAIN.replace("{{ BODY }}", "{{ p.text }}"), r"does not write <\|image_pad\|>.*\nUse"),
         (QWEN3, "rewrites earlier turns"),
+        (PLAIN.replace("in messages", "in messages if m.role != 'system'"), "words of the system"),
     ],
 )
 def test_a_file_is_refused_before_a_model_is_loaded(

@@ -121,6 +121,17 @@ class ChatRenderer:
                 if not self._apply(played, True).startswith(start):
                     raise self._rewrites()
 
+    def check_words(self) -> None:
+        """Checks that the template writes what the system message and the user say.
+
+        Raises:
+            ModelError: it leaves words out.
+        """
+        messages = [Message("system", ("Be brief.",)), Message("user", ("Who?",))]
+        prompts = _prompts(self.tokenizer, None)  # None: some templates refuse a system message
+        if prompts is not None:
+            self._check_words(messages, self._apply(messages, True))
+
     def check_pictures(self) -> None:
         """Checks a template that a setting gave for a model that sees pictures.
 
@@ -156,16 +167,7 @@ class ChatRenderer:
         guarded, guards = self._guard(messages)
         images = _images(messages)
         written = self._apply(guarded, True)
-        for message in guarded:
-            words = [part.strip() for part in message.content if isinstance(part, str)]
-            # Words of earlier assistant turns may be left out: templates drop their thoughts.
-            if message.role != "assistant" and not all(part in written for part in words):
-                raise ModelError(
-                    f"the chat template {self._template} leaves out words of the {message.role} "
-                    "message, so the model would not see them (tools are described in the system "
-                    "message).\nUse a template that writes them: model.chat_template=FILE (in "
-                    f"evaluate chat_template=FILE), or one of {', '.join(SHIPPED)}."
-                )
+        self._check_words(guarded, written)
         return self._ids(written, guards, images), images
 
     def continuation(
@@ -301,6 +303,24 @@ class ChatRenderer:
             f"the chat template {self._template} rewrites earlier turns (it drops their thoughts, "
             f"for example), so it cannot be used for several turns.\n{advice}"
         )
+
+    def _check_words(self, messages: Sequence[Message], rendered: str) -> None:
+        """Checks that a rendered prompt has the words of its messages.
+
+        Those of earlier assistant turns are not looked for: templates drop their thoughts.
+
+        Raises:
+            ModelError: words are missing.
+        """
+        for message in messages:
+            words = [part.strip() for part in message.content if isinstance(part, str)]
+            if message.role != "assistant" and not all(part in rendered for part in words):
+                raise ModelError(
+                    f"the chat template {self._template} leaves out words of the {message.role} "
+                    "message, so that the model would not see them (a system message describes "
+                    "the tools).\nUse a template that writes them: model.chat_template=FILE (in "
+                    f"evaluate chat_template=FILE), or one of {', '.join(SHIPPED)}."
+                )
 
     def _check_marks(self, rendered: str) -> None:
         """Checks that what looks like a control token in a setting's template is one.

@@ -163,8 +163,10 @@ class RolloutRunner:
         """Checks that the chat template can be used for the pictures and turns of an episode.
 
         Raises:
-            ModelError: it leaves pictures out, or rewrites earlier turns and several are possible.
+            ModelError: it leaves words or pictures out, or rewrites earlier turns and several are
+                possible.
         """
+        self.chat.check_words()
         if self.vision is not None:
             self.chat.check_pictures()
         if self.limits.max_turns == 1:
