@@ -257,6 +257,36 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(
     assert (after[0] - after[1]).abs().max() < 1e-7
 
 
+def test_a_frozen_vision_tower_is_not_differentiated(
+    trajectories: list[Trajectory], checkpoint_folder: Callable[..., Path]
+) -> None:
+    pytest.importorskip("peft")
+    lora = {"r": 4, "target_modules": ".*language_model.*q_proj"}
+    folder, gradients = checkpoint_folder("model"), []
+    for on in (False, True):
+        spec = ModelSpec(str(folder), lora=lora, gradient_checkpointing=on)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            loaded = load_model(spec, "student", CPU)
+        model: Any = loaded.adapter.model
+        needed: list[bool] = []
+        model.get_base_model().model.visual.register_forward_hook(
+            lambda _module, _inputs, output, needed=needed: needed.append(
+                output.pooler_output.requires_grad
+            )
+        )
+        policy = loaded.policy(forbidden_ids=[], stop_ids=[], max_tokens_per_pass=10**6)
+        updater = Updater(policy, Reopold(switch_step=5), linear(), max_tokens=10**6)
+        make_updates(updater, [trajectories], 0)
+        assert needed
+        assert not any(needed)
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in updater._parameters if p.grad is not None])
+        )
+    assert gradients[0].abs().max() > 0
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-7
+
+
 # Order of the data
 
 

@@ -147,6 +147,26 @@ def test_a_final_model_that_differs_is_refused_and_not_left_behind(
     assert (tmp_path / "final").is_dir()
 
 
+def test_what_is_read_back_takes_the_place_of_the_model(
+    bases: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = trained(bases[True], ADAPTERS["attention"])
+    base: Any = student.adapter.model
+    base = base.get_base_model()
+    left: list[int] = []
+    equal = torch.equal
+
+    def watched(one: torch.Tensor, other: torch.Tensor) -> bool:
+        left.append(sum(parameter.numel() for parameter in base.parameters()))
+        return equal(one, other)
+
+    monkeypatch.setattr(torch, "equal", watched)
+    assert save_checked(student, tmp_path / "final", IDS)
+    assert left == sorted(left, reverse=True)  # freed one by one: never two whole models
+    assert left[-1] < left[0] / 10
+    assert sum(parameter.numel() for parameter in base.parameters()) == 0
+
+
 def test_merging_that_changes_the_model_is_refused(
     tmp_path: Path, bases: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -331,10 +331,13 @@ def load_model(
             f"the {role} in '{path}' lacks {len(absent)} of its weights, the first is {absent[0]}"
         )
     model.to(device)
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
         model = _with_lora(model, spec.lora, saved)
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Only the reentrant kind needs inputs with gradients. With them a frozen vision tower would
+        # be recomputed and differentiated for nothing. (After LoRA, since peft asks for them too.)
+        model.disable_input_require_grads()
     adapter = ModelAdapter(model, processing.vision, processing.image_token_id, autocast=autocast)
     if len(processing.tokenizer) > adapter.vocabulary_rows:
         raise ModelError(

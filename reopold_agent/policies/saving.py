@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reopold_agent.common.memory import usable_memory
 from reopold_agent.errors import ModelError
@@ -28,11 +28,11 @@ def save_checked(
 
     Log-probs of a short sequence are computed before anything is merged, and again with the model
     that was read back from the files, whose weights must also equal those in memory. It is read
-    back into the CPU's memory. Where that is too small, the log-probs are those of the model in
-    memory, after merging.
+    back into the CPU's memory, and takes the place of the model there weight by weight. Where that
+    memory is too small, the log-probs are those of the model in memory, after merging.
 
     Args:
-        model: cannot be trained afterwards.
+        model: cannot be used afterwards.
         folder: where to write; it holds a bad model if this raises.
         ids: the sequence, such as a question and its answer.
         dtype: dtype of the written weights; None keeps the model's.
@@ -94,12 +94,21 @@ def _logprobs(model: Any, ids: Sequence[int]) -> Tensor:
 
 
 def _compare_weights(written: Any, merged: Any) -> None:
+    """Compares the weights of two models, and frees the second's as it goes.
+
+    Raises:
+        ModelError: some differ.
+    """
     found = dict(written.named_parameters(remove_duplicate=False))
-    differing = [
-        name
-        for name, value in merged.named_parameters(remove_duplicate=False)
-        if name not in found or not torch.equal(found[name], value.to("cpu"))
-    ]
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, value in merged.named_parameters(remove_duplicate=False):
+        names.setdefault(value, []).append(name)
+    differing = []
+    for value, same in names.items():
+        here = value.detach().to("cpu")
+        differing += [n for n in same if n not in found or not torch.equal(found[n], here)]
+        # The file's is now in memory in its place: the two models are never held whole.
+        value.data = value.new_empty(0)
     if differing:
         raise ModelError(
             f"the saved student is not the trained one: {len(differing)} weights differ, the first "
