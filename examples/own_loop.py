@@ -29,9 +29,9 @@ for step in range(steps):
     played = [t for t in runner.run(student, episodes, Sampling(), (0, step)) if t.trainable]
     batch, scores = TrajectoryBatch.build(student.adapter, played), teacher.score(played)
     loss, metrics = reopold_loss(
-        batch.scatter(student.logprobs(batch)[0]), batch.padded([t.logp for t in played]),
-        batch.padded([each.logp for each in scores]), batch.padded([t.entropy for t in played]),
-        batch.padded([t.loss_mask for t in played]), step=step, switch_step=steps // 2,
+        batch.scatter(student.logprobs(batch)[0]), batch.aligned([t.logp for t in played]),
+        batch.aligned([each.logp for each in scores]), batch.aligned([t.entropy for t in played]),
+        batch.aligned([t.loss_mask for t in played]), step=step, switch_step=steps // 2,
     )  # fmt: skip
     optimizer.zero_grad()
     loss.backward()

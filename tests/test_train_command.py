@@ -48,7 +48,7 @@ TRAIN_KEYS = {
     *("rollout/success", "rollout/reward", "rollout/tool_rate", "rollout/tool_errors"),
     *("rollout/response_tokens", "rollout/turns", "rollout/stop/answer"),
     *("time/generate", "time/environment", "time/teacher", "time/old_logp", "time/update"),
-    *("time/sync", "time/other", "time/step", "tokens_per_second"),
+    *("time/sync", "time/other", "time/step", "tokens_per_second", "perf/padding_share"),
 }
 EVAL_KEYS = {
     *("kind", "step", "who", "sampling", "success", "low", "high", "n", "tool_rate"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reopold_agent.errors import ModelError
+from reopold_agent.policies.attention import attends_by_rows
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.types import EncodedImage, IntArray
 
@@ -27,6 +28,9 @@ class ModelAdapter:
         vision: needed when pictures occur.
         image_token_id: id of the image placeholder; None for text-only models.
         autocast: dtype of the computation if it differs from the weights' dtype.
+
+    Attributes:
+        packed: whether the model takes packed rows (`attention.attend_by_rows`).
     """
 
     def __init__(
@@ -48,7 +52,8 @@ class ModelAdapter:
         self.text_config: Any = base.config.get_text_config()
         self.head: nn.Linear = base.get_output_embeddings()
         attention = str(getattr(self.text_config, "_attn_implementation", "sdpa"))
-        if attention not in ("sdpa", "eager"):
+        self.packed = attends_by_rows(attention)
+        if not self.packed and attention not in ("sdpa", "eager"):
             raise ModelError(
                 f"attention '{attention}' cannot mask sequences of different lengths in one batch; "
                 "set model.attention=sdpa (PyTorch picks its flash kernels where it can)"
@@ -116,6 +121,7 @@ class ModelAdapter:
         images: Sequence[EncodedImage],
         attention_mask: Tensor | None,
         cache: Any = None,
+        places_BT: Tensor | None = None,
     ) -> Tensor:
         """Computes the last hidden states, (batch, time, width).
 
@@ -125,6 +131,8 @@ class ModelAdapter:
             images: all pictures whose placeholders are in ``ids_BT``, row by row, in order.
             attention_mask: (batch, time), or (batch, 1, query, key) bool, or None.
             cache: keys and values of earlier tokens; updated in place.
+            places_BT: place of each token in its row, where several rows are packed into one
+                sequence; it tells the rows apart.
         """
         if attention_mask is not None and attention_mask.dim() == 4 and self._additive_mask:
             lowest = torch.finfo(self.head.weight.dtype).min
@@ -135,7 +143,12 @@ class ModelAdapter:
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
-        inputs["position_ids"] = positions_3BT if self._multimodal_positions else positions_3BT[0]
+        if not self._multimodal_positions:
+            inputs["position_ids"] = positions_3BT[0]
+        elif places_BT is None:
+            inputs["position_ids"] = positions_3BT
+        else:
+            inputs["position_ids"] = torch.cat([places_BT[None], positions_3BT])
         if images:
             if self.vision is None:
                 raise ModelError("this model takes no pictures, but the environment shows some")
@@ -145,3 +158,23 @@ class ModelAdapter:
         with self.autocast():
             hidden: Tensor = self._body(**inputs).last_hidden_state
         return hidden
+
+    @torch.no_grad()
+    def keeps_rows_apart(self) -> bool:
+        """Returns whether packed rows give the states of single ones, tried on a few tokens.
+
+        A model whose layers do not attend through transformers' interface (recurrent ones, code of
+        a checkpoint) would mix the rows without an error; so would a kernel that does not fit.
+        """
+        window = getattr(self.text_config, "sliding_window", None) or 40
+        lengths = [min(length, window) for length in (24, 1, 40)]  # the mask below has no window
+        ids = torch.arange(sum(lengths), device=self.device)[None] % self.vocabulary_rows
+        places = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
+        packed = self.hidden_states(ids, places.expand(3, 1, -1), [], None, places_BT=places)
+        singly = []
+        for row, spots in zip(ids[0].split(lengths), places[0].split(lengths), strict=True):
+            seen = (spots[:, None] >= spots)[None, None]
+            singly.append(self.hidden_states(row[None], spots.expand(3, 1, -1), [], seen))
+        single = torch.cat(singly, dim=1)
+        exact = single.dtype == torch.float32 and not self.autocasts
+        return bool((packed - single).norm() <= (1e-3 if exact else 5e-2) * single.norm())

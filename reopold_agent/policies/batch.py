@@ -1,4 +1,4 @@
-"""Padded batches of trajectories for a forward pass."""
+"""Batches of trajectories for a forward pass: padded to the longest, or packed without padding."""
 
 from __future__ import annotations
 
@@ -17,61 +17,118 @@ from reopold_agent.types import EncodedImage, Trajectory
 
 @dataclass(frozen=True)
 class TrajectoryBatch:
-    """Trajectories padded on the right; the ``N`` loss tokens are listed row by row."""
+    """Trajectories as the input of one pass; the ``N`` loss tokens are listed row by row.
+
+    Attributes:
+        ids_BT: a trajectory per row, padded on the right; or packed, one after the other: (1, T).
+        positions_3BT: `ModelAdapter.positions` of each trajectory.
+        places_BT: each token's place in its trajectory, where packed; None where padded.
+        attention_BT: False at padding; None where there is none.
+        row_N, column_N: places of the loss tokens.
+        images: the pictures of all trajectories, in order.
+        tokens: number of tokens without padding.
+    """
 
     ids_BT: Tensor
     positions_3BT: Tensor
+    places_BT: Tensor | None
     attention_BT: Tensor | None
     row_N: Tensor
     column_N: Tensor
     images: list[EncodedImage]
+    tokens: int
 
     @classmethod
     def build(cls, adapter: ModelAdapter, trajectories: Sequence[Trajectory]) -> TrajectoryBatch:
-        """Pads with id 0 and masks it; there is no mask when all lengths are equal."""
-        device = adapter.device
-        ids = _padded([t.ids for t in trajectories])
-        positions = torch.zeros((3, *ids.shape), dtype=torch.int64)
-        attention = torch.zeros(ids.shape, dtype=torch.bool)
-        for row, trajectory in enumerate(trajectories):
-            length = len(trajectory.ids)
-            positions[:, row, :length] = adapter.positions(trajectory.ids, trajectory.images)
-            attention[row, :length] = True
-        loss = _padded([t.loss_mask for t in trajectories])
+        """Packs the trajectories if the model takes packed rows, else pads them.
+
+        Padding has id 0 and is masked; there is no mask when all lengths are equal.
+        """
+        device, packed = adapter.device, adapter.packed
+        lengths = [len(t.ids) for t in trajectories]
+        positions = [adapter.positions(t.ids, t.images) for t in trajectories]
+        if packed:
+            positions_3BT = torch.cat(positions, dim=1)[:, None]
+        else:
+            positions_3BT = torch.zeros((3, len(lengths), max(lengths)), dtype=torch.int64)
+            for row, each in enumerate(positions):
+                positions_3BT[:, row, : lengths[row]] = each
+        places = torch.cat([torch.arange(n) for n in lengths])[None] if packed else None
+        loss = _aligned([t.loss_mask for t in trajectories], packed)
         row_N, column_N = torch.nonzero(loss, as_tuple=True)
+        attention = None
+        if not packed and min(lengths) < max(lengths):
+            attention = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         return cls(
-            ids_BT=ids.to(device),
-            positions_3BT=positions.to(device),
-            attention_BT=None if bool(attention.all()) else attention.to(device),
+            ids_BT=_aligned([t.ids for t in trajectories], packed).to(device),
+            positions_3BT=positions_3BT.to(device),
+            places_BT=None if places is None else places.to(device),
+            attention_BT=None if attention is None else attention.to(device),
             row_N=row_N.to(device),
             column_N=column_N.to(device),
             images=[image for t in trajectories for image in t.images],
+            tokens=sum(lengths),
         )
 
     def scatter(self, values_N: Tensor) -> Tensor:
-        """Returns (batch, time) with values at the loss tokens and 0 elsewhere; differentiable."""
+        """Returns values at the loss tokens and 0 elsewhere, as ``ids_BT``; differentiable."""
         filled = torch.zeros(self.ids_BT.shape, dtype=values_N.dtype, device=values_N.device)
         return filled.index_put((self.row_N, self.column_N), values_N)
 
-    def padded(self, values: Sequence[npt.NDArray[Any]]) -> Tensor:
-        """Returns the trajectories' values, each aligned with its ids, as (batch, time)."""
-        return _padded(values).to(self.ids_BT.device)
+    def aligned(self, values: Sequence[npt.NDArray[Any]]) -> Tensor:
+        """Returns the trajectories' values, each aligned with its ids, as ``ids_BT``."""
+        return _aligned(values, self.places_BT is not None).to(self.ids_BT.device)
 
 
-def _padded(values: Sequence[npt.NDArray[Any]]) -> Tensor:
-    return pad_sequence([torch.from_numpy(each) for each in values], batch_first=True)
+@dataclass
+class PassTokens:
+    """Counts the tokens of forward passes.
+
+    Attributes:
+        computed: positions that were computed.
+        real: those that were not padding.
+    """
+
+    computed: int = 0
+    real: int = 0
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the computed positions that were padding; 0 if there were none."""
+        return (self.computed - self.real) / max(1, self.computed)
+
+    def add(self, batch: TrajectoryBatch) -> None:
+        """Counts a pass."""
+        self.computed += batch.ids_BT.numel()
+        self.real += batch.tokens
 
 
-def split_by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Groups the indices of sequences of similar length so that rows x longest is at most ``most``.
+def _aligned(values: Sequence[npt.NDArray[Any]], packed: bool) -> Tensor:
+    tensors = [torch.from_numpy(each) for each in values]
+    return torch.cat(tensors)[None] if packed else pad_sequence(tensors, batch_first=True)
+
+
+def split_by_tokens(lengths: Sequence[int], most: int, *, packed: bool = False) -> list[list[int]]:
+    """Groups the indices of sequences for passes of at most ``most`` tokens.
 
     A longer sequence forms a group of its own. The order within and between groups depends only on
     the lengths.
+
+    Args:
+        lengths: of the sequences.
+        most: bound on rows x longest; on the sum of the lengths where rows are packed.
+        packed: whether rows are packed. Padded ones are grouped with those of similar length.
     """
     groups: list[list[int]] = []
+    totals: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= most:
-            groups[-1].append(index)
+        for number in range(0 if packed else max(0, len(groups) - 1), len(groups)):
+            width = lengths[index if packed else groups[number][0]]
+            if totals[number] + width <= most:
+                groups[number].append(index)
+                totals[number] += width
+                break
         else:
             groups.append([index])
+            totals.append(lengths[index])
     return groups

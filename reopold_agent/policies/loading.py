@@ -34,6 +34,7 @@ from reopold_agent.errors import (
     first_line,
 )
 from reopold_agent.policies.adapter import ModelAdapter
+from reopold_agent.policies.attention import attend_by_rows
 from reopold_agent.policies.merging import merge_adapter
 from reopold_agent.policies.templates import ChatTemplate, chat_template
 from reopold_agent.policies.transformers_policy import TransformersPolicy
@@ -291,6 +292,7 @@ def load_model(
     *,
     autocast: torch.dtype | None = None,
     saved: Path | None = None,
+    kernel: str | None = None,
 ) -> LoadedModel:
     """Loads a checkpoint: weights, tokenizer, and the picture processor of a vision model.
 
@@ -303,11 +305,14 @@ def load_model(
             not change at all).
         saved: a folder written by `LoadedModel.save`, whose weights (or LoRA adapter) replace
             the checkpoint's own.
+        kernel: attention kernel of packed rows (`attention.packed_kernel`); None pads rows.
 
     Raises:
         ModelError: something is missing or does not fit; see `check_available`.
+        ConfigError: the kernel does not load, or ``spec.attention`` cannot take packed rows.
         MissingExtraError: LoRA is configured and peft is not installed.
     """
+    check_packing(spec, role, kernel)
     processing = load_processing(spec, role, saved=saved)
     has_vision = processing.vision is not None
     path = _weights_path(spec, saved)
@@ -331,6 +336,8 @@ def load_model(
             f"the {role} in '{path}' lacks {len(absent)} of its weights, the first is {absent[0]}"
         )
     model.to(device)
+    if kernel is not None:
+        attend_by_rows(model, kernel)
     if spec.lora is not None:
         model = _with_lora(model, spec.lora, saved)
     if spec.gradient_checkpointing:
@@ -344,7 +351,25 @@ def load_model(
             f"the tokenizer of '{spec.path}' knows {len(processing.tokenizer)} ids, but the model "
             f"has only {adapter.vocabulary_rows} rows"
         )
+    if adapter.packed and not adapter.keeps_rows_apart():
+        raise ModelError(
+            f"with {kernel} the {role} '{spec.path}' ({type(model).__name__}) computes packed rows "
+            "otherwise than single ones.\nSet engine.packed=false, or another engine.attention."
+        )
     return LoadedModel(**vars(processing), adapter=adapter)
+
+
+def check_packing(spec: ModelSpec, role: str, kernel: str | None) -> None:
+    """Checks that a checkpoint may be loaded for packed rows.
+
+    Raises:
+        ConfigError: ``spec.attention`` asks for another attention than ``kernel``.
+    """
+    if kernel is not None and spec.attention != "sdpa":
+        raise ConfigError(
+            f"{_setting_key(role, 'attention')}={spec.attention} pads rows, and this run packs "
+            "them.\nUse sdpa, or engine.packed=false."
+        )
 
 
 def load_processing(

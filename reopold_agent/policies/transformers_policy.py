@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from reopold_agent.objectives import DivergenceSettings
 from reopold_agent.objectives.divergence import divergence_of_states, top_tokens, topk_divergence
 from reopold_agent.policies.adapter import ModelAdapter
-from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
+from reopold_agent.policies.batch import PassTokens, TrajectoryBatch, split_by_tokens
 from reopold_agent.policies.generation import TransformersGenerator
 from reopold_agent.policies.logprobs import token_logprobs
-from reopold_agent.types import Sampling, TokenScores, Trajectory
+from reopold_agent.types import FloatArray, Sampling, TokenScores, Trajectory
 
 
 class TransformersPolicy:
@@ -24,7 +25,11 @@ class TransformersPolicy:
         allowed_ids: size of the tokenizer; further rows of the output embedding are padding.
         forbidden_ids: further ids that get probability 0.
         stop_ids: a turn ends with the first of these.
-        max_tokens_per_pass: most rows x tokens of one forward pass (memory).
+        max_tokens_per_pass: most tokens of one forward pass: rows x longest, or the rows' own where
+            the model takes packed rows (memory).
+
+    Attributes:
+        passes: the tokens of all passes of `score`, `logprobs` and `divergence` so far.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class TransformersPolicy:
         self.adapter = adapter
         self.stop_ids = frozenset(stop_ids)
         self.max_tokens_per_pass = max_tokens_per_pass
+        self.passes = PassTokens()
         padded = range(allowed_ids, adapter.vocabulary_rows)
         banned = sorted({*forbidden_ids, *padded})
         self.banned = torch.tensor(banned, dtype=torch.int64, device=adapter.device)
@@ -62,15 +68,16 @@ class TransformersPolicy:
         was_training = self.adapter.model.training
         self.adapter.model.eval()
         scores: list[TokenScores | None] = [None] * len(trajectories)
-        for group in split_by_tokens([len(t.ids) for t in trajectories], self.max_tokens_per_pass):
-            batch = TrajectoryBatch.build(self.adapter, [trajectories[i] for i in group])
+        lengths = [len(t.ids) for t in trajectories]
+        most, packed = self.max_tokens_per_pass, self.adapter.packed
+        for group in split_by_tokens(lengths, most, packed=packed):
+            part = [trajectories[i] for i in group]
+            batch = TrajectoryBatch.build(self.adapter, part)
             logp_N, entropy_N = self.logprobs(batch, with_entropy=with_entropy)
-            logp_BT = batch.scatter(logp_N).cpu().numpy()
             entropy = torch.zeros_like(logp_N) if entropy_N is None else entropy_N
-            entropy_BT = batch.scatter(entropy).cpu().numpy()
-            for row, index in enumerate(group):
-                length = len(trajectories[index].ids)
-                scores[index] = TokenScores(logp_BT[row, :length], entropy_BT[row, :length])
+            values = zip(_spread(part, logp_N), _spread(part, entropy), strict=True)
+            for index, (logp_L, entropy_L) in zip(group, values, strict=True):
+                scores[index] = TokenScores(logp_L, entropy_L)
         self.adapter.model.train(was_training)
         return [score for score in scores if score is not None]
 
@@ -137,9 +144,23 @@ class TransformersPolicy:
 
     def _states(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor]:
         """Returns the states that predict the loss tokens, (N, width), and these tokens, (N,)."""
+        self.passes.add(batch)
         hidden_BTD = self.adapter.hidden_states(
-            batch.ids_BT, batch.positions_3BT, batch.images, batch.attention_BT
+            batch.ids_BT,
+            batch.positions_3BT,
+            batch.images,
+            batch.attention_BT,
+            places_BT=batch.places_BT,
         )
         # The state before a token predicts it.
         hidden_ND = hidden_BTD[batch.row_N, batch.column_N - 1]
         return hidden_ND, batch.ids_BT[batch.row_N, batch.column_N]
+
+
+def _spread(trajectories: Sequence[Trajectory], values_N: Tensor) -> Iterator[FloatArray]:
+    """Yields each trajectory's values, aligned with its ids: 0 where there is no loss token."""
+    sizes = [t.response_tokens for t in trajectories]
+    for trajectory, values in zip(trajectories, values_N.cpu().split(sizes), strict=True):
+        aligned = np.zeros(len(trajectory.ids), dtype=np.float32)
+        aligned[trajectory.loss_mask] = values.numpy()
+        yield aligned

@@ -13,6 +13,7 @@ from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ConfigError, MissingExtraError
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.base import Closeable, Policy, TakesWeights
+from reopold_agent.policies.batch import PassTokens
 from reopold_agent.policies.loading import LoadedModel, Processing
 from reopold_agent.policies.registry import POLICIES, TRANSFORMERS, is_trainers_own, make_policy
 from reopold_agent.policies.transformers_policy import TransformersPolicy
@@ -43,6 +44,16 @@ class Roles:
     def own_teacher(self) -> TransformersPolicy | None:
         """The teacher if it is a model in this process, which gives whole distributions."""
         return self.teacher if isinstance(self.teacher, TransformersPolicy) else None
+
+    def take_passes(self) -> PassTokens:
+        """Returns the tokens of the passes since the last call, of the models in this process."""
+        total = PassTokens()
+        for policy in (self.trainer, self.own_teacher):
+            if policy is not None:
+                total.computed += policy.passes.computed
+                total.real += policy.passes.real
+                policy.passes = PassTokens()
+        return total
 
     def required_teacher(self) -> Policy:
         """Returns the teacher.

@@ -16,11 +16,13 @@ import torch
 from reopold_agent.config import EngineConfig, TrainConfig
 from reopold_agent.data.demonstrations import Demonstration
 from reopold_agent.objectives import Needs, Objective
+from reopold_agent.policies.attention import packed_kernel
 from reopold_agent.policies.loading import (
     LoadedModel,
     ModelSpec,
     Processing,
     check_available,
+    check_packing,
     check_vocabularies,
     context_length,
     device_name,
@@ -152,7 +154,10 @@ def prepared(
         context_length(check_available(spec, role, weights=role == "student" or weights))
         for role, spec in specs.items()
     ]
-    compute_device(config.engine)  # refuses a GPU that there is not
+    device, _ = compute_device(config.engine)  # refuses a GPU that there is not
+    kernel = packed_kernel(config.engine, device.type)
+    for role, spec in specs.items():
+        check_packing(spec, role, kernel)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     _seed_everything(config.seed)
@@ -180,14 +185,14 @@ def load_models(
         ModelError: a model cannot be loaded, or they do not fit each other.
     """
     device, autocast = compute_device(config.engine)
-    student = load_model(
-        specs["student"], "student", device, autocast=autocast, saved=saved_student
-    )
+    how: dict[str, Any] = {
+        "autocast": autocast,
+        "kernel": packed_kernel(config.engine, device.type),
+    }
+    student = load_model(specs["student"], "student", device, saved=saved_student, **how)
     teacher: Processing | None = None
     if "teacher" in specs and is_trainers_own(config.policy.teacher):
-        model = load_model(
-            specs["teacher"], "teacher", device, autocast=autocast, saved=saved_teacher
-        )
+        model = load_model(specs["teacher"], "teacher", device, saved=saved_teacher, **how)
         model.adapter.model.requires_grad_(False)
         teacher = model
     elif "teacher" in specs:

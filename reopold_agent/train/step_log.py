@@ -108,6 +108,7 @@ class StepLog:
             **training_metrics(self._objective, step, batch.chosen, update),
             **self._rollout_metrics(batch.trajectories),
             "rollout/trained_share": len(batch.chosen) / len(batch.rows),
+            "perf/padding_share": self._roles.take_passes().padding_share,
             **self._serving_metrics(batch, unscored),
         }
         if self._guard.skips:

@@ -104,7 +104,8 @@ class Updater:
         objective: the loss.
         config: AdamW's settings.
         teacher: the teacher, for objectives on whole distributions.
-        max_tokens: rows x tokens of one micro-batch; any value gives the same gradient.
+        max_tokens: tokens of one micro-batch, counted as `split_by_tokens` does; any value gives
+            the same gradient.
         skip_nonfinite: leave out mini-batches whose loss or gradient is not finite.
 
     Attributes:
@@ -222,7 +223,8 @@ class Updater:
         counts = TokenTotals()
         uses: list[tuple[Row, TokenUse]] = []
         lengths = [len(row.trajectory.ids) for row in batch]
-        for group in split_by_tokens(lengths, self._max_tokens):
+        packed = self.policy.adapter.packed
+        for group in split_by_tokens(lengths, self._max_tokens, packed=packed):
             part = [batch[i] for i in group]
             tokens = self._token_batch(part)
             terms = self.objective.terms(tokens, step, threshold)
