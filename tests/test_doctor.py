@@ -215,12 +215,28 @@ def test_conflicting_packages_are_reported(site: Path) -> None:
 
 
 def test_flash_attention_is_looked_for_where_it_is_asked_for(site: Path) -> None:
-    assert list(packages.flash_attention(config())) == []
+    assert list(packages.flash_attention(config(), False)) == []
     asked = config("engine=verl", "engine.attention=flash_attention_2")
-    told(packages.flash_attention(asked), "problem", "pip install flash-attn --no-build-isolation")
+    told(packages.flash_attention(asked, True), "problem", "pip install flash-attn --no-build-iso")
     package(site, "flash-attn", "2", code="raise ImportError('undefined symbol: _ZN3c10')")
-    told(packages.flash_attention(asked), "problem", "undefined symbol")
-    told(packages.flash_attention(config()), "warning", "undefined symbol")
+    told(packages.flash_attention(asked, True), "problem", "undefined symbol")
+    told(packages.flash_attention(config(), False), "warning", "undefined symbol")
+
+
+def test_without_flash_attention_a_gpu_takes_another_path(
+    site: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version, path in (("2.11.0+cu130", "varlen"), ("2.9.1", "scaled_dot_product_attention")):
+        package(site, "torch", version)
+        found = told(packages.flash_attention(config(), True), "warning", "not installed", path)
+        assert found.advice == "pip install flash-attn --no-build-isolation"
+        shutil.rmtree(site / f"torch-{version}.dist-info")
+    for words in ("engine.packed=false", "engine.attention=sdpa"):
+        assert list(packages.flash_attention(config(words), True)) == []
+    seen = gpu.Torch(version="2.13.0", cuda="13.0", available=True)
+    monkeypatch.setattr(gpu, "ask_torch", lambda: seen)
+    assert gpu.is_used(config())
+    assert not gpu.is_used(config("engine.device=cpu"))
 
 
 # PyTorch and GPUs

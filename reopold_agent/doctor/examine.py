@@ -88,7 +88,11 @@ def checks_for(request: Examination) -> list[Check]:
         Check("conflicts", packages.conflicts),
         Check("torch", lambda: gpu.torch_and_gpus(config), torch + 30),
         Check("torchvision", lambda: gpu.torchvision(config), torch + 10),
-        Check("flash-attn", lambda: packages.flash_attention(config), 70),
+        Check(
+            "flash-attn",
+            lambda: packages.flash_attention(config, gpu.is_used(config)),
+            torch + 70,
+        ),
         Check("limits", lambda: machine.limits(config)),
         Check("clock", machine.clock),
         Check("ray", lambda: machine.ray_cluster(config)),

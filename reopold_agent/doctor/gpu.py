@@ -69,6 +69,12 @@ def ask_torch() -> Torch:
     return Torch(**{**values, **lists})
 
 
+def is_used(config: TrainConfig) -> bool:
+    """Returns whether a run computes on an NVIDIA GPU of this machine."""
+    torch = ask_torch()
+    return config.engine.device != "cpu" and torch.available and torch.cuda is not None
+
+
 @dataclass(frozen=True)
 class Driver:
     """NVIDIA's driver: whether it is present, its version, and a line about each GPU."""

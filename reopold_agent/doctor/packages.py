@@ -156,17 +156,33 @@ def conflicts() -> Iterator[Finding]:
         yield Finding("conflicts", "ok", "none between the packages that often conflict")
 
 
-def flash_attention(config: TrainConfig) -> Iterator[Finding]:
-    """Checks that flash-attn is installed if the run needs it, and loads."""
+def flash_attention(config: TrainConfig, gpu: bool) -> Iterator[Finding]:
+    """Checks that flash-attn is installed and loads, where the run packs rows on a GPU.
+
+    Args:
+        config: the run's configuration.
+        gpu: whether the run computes on an NVIDIA GPU.
+    """
     needed = config.engine.attention == "flash_attention_2"
     if find_spec("flash_attn") is None:
+        install = "pip install flash-attn --no-build-isolation"
         if needed:
             yield Finding(
                 "flash-attn",
                 "problem",
                 "not installed; engine.attention=flash_attention_2 needs it",
-                "pip install flash-attn --no-build-isolation, or engine.attention=sdpa",
+                f"{install}, or engine.attention=auto",
             )
+        elif gpu and config.engine.packed is not False and config.engine.attention == "auto":
+            own = Version(_release("torch") or "0") >= Version("2.11")
+            text = (
+                "torch.nn.attention.varlen computes packed rows, which may be slower"
+                if own
+                else "packed rows take a call of scaled_dot_product_attention per row and per "
+                "window of a picture, which is slow"
+            )
+            text = f"not installed: {text}"
+            yield Finding("flash-attn", "warning", text, install)
         return
     probe = run_python("import flash_attn; print(flash_attn.__version__)", 60)
     if probe.error:

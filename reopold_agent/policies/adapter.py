@@ -172,7 +172,9 @@ class ModelAdapter:
         places = torch.cat([torch.arange(n) for n in lengths])[None].to(self.device)
         packed = self.hidden_states(ids, places.expand(3, 1, -1), [], None, places_BT=places)
         singly = []
-        for row, spots in zip(ids[0].split(lengths), places[0].split(lengths), strict=True):
+        for row, spots in zip(
+            *(torch.split(each[0], lengths) for each in (ids, places)), strict=True
+        ):
             seen = (spots[:, None] >= spots)[None, None]
             singly.append(self.hidden_states(row[None], spots.expand(3, 1, -1), [], seen))
         single = torch.cat(singly, dim=1)

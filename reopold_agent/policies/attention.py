@@ -184,11 +184,11 @@ def _runs_here(query: Tensor) -> bool:
     return query.is_cuda and half and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def _mask(*, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """Returns no mask for rows without padding, and else that of ``sdpa``."""
     if attention_mask is None:
         return None
-    return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)
 
 
 def _attention(
@@ -252,11 +252,11 @@ def _attention(
     alike: dict[int, list[int]] = {}
     for row, length in enumerate(lengths):
         alike.setdefault(length, []).append(row)
-    parts = [each.split(lengths, dim=2) for each in (query, key, value)]
+    parts = [torch.split(each, lengths, dim=2) for each in (query, key, value)]
     found: list[Tensor] = [query] * len(lengths)
     for rows in alike.values():
         out = attend(*(torch.cat([part[row] for row in rows]) for part in parts))
-        for row, each in zip(rows, out.split(1), strict=True):
+        for row, each in zip(rows, torch.split(out, 1), strict=True):
             found[row] = each
     return torch.cat(found, dim=1), None
 

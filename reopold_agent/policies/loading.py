@@ -354,7 +354,8 @@ def load_model(
     if adapter.packed and not adapter.keeps_rows_apart():
         raise ModelError(
             f"with {kernel} the {role} '{spec.path}' ({type(model).__name__}) computes packed rows "
-            "otherwise than single ones.\nSet engine.packed=false, or another engine.attention."
+            "otherwise than single ones.\nSet "
+            + ("attention=eager." if role == "model" else "engine.packed=false.")
         )
     return LoadedModel(**vars(processing), adapter=adapter)
 

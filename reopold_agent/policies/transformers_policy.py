@@ -160,7 +160,7 @@ class TransformersPolicy:
 def _spread(trajectories: Sequence[Trajectory], values_N: Tensor) -> Iterator[FloatArray]:
     """Yields each trajectory's values, aligned with its ids: 0 where there is no loss token."""
     sizes = [t.response_tokens for t in trajectories]
-    for trajectory, values in zip(trajectories, values_N.cpu().split(sizes), strict=True):
+    for trajectory, values in zip(trajectories, torch.split(values_N.cpu(), sizes), strict=True):
         aligned = np.zeros(len(trajectory.ids), dtype=np.float32)
         aligned[trajectory.loss_mask] = values.numpy()
         yield aligned

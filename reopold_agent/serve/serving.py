@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from reopold_agent.common.secrets import key_from_environment
-from reopold_agent.config import PolicyConfig
+from reopold_agent.config import EngineConfig, PolicyConfig
 from reopold_agent.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class ServeConfig:
         token_env: environment variable with the token that clients must send.
         stop_at_tool_call: as ``rollout.stop_at_tool_call`` of the runs that generate here.
         device, dtype, attention, threads, max_tokens_per_pass: as in a training run's engine and
-            model, for ``policy=transformers``.
+            model, for ``policy=transformers``; on a GPU ``sdpa`` scores packed rows.
         chat_template: as ``model.chat_template`` of these runs.
         picture_gib: most GiB of clients' pictures that are kept, as pixels.
         max_waiting: most requests at once; further ones get HTTP 503 and may try again.
@@ -75,6 +75,7 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
     # Imported here so that --help and configuration errors do not wait for PyTorch.
     import torch
 
+    from reopold_agent.policies.attention import packed_kernel
     from reopold_agent.policies.base import Closeable
     from reopold_agent.policies.loading import (
         LoadedModel,
@@ -109,7 +110,9 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
     )
     processing = load_processing(spec, "model")
     chat = ChatRenderer(processing.tokenizer, stop_at_tool_call=config.stop_at_tool_call)
-    model = load_model(spec, "model", device) if own else processing
+    packs = config.attention == "sdpa"
+    kernel = packed_kernel(EngineConfig(), device.type) if packs else None
+    model = load_model(spec, "model", device, kernel=kernel) if own else processing
     policy: Any
     if isinstance(model, LoadedModel):
         policy = model.policy(
