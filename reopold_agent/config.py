@@ -369,7 +369,10 @@ class EngineConfig:
 
     The other attributes apply to ``verl`` only:
         nodes, gpus_per_node: machines, and GPUs per machine for student and teacher together.
-        teacher_gpus_per_node: how many of these serve the teacher.
+        teacher: where the teacher's servers are. ``separate``: on GPUs of their own;
+            ``shared``: on the student's, where they sleep while it generates and learns; null:
+            ``separate`` if ``teacher_gpus_per_node`` is given, else ``shared``.
+        teacher_gpus_per_node: how many of the GPUs serve the teacher alone.
         student_server, teacher_server: settings of the vLLM servers.
         rollout_workers: processes that play episodes, each ``rollout.concurrency`` at once.
         ray_address: address of a running cluster; null uses ``RAY_ADDRESS`` or else starts one
@@ -390,6 +393,7 @@ class EngineConfig:
     old_logp: str = "auto"
     nodes: int = 1
     gpus_per_node: int = 1
+    teacher: str | None = None
     teacher_gpus_per_node: int = 0
     student_server: ServerConfig = field(default_factory=ServerConfig)
     teacher_server: ServerConfig = field(default_factory=ServerConfig)
@@ -418,8 +422,36 @@ class EngineConfig:
             )
         _positive(self, "engine", "nodes", "gpus_per_node", "rollout_workers")
         _not_negative(self, "engine", "teacher_gpus_per_node")
+        if self.teacher is not None:
+            _one_of("engine.teacher", self.teacher, ("shared", "separate"))
+        if self.teacher == "shared" and self.teacher_gpus_per_node:
+            raise ConfigError(
+                "engine.teacher=shared uses the student's GPUs, but engine.teacher_gpus_per_node="
+                f"{self.teacher_gpus_per_node} gives the teacher some of its own.\n"
+                "Set engine.teacher_gpus_per_node=0, or engine.teacher=separate."
+            )
+        if self.teacher == "separate" and not self.teacher_gpus_per_node:
+            raise ConfigError(
+                "engine.teacher=separate needs GPUs of its own, but "
+                "engine.teacher_gpus_per_node=0.\n"
+                "Give their number, or set engine.teacher=shared."
+            )
         if self.max_prompt_tokens is not None:
             _positive(self, "engine", "max_prompt_tokens")
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether the teacher's servers are on the student's GPUs."""
+        return self.teacher_gpus_per_node == 0
+
+    @property
+    def teacher_memory_share(self) -> float:
+        """The share of a GPU's memory for the teacher's server.
+
+        On shared GPUs at most the student's, which leaves room for the trainer's state.
+        """
+        own = self.teacher_server.memory_share
+        return min(own, self.student_server.memory_share) if self.shares_gpus else own
 
 
 @dataclass(frozen=True)

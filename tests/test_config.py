@@ -281,6 +281,24 @@ def test_a_setting_that_cannot_work_is_named(word: str) -> None:
     assert word.partition("=")[0].split(".")[-1] in str(caught.value)
 
 
+def test_where_the_teacher_is() -> None:
+    verl = composed("engine=verl")[0].engine
+    assert verl.shares_gpus
+    assert verl.teacher_memory_share == verl.student_server.memory_share < 0.85
+    own = composed("engine=verl", "engine.teacher_gpus_per_node=2")[0].engine
+    assert not own.shares_gpus
+    assert own.teacher_memory_share == 0.85
+    for words, message in (
+        (("shared", "2"), r"gives the teacher some of its own\.\nSet engine\.teacher_gpus"),
+        (("separate", "0"), r"engine\.teacher_gpus_per_node=0\.\nGive their number"),
+        (("both", "0"), r"engine\.teacher must be one of shared, separate"),
+    ):
+        teacher, gpus = words
+        settings = (f"engine.teacher={teacher}", f"engine.teacher_gpus_per_node={gpus}")
+        with pytest.raises(ConfigError, match=message):
+            composed("engine=verl", *settings)
+
+
 def test_no_steps_and_no_held_out_tasks() -> None:
     config, _ = composed("steps=0")
     assert (config.steps, config.evaluation.tasks) == (0, 256)

@@ -160,7 +160,13 @@ def test_objectives_without_own_samples_are_refused() -> None:
     with pytest.raises(ConfigError, match="does not divide its"):
         plan("recipe=paper_math_7b", "engine.teacher_server.tensor_parallel=3")
     with pytest.raises(ConfigError, match="both need some"):
-        plan("recipe=paper_math_7b", "engine.teacher_gpus_per_node=0")
+        plan("recipe=paper_math_7b", "engine.teacher_gpus_per_node=0", schedule="pools")
+
+
+def test_a_teacher_on_the_students_gpus_is_planned_so() -> None:
+    shared = ("recipe=paper_math_7b", "engine.teacher_gpus_per_node=0")
+    assert plan(*shared) == plan(*shared, schedule="shared")
+    assert plan("recipe=paper_math_7b").layout.schedule == "pools"
 
 
 def test_gpus_and_rates() -> None:

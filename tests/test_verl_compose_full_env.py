@@ -67,6 +67,21 @@ def test_verl_takes_the_recipe(recipe: str) -> None:
     assert config.batch.mini_batch * config.batch.samples % theirs.trainer.n_gpus_per_node == 0
 
 
+def test_a_teacher_on_the_students_gpus() -> None:
+    words = ("recipe=paper_agentic", "engine.teacher_gpus_per_node=0")
+    theirs = settings(*words)
+    assert theirs == settings(*words, "engine.teacher=shared")
+    assert theirs.distillation.n_gpus_per_node == theirs.trainer.n_gpus_per_node == 8
+    teacher = theirs.distillation.teacher_models.teacher_model.inference
+    assert teacher.free_cache_engine
+    assert teacher.enable_sleep_mode
+    student = theirs.actor_rollout_ref.rollout
+    assert teacher.gpu_memory_utilization == student.gpu_memory_utilization
+    own = settings("recipe=paper_agentic").distillation.teacher_models.teacher_model.inference
+    assert not own.free_cache_engine  # its servers never sleep
+    assert own.gpu_memory_utilization > teacher.gpu_memory_utilization
+
+
 def test_every_key_of_verls_distillation_loss_is_set() -> None:
     from verl.workers.config import DistillationLossConfig
 
@@ -91,6 +106,11 @@ def test_overrides_come_last_and_unknown_keys_are_refused() -> None:
         (["objective=gkd"], r"needs more \(DISTRIBUTIONS\)"),
         (["objective=grpo", "objective.drop_equal_groups=true"], "trains on every group"),
         (["engine.teacher_gpus_per_node=8"], "leaves no GPU for the student"),
+        (["engine.teacher=shared"], "engine.teacher=shared uses the student's GPUs"),
+        (
+            ["engine.teacher=separate", "engine.teacher_gpus_per_node=0"],
+            "engine.teacher=separate needs GPUs of its own",
+        ),
         (["engine.student_server.tensor_parallel=3"], "does not divide the 4 GPUs"),
         (["engine.old_logp=rollout"], "must be recompute"),
         (["policy=vllm"], "starts vLLM servers for both roles"),

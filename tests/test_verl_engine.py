@@ -92,6 +92,10 @@ def test_a_row_is_in_verls_alignment() -> None:
     assert row["position_ids"].dim() == 1  # nested 3-axis positions break on equal lengths
     assert row["rm_scores"].tolist() == [0, 0, 0, 0, 0.5]
     assert json.loads(row[EPISODE])["turns"][0]["tool_call"]["error"] == "too small"
+    before.teacher_logp = None  # until a teacher on shared GPUs scores it
+    unscored = to_row(before)
+    assert row.keys() - unscored.keys() == {"teacher_logprobs"}
+    assert from_row(unscored).trajectory.teacher_logp is None
     assert row["multi_modal_inputs"]["pixels"][0].dtype == np.uint8
 
 

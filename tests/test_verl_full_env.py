@@ -18,17 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from recorded import policy, trajectory
 from step_rows import update_rows
 
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.objectives import Needs, Reopold
-from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model
-from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.tracking.metrics import read_json_lines
 from reopold_agent.train.rows import Row
 from reopold_agent.train.update import Updater
-from reopold_agent.types import EncodedImage, StopReason, Trajectory
 
 pytestmark = [pytest.mark.full_env, pytest.mark.timeout(1800)]
 
@@ -135,38 +133,6 @@ def test_rows_files_and_phases_are_those_of_the_local_engine(run: Any) -> None:
     assert {summary[who]["n"] for who in ("before", "teacher", "after")} == {4}
     assert (folder / "plots").is_dir()
     load_model(ModelSpec(str(folder)), "student", torch.device("cpu"))  # final/, weights and all
-
-
-def trajectory(row: dict[str, Any], folder: Path, model: LoadedModel) -> Trajectory:
-    from PIL import Image
-
-    images: list[EncodedImage] = []
-    for image in row["images"]:
-        assert model.vision is not None
-        pixels = np.asarray(Image.open(folder / image["picture"]).convert("RGB"))
-        images.append(model.vision.adopt(pixels))
-    arrays = {n: np.array(row[n], np.float32) for n in ("logp", "entropy", "teacher_logp")}
-    return Trajectory(
-        task_id=row["task_id"],
-        index=row["index"],
-        sample=row["sample"],
-        prompt_length=row["prompt_length"],
-        ids=np.array(row["ids"]),
-        loss_mask=np.array(row["loss_mask"], np.bool_),
-        images=images,
-        turns=[],
-        stop_reason=StopReason(row["stop_reason"]),
-        reward=row["reward"],
-        success=row["success"],
-        **arrays,
-    )
-
-
-def policy(model: LoadedModel) -> TransformersPolicy:
-    chat = ChatRenderer(model.tokenizer)
-    return model.policy(
-        forbidden_ids=chat.forbidden_ids, stop_ids=chat.stop_ids, max_tokens_per_pass=16384
-    )
 
 
 @pytest.mark.parametrize("step", [0, 1])

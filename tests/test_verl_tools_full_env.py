@@ -1,7 +1,8 @@
-"""Another package's tools under the distributed engine: in worker processes, without being asked.
+"""Another package's tools under the distributed engine, with one GPU for student and teacher.
 
-The plugin's tool reads the run's secrets, writes where it must not, and now and then ends its own
-process; the run completes. A tracker follows it, too.
+The tools run in worker processes, without being asked. The plugin's tool reads the run's secrets,
+writes where it must not, and now and then ends its own process; the run completes. The teacher's
+server sleeps while the student generates and learns. A tracker follows the run, too.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from recorded import policy, trajectory
 
+from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.tracking.metrics import read_json_lines
 
 pytestmark = [pytest.mark.full_env, pytest.mark.timeout(1200)]
@@ -79,7 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     spoil = root / "spoil"
     command = [
         *(sys.executable, "-m", "reopold_agent.train", "env=spied", "engine=verl"),
-        *("engine.device=cpu", "engine.gpus_per_node=2", "engine.teacher_gpus_per_node=1"),
+        *("engine.device=cpu", "engine.gpus_per_node=1", "engine.teacher=shared"),
         *("engine.rollout_workers=1", f"steps={STEPS}", f"batch.prompts={PROMPTS}"),
         *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "rollout.max_turns=3"),
         *("rollout.max_response_tokens=1024", "evaluation.tasks=2", "evaluation.every=0"),
@@ -119,6 +124,18 @@ def test_plugins_tools_run_confined_and_may_die(run: tuple[Path, Path, str]) -> 
     assert not spoil.exists()
     for text in good:
         assert re.match(r"process \d+ refused none Here is the cropped image", text), text
+
+
+def test_a_teacher_on_the_students_gpu_gives_its_scores(run: tuple[Path, Path, str]) -> None:
+    folder, _, _ = run
+    teacher = load_model(ModelSpec("demo:teacher"), "teacher", torch.device("cpu"))
+    records = read_json_lines(folder / "trajectories.jsonl")
+    played = [trajectory(record, folder, teacher) for record in records]
+    for t, score in zip(played, policy(teacher).score(played), strict=True):
+        np.testing.assert_allclose(t.teacher_logp, score.logp, atol=2e-4)
+    rows = read_json_lines(folder / "metrics.jsonl")
+    assert all(row["time/teacher"] > 0 for row in rows if row["kind"] == "train")
+    assert [row["who"] for row in rows if row["kind"] == "eval"].count("teacher") > 0
 
 
 def test_the_tracker_has_the_rows_of_the_run(run: tuple[Path, Path, str]) -> None:

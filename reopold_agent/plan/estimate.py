@@ -85,7 +85,9 @@ def make_plan(
     """
     if config.objective["name"] == "sft":
         raise ConfigError("a plan covers objectives on the student's own samples, not sft")
-    schedule = schedule or ("pools" if config.engine.name == "verl" else "local")
+    shared = teacher is not None and config.engine.shares_gpus
+    own = ("shared" if shared else "pools") if config.engine.name == "verl" else "local"
+    schedule = schedule or own
     if schedule not in SCHEDULES:
         raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got '{schedule}'")
     half = _compute_bytes(config) == 2

@@ -82,7 +82,7 @@ def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
         )
     for count, server, which in (
         (rest, engine.student_server, "student_server"),
-        (engine.teacher_gpus_per_node, engine.teacher_server, "teacher_server"),
+        (teacher_gpus(engine), engine.teacher_server, "teacher_server"),
     ):
         if which == "teacher_server" and not with_teacher:
             continue
@@ -92,6 +92,11 @@ def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
                 f"{count} GPUs per node that it has"
             )
     return rest
+
+
+def teacher_gpus(engine: EngineConfig) -> int:
+    """Returns the number of GPUs per node on which the teacher's servers are."""
+    return engine.gpus_per_node if engine.shares_gpus else engine.teacher_gpus_per_node
 
 
 def verl_config(
@@ -257,7 +262,7 @@ def _teacher(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
     return {
         "distillation.enabled": True,  # for its servers; the loss is ours (`loss.ObjectiveLoss`)
         "distillation.nnodes": engine.nodes,
-        "distillation.n_gpus_per_node": engine.teacher_gpus_per_node,
+        "distillation.n_gpus_per_node": teacher_gpus(engine),
         f"{loss}.loss_mode": "k1",
         f"{loss}.topk": None,
         f"{loss}.use_task_rewards": False,
@@ -273,7 +278,11 @@ def _teacher(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
         f"{inference}.response_length": config.rollout.max_response_tokens,
         f"{inference}.load_format": "auto",
         **_server(inference, engine.teacher_server, config, spec, device, length),
+        f"{inference}.gpu_memory_utilization": engine.teacher_memory_share,
         f"{inference}.max_num_batched_tokens": TEACHER_TOKENS_PER_PASS,
+        # On shared GPUs its servers sleep, and on a CPU too: they take no requests then, although
+        # they have no memory to give.
+        f"{inference}.free_cache_engine": engine.shares_gpus,
     }
 
 

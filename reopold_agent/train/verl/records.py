@@ -36,7 +36,7 @@ model's float patches, eight times as large, are made where they are used."""
 
 
 def to_row(trajectory: Trajectory) -> dict[str, Any]:
-    """Returns the fields of a trajectory's row.
+    """Returns the fields of a trajectory's row; without ``teacher_logprobs`` before it is scored.
 
     ``position_ids`` count from 0; the engine computes multimodal ones from the pictures. (verl's
     nested 3-axis position ids break when all rows of a batch have the same length.)
@@ -47,8 +47,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
     reward = torch.zeros(len(mask), dtype=torch.float32)
     reward[-1] = trajectory.reward
     teacher = trajectory.teacher_logp
-    if teacher is None:
-        teacher = np.zeros_like(trajectory.logp)
+    scores = {} if teacher is None else {"teacher_logprobs": torch.from_numpy(np.roll(teacher, -1))}
     return {
         "prompts": ids[:start].clone(),
         "responses": ids[start:].clone(),
@@ -57,7 +56,7 @@ def to_row(trajectory: Trajectory) -> dict[str, Any]:
         "response_mask": mask,
         "loss_mask": mask.clone(),
         "rollout_log_probs": torch.from_numpy(trajectory.logp[start:].copy()),
-        "teacher_logprobs": torch.from_numpy(np.roll(teacher, -1)),
+        **scores,
         "rm_scores": reward,
         "num_turns": len(trajectory.turns),
         "multi_modal_inputs": {PIXELS: [image.pixels for image in trajectory.images]},
@@ -84,6 +83,7 @@ def from_row(row: Mapping[str, Any]) -> Row:
             values[start:] = _array(row[name])
         return values
 
+    teacher = row.get("teacher_logprobs")
     episode = json.loads(row[EPISODE])
     turns = [_turn(turn) for turn in episode.pop("turns")]
     mask = np.concatenate(
@@ -98,7 +98,7 @@ def from_row(row: Mapping[str, Any]) -> Row:
         images=[],
         turns=turns,
         stop_reason=StopReason(episode.pop("stop_reason")),
-        teacher_logp=np.roll(_array(row["teacher_logprobs"]), 1).astype(np.float32),
+        teacher_logp=None if teacher is None else np.roll(_array(teacher), 1).astype(np.float32),
         **episode,
     )
     return Row(trajectory, old_logp=whole("old_log_probs") * mask, entropy=trajectory.entropy)

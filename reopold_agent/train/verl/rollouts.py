@@ -15,7 +15,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +37,7 @@ from reopold_agent.train.engine import run_objective
 from reopold_agent.train.nonfinite import describe, invalid_logp, invalid_outcome
 from reopold_agent.train.rows import Row
 from reopold_agent.train.verl.client import Servers, SharedPictures, VerlPolicy, score
-from reopold_agent.train.verl.records import to_row
+from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, plain_rows, to_row
 from reopold_agent.types import Sampling, Trajectory
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Player:
         self,
         config: TrainConfig,
         student: Any,
-        teacher: Any,
+        teachers: Mapping[str, Any],
         loop: asyncio.AbstractEventLoop,
         concurrency: int,
     ) -> None:
@@ -78,10 +78,17 @@ class Player:
         )
         stops, self.pictures = frozenset(self._chat.stop_ids), SharedPictures()
         self.student = Servers(student, loop, stops, self.pictures)
-        self.teacher = None if teacher is None else Servers(teacher, loop, stops, self.pictures)
+        self._teachers = {
+            name: Servers(client, loop, stops, self.pictures) for name, client in teachers.items()
+        }
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="reopold-episode")
         # One thread at a time uses a runner, whose environment is kept for the next episode.
         self._idle: dict[int, queue.SimpleQueue[RolloutRunner]] = {}
+
+    @property
+    def teacher(self) -> Servers | None:
+        """The servers of the teacher of all tasks (verl has one, named ``default``)."""
+        return next(iter(self._teachers.values()), None)
 
     async def episode(
         self,
@@ -101,6 +108,13 @@ class Player:
         return await loop.run_in_executor(
             self._threads, self._play, policy, spec, sampling, seed, max_turns
         )
+
+    def trajectory(self, row: Mapping[str, Any]) -> Trajectory:
+        """Returns the trajectory of a stored row, with its pictures."""
+        trajectory = from_row(row).trajectory
+        if self._vision is not None:
+            trajectory.images = [self._vision.adopt(pixels) for pixels in pixels_of(row)]
+        return trajectory
 
     def _play(
         self,
@@ -126,13 +140,16 @@ class Player:
 class RolloutWorker:
     """A Ray actor: plays prompts and puts their scored trajectories into TransferQueue."""
 
-    def __init__(self, config: TrainConfig, student: Any, teacher: Any, concurrency: int) -> None:
+    def __init__(
+        self, config: TrainConfig, student: Any, teachers: Mapping[str, Any], concurrency: int
+    ) -> None:
         torch.set_num_threads(1)
         transfer_queue.init()
         self._config = config
         loop = asyncio.get_event_loop()
-        self._player = Player(config, student, teacher, loop, concurrency)
+        self._player = Player(config, student, teachers, loop, concurrency)
         self._sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
+        self._scored_at_once = not config.engine.shares_gpus
         self._outcomes = bool(run_objective(config).needs & Needs.OUTCOME)
 
     async def play(self, prompt: Prompt) -> None:
@@ -173,7 +190,7 @@ class RolloutWorker:
         return list(played)
 
     async def _record(self, prompt: Prompt, session: int) -> None:
-        """Plays and scores one episode, and stores its row.
+        """Plays one episode and stores its row; a teacher with GPUs of its own scores it first.
 
         An unusable episode is logged but not stored; the step counts it as dropped.
         """
@@ -184,24 +201,11 @@ class RolloutWorker:
             (self._config.seed, 1, prompt.step),
             max_turns=self._config.rollout.max_turns,
         )
-        try:
-            if not trajectory.trainable:
-                return
-            if self._player.teacher is not None:
-                trajectory.teacher_logp = await score(self._player.teacher, trajectory)
-            wrong = self._invalid(trajectory)
-            if wrong is not None:
-                raise NonFiniteError(describe(prompt.step, [(Row(trajectory), wrong)]))
-        except ModelServerError as error:
-            _log.error("episode %s of step %d is dropped: %s", spec, prompt.step, error)
-            return
-        except NonFiniteError as error:
-            if self._config.on_nonfinite == "fail":
-                raise
-            _log.warning("dropped: %s", error)
-            return
-        finally:
+        at_once = self._scored_at_once
+        if not trajectory.trainable or not await self._usable(trajectory, prompt.step, at_once):
             self._player.pictures.forget(trajectory.images)
+            return
+        row = {**to_row(trajectory), "uid": prompt.uid}
         length = len(trajectory.ids)
         tag = {
             "status": "success",
@@ -214,17 +218,73 @@ class RolloutWorker:
         }
         await transfer_queue.async_kv_batch_put(
             keys=[f"{prompt.uid}_{session}_0"],
-            fields=list_of_dict_to_tensordict([{**to_row(trajectory), "uid": prompt.uid}]),
+            fields=list_of_dict_to_tensordict([row]),
             tags=[tag],
             partition_id=TRAIN,
         )
+
+    async def score(self, keys: Sequence[str], step: int) -> list[str]:
+        """Lets the teacher score stored episodes, all at once. Safe to repeat.
+
+        Returns:
+            The keys of those that cannot be used.
+        """
+        usable = await asyncio.gather(*[self._score_row(key, step) for key in keys])
+        return [key for key, use in zip(keys, usable, strict=True) if not use]
+
+    async def _score_row(self, key: str, step: int) -> bool:
+        fields = ["prompts", "responses", "response_mask", "rollout_log_probs", EPISODE]
+        table = await transfer_queue.async_kv_batch_get(
+            keys=[key], partition_id=TRAIN, select_fields=[*fields, "multi_modal_inputs"]
+        )
+        (row,) = plain_rows(table)
+        trajectory = self._player.trajectory(row)
+        if not await self._usable(trajectory, step, True):
+            return False
+        scores = {"teacher_logprobs": to_row(trajectory)["teacher_logprobs"]}
+        await transfer_queue.async_kv_batch_put(
+            keys=[key], partition_id=TRAIN, fields=list_of_dict_to_tensordict([scores])
+        )
+        return True
+
+    async def _usable(self, trajectory: Trajectory, step: int, scored: bool) -> bool:
+        """Checks the numbers of an episode, and lets the teacher, if there is one, score it first.
+
+        Args:
+            trajectory: gets ``teacher_logp``.
+            step: from 0.
+            scored: whether the teacher scores it now.
+
+        Returns:
+            Whether it can be trained on; the reason is logged otherwise.
+
+        Raises:
+            NonFiniteError: numbers are not finite, and ``on_nonfinite=fail``.
+        """
+        try:
+            if scored and self._player.teacher is not None:
+                trajectory.teacher_logp = await score(self._player.teacher, trajectory)
+            wrong = self._invalid(trajectory)
+            if wrong is not None:
+                raise NonFiniteError(describe(step, [(Row(trajectory), wrong)]))
+        except ModelServerError as error:
+            _log.error("task %s of step %d is dropped: %s", trajectory.task_id, step, error)
+            return False
+        except NonFiniteError as error:
+            if self._config.on_nonfinite == "fail":
+                raise
+            _log.warning("dropped: %s", error)
+            return False
+        finally:
+            self._player.pictures.forget(trajectory.images)
+        return True
 
     def _invalid(self, trajectory: Trajectory) -> str | None:
         """Returns why the numbers from other processes are invalid; None if they are valid."""
         if self._outcomes and (wrong := invalid_outcome(trajectory)):
             return wrong
         wrong = invalid_logp(trajectory.logp, trajectory, "student's (vLLM)")
-        if wrong is None and self._player.teacher is not None:
+        if wrong is None and trajectory.teacher_logp is not None:
             wrong = invalid_logp(trajectory.teacher_logp, trajectory, "teacher's (vLLM)")
         return wrong
 
@@ -235,14 +295,16 @@ class RolloutManager:
     Args:
         config: the run's.
         student: verl's client of the student's servers.
-        teacher: of the teacher's, or None.
+        teachers: of the teachers', by name; empty without a teacher.
         workers: number of processes.
 
     Attributes:
         failure: why a prompt failed for good; the run must not continue then. None before.
     """
 
-    def __init__(self, config: TrainConfig, student: Any, teacher: Any, workers: int) -> None:
+    def __init__(
+        self, config: TrainConfig, student: Any, teachers: Mapping[str, Any], workers: int
+    ) -> None:
         self._config = config
         nodes = [
             node["NodeID"]
@@ -250,7 +312,7 @@ class RolloutManager:
             if node["Alive"] and node["Resources"].get("CPU", 0) > 0
         ]
         # Kept, because a worker that is restarted needs its arguments again.
-        self._arguments = [ray.put(value) for value in (config, student, teacher)]
+        self._arguments = [ray.put(value) for value in (config, student, teachers)]
         actor = ray.remote(RolloutWorker)
         self._workers = [
             actor.options(
@@ -283,6 +345,20 @@ class RolloutManager:
             prompt = Prompt(str(uid), int(step), int(index), int(first), samples)
             started[self._turn().play.remote(prompt)] = prompt.uid
         threading.Thread(target=self._watch, args=(started,), daemon=True).start()
+
+    def score(self, keys: Sequence[str], step: int) -> set[str]:
+        """Lets the teacher score stored episodes; returns the keys of those that cannot be used.
+
+        Args:
+            keys: of TransferQueue's rows.
+            step: from 0.
+        """
+        count = len(self._workers)
+        scoring = [
+            worker.score.remote(list(keys[number::count]), step)
+            for number, worker in enumerate(self._workers)
+        ]
+        return {key for part in ray.get(scoring) for key in part}
 
     def evaluate(
         self,

@@ -40,11 +40,10 @@ class TaskRunner:
         try:
             trainer = Trainer(verl_config, self._config, self._objective, self._folder, self._tasks)
             trainer.init()
-            teachers = trainer.get_teacher_client()
             rollouts = RolloutManager(
                 self._config,
                 trainer.get_llm_client(),
-                next(iter(teachers.values())) if teachers else None,
+                trainer.get_teacher_client() or {},
                 self._config.engine.rollout_workers,
             )
             trainer.fit(rollouts)

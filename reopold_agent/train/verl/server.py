@@ -50,6 +50,15 @@ class Replica(vLLMReplica):
         super().__init__(*args, **kwargs)
         self.server_class = ray.remote(Server)
 
+    async def launch_servers(self) -> None:
+        """Starts the servers; those of a teacher on the student's GPUs sleep until they score.
+
+        The student's servers are started next and need the memory.
+        """
+        await super().launch_servers()
+        if self.is_teacher_model and self.config.free_cache_engine:
+            await self.sleep()
+
 
 async def _resolved(picture: Any) -> Any:
     return await picture if isinstance(picture, ray.ObjectRef) else picture

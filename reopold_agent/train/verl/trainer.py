@@ -6,8 +6,10 @@ trainer's model, the objective's whole-batch numbers (here), updates, weights to
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +119,16 @@ class Trainer(PPOTrainerSync):
         """Makes verl's resource pools, with `StudentWorker` on the student's GPUs."""
         super()._init_resource_pool_mgr()
         self.role_worker_mapping[Role.ActorRollout] = ray.remote(StudentWorker)
+        self._shared = self.use_teacher_policy and self.run_config.engine.shares_gpus
+        if self._shared:
+            pools = self.resource_pool_manager
+            del pools.resource_pool_spec[pools.mapping[Role.TeacherModel]]
+            pools.mapping[Role.TeacherModel] = pools.mapping[Role.ActorRollout]
 
     def on_init_end(self) -> None:
         """Sets the loss, bans ids at all servers, and sends them the weights."""
         self.actor_rollout_wg.set_loss_fn(ObjectiveLoss(self.objective))
-        replicas = list(self.llm_server_manager.get_replicas())
-        if self.teacher_model_manager is not None:
-            for manager in self.teacher_model_manager.teacher_model_managers.values():
-                replicas += manager.rollout_replicas
+        replicas = [*self.llm_server_manager.get_replicas(), *self._teachers()]
         ray.get(
             [
                 server.collective_rpc.remote(
@@ -189,21 +193,38 @@ class Trainer(PPOTrainerSync):
             raise self.rollouts.failure
         super().on_sample_end()
 
+    def _balance_batch(
+        self, batch: Any, metrics: dict[str, Any], *more: Any, **settings: Any
+    ) -> Any:
+        """Divides the episodes over the ranks, once a teacher on shared GPUs has scored them.
+
+        The student's servers sleep by now, and the trainer has not begun.
+        """
+        if self._shared:
+            started = time.perf_counter()
+            with self._teacher_awake():
+                lost = self.rollouts.score(batch.keys, self.global_steps - 1)
+            self.timing_raw["teacher"] = time.perf_counter() - started
+            if lost:
+                transfer_queue.kv_clear(keys=list(lost), partition_id=batch.partition_id)
+                batch = batch.select_keys([key for key in batch.keys if key not in lost])
+            if not batch.keys:
+                raise self._nothing_usable()
+        return super()._balance_batch(batch, metrics, *more, **settings)
+
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
         """Computes threshold and advantages over the whole batch, before it is split."""
         live = [not tag.get("is_padding", False) for tag in batch.tags]
         fields = ["prompts", "responses", "response_mask", "rollout_log_probs", "old_log_probs"]
-        fields += ["entropy", "teacher_logprobs", EPISODE]  # without pictures
+        fields += ["entropy", EPISODE]  # without pictures
+        fields += ["teacher_logprobs"] if self.use_teacher_policy else []
         table = transfer_queue.kv_batch_get(
             keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
         )
         self._keys = [key for key, use in zip(batch.keys, live, strict=True) if use]
         rows = [from_row(row) for row, use in zip(plain_rows(table), live, strict=True) if use]
         if not rows:
-            raise ConfigError(
-                f"step {self.global_steps - 1}: no episode of the batch could be used; the log of "
-                "the rollout workers gives the reason"
-            )
+            raise self._nothing_usable()
         self._rows: list[Row] = rows
         # These come from the trainer: if the student itself is broken, skipping rows cannot help.
         findings = invalid_behaviour(rows)
@@ -331,6 +352,30 @@ class Trainer(PPOTrainerSync):
 
     # Methods that verl does not call
 
+    def _nothing_usable(self) -> ConfigError:
+        return ConfigError(
+            f"step {self.global_steps - 1}: no episode of the batch could be used; the log of "
+            "the rollout workers gives the reason"
+        )
+
+    def _teachers(self) -> list[Any]:
+        """Returns verl's replicas of all teachers."""
+        manager = self.teacher_model_manager
+        managers = () if manager is None else manager.teacher_model_managers.values()
+        return [replica for one in managers for replica in one.rollout_replicas]
+
+    @contextmanager
+    def _teacher_awake(self) -> Iterator[None]:
+        """Wakes teachers that have the student's GPUs, whose servers must be asleep.
+
+        Sleeping servers keep their weights in the node's ordinary memory.
+        """
+        asyncio.run(_together([replica.wake_up() for replica in self._teachers()]))
+        try:
+            yield
+        finally:
+            asyncio.run(_together([replica.sleep() for replica in self._teachers()]))
+
     def _skipped(self) -> dict[str, int]:
         skips = self.run_config.on_nonfinite == "skip"
         return {"update/skipped": self._update.skipped} if skips else {}
@@ -374,16 +419,23 @@ class Trainer(PPOTrainerSync):
 
     def _evaluate(self, who: str, step: int, sampling: Sampling, *, curve: bool) -> None:
         settings = self.run_config.evaluation
+        by_teacher = who == "teacher"
+        swap = by_teacher and self._shared
+        if swap:
+            self.checkpoint_manager.sleep_replicas()
         wanted = settings.curve_tasks if curve else settings.tasks
-        played = self.rollouts.evaluate(
-            min(wanted, self.task_counts["eval"]),
-            sampling,
-            (self.run_config.seed, 2),
-            max_turns=settings.max_turns,
-            by_teacher=who == "teacher",
-            # What is missing at the ends is evaluated on resuming, a point of the curve is not.
-            check=(lambda: None) if curve else self._stop.obey,
-        )
+        with self._teacher_awake() if swap else nullcontext():
+            played = self.rollouts.evaluate(
+                min(wanted, self.task_counts["eval"]),
+                sampling,
+                (self.run_config.seed, 2),
+                max_turns=settings.max_turns,
+                by_teacher=by_teacher,
+                # What is missing at the ends is evaluated on resuming, a point of the curve is not.
+                check=(lambda: None) if curve else self._stop.obey,
+            )
+        if swap:
+            self.checkpoint_manager.update_weights(self.global_steps)  # wakes the student
         result = EvaluationResult.of(played)
         self.metrics.write(evaluation_row(result, who, step, sampling, curve=curve))
 
@@ -391,10 +443,11 @@ class Trainer(PPOTrainerSync):
 def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
     """Returns verl's timings under this project's names.
 
-    The teacher scores during generation: its time is part of ``time/generate``.
+    A teacher with GPUs of its own scores during generation: its time is in ``time/generate``.
     """
     parts = {
         "generate": raw.get("gen", 0.0),
+        "teacher": raw.get("teacher", 0.0),
         "old_logp": raw.get("old_log_prob", 0.0),
         "update": raw.get("update_actor", 0.0),
         "sync": raw.get("update_weights", 0.0),
@@ -402,6 +455,10 @@ def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
     }
     parts["other"] = max(0.0, total - sum(parts.values()))
     return {**{f"time/{name}": value for name, value in parts.items()}, "time/step": total}
+
+
+async def _together(calls: Sequence[Awaitable[Any]]) -> None:
+    await asyncio.gather(*calls)
 
 
 def _listed(value: Any) -> list[Any]:
