@@ -1,0 +1,152 @@
+"""The trainer's own parts, with stand-ins for verl's workers and servers. Starts nothing.
+
+Needs the environment that ``.ci/run`` builds: ``pytest -m full_env``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from reopold_agent.errors import CheckpointError, ConfigError
+from reopold_agent.train.verl.checkpoints import newest_checkpoint
+from reopold_agent.train.verl.stop import StoppedError, StopRequest
+
+pytestmark = pytest.mark.full_env
+
+pytest.importorskip("verl", reason="needs the full environment")
+
+
+class Replica:
+    """A server of a teacher; writes down what happens."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    async def wake_up(self) -> None:
+        self.events.append("wakes")
+
+    async def sleep(self) -> None:
+        self.events.append("sleeps")
+
+
+class Saves:
+    """A worker group that writes checkpoints, or fails as Ray hands a worker's error on."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def save_checkpoint(self, path: str, *_: Any, **__: Any) -> None:
+        from ray.exceptions import RayTaskError
+
+        Path(path).mkdir()
+        if self.error is not None:
+            made = RayTaskError("save_checkpoint", "Traceback: long", self.error)
+            raise made.as_instanceof_cause()
+
+
+def trainer(folder: Path, **parts: Any) -> Any:
+    from reopold_agent.train.verl.trainer import Trainer
+
+    made = Trainer.__new__(Trainer)
+    made.config = SimpleNamespace(
+        trainer=SimpleNamespace(default_local_dir=str(folder), max_actor_ckpt_to_keep=1)
+    )
+    made.train_dataloader = SimpleNamespace(state_dict=dict)
+    made.checkpoint_callback = SimpleNamespace(on_save=lambda **_: None)
+    made.actor_rollout_wg = Saves()
+    made.global_steps, made._made, made._saved, made.timing_raw = 4, 0, 0, {}
+    for name, part in parts.items():
+        setattr(made, name, part)
+    return made
+
+
+def test_a_ranks_full_disk_is_two_lines(tmp_path: Path) -> None:
+    trainer(tmp_path, global_steps=3)._save_checkpoint()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(CheckpointError) as caught:
+        trainer(tmp_path, actor_rollout_wg=Saves(full))._save_checkpoint()
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("global_step_4: No space left on device")
+    assert "last good checkpoint is" in second
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.name == "global_step_3"
+    assert not (tmp_path / "global_step_4").exists()
+
+
+@pytest.mark.parametrize(("made", "saved", "kept"), [(4, 2, "global_step_4"), (2, 2, None)])
+def test_what_was_done_is_saved_before_a_stop(
+    tmp_path: Path, made: int, saved: int, kept: str | None
+) -> None:
+    (tmp_path / ".stop").touch()
+    files = SimpleNamespace(truncate_after=lambda _: None)
+    stopped = trainer(tmp_path, _made=made, _saved=saved, metrics=files, trajectories=files)
+    stopped._stop = StopRequest(tmp_path)
+    with pytest.raises(StoppedError):
+        stopped.fit(None)
+    newest = newest_checkpoint(tmp_path)
+    assert (newest and newest.name) == kept
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A trainer whose teacher shares the student's GPUs; ``lost`` cannot be scored."""
+    import transfer_queue
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    events: list[str] = []
+    manager = SimpleNamespace(rollout_replicas=[Replica(events)])
+    made = trainer(
+        tmp_path,
+        _shared=True,
+        events=events,
+        lost=set(),
+        teacher_model_manager=SimpleNamespace(teacher_model_managers={"default": manager}),
+    )
+
+    def score(keys: list[str], step: int) -> set[str]:
+        events.append(f"scores {' '.join(keys)} of step {step}")
+        if made.lost is None:
+            raise RuntimeError("a worker died")
+        return set(made.lost)
+
+    made.rollouts = SimpleNamespace(score=score)
+    monkeypatch.setattr(
+        transfer_queue, "kv_clear", lambda keys, partition_id: events.append(f"clears {keys[0]}")
+    )
+    monkeypatch.setattr(
+        PPOTrainerSync,
+        "_balance_batch",
+        lambda self, batch, metrics: events.append(f"divides {' '.join(batch.keys)}"),
+    )
+    return made
+
+
+def batch() -> Any:
+    from transfer_queue import KVBatchMeta
+
+    return KVBatchMeta(keys=["a", "b"], tags=[{}, {}], partition_id="train")
+
+
+def test_a_teacher_on_shared_gpus_wakes_only_to_score(shared: Any) -> None:
+    shared.lost = {"a"}
+    shared._balance_batch(batch(), {})
+    scored = ["wakes", "scores a b of step 3", "sleeps"]
+    assert shared.events == [*scored, "clears a", "divides b"]
+    assert shared.timing_raw["teacher"] >= 0
+
+
+def test_a_step_that_cannot_be_scored_ends_the_run(shared: Any) -> None:
+    shared.lost = {"a", "b"}
+    with pytest.raises(ConfigError, match="step 3: no episode"):
+        shared._balance_batch(batch(), {})
+    shared.lost = None
+    with pytest.raises(RuntimeError, match="a worker died"):
+        shared._balance_batch(batch(), {})
+    assert shared.events[-1] == "sleeps"
