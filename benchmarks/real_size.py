@@ -51,6 +51,9 @@ SHARD_BYTES = 10**9
 TEACHERS_OWN = 2
 """Last decoder layers of the teacher that differ from the student's."""
 
+STEP = ("generate", "sync", "old_logp", "teacher", "update")
+"""Phases of a training step."""
+
 LORA = "{r: 16, lora_alpha: 32, target_modules: '.*language_model.*[.](q|k|v|o|gate|up|down)_proj'}"
 """Adapters of the decoder. The vision tower stays as it is, as in most recipes."""
 
@@ -61,17 +64,16 @@ QUESTIONS = ("What is written on the largest sign?", "Which colour is the object
 
 
 def shapes(tokenizer: Any, *, tiny: bool) -> Qwen2_5_VLConfig:
-    """Returns the configuration of Qwen2.5-VL-3B-Instruct, or one of the same structure.
+    """Returns the configuration of Qwen2.5-VL-3B-Instruct, or a tiny one of the same structure.
 
-    The vocabulary has the real 151,936 rows where the tokenizer fits, and else its own size.
+    The vocabulary has the real 151,936 rows, whichever tokenizer is at hand.
     """
 
     def token(name: str) -> int:
         return int(tokenizer.convert_tokens_to_ids(name))
 
-    rows = max(len(tokenizer), 0 if tiny or len(tokenizer) < 100_000 else 151_936)
     text = {
-        "vocab_size": rows,
+        "vocab_size": len(tokenizer) if tiny else 151_936,
         "hidden_size": 64 if tiny else 2048,
         "intermediate_size": 96 if tiny else 11_008,
         "num_hidden_layers": 4 if tiny else 36,
@@ -117,6 +119,7 @@ def write_checkpoint(
     seed: int = 0,
     like: Path | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    std: float = 0.02,
 ) -> int:
     """Writes a checkpoint with random weights, a shard at a time; returns its parameters.
 
@@ -128,6 +131,7 @@ def write_checkpoint(
         like: a checkpoint of the same shapes whose files are linked, but for the last one, which
             has the last decoder layers and the final norm.
         dtype: of the weights.
+        std: standard deviation of the weights.
     """
     folder.mkdir(parents=True)
     with torch.device("meta"):
@@ -152,7 +156,7 @@ def write_checkpoint(
             target.symlink_to((like / files[number]).resolve())
             return
         generator = torch.Generator(device).manual_seed(1000 * seed + number)
-        values = {n: _random(n, parameters[n], generator, dtype) for n in shards[number]}
+        values = {n: _random(n, parameters[n], generator, dtype, std) for n in shards[number]}
         save_file(values, target, {"format": "pt"})
 
     with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # each holds a shard
@@ -181,10 +185,12 @@ def _any(parts: Sequence[str], name: str) -> bool:
     return any(part in name for part in parts)
 
 
-def _random(name: str, like: Tensor, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def _random(
+    name: str, like: Tensor, generator: torch.Generator, dtype: torch.dtype, std: float
+) -> Tensor:
     """Returns weights as after Hugging Face's initialisation; biases and norms vary a little."""
     value = torch.empty(like.shape, dtype=dtype, device=generator.device)
-    value.normal_(0.0, 0.02, generator=generator)
+    value.normal_(0.0, std, generator=generator)
     if "norm" in name or "ln_q" in name:
         value += 1.0
     return value.cpu()
@@ -236,7 +242,7 @@ def write_rows(folder: Path, pictures: Path | None, episodes: int) -> str:
 # The run, in a process of its own
 
 
-def run_child(folder: Path, words: list[str]) -> None:
+def run_child(folder: Path, words: list[str], *, save: bool) -> None:
     """Trains with the product's code and writes when each phase ended to ``folder/marks.jsonl``."""
     from hydra import compose, initialize_config_module
 
@@ -270,8 +276,12 @@ def run_child(folder: Path, words: list[str]) -> None:
     mark("start")
     marked(setup, "load_model", "load")
     marked(setup, "make_loop", "prepare")
-    marked(recovery, "save_checkpoint", "checkpoint")
-    marked(setup, "save_student", "final")
+    if save:
+        marked(recovery, "save_checkpoint", "checkpoint")
+        marked(setup, "save_student", "final")
+    else:
+        recovery.save_checkpoint = lambda *_, **__: folder
+        setup.save_student = lambda *_: True
     lap = timing.Clock.lap
 
     def marked_lap(self: timing.Clock, name: str) -> None:
@@ -318,6 +328,9 @@ class Phases:
         rows = [json.loads(line) for line in marks.read_text("utf-8").splitlines()]
         for before, row in itertools.pairwise(rows):
             name = row["phase"] if row["phase"] not in ("between", "end") else "other"
+            if name == "generate":  # of several steps the last counts: the first warms up
+                for part in STEP:
+                    phases.seconds.pop(part, None)
             phases.seconds[name] = phases.seconds.get(name, 0.0) + row["at"] - before["at"]
             inside = [bytes_ for at, bytes_ in samples if before["at"] <= at <= row["at"]]
             peak = max(inside, default=0) / 2**30
@@ -377,7 +390,7 @@ def measure(architecture: Architecture, rows: int, device: str, dtype: torch.dty
         def once() -> None:
             for weight in weights:
                 nn.functional.linear(states, weight)
-            if device == "cuda":
+            if device != "cpu":
                 torch.cuda.synchronize()
 
         once()
@@ -446,6 +459,8 @@ class Settings:
     all_weights: bool = False
     own_teacher: bool = False
     device: str = "cpu"
+    steps: int = 1
+    save: bool = True
     seconds: float = 900.0
     words: Sequence[str] = ()
 
@@ -455,7 +470,7 @@ def prepare(folder: Path, settings: Settings) -> tuple[int, str]:
     given = settings.tokenizer or (None if settings.tiny else find_data("qwen_tokenizer"))
     tokenizer = given or Path(resolve_path("demo:student"))
     if given is None and not settings.tiny:
-        print("no real vocabulary was found (--tokenizer DIR): the embedded one is used")
+        print("Qwen's tokenizer was not found (--tokenizer DIR): the embedded models' is used")
     config = shapes(AutoTokenizer.from_pretrained(tokenizer), tiny=settings.tiny)
     student = folder / "student"
     parameters = write_checkpoint(student, config, tokenizer)
@@ -476,7 +491,7 @@ def overrides(folder: Path, settings: Settings) -> list[str]:
     words = [
         "env=pixel_reasoner",
         "model=qwen2_5_vl_3b",
-        "steps=1",
+        f"steps={settings.steps}",
         f"model.student.path={folder / 'student'}",
         f"model.teacher.path={folder / 'teacher'}",
         f"data.train.path={folder / 'rows'}",
@@ -490,6 +505,7 @@ def overrides(folder: Path, settings: Settings) -> list[str]:
         f"pixels.prompt.min_pixels={min(pixels, 3136)}",
         f"pixels.prompt.max_pixels={pixels}",
         "evaluation.tasks=0",
+        "checkpoint.every=0",
         "objective.switch_step=1",  # all tokens are trained on
         f"logging.trajectories={settings.episodes}",
         f"engine.device={settings.device}",
@@ -515,19 +531,20 @@ def real_size(folder: Path, settings: Settings) -> dict[str, Any]:
         folder / "rows", settings.pictures or find_data("photos"), settings.episodes
     )
     architecture = find_architecture(str(folder / "student"))
-    cuda = settings.device != "cpu" and torch.cuda.is_available()
     dtype = torch.bfloat16
-    machine = measure(architecture, settings.episodes, "cuda" if cuda else "cpu", dtype)
+    machine = measure(architecture, settings.episodes, settings.device, dtype)
     words = overrides(folder, settings)
-    command = [sys.executable, __file__, "--child", str(folder), *words]
+    child = "--child" if settings.save else "--child-without-saving"
+    command = [sys.executable, __file__, child, str(folder), *words]
     samples = watch(command, settings.seconds)
     phases = Phases.read(folder / "marks.jsonl", samples)
     run = folder / "run"
     rows = [json.loads(x) for x in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
-    metrics = next(row for row in rows if row["kind"] == "train")
-    lines = (run / "trajectories.jsonl").read_text("utf-8").splitlines()
-    trajectories = [json.loads(line) for line in lines]
+    metrics = [row for row in rows if row["kind"] == "train"][-1]
+    shutil.move(run / "trajectories.jsonl", folder / "trajectories.jsonl")
     shutil.rmtree(run)
+    lines = (folder / "trajectories.jsonl").read_text("utf-8").splitlines()
+    trajectories = [json.loads(line) for line in lines][-settings.episodes :]
     least = bounds(
         architecture,
         trajectories,
@@ -579,8 +596,8 @@ def working_folder(given: Path | None) -> Iterator[Path]:
 
 def main() -> None:
     """Runs the benchmark."""
-    if "--child" in sys.argv[:2]:
-        run_child(Path(sys.argv[2]), sys.argv[3:])
+    if sys.argv[1:2] in (["--child"], ["--child-without-saving"]):
+        run_child(Path(sys.argv[2]), sys.argv[3:], save=sys.argv[1] == "--child")
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
