@@ -104,6 +104,10 @@ class NonFiniteError(ReopoldError, ArithmeticError):
     """A loss, gradient or log-prob is NaN or infinite."""
 
 
+class PreflightError(ReopoldError, ValueError):
+    """A preflight found what would spoil the run; the message says what to do."""
+
+
 class ToolError(ReopoldError, ValueError):
     """A tool call was invalid; the message is shown to the model and the episode continues."""
 

@@ -101,6 +101,7 @@ def check_module(module: str, words: Sequence[str]) -> None:
         "reopold_agent.plan": check_plan,
         "reopold_agent.play": check_play,
         "reopold_agent.doctor": check_doctor,
+        "reopold_agent.preflight": check_preflight,
     }
     if module not in special:
         options_only(module, words)
@@ -187,6 +188,13 @@ def check_doctor(words: list[str]) -> None:
     if [word for word in words if word.startswith("-") and word != "--json"]:
         raise ValueError(f"unknown options among {words}")
     parse([word for word in words if word != "--json"])
+
+
+def check_preflight(words: list[str]) -> None:
+    from reopold_agent.preflight.__main__ import parse
+    from reopold_agent.train.settings import compose_run
+
+    compose_run(parse([word for word in words if word != "--json"])[1])
 
 
 def ends_well(module: str, words: Sequence[str]) -> None:

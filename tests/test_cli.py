@@ -417,6 +417,7 @@ def test_sigterm_saves_and_has_its_own_status(tmp_path: Path) -> None:
         ("reopold play env=pixel_reasoner split=", ["split=train", "split=eval"], []),
         ("reopold doctor --", ["--json"], ["--multirun"]),
         ("reopold doctor recipe=paper_a", ["recipe=paper_agentic"], []),
+        ("reopold preflight ep", ["episodes="], []),
         ("reopold plan gpus=8 recipe=paper_m", ["recipe=paper_math_7b"], []),
         ("reopold study name=ab", ["name=ablation"], ["name=rho"]),
         ("reopold study name=rho -- optimizer.l", ["optimizer.lr="], []),

@@ -28,6 +28,7 @@ COMMANDS = {
     ],
     "play": [sys.executable, "-m", "reopold_agent.play", "env=pixel_reasoner"],
     "doctor": [sys.executable, "-m", "reopold_agent.doctor"],
+    "preflight": [sys.executable, "-m", "reopold_agent.preflight"],
     "plan": [sys.executable, "-m", "reopold_agent.plan", "recipe=paper_agentic"],
     "reopold": [sys.executable, "-m", "reopold_agent.cli", "plan", "recipe=paper_agentic"],
 }

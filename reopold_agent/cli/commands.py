@@ -23,6 +23,9 @@ COMMANDS = {
         "estimate memory, time and GPU-hours of a run",
         "reopold plan recipe=paper_agentic gpus=8",
     ),
+    "preflight": Command(
+        "play a few episodes before a run", "reopold preflight recipe=paper_agentic"
+    ),
     "compare": Command("compare evaluations", "reopold compare RUN RUN"),
     "judge": Command("measure a judge on labelled pairs", "reopold judge check judge=gemini"),
     "export": Command("write a student for other programs", "reopold export RUN DIR"),

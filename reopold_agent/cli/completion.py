@@ -16,7 +16,7 @@ from importlib import resources
 from reopold_agent.cli.commands import COMMANDS
 from reopold_agent.errors import ConfigError
 
-_HYDRA_COMMANDS = ("train", "evaluate", "judge", "serve", "plan", "play", "doctor")
+_HYDRA_COMMANDS = ("train", "evaluate", "judge", "serve", "plan", "play", "doctor", "preflight")
 _FLAGS = ("--help", "--cfg", "--multirun", "--resolve", "--package", "--config-dir")
 _STUDY_ARGUMENTS = ("name=", "out=", "seeds=", "jobs=", "only=", "steps=", "report=only", "docs=")
 _EXPORT_ARGUMENTS = ("dtype=bfloat16", "dtype=float16", "dtype=float32", "push=", "--help")
@@ -31,6 +31,7 @@ _OWN_ARGUMENTS = {
         "tokenizer=",
     ),
     "doctor": ("judge=", "online=true", "seconds=", "--json"),
+    "preflight": ("episodes=", "gpu=", "gpus=", "--json"),
 }
 """Arguments of commands besides those of ``train``, which they take too."""
 

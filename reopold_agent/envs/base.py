@@ -22,7 +22,7 @@ from PIL import Image
 from reopold_agent.common.pixels import ShownSizes, smaller, stated
 from reopold_agent.envs.spaces import Pictures, UnicodeText, as_observation, succeeded
 from reopold_agent.errors import ConfigError, ToolError, suggestion
-from reopold_agent.judges import JUDGES, Judge
+from reopold_agent.judges import JUDGES, Judge, Verdict
 from reopold_agent.tools import (
     BASE_PROMPT,
     TOOLS,
@@ -279,6 +279,12 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     def task(self, split: str, index: int) -> Task:
         """Returns a task of a split."""
         return self._choose_task({"split": split, "index": index})
+
+    def verdict(self, task: Task, answer: str) -> Verdict | None:
+        """Returns how the judge reads an answer; None if `reward` does not ask the judge."""
+        if type(self).reward is not ToolEnv.reward:
+            return None
+        return self._judge.verdict(answer, task)
 
     def end_episode(self) -> None:
         """Ends the episode, if one is running, and lets go of its pictures."""

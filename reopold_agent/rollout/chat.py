@@ -153,8 +153,8 @@ class ChatRenderer:
         """Returns whether a template that a setting gave writes other prompts than the model's."""
         template = self.tokenizer.chat_template
         own = template.own if isinstance(template, ChatTemplate) else None
-        own_prompts = None if own is None else _prompts(self.tokenizer, own)
-        return own_prompts is not None and own_prompts != _prompts(self.tokenizer, None)
+        own_prompts = None if own is None else sample_prompts(self.tokenizer, own)
+        return own_prompts is not None and own_prompts != sample_prompts(self.tokenizer)
 
     def prompt(self, messages: Sequence[Message]) -> tuple[list[int], list[EncodedImage]]:
         """Returns the ids of a conversation for the student to continue, and its images in order.
@@ -365,8 +365,15 @@ def _rendered(
     )
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[str] | None:
-    """Returns how a template writes prompts of one turn; None if it cannot be rendered."""
+def sample_prompts(
+    tokenizer: PreTrainedTokenizerBase, template: str | None = None
+) -> list[str] | None:
+    """Returns how a template writes prompts of one turn; None if it cannot be rendered.
+
+    Args:
+        tokenizer: renders.
+        template: the template; None takes the tokenizer's.
+    """
     user, system = {"role": "user", "content": "?"}, {"role": "system", "content": "!"}
     try:
         return [_rendered(tokenizer, template, rows, True) for rows in ([user], [system, user])]
@@ -385,10 +392,10 @@ def _pictures(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
 
 def _shipped_instead(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Returns the name of the shipped template that writes a tokenizer's prompts, if one does."""
-    prompts, sees = _prompts(tokenizer, None), IMAGE_TOKEN in _pictures(tokenizer, None)
+    prompts, sees = sample_prompts(tokenizer), IMAGE_TOKEN in _pictures(tokenizer, None)
     for name in SHIPPED:
         text = chat_template(name)
-        same = prompts is not None and _prompts(tokenizer, text) == prompts
+        same = prompts is not None and sample_prompts(tokenizer, text) == prompts
         if same and (IMAGE_TOKEN in _pictures(tokenizer, text)) == sees:
             return name
     return None

@@ -12,7 +12,7 @@ from typing import Any
 
 from reopold_agent.config import ModelConfig, PixelConfig, TrainConfig
 from reopold_agent.errors import ConfigError
-from reopold_agent.objectives import Objective, Reopold, RunFacts
+from reopold_agent.objectives import Needs, Objective, Reopold, RunFacts
 from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.policies.loading import Processing
 from reopold_agent.policies.templates import ChatTemplate
@@ -95,6 +95,20 @@ def exploration_note(config: TrainConfig, objective: Objective) -> str | None:
         f"note: exploration ends after step {switch}, as when the run was started with fewer "
         f"steps. For {_count(usual, 'step')} of it ({rule}), start anew in another hydra.run.dir."
     )
+
+
+def preflight_note(config: TrainConfig, objective: Objective, resumed: bool) -> str | None:
+    """Offers a preflight before a new run of a model that is not embedded; None for others.
+
+    Args:
+        config: the run's configuration.
+        objective: the run's; those that learn from demonstrations play no episodes of the student.
+        resumed: whether the run goes on from a checkpoint.
+    """
+    played = not objective.needs & Needs.DEMONSTRATIONS
+    if resumed or not played or config.model.student.path.startswith("demo:"):
+        return None
+    return "note: `reopold preflight` with the same words plays 16 episodes before any update."
 
 
 def banner(

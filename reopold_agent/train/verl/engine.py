@@ -33,7 +33,7 @@ from reopold_agent.tracking.metrics import read_metrics
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.summary import print_summary
-from reopold_agent.train.banner import banner, exploration_note, show_banner
+from reopold_agent.train.banner import banner, exploration_note, preflight_note, show_banner
 from reopold_agent.train.engine import Engine, model_specs, run_objective
 from reopold_agent.train.finish import next_commands, summarise
 from reopold_agent.train.interrupts import Interrupts, say_stopped
@@ -85,6 +85,7 @@ class VerlEngine(Engine):
         notes = [
             self._state.check_data(checkpoint is not None),
             exploration_note(config, objective),
+            preflight_note(config, objective, checkpoint is not None),
         ]
         composed = verl_config(
             config, self.folder.path, with_teacher=with_teacher, device=device, contexts=contexts

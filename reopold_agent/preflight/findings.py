@@ -1,0 +1,256 @@
+"""Judges what a preflight has found: what would spoil the run, and what deserves a look.
+
+The bounds on rewards come from the embedded pairs of models (docs/preflight.md has the table): of
+the tokens that the student is sure of, a matching teacher finds half no less likely (medians of R
+from -0.03 to 0.00 over 12 preflights, in every group of tokens), and one that does not know the
+ids, the tool words or the end of a turn finds them far less likely (-2.9 to -18). Means and shares
+do not tell the two apart: at the few tokens where the student decides what to do, a good teacher
+may disagree by 15 nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from reopold_agent.preflight.figures import ALL, CALLS, END, MARKS, OPENING
+from reopold_agent.preflight.play import Played
+from reopold_agent.tools.parse import OPEN
+
+REJECTED = -1.0
+"""Median R of tokens that the student is sure of, nats, from which on the teacher rejects them."""
+
+FEWEST = 4
+"""Tokens that such a median needs."""
+
+GAP, GAP_NOTED = 0.05, 0.02
+"""Mean difference between trainer's and sampler's log-probs, nats, that stops and that warns.
+
+bfloat16 alone gives about 0.01. At 0.05 the importance weights are off by 5 % on average, a
+quarter of PPO's clip, before the first update has changed anything.
+"""
+
+MOSTLY = 0.5
+"""Share of truncated episodes, failed calls or unreadable answers that warns."""
+
+LEFT_OUT = 0.1
+"""Share of rows left out that warns."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that the episodes show.
+
+    Attributes:
+        status: a ``problem`` would spoil the run; a ``warning`` may.
+        text: what is wrong.
+        advice: what to do.
+    """
+
+    status: Literal["problem", "warning"]
+    text: str
+    advice: str
+
+
+def judged(played: Played) -> list[Finding]:
+    """Returns what was found, problems first, causes before what follows from them."""
+    found = [
+        *_failures(played),
+        *_models(played),
+        *_numbers(played),
+        *_budgets(played),
+        *_tools(played),
+        *_teacher(played),
+        *_answers(played),
+    ]
+    return sorted(found, key=lambda each: each.status)
+
+
+def _failures(played: Played) -> Iterator[Finding]:
+    outcome = played.outcome
+    lost = outcome.failed + outcome.by_prompt
+    if lost:
+        yield Finding(
+            "problem" if lost == outcome.episodes else "warning",
+            f"{lost} of {outcome.episodes} episodes ended in an error: {outcome.error}",
+            "Mend the environment or the policy (docs/tools.md), or raise the limit that it names.",
+        )
+    if played.left_out > LEFT_OUT:
+        yield Finding(
+            "warning",
+            f"{played.left_out:.0%} of the training rows are left out",
+            "data_report.json of a run names them; engine.max_prompt_tokens bounds prompts.",
+        )
+
+
+def _models(played: Played) -> Iterator[Finding]:
+    differ = played.agreement
+    if differ.ids is not None:
+        yield Finding(
+            "problem",
+            f"student and teacher cut text into other ids: {differ.ids}",
+            "Use a teacher with the student's tokenizer: all of tokenizer.json must agree.",
+        )
+    if differ.pictures is not None:
+        yield Finding(
+            "problem",
+            f"student and teacher size pictures differently: {differ.pictures}",
+            "Set pixels.prompt and pixels.observation within the limits of both processors "
+            "(preprocessor_config.json), or make these equal.",
+        )
+    elif differ.limits is not None:
+        yield Finding(
+            "warning",
+            f"the processors of student and teacher have other limits: {differ.limits}",
+            "No picture here exceeds them; keep pixels.* within both.",
+        )
+    if differ.template is not None:
+        yield Finding(
+            "warning",
+            f"model.chat_template writes other prompts than the own one of {differ.template}",
+            "Leave model.chat_template out, unless the student was trained with this template.",
+        )
+    if differ.prompts is not None:
+        yield Finding(
+            "warning",
+            f"the teacher's own chat template writes other prompts; it scores {differ.prompts}",
+            "Use the template that the teacher knows for both (model.chat_template=FILE), or "
+            "another teacher.",
+        )
+
+
+def _numbers(played: Played) -> Iterator[Finding]:
+    if played.invalid:
+        yield Finding(
+            "problem",
+            f"some numbers cannot be trained on: {played.invalid}",
+            "See docs/reliability.md; half precision that overflows needs dtype=bfloat16 or "
+            "float32.",
+        )
+    gap = played.gap
+    if gap is None or not gap.mean > GAP_NOTED:
+        return
+    stops = gap.mean > GAP
+    bound = f"more than {GAP:g}" if stops else f"{GAP:g} would stop"
+    yield Finding(
+        "problem" if stops else "warning",
+        f"the sampler's log-probs are {gap.mean:.2g} nats from the trainer's on average ({bound})",
+        f"The sampler (policy.student.name={played.config.policy.student['name']}) must have the "
+        "trainer's weights, ids and precision: docs/vllm.md.",
+    )
+
+
+def _budgets(played: Played) -> Iterator[Finding]:
+    outcome, rollout = played.outcome, played.config.rollout
+    usable = outcome.episodes - outcome.failed - outcome.by_prompt
+    if not outcome.truncated or outcome.truncated < MOSTLY * usable:
+        return
+    every = outcome.truncated == usable
+    ways = {
+        f"rollout.max_turn_tokens (now {rollout.max_turn_tokens}) or rollout.max_response_tokens "
+        f"(now {rollout.max_response_tokens})": outcome.by_length,
+        f"rollout.max_turns (now {rollout.max_turns})": outcome.by_turns,
+        "the environment's tool_time_limit_s": outcome.by_time,
+    }
+    way = max(ways, key=lambda name: ways[name])
+    counts = f"{outcome.by_length} by length, {outcome.by_turns} by turns"
+    # An environment that the budget of turns always ends, such as a game, can still be won.
+    yield Finding(
+        "problem" if every and not outcome.success else "warning",
+        f"{'all' if every else outcome.truncated} of {usable} episodes are truncated: {counts}",
+        f"Raise {way}.",
+    )
+
+
+def _tools(played: Played) -> Iterator[Finding]:
+    tools = played.tools
+    if not tools.names or (not any(g.tokens for g in played.rewards or ()) and played.gap is None):
+        return
+    if not tools.calls:
+        hint = (
+            f"{tools.named} turns name a tool, but write no {OPEN}: the student knows another form "
+            "of calls. Use a student trained with this one."
+            if tools.named
+            else "Begin with a student that calls tools (trained on demonstrations: objective=sft)."
+            " An objective on the student's own samples cannot teach what it never does."
+        )
+        yield Finding(
+            "problem",
+            f"no episode of {played.outcome.episodes} calls a tool; the environment has "
+            + ", ".join(tools.names),
+            hint,
+        )
+        return
+    failed = sum(tools.errors.values())
+    if failed >= MOSTLY * tools.calls:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in tools.errors.items())
+        yield Finding(
+            "warning",
+            f"{failed} of {tools.calls} tool calls fail ({kinds}): {tools.example}",
+            "Compare the tools' names and parameters with what the student was trained on.",
+        )
+
+
+def _teacher(played: Played) -> Iterator[Finding]:
+    groups = {group.name: group for group in played.rewards}
+    rejected = [
+        group for group in groups.values() if group.sure >= FEWEST and group.sure_reward <= REJECTED
+    ]
+    names = [group.name for group in rejected]
+    shown = "; ".join(f"{group.name} {group.sure_reward:.1f}" for group in rejected)
+    what = f"(median R of the tokens that the student is sure of, nats: {shown})"
+    if ALL in names:
+        yield Finding(
+            "problem",
+            f"the teacher rejects most of what the student is sure of {what}",
+            "It reads other ids, another chat template or another language of thought: use a "
+            "teacher of the student's family, and the template that both know.",
+        )
+    elif {CALLS, MARKS} & set(names):
+        yield Finding(
+            "problem",
+            f"the teacher rejects the tools' words {what}",
+            "Training would unlearn the calls: use a teacher that was trained with this form of "
+            "tool calls, or describe the tools in its words (words=, docs/tools.md).",
+        )
+    elif END in names:
+        yield Finding(
+            "problem",
+            f"the teacher rejects the end of a turn {what}",
+            "It ends turns with another token: use the chat template that both know "
+            "(model.chat_template), or an instruction-tuned teacher.",
+        )
+    elif OPENING in names:
+        yield Finding(
+            "warning",
+            f"the teacher would begin its turns otherwise {what}",
+            "Often only a habit, which training changes; else it expects another chat template.",
+        )
+    elif names:
+        yield Finding(
+            "warning",
+            f"the teacher rejects what the student is sure of in some places {what}",
+            "Look at an episode: reopold train steps=1, then reopold view.",
+        )
+
+
+def _answers(played: Played) -> Iterator[Finding]:
+    outcome, unread = played.outcome, played.unread
+    if played.uninformative:
+        yield Finding(
+            "warning",
+            f"no group of episodes has both successes and failures ({outcome.success:.0%} succeed)",
+            f"objective={played.config.objective['name']} learns from differences: choose tasks "
+            "that the student sometimes solves.",
+        )
+    if not unread or not outcome.answered or unread < MOSTLY * outcome.answered:
+        return
+    every = unread >= outcome.answered
+    yield Finding(
+        "problem" if every else "warning",
+        f"{'none' if every else outcome.answered - unread} of {outcome.answered} answers can be "
+        f"read: {played.why_unread}",
+        "Ask for the form that the judge reads (docs/grading.md; env.kwargs.guideline), or take a "
+        "student that writes it.",
+    )
