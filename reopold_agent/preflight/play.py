@@ -56,7 +56,7 @@ from reopold_agent.train.setup import (
     prepared,
 )
 from reopold_agent.train.timing import Clock
-from reopold_agent.types import Trajectory
+from reopold_agent.types import StopReason, Trajectory
 
 FLOOR = reward_floor(0.1)
 """Reward below which tokens are counted for objectives without a floor: the paper's."""
@@ -113,7 +113,7 @@ class Played:
         gap: between sampler and trainer; None without a usable episode.
         agreement: of student and teacher.
         invalid: why numbers cannot be trained on; "" if they can.
-        uninformative: whether an objective that compares outcomes has nothing to compare.
+        uninformative: whether an objective that compares outcomes finds no difference.
         unread: number of answers that no rule can read; None if rules do not decide.
         why_unread: why the first of them cannot be read.
         gradient: norm of the gradient; None if it was not computed.
@@ -210,11 +210,10 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
             batch.drop([*problems.failed, *(row for row, _ in problems.invalid)])
         clock.lap("teacher")
         usable = batch.usable
-        uninformative = bool(
-            usable
-            and objective.needs & Needs.OUTCOME
-            and not any(set_advantages(objective, usable))
-        )
+        uninformative = False
+        if usable and objective.needs & Needs.OUTCOME:
+            set_advantages(objective, usable)
+            uninformative = not any(row.trajectory.advantage for row in usable)
         gradient = None
         wrong = f"{invalid[0][0]}: {invalid[0][1]}" if invalid else ""
         if usable and config.engine.name == "local":
@@ -330,7 +329,7 @@ def _answers(
         reasons: list[str] = []
         for t in trajectories:
             answer = t.info.get("answer")
-            if not isinstance(answer, str):
+            if t.stop_reason is not StopReason.ANSWER or not isinstance(answer, str):
                 continue
             verdict = env.verdict(env.task("train", t.index), answer)
             if verdict is None:

@@ -95,5 +95,5 @@ def published(words: Sequence[str]) -> dict[str, Any] | None:
     success = {}
     if recipe in _PUBLISHED:
         table, row, columns = _PUBLISHED[recipe]
-        success = {name: PAPER_TABLES[table][1][row][name] / 100 for name in columns}
+        success = {name: round(PAPER_TABLES[table][1][row][name] / 100, 4) for name in columns}
     return {"success": success, "gpu_hours": PAPER_RUNS[recipe].gpu_hours}

@@ -69,13 +69,13 @@ def lines_of(played: Played, projection: Projection, paper: Mapping[str, Any] | 
     lines = [line for label, text in rows for line in _wrapped(label, text)]
     if played.rewards:
         head = ("tokens", "mean R", f"R <= {played.floor:.2f}", "where sure")
-        shown = "".join(f"{each:>11}" for each in head)
-        lines.append(f"{'reward':{_LABEL}}{'':24}{shown}")
+        shown = "".join(f"{each:>10}" for each in head)
+        lines.append(f"{'reward':{_LABEL}}{'':28}{shown}")
         for group in played.rewards:
             name = group.name if group.name == ALL else f"  {group.name}"
             lines.append(
-                f"{'':{_LABEL}}{name:24}{group.tokens:>11,}{_nats(group.reward):>11}"
-                f"{group.below:>11.1%}{_nats(group.sure_reward):>11}"
+                f"{'':{_LABEL}}{name:28}{group.tokens:>10,}{_nats(group.reward):>10}"
+                f"{group.below:>10.1%}{_nats(group.sure_reward):>10}"
             )
     gap = played.gap
     if gap is not None:
