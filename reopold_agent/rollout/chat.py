@@ -128,7 +128,7 @@ class ChatRenderer:
             ModelError: it leaves words out.
         """
         messages = [Message("system", ("Be brief.",)), Message("user", ("Who?",))]
-        prompts = _prompts(self.tokenizer, None)  # None: some templates refuse a system message
+        prompts = sample_prompts(self.tokenizer)  # None: some templates refuse a system message
         if prompts is not None:
             self._check_words(messages, self._apply(messages, True))
 
