@@ -15,7 +15,8 @@ from reopold_agent.config import TrainConfig
 from reopold_agent.data.checks import BadRowsError
 from reopold_agent.errors import ConfigError, ModelError
 from reopold_agent.policies.loading import ModelSpec, load_processing, resolve_path
-from reopold_agent.rollout.checks import checked_run, checked_runner, prompt_limit
+from reopold_agent.rollout.checks import checked_run, checked_runner
+from reopold_agent.rollout.lengths import prompt_limit
 from reopold_agent.train import setup
 
 MATH = ("env=math", "data=math_jsonl", "steps=1", "evaluation.tasks=0", "rollout.max_turns=1")

@@ -8,7 +8,6 @@ from reopold_agent.config import TrainConfig
 from reopold_agent.plan.hardware import GIB, Gpu
 from reopold_agent.plan.memory import GpuMemory
 from reopold_agent.plan.timing import Layout, StepSeconds
-from reopold_agent.plan.workload import Workload
 
 
 def warnings_for(
@@ -17,8 +16,8 @@ def warnings_for(
     memory: Sequence[GpuMemory],
     seconds: StepSeconds,
     gpu: Gpu,
-    work: Workload,
     room: Mapping[str, float],
+    padding: float,
 ) -> tuple[str, ...]:
     """Returns sentences of advice, the most serious first; empty if everything fits.
 
@@ -28,10 +27,10 @@ def warnings_for(
         memory: memory of each role.
         seconds: time of a step.
         gpu: the GPU.
-        work: episodes of a step.
         room: of a student's server ``cache`` bytes, sequences that it ``holds``, that are
             ``wanted`` and that the rollout workers ``allowed``; for ``teacher`` the longest
             sequences that a teacher's server holds. Empty without servers.
+        padding: share of the update's computed tokens that is padding.
     """
     found = [*_does_not_fit(config, memory, gpu), *_servers(config, layout, room)]
     rows = config.batch.mini_batch * config.batch.samples
@@ -53,13 +52,11 @@ def warnings_for(
                 "engine.teacher_gpus_per_node can be smaller where batch.mini_batch x "
                 "batch.samples divides by the rest."
             )
-    if layout.schedule != "local" and config.engine.attention != "flash_attention_2":
-        rows_per_pass = config.engine.max_tokens_per_micro_batch / work.length
-        if rows_per_pass >= 2:
-            found.append(
-                f"engine=verl pads the about {rows_per_pass:.0f} episodes of a pass to the "
-                "longest, which these figures omit; engine.attention=flash_attention_2 packs them."
-            )
+    if padding > 0.1:
+        found.append(
+            f"{padding:.0%} of the tokens that the update computes are padding: engine.packed=true "
+            "computes none."
+        )
     return tuple(found)
 
 
@@ -81,15 +78,18 @@ def _does_not_fit(config: TrainConfig, memory: Sequence[GpuMemory], gpu: Gpu) ->
 
 def _remedy(config: TrainConfig, role: GpuMemory, phase: str, largest: str) -> str:
     local = config.engine.name == "local"
-    if phase == "score":
+    if phase in ("score", "teacher"):
         return "Raise engine.teacher_server.tensor_parallel or lower its memory_share."
+    if phase == "sync":
+        return "Set engine.offload=true, or use more GPUs for the student."
     if phase == "rollout":
         if local:
             return "Lower rollout.concurrency, or use engine=verl over several GPUs."
         return "Lower engine.student_server.memory_share, or set engine.offload=true."
-    if largest in ("activations", "logits"):
-        words = ["engine.max_tokens_per_micro_batch", "rollout.max_response_tokens"]
-        if not config.model.student.gradient_checkpointing:
+    if largest in ("activations", "head"):
+        tokens = "pass" if phase == "old log-probs" else "micro_batch"
+        words = [f"engine.max_tokens_per_{tokens}", "rollout.max_response_tokens"]
+        if phase == "update" and not config.model.student.gradient_checkpointing:
             words.insert(0, "model.student.gradient_checkpointing=true, or lower")
         return f"Lower {' or '.join(words)}."
     if local:

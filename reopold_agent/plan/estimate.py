@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from reopold_agent.config import ServerConfig, TrainConfig
 from reopold_agent.errors import ConfigError
@@ -12,13 +12,20 @@ from reopold_agent.plan.advice import warnings_for
 from reopold_agent.plan.hardware import Gpu, Rates
 from reopold_agent.plan.memory import (
     PROCESS_RESERVE,
+    SLEEPING_SERVER,
+    SYNC_BUCKET,
     GpuMemory,
     TrainerMemory,
     cache_sequences,
     server_cache,
 )
+from reopold_agent.plan.passes import Pass, divide, padding_share
 from reopold_agent.plan.timing import (
+    HOST_BANDWIDTH,
     SCHEDULES,
+    SWITCH_SECONDS,
+    SYNC_BANDWIDTH,
+    SYNC_SECONDS,
     Layout,
     Server,
     StepFlops,
@@ -30,17 +37,18 @@ from reopold_agent.plan.timing import (
 )
 from reopold_agent.plan.workload import Workload
 from reopold_agent.policies.architecture import Architecture
+from reopold_agent.rollout.lengths import episode_limit
 
 _TEACHER_TOKENS = 4096
 """Tokens of one pass of the teacher's servers (`engines.verl.compose`)."""
 
-_SLICE = 2**25
-"""Most logits that the local engine holds at once (`objectives.chunks.SLICE_ELEMENTS`)."""
-
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimated needs of a run; FLOPs and seconds are per step."""
+    """Estimated needs of a run; FLOPs and seconds are per step.
+
+    ``padding`` is the share of the update's computed tokens that is padding.
+    """
 
     config: TrainConfig
     gpu: Gpu
@@ -53,6 +61,7 @@ class Plan:
     seconds: StepSeconds
     memory: tuple[GpuMemory, ...]
     warnings: tuple[str, ...]
+    padding: float = 0.0
 
     @property
     def gpu_hours(self) -> float:
@@ -85,34 +94,53 @@ def make_plan(
     """
     if config.objective["name"] == "sft":
         raise ConfigError("a plan covers objectives on the student's own samples, not sft")
-    shared = teacher is not None and config.engine.shares_gpus
-    own = ("shared" if shared else "pools") if config.engine.name == "verl" else "local"
-    schedule = schedule or own
+    schedule = schedule or _own_schedule(config, teacher is not None)
     if schedule not in SCHEDULES:
         raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got '{schedule}'")
     half = _compute_bytes(config) == 2
     counts = _gpu_counts(config, schedule, teacher is not None)
     server, room = _student_server(config, schedule, counts, student, work, gpu)
-    if schedule == "pools" and teacher is not None:
+    if schedule != "local" and teacher is not None:
         settings = config.engine.teacher_server
-        cache = server_cache(teacher, settings.memory_share * gpu.memory, settings.tensor_parallel)
+        share = teacher_share(config, schedule)
+        cache = server_cache(teacher, share * gpu.memory, settings.tensor_parallel)
         longest = _longest(config, work)
         room["teacher"] = cache_sequences(teacher, cache, longest, settings.tensor_parallel)
     layout = Layout(schedule, *counts, server, config.engine.teacher_server.tensor_parallel)
     how = Training(
         checkpointing=config.model.student.gradient_checkpointing,
         lora=config.model.student.lora is not None,
-        all_logits=schedule != "local",
         recompute_old=config.engine.old_logp == "recompute"
         or (config.engine.old_logp == "auto" and half),
+        padding=padding_share(_passes(config, work, layout, updating=True)),
+        old_padding=padding_share(_passes(config, work, layout, updating=False)),
     )
     counted = step_flops(student, teacher, work, how)
-    seconds = _seconds(counted, student, work, layout, gpu, rates, _compute_bytes(config))
+    seconds = _seconds(config, counted, student, teacher, work, layout, rates)
     memory = _memory(config, layout, student, teacher, work, gpu, server)
-    warnings = warnings_for(config, layout, memory, seconds, gpu, work, room)
+    warnings = warnings_for(config, layout, memory, seconds, gpu, room, how.padding)
     return Plan(
-        *(config, gpu, rates, layout, student, teacher, work, counted, seconds, memory, warnings)
+        *(config, gpu, rates, layout, student, teacher, work, counted, seconds, memory, warnings),
+        how.padding,
     )
+
+
+def _own_schedule(config: TrainConfig, taught: bool) -> str:
+    """Returns the schedule of the run's own engine."""
+    if config.engine.name != "verl":
+        return "local"
+    return "shared" if taught and config.engine.shares_gpus else "pools"
+
+
+def is_packed(config: TrainConfig) -> bool:
+    """Returns whether rows are packed on a GPU, where this is the default."""
+    return config.engine.packed is not False
+
+
+def teacher_share(config: TrainConfig, schedule: str) -> float:
+    """Returns the share of a GPU's memory that a server of the teacher may use."""
+    own = config.engine.teacher_server.memory_share
+    return min(own, config.engine.student_server.memory_share) if schedule == "shared" else own
 
 
 def _compute_bytes(config: TrainConfig) -> int:
@@ -171,15 +199,15 @@ def _student_server(
 
 
 def _seconds(
+    config: TrainConfig,
     counted: StepFlops,
     student: Architecture,
+    teacher: Architecture | None,
     work: Workload,
     layout: Layout,
-    gpu: Gpu,
     rates: Rates,
-    value_bytes: int,
 ) -> StepSeconds:
-    score = rates.score.value
+    score, width = rates.score.value, _compute_bytes(config)
     replicas = max(1, layout.student // layout.student_server.gpus)
     each = math.ceil(work.episodes / replicas)
     decode = decode_seconds(
@@ -188,12 +216,20 @@ def _seconds(
         work.prompt + work.observation,
         layout.student_server,
         rates,
-        value_bytes,
+        width,
     )
-    sync = 0.0
-    if layout.schedule != "local":  # every replica gets all weights over the link, and loads them
-        moved = value_bytes * student.parameters
-        sync = moved / gpu.link + 2 * moved / rates.bandwidth.value
+    sync = switch = 0.0
+    if layout.schedule != "local":
+        moved = student.parameters if not config.model.student.lora else 0.0
+        sync = SYNC_SECONDS + width * moved / SYNC_BANDWIDTH
+        switch = 2 * SWITCH_SECONDS
+        if layout.schedule == "shared" and teacher is not None:
+            copied = 2 * teacher.parameters / layout.teacher_server_gpus
+            switch += 2 * (SWITCH_SECONDS + copied / HOST_BANDWIDTH)
+        if config.engine.offload:
+            trainer = trainer_memory(config, layout, student)
+            state = sum(replace(trainer, offload=False).resident(student).values())
+            switch += 2 * state / HOST_BANDWIDTH
     return StepSeconds(
         generate=decode + counted.prompt / (score * layout.student),
         teacher=counted.teacher / (score * layout.teacher) if layout.teacher else 0.0,
@@ -201,6 +237,50 @@ def _seconds(
         update=counted.update / (rates.train.value * layout.student),
         sync=sync,
         overlap=layout.schedule == "pools",
+        switch=switch,
+    )
+
+
+def _passes(config: TrainConfig, work: Workload, layout: Layout, *, updating: bool) -> list[Pass]:
+    """Returns the micro-batches of one GPU, of a mini-batch's update or of the old log-probs."""
+    engine, batch = config.engine, config.batch
+    prompts = batch.mini_batch if updating else batch.prompts
+    count = max(1, prompts * batch.samples // layout.student)
+    budget = engine.max_tokens_per_micro_batch if updating else engine.max_tokens_per_pass
+    start = work.prompt + work.observation
+    lengths = [start + length for length in work.responses(count)]
+    return divide(lengths, budget, packed=is_packed(config), by_rows=layout.schedule == "local")
+
+
+def largest_pass(config: TrainConfig, work: Workload, layout: Layout, *, updating: bool) -> Pass:
+    """Returns the micro-batch that needs the most memory: a full one, or the longest episode."""
+    engine = config.engine
+    budget = engine.max_tokens_per_micro_batch if updating else engine.max_tokens_per_pass
+    longest = _longest(config, work)
+    found = max(_passes(config, work, layout, updating=updating), key=lambda each: each.computed)
+    if found.packed:
+        rows = max(1, round(budget / work.length))
+        return Pass(rows, longest, max(longest, float(budget)), packed=True)
+    if found.computed >= longest:
+        return found
+    return Pass(1, longest, longest, packed=False)
+
+
+def trainer_memory(config: TrainConfig, layout: Layout, student: Architecture) -> TrainerMemory:
+    """Returns how a run's trainer divides memory and computes."""
+    engine, spec = config.engine, config.model.student
+    local = layout.schedule == "local"
+    trained = _adapter_parameters(spec.lora, student) if spec.lora else student.parameters
+    return TrainerMemory(
+        ranks=1 if local else layout.student,
+        sharded=not local,
+        compute_bytes=_compute_bytes(config),
+        master_bytes=4 if spec.dtype == "float32" or not local else 2,
+        trained=trained,
+        adapters=spec.lora is not None,
+        checkpointing=spec.gradient_checkpointing,
+        dense_mask=not is_packed(config),
+        offload=engine.offload and not local,
     )
 
 
@@ -214,65 +294,79 @@ def _memory(
     server: Server,
 ) -> tuple[GpuMemory, ...]:
     """Returns the memory of one GPU per role."""
-    engine, spec = config.engine, config.model.student
-    width = _compute_bytes(config)
     local = layout.schedule == "local"
-    longest = _longest(config, work)
-    tokens = (
-        engine.max_tokens_per_micro_batch
-        if local
-        else max(engine.max_tokens_per_micro_batch, longest)
-    )
-    trainer = TrainerMemory(
-        ranks=1 if local else layout.student,
-        tokens=tokens,
-        compute_bytes=width,
-        master_bytes=4 if spec.dtype == "float32" else 2,
-        checkpointing=spec.gradient_checkpointing,
-        trained=_adapter_parameters(spec.lora, student) if spec.lora else student.parameters,
-        logits=min(_SLICE, tokens * student.text.vocab) if local else tokens * student.text.vocab,
-        offload=engine.offload and not local,
-    )
-    resident = {"process": PROCESS_RESERVE, **trainer.resident(student)}
-    taught: dict[str, float] = {}
-    elsewhere = local and config.policy.teacher["name"] == "server"
-    if teacher is not None and layout.schedule != "pools" and not elsewhere:
-        stored = 4 if config.model.teacher and config.model.teacher.dtype == "float32" else 2
-        taught = {"teacher": stored * teacher.parameters / (1 if local else layout.teacher)}
-    rollout = dict(resident)
+    trainer = trainer_memory(config, layout, student)
+    base = {"process": PROCESS_RESERVE}
+    resident = {**base, **trainer.resident(student)}
+    passes = {
+        name: largest_pass(config, work, layout, updating=updating)
+        for name, updating in (("old log-probs", False), ("update", True))
+    }
+    shown = work.picture_share
+    old, largest = passes["old log-probs"], passes["update"]
+    scoring = {**base, **trainer.scoring(student, old, shown * old.tokens)}
+    update = {**base, **trainer.updating(student, largest, shown * largest.tokens)}
     if local:
-        cache = student.text.kv_bytes(width) * work.length * server.slots
-        rollout["KV cache"] = cache
-    else:
-        budget = engine.student_server.memory_share * gpu.memory
-        weights = 2 * student.parameters / server.gpus
-        rollout["server weights"] = weights
-        rollout["server cache and room"] = max(0.0, budget - weights)
-    update = {"process": PROCESS_RESERVE, **trainer.updating(student, work)}
-    phases = {"rollout": {**rollout, **taught}, "update": {**update, **taught}}
-    roles = [GpuMemory("student", layout.student, phases)]
-    if taught:
-        roles = [GpuMemory("student and teacher", layout.gpus, phases)]
-    elif teacher is not None:
-        settings = engine.teacher_server
-        weights = 2 * teacher.parameters / settings.tensor_parallel
-        scoring = {
-            "process": PROCESS_RESERVE,
-            "server weights": weights,
-            "server cache and room": max(0.0, settings.memory_share * gpu.memory - weights),
-            # float32 logits of a pass and their log-softmax, beside the server's budget
-            "prompt log-probs": 2 * 4 * _TEACHER_TOKENS * teacher.text.vocab,
-        }
-        roles.append(GpuMemory("teacher", layout.teacher, {"score": scoring}))
-    return tuple(roles)
+        cache = student.text.kv_bytes(_compute_bytes(config)) * work.length * server.slots
+        phases = {"rollout": {**resident, "KV cache": cache}}
+        phases |= {"old log-probs": scoring, "update": update}
+        if teacher is None or config.policy.teacher["name"] == "server":
+            return (GpuMemory("student", 1, phases),)
+        stored = 4 if config.model.teacher and config.model.teacher.dtype == "float32" else 2
+        held = {"teacher": float(stored * teacher.parameters)}
+        both = {name: {**parts, **held} for name, parts in phases.items()}
+        return (GpuMemory("student and teacher", 1, both),)
+    shares = layout.schedule == "shared" and teacher is not None
+    share, width = config.engine.student_server.memory_share, _compute_bytes(config)
+    awake = _server_parts(student, share * gpu.memory, server.gpus)
+    asleep = {"sleeping servers": SLEEPING_SERVER * (1 + shares)}
+    beside = {"sleeping servers": SLEEPING_SERVER} if shares else {}
+    phases = {
+        "rollout": {**resident, **beside, **awake},
+        "old log-probs": {**asleep, **scoring},
+        "update": {**asleep, **update},
+        "sync": {
+            **resident,
+            **beside,
+            "server weights": awake["server weights"],
+            # the tensor that is gathered, in float32, and the bucket that the server reads
+            "buffers": trainer.master_bytes * student.text.vocab * student.text.hidden
+            + SYNC_BUCKET,
+        },
+    }
+    if config.model.student.lora is not None:
+        phases["sync"]["buffers"] = width * trainer.trained
+    if teacher is None:
+        return (GpuMemory("student", layout.student, phases),)
+    budget = teacher_share(config, layout.schedule) * gpu.memory
+    scores = {
+        **_server_parts(teacher, budget, layout.teacher_server_gpus),
+        # float32 logits of a pass and their log-softmax, beside the server's budget
+        "prompt log-probs": 2.0 * 4 * _TEACHER_TOKENS * teacher.text.vocab,
+    }
+    if shares:
+        phases["teacher"] = {**resident, **beside, **scores}
+        return (GpuMemory("student and teacher", layout.gpus, phases),)
+    return (
+        GpuMemory("student", layout.student, phases),
+        GpuMemory("teacher", layout.teacher, {"score": {**base, **scores}}),
+    )
+
+
+def _server_parts(model: Architecture, budget: float, gpus: int) -> dict[str, float]:
+    weights = 2 * model.parameters / gpus
+    return {
+        "server weights": weights,
+        "server cache and room": max(0.0, budget - weights),
+    }
 
 
 def _longest(config: TrainConfig, work: Workload) -> float:
-    """Returns the tokens of the longest episode, of which a pass holds at least one.
-
-    verl's own limit is higher (``max_prompt_tokens``), but memory depends on actual lengths.
-    """
-    return work.prompt + config.rollout.max_response_tokens
+    """Returns the tokens of the longest episode, of which a pass holds at least one."""
+    limit = episode_limit(config, None)
+    if limit is not None:
+        return float(limit)
+    return work.prompt + work.observation + config.rollout.max_response_tokens
 
 
 def _adapter_parameters(lora: Mapping[str, object], model: Architecture) -> float:

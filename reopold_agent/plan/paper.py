@@ -65,7 +65,7 @@ def fit(plan: Callable[[Rates], Plan], rates: Rates) -> tuple[float, float]:
     for _ in range(20):
         seconds = trial(compute, iteration).seconds
         rest = seconds.teacher + seconds.old_logp + seconds.update
-        compute *= rest / (step * (1 - GENERATION_SHARE) - seconds.sync)
+        compute *= rest / (step * (1 - GENERATION_SHARE) - seconds.sync - seconds.switch)
         without, with_one = (trial(compute, x).seconds.generate for x in (0.0, 1.0))
         iteration = (step * GENERATION_SHARE - without) / (with_one - without)
     return compute, iteration

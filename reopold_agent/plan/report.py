@@ -14,10 +14,10 @@ from reopold_agent.plan.hardware import GIB
 from reopold_agent.plan.paper import FITTED_ON, PAPER_RUNS
 from reopold_agent.policies.architecture import Architecture
 
-PARTS = ("generate", "teacher", "old_logp", "update", "sync")
+PARTS = ("generate", "teacher", "old_logp", "update", "sync", "switch")
 
 LEFT_OUT = (
-    "Left out: start-up, evaluations, checkpoints, tools and graders, input, padding, waiting for "
+    "Left out: start-up, evaluations, checkpoints, tools and graders, input, waiting for "
     "the slowest server, communication beyond what the shares of peak contain."
 )
 

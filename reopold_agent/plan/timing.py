@@ -18,6 +18,18 @@ SCHEDULES = ("local", "pools", "shared")
 the teacher scores during the rollout (our verl engine). ``shared``: all GPUs do each part in turn
 (as in the paper, where the teacher has a share of the step's time)."""
 
+SYNC_SECONDS = 3.0
+SYNC_BANDWIDTH = 2.5e9
+"""Weight sync: seconds of start and end, and bytes/s from shards to a server (gathering in float32,
+conversion, copies between processes, loading). Assumed so that a 3B student takes 6 s, in the
+middle of the 5 to 8 s of an audit by reading; the first run on GPUs should replace them."""
+
+SWITCH_SECONDS = 0.5
+"""Seconds in which a server falls asleep or wakes, without copies (assumed)."""
+
+HOST_BANDWIDTH = 20e9
+"""Bytes/s per GPU between its memory and the host's pinned memory (assumed: PCIe 4 x16)."""
+
 _QUANTILES = 64
 """Number of response lengths that represent a step: attention needs the mean of their squares."""
 
@@ -29,14 +41,16 @@ class Training:
     Attributes:
         checkpointing: whether activations are recomputed in the backward pass.
         lora: whether only adapters are trained, without gradients of the weights.
-        all_logits: whether logits are computed for all tokens, not only the student's (verl).
         recompute_old: whether a separate pass computes the log-probs of the sampling policy.
+        padding: share of the update's computed tokens that is padding.
+        old_padding: the same for that separate pass.
     """
 
     checkpointing: bool
     lora: bool
-    all_logits: bool
     recompute_old: bool
+    padding: float = 0.0
+    old_padding: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,15 +91,15 @@ def step_flops(
     decode = episodes * statistics.fmean(
         flops.text_forward(text, start + length, length, start) for length in lengths
     )
-    passed = _whole(student, work, lengths, all_logits=how.all_logits)
+    passed = _whole(student, work, lengths, all_logits=False)
     seen = episodes * (
         _vision(student, work.prompt_pictures) + _vision(student, work.observation_pictures)
     )
     passes = (2 if how.lora else 3) + how.checkpointing
-    # verl keeps the logits for the backward pass; our own loss recomputes them.
-    head = 3 if how.all_logits else 4
-    update = passes * (passed.layers + seen) + head * passed.logits
-    old = (passed.layers + passed.logits + seen) if how.recompute_old else 0.0
+    # Logits are computed for the student's tokens only, and once more for the backward pass.
+    update = passes * (passed.layers / (1 - how.padding) + seen) + 4 * passed.logits
+    old = passed.layers / (1 - how.old_padding) + passed.logits + seen
+    old *= how.recompute_old
     taught, taught_seen = 0.0, 0.0
     if teacher is not None:
         other = _whole(teacher, work, lengths, all_logits=True)
@@ -209,6 +223,7 @@ class StepSeconds:
 
     Attributes:
         overlap: the teacher scores while the student generates (its own GPUs).
+        switch: servers fall asleep and wake, and what is offloaded comes back.
     """
 
     generate: float
@@ -217,6 +232,7 @@ class StepSeconds:
     update: float
     sync: float
     overlap: bool
+    switch: float = 0.0
 
     @property
     def total(self) -> float:
@@ -224,7 +240,7 @@ class StepSeconds:
         first = max(self.generate, self.teacher)
         if not self.overlap:
             first = self.generate + self.teacher
-        return first + self.old_logp + self.update + self.sync
+        return first + self.old_logp + self.update + self.sync + self.switch
 
     def share(self, part: str) -> float:
         """A part's share of the step."""

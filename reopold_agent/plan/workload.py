@@ -77,6 +77,11 @@ class Workload:
         return self.prompt + self.response + self.observation
 
     @property
+    def picture_share(self) -> float:
+        """Share of an episode's tokens that are pictures."""
+        return (self.prompt_pictures.total + self.observation_pictures.total) / self.length
+
+    @property
     def tokens(self) -> float:
         """Tokens of all episodes of a step."""
         return self.episodes * self.length

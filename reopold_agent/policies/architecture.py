@@ -222,7 +222,7 @@ def from_config(name: str, values: Mapping[str, Any], source: str) -> Architectu
     except KeyError as error:
         raise ConfigError(f"{source} has no entry {error} that a plan needs") from error
     if sees or values.get("model_type") == "qwen2":
-        parameters = _decoder_parameters(shape)
+        parameters = decoder_parameters(shape)
     else:
         try:
             parameters = _count_parameters(values)
@@ -232,11 +232,11 @@ def from_config(name: str, values: Mapping[str, Any], source: str) -> Architectu
             raise ConfigError(message) from error
     shape = replace(shape, parameters=parameters)
     if tower is not None:
-        tower = replace(tower, parameters=_tower_parameters(tower))
+        tower = replace(tower, parameters=tower_parameters(tower))
     return Architecture(name, shape, tower, source, values.get("image_token_id"))
 
 
-def _decoder_parameters(text: TextShape) -> int:
+def decoder_parameters(text: TextShape) -> int:
     """Counts the parameters of a Qwen2 decoder: embeddings, matrices, biases and norms."""
     biases = (text.heads + 2 * text.kv_heads) * text.head_dim
     layer = text.layer_weights + biases + 2 * text.hidden
@@ -244,7 +244,7 @@ def _decoder_parameters(text: TextShape) -> int:
     return embeddings + text.layers * layer + text.hidden
 
 
-def _tower_parameters(tower: VisionShape) -> int:
+def tower_parameters(tower: VisionShape) -> int:
     """Counts the parameters of Qwen2.5-VL's vision tower: matrices, biases and norms."""
     block = tower.block_weights + 7 * tower.width + 2 * tower.mlp
     merger = tower.merger_weights + (tower.merge**2 + 1) * tower.width + tower.out

@@ -14,15 +14,13 @@ from reopold_agent.data.checks import RowError
 from reopold_agent.envs.data_env import DataEnv
 from reopold_agent.envs.from_config import BadTasks, checked_tasks
 from reopold_agent.envs.registration import task_seed
-from reopold_agent.errors import ConfigError, DataError, ModelError
+from reopold_agent.errors import DataError, ModelError
 from reopold_agent.policies.loading import Processing
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.from_config import make_runner
+from reopold_agent.rollout.lengths import prompt_limit
 from reopold_agent.rollout.runner import RolloutRunner
 from reopold_agent.types import IMAGE_MARK, Message
-
-VERL_PROMPT_TOKENS = 8192
-"""Longest prompt with ``engine=verl`` unless a setting says otherwise; its servers reserve it."""
 
 _MARKS = 32
 """Most tokens that a picture adds besides its own: marks around it, and its size in words."""
@@ -81,35 +79,6 @@ def checked_runner(config: TrainConfig, student: Processing) -> RolloutRunner:
     runner.check_template()
     runner.check_pictures()
     return runner
-
-
-def prompt_limit(config: TrainConfig, context: int | None) -> int | None:
-    """Returns the number of tokens of the longest prompt; None without a limit.
-
-    Args:
-        config: the run's.
-        context: longest sequence of the models, if they have one.
-
-    Raises:
-        ConfigError: prompt and response do not fit the context.
-    """
-    limit, response = config.engine.max_prompt_tokens, config.rollout.max_response_tokens
-    if context is None:
-        return limit
-    room = context - response - 1  # scoring adds a token
-    if room < 1:
-        raise ConfigError(
-            f"a response of {response} tokens leaves no room for a prompt in the models' context "
-            f"of {context}.\nLower rollout.max_response_tokens."
-        )
-    if limit is None:
-        return min(room, VERL_PROMPT_TOKENS) if config.engine.name == "verl" else room
-    if limit > room:
-        raise ConfigError(
-            f"a prompt of {limit} and a response of {response} tokens do not fit the models' "
-            f"context of {context}: lower engine.max_prompt_tokens or rollout.max_response_tokens"
-        )
-    return limit
 
 
 def _bad_tasks(

@@ -16,7 +16,7 @@ from reopold_agent.config import EngineConfig, ModelConfig, ServerConfig, TrainC
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.loading import resolve_path
-from reopold_agent.rollout.checks import prompt_limit
+from reopold_agent.rollout.lengths import episode_limit, prompt_limit
 from reopold_agent.train.engine import needs_teacher
 
 TEACHER_TOKENS_PER_PASS = 4096
@@ -328,9 +328,10 @@ def _server_dtype(config: TrainConfig, spec: ModelConfig, device: str) -> str:
 
 def _lengths(config: TrainConfig, context: int) -> tuple[int, int]:
     """Returns the longest prompt, and the longest sequence plus the token that scoring adds."""
-    prompt = prompt_limit(config, context)
-    assert prompt is not None  # a context limits it
-    return prompt, prompt + config.rollout.max_response_tokens + 1
+    prompt, length = prompt_limit(config, context), episode_limit(config, context)
+    assert prompt is not None  # a context limits both
+    assert length is not None
+    return prompt, length
 
 
 def _optimizer(config: TrainConfig) -> dict[str, Any]:
