@@ -224,22 +224,26 @@ def test_flops_of_a_step_by_hand() -> None:
     weights = 3 * (48 * 48 + 2 * 48 * 24 + 48 * 48 + 3 * 48 * 80)  # q, k and v, o, MLP
     head, per_pair = 48 * 160, 4 * 3 * 4 * 12
     whole = 2 * weights * 14 + per_pair * (14 * 15 / 2)
-    how = Training(checkpointing=True, lora=False, all_logits=True, recompute_old=True)
+    how = Training(checkpointing=True, lora=False, recompute_old=True)
     counted = step_flops(model, model, work(), how)
     assert counted.prompt == 2 * (2 * weights * 10 + per_pair * 55 + 2 * head)
     assert counted.decode == 6 * ((2 * weights + 2 * head) * 4 + per_pair * (11 + 12 + 13 + 14))
-    assert counted.teacher == counted.old_logp == 6 * (whole + 2 * head * 14)
-    assert counted.update == 6 * (4 * whole + 3 * 2 * head * 14)
+    assert counted.teacher == 6 * (whole + 2 * head * 14)  # a server: all tokens
+    assert counted.old_logp == 6 * (whole + 2 * head * 4)  # the student's tokens only
+    assert counted.update == 6 * (4 * whole + 4 * 2 * head * 4)
     assert counted.vision == 0
-    own = step_flops(model, None, work(), Training(False, False, False, False))
-    assert own.update == 6 * (3 * whole + 4 * 2 * head * 4)  # our loss: the student's tokens only
+    padded = step_flops(model, None, work(), replace(how, padding=0.5, old_padding=0.2))
+    assert padded.update == 6 * (2 * 4 * whole + 4 * 2 * head * 4)
+    assert padded.old_logp == pytest.approx(6 * (whole / 0.8 + 2 * head * 4))
+    own = step_flops(model, None, work(), Training(False, False, False))
+    assert own.update == 6 * (3 * whole + 4 * 2 * head * 4)
     assert own.teacher == own.old_logp == 0
 
 
 def test_pictures_and_observations_are_counted_where_they_are_seen() -> None:
     model = find_architecture("Qwen/Qwen2.5-VL-3B-Instruct")
     assert model.vision is not None
-    how = Training(checkpointing=False, lora=False, all_logits=True, recompute_old=True)
+    how = Training(checkpointing=False, lora=False, recompute_old=True)
     blind = step_flops(model, model, work(prompt_text=100), how)
     seeing = step_flops(model, model, work(prompt_text=36, prompt_pictures=PictureLoad(1, 64)), how)
     look = flops.vision_forward(model.vision, [64])

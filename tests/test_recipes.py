@@ -15,6 +15,9 @@ from running import command, composed
 
 from reopold_agent.cli.groups import prepare_groups
 from reopold_agent.errors import UnknownNameError
+from reopold_agent.plan.compose import plan_run
+from reopold_agent.plan.estimate import largest_pass
+from reopold_agent.train.verl.compose import lengths as verl_lengths
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "reopold_agent" / "configs" / "recipe"
@@ -217,6 +220,28 @@ def test_words_of_the_command_line_win(name: str) -> None:
     assert (config.batch.prompts, config.batch.mini_batch, config.batch.samples) == (8, 4, 8)
     assert (config.steps, config.seed, config.rollout.max_response_tokens) == (3, 5, 77)
     assert config.model.student.path == "elsewhere"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_fits_with_a_tenth_to_spare(name: str) -> None:
+    """On the paper's 8 x 80 GB, by the plan, whose lengths are those of verl's configuration."""
+    made = plan_run([f"recipe={name}", "gpus=8"])
+    assert not [line for line in made.warnings if "fit" in line or "cannot start" in line]
+    for role in made.memory:
+        phase, most = role.peak
+        assert most <= 0.9 * made.gpu.memory, (role.role, phase, most / made.gpu.memory)
+    context = 131072  # of the students; 128000 with pictures
+    prompt, longest = verl_lengths(made.config, context)
+    assert prompt == made.config.engine.max_prompt_tokens  # set, so that no context decides
+    largest = largest_pass(made.config, made.work, made.layout, updating=True)
+    assert largest.longest == longest
+    assert made.work.response_max == made.config.rollout.max_response_tokens
+    assert made.work.prompt <= prompt
+    shown = made.work.prompt_pictures.tokens, made.work.observation_pictures.tokens
+    limits = made.config.pixels.prompt, made.config.pixels.observation
+    for tokens, limit in zip(shown, limits, strict=True):
+        assert tokens <= limit.max_pixels / 784
+    assert bool(made.work.observation) == (made.config.rollout.max_turns > 1)
 
 
 def test_other_options_of_its_groups_win() -> None:

@@ -257,10 +257,11 @@ def largest_pass(config: TrainConfig, work: Workload, layout: Layout, *, updatin
     engine = config.engine
     budget = engine.max_tokens_per_micro_batch if updating else engine.max_tokens_per_pass
     longest = _longest(config, work)
-    found = max(_passes(config, work, layout, updating=updating), key=lambda each: each.computed)
+    passes = _passes(config, work, layout, updating=updating)
+    found = max(passes, key=lambda each: each.computed)
     if found.packed:
-        rows = max(1, round(budget / work.length))
-        return Pass(rows, longest, max(longest, float(budget)), packed=True)
+        full = min(float(budget), sum(each.tokens for each in passes))
+        return replace(found, longest=longest, tokens=max(longest, full))
     if found.computed >= longest:
         return found
     return Pass(1, longest, longest, packed=False)

@@ -79,7 +79,7 @@ class Rates:
     iteration: Rate
 
 
-MFU = 0.359
+MFU = 0.411
 """Share of peak FLOP/s in all passes but decoding. Only this and `ITERATION_SECONDS` are fitted, to
 one of the paper's five settings (`paper.FITTED_ON`)."""
 

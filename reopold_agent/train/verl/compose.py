@@ -198,7 +198,7 @@ def _storage_units(engine: EngineConfig, device: str) -> int:
 
 def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
     engine, spec = config.engine, config.model.student
-    prompt, length = _lengths(config, context)
+    prompt, length = lengths(config, context)
     tokens = max(engine.max_tokens_per_micro_batch, length)
     actor, rollout, model = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
     precision = engine.precision
@@ -255,7 +255,7 @@ def _teacher(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
     engine, spec = config.engine, config.model.teacher
     if spec is None:
         raise ConfigError("a teacher is needed, but model.teacher is null")
-    prompt, length = _lengths(config, context)
+    prompt, length = lengths(config, context)
     teacher = "distillation.teacher_models.teacher_model"
     inference = f"{teacher}.inference"
     loss = "distillation.distillation_loss"
@@ -326,7 +326,7 @@ def _server_dtype(config: TrainConfig, spec: ModelConfig, device: str) -> str:
     return "float32" if device == "cpu" or whole else "bfloat16"
 
 
-def _lengths(config: TrainConfig, context: int) -> tuple[int, int]:
+def lengths(config: TrainConfig, context: int) -> tuple[int, int]:
     """Returns the longest prompt, and the longest sequence plus the token that scoring adds."""
     prompt, length = prompt_limit(config, context), episode_limit(config, context)
     assert prompt is not None  # a context limits both
