@@ -433,13 +433,19 @@ def test_models_that_would_mix_rows_are_refused(
 # Runs
 
 
-def test_a_run_with_packed_rows_is_the_run_with_padded_ones(tmp_path: Path) -> None:
+def test_a_run_with_packed_rows_is_the_run_with_padded_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("steps=1", "evaluation.tasks=0", "engine.old_logp=recompute", "batch.prompts=2",
              "batch.mini_batch=1", "batch.samples=3", "checkpoint.every=0")  # fmt: skip
     found = {}
     for packed in ("false", "true"):
         train(tmp_path / packed, *words, f"engine.packed={packed}")
         found[packed] = train_rows(tmp_path / packed)
+        told = ", rows packed by sdpa" if packed == "true" else ""
+        assert f"local on cpu, float32{told}\n" in capsys.readouterr().out
+        saved = (tmp_path / packed / "final" / "config.json").read_text("utf-8")
+        assert "flash" not in saved
     assert found["false"][0]["perf/padding_share"] > 0.01
     for padded, row in zip(found["false"], found["true"], strict=True):
         assert row["perf/padding_share"] == 0

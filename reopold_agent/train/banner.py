@@ -120,6 +120,7 @@ def banner(
     device: str,
     precision: str,
     teacher: bool,
+    kernel: str | None = None,
 ) -> list[str]:
     """Returns the lines, of at most 80 columns unless a path is longer.
 
@@ -131,6 +132,7 @@ def banner(
         device: name of the device.
         precision: dtype of the computation.
         teacher: whether the run has a teacher.
+        kernel: attention kernel of packed rows; None where rows are padded.
     """
     models, batch, engine = config.model, config.batch, config.engine
     updates = batch.prompts // batch.mini_batch
@@ -148,7 +150,8 @@ def banner(
         "tokens": _tokens(config),
         "steps": f"{config.steps} x {_count(batch.prompts, 'prompt')} x "
         f"{_count(batch.samples, 'sample')}",
-        "engine": f"{engine.name} on {device}, {precision}",
+        "engine": f"{engine.name} on {device}, {precision}"
+        + ("" if kernel is None else f", rows packed by {kernel}"),
         "run": str(folder.path),
     }
     if teacher and models.teacher is not None:

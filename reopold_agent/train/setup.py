@@ -93,6 +93,7 @@ class LocalEngine(Engine):
                 device=device_name(device),
                 precision=str(autocast or torch.float32).removeprefix("torch."),
                 teacher=teacher is not None,
+                kernel=packed_kernel(config.engine, device.type),
             )
             show_banner(progress, lines, config, student, notes)
             loop = make_loop(
