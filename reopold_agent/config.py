@@ -557,8 +557,9 @@ class TrainConfig:
     """The complete configuration of a training run.
 
     Attributes:
-        objective: ``name`` and the settings of that objective, which
-            `reopold_agent.objectives.make_objective` validates, since plugins define their own.
+        objective: ``name``, ``importance_cap`` (see `importance_cap`) and the settings of that
+            objective, which `reopold_agent.objectives.make_objective` validates, since plugins
+            define their own.
         seed: seed of all random numbers.
         steps: training steps; 0 only evaluates (``engine=local``).
         resume: ``auto`` continues the run in the folder if there is one, ``never`` refuses to,
@@ -610,11 +611,43 @@ class TrainConfig:
         _one_of("on_nonfinite", self.on_nonfinite, ("fail", "skip"))
         if not isinstance(self.objective.get("name"), str):
             raise ConfigError("objective.name must be set, e.g. objective=reopold")
+        importance_cap(self.objective)
+
+    @property
+    def importance_cap(self) -> float | None:
+        """The largest importance weight of a token; None: no weights."""
+        return importance_cap(self.objective)
 
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits whose tasks the run uses."""
         return ("train", "eval") if self.evaluation.tasks else ("train",)
+
+
+COMMON_SETTINGS = ("name", "importance_cap")
+"""The keys below ``objective.`` that are not fields of the objective's class."""
+
+
+def importance_cap(objective: Mapping[str, Any]) -> float | None:
+    """Returns the setting that all objectives have, ``objective.importance_cap``: 2 by default.
+
+    It is the largest weight of a token in truncated importance sampling
+    (`reopold_agent.objectives.pieces.importance_weight`); None means no weights.
+
+    Args:
+        objective: the settings below ``objective.``.
+
+    Raises:
+        ConfigError: it is no number of at least 1.
+    """
+    where = "objective.importance_cap"
+    cap: float | None = _convert(float | None, objective.get("importance_cap", 2.0), where)
+    if cap is not None and cap < 1:
+        raise ConfigError(
+            f"{where} must be at least 1, the weight of a token that sampler and trainer agree "
+            f"on, got {cap:g}.\nSet null for no weights."
+        )
+    return cap
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:

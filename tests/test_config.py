@@ -13,6 +13,7 @@ from running import composed
 
 from reopold_agent.cli.groups import check_once, prepare_groups
 from reopold_agent.config import (
+    COMMON_SETTINGS,
     BatchConfig,
     ModelConfig,
     OptimizerConfig,
@@ -354,7 +355,7 @@ def objective(*words: str) -> Objective:
 def test_the_file_of_every_objective_lists_its_settings(name: str) -> None:
     """The file lists every setting, with the class's own defaults."""
     config, _ = composed(f"objective={name}")
-    settings = {key: value for key, value in config.objective.items() if key != "name"}
+    settings = {k: v for k, v in config.objective.items() if k not in COMMON_SETTINGS}
     made = make_objective(name, settings)
     assert config.objective["name"] == name
     assert set(settings) == {f.name for f in dataclasses.fields(made)}  # type: ignore[arg-type]
@@ -388,6 +389,9 @@ def test_an_objective_s_groups_fit_what_it_compares() -> None:
         "objective=grpo objective.curiosity_target=2",
         "objective=grpo objective.rounds=0",
         "objective=sft objective.source=expert",
+        "objective.importance_cap=0.9",
+        "objective=grpo objective.importance_cap=much",
+        "objective=sft objective.importance_cap=true",
     ],
 )
 def test_an_objective_s_setting_that_cannot_work_is_named(words: str) -> None:

@@ -157,6 +157,7 @@ def test_every_objective_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n
         )
         masked = name in ("reopold", "rkl_sg_clip_entropy")
         assert ("entropy/threshold" in row) == masked
+        assert (row.get("importance/mean") == 1.0) == (name not in ("gkd", "sft"))
         assert ("reward/floor" in row) == (masked or name == "rkl_sg_clip")
         assert ("reward/mean" in row) == (name != "grpo")
     with warnings.catch_warnings():

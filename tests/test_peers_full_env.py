@@ -29,6 +29,7 @@ from reopold_agent.objectives.divergence import (
     topk_divergence,
 )
 from reopold_agent.objectives.grpo import group_advantages
+from reopold_agent.objectives.pieces import importance_weight, scale_gradient
 
 pytestmark = pytest.mark.full_env
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -157,6 +158,101 @@ def test_verl_policy_loss_and_aggregation(algos: Any, mode: str, high: float) ->
         objective = replace(AGGREGATES[mode], clip_high=high)
         # Their token mean divides by length + 1e-8, their float64 sums differ in order.
         assert same(ours(objective, values), theirs, values["logp"])
+
+
+def weighted(
+    objective: Objective, values: dict[str, Tensor], sampler: Tensor, cap: float
+) -> Tensor:
+    """Our gradient with importance weights."""
+    weight = importance_weight(values["logp_old"], sampler, cap)
+    scaled = {**values, "logp": scale_gradient(values["logp"], weight)}
+    loss = whole_loss(objective, TokenBatch(**scaled))
+    return torch.autograd.grad(loss, values["logp"])[0]
+
+
+@pytest.mark.parametrize("mode", AGGREGATES)
+@pytest.mark.parametrize("cap", [1.0, 2.0])
+def test_verl_importance_weights(algos: Any, mode: str, cap: float) -> None:
+    from verl.trainer.ppo import rollout_corr_helper as correction
+
+    values = batch_of(5)
+    generator = torch.Generator().manual_seed(0)
+    gap = torch.randn(ROWS, TIME, generator=generator, dtype=torch.float64)
+    gap[0, :2] = torch.tensor([-math.inf, math.inf])  # their limits are e^-20 and e^20
+    sampler, mask = values["logp_old"] - gap, values["loss_mask"].double()
+    weight = importance_weight(values["logp_old"], sampler, cap)
+    theirs, figures = correction.compute_rollout_correction_weights(
+        gap, mask, rollout_is="token", rollout_is_threshold=cap
+    )
+    torch.testing.assert_close(weight * mask, theirs, rtol=1e-12, atol=3e-9)
+    assert 0.1 < figures["rollout_is_ratio_fraction_high"] < 0.9
+    loss, _ = algos.compute_policy_loss_vanilla(
+        values["logp_old"],
+        values["logp"],
+        values["advantage"],
+        mask,
+        loss_agg_mode=mode,
+        config=actor(mode),
+        rollout_is_weights=theirs,
+    )
+    (gradient,) = torch.autograd.grad(loss, values["logp"])
+    found = weighted(AGGREGATES[mode], values, sampler, cap)
+    torch.testing.assert_close(found, gradient, rtol=1e-7, atol=1e-7)
+    assert not torch.allclose(ours(AGGREGATES[mode], values)[1], gradient, atol=1e-4)
+
+
+def test_verl_weighs_the_rows_of_its_engine(algos: Any) -> None:
+    """Rows of different lengths on their way from verl's table to our loss."""
+    from omegaconf import OmegaConf
+    from tensordict import TensorDict
+
+    from reopold_agent.objectives import Needs
+    from reopold_agent.train.verl.loss import WEIGHTS, token_batch
+    from reopold_agent.train.verl.trainer import importance_weights
+
+    values = {name: value.detach() for name, value in batch_of(6).items()}
+    lengths, mask = values["loss_mask"].sum(1).tolist(), values["loss_mask"].clone()
+    mask[0, 3] = False  # an observation
+    sampler = values["logp_old"] - torch.linspace(-1, 1, ROWS * TIME).reshape(ROWS, TIME)
+
+    def nested(rows: Tensor, prompt: int = 0) -> Tensor:
+        parts = [
+            torch.cat([row.new_zeros(prompt), row[:n]])
+            for row, n in zip(rows, lengths, strict=True)
+        ]
+        return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+    prompt = torch.zeros(2, dtype=torch.int64)
+    fields = {
+        "prompts": torch.nested.as_nested_tensor([prompt] * ROWS, layout=torch.jagged),
+        "responses": nested(torch.zeros(ROWS, TIME, dtype=torch.int64)),
+        "response_mask": nested(mask.long()),
+        "rollout_log_probs": nested(sampler),
+        "old_log_probs": nested(values["logp_old"]),
+        "entropy": nested(values["entropy"]),
+    }
+    table = TensorDict(fields, batch_size=ROWS)
+    off = OmegaConf.create({"rollout_is": None})
+    assert importance_weights(table, off) == {}
+    settings = OmegaConf.create({"rollout_is": "token", "rollout_is_threshold": 2.0})
+    made = importance_weights(table, settings)
+    data = TensorDict({**fields, **made}, batch_size=ROWS)
+
+    whole = nested(values["logp"], 2)
+    leaf = whole.values().clone().requires_grad_()
+    logp = torch.nested.nested_tensor_from_jagged(leaf, whole.offsets())
+    tokens = token_batch(logp, data, Needs.OUTCOME & Needs.TEACHER, weighted=True)
+    tokens.logp[tokens.loss_mask].sum().backward()
+    expected = importance_weight(values["logp_old"], sampler, 2.0)[mask]
+    got = leaf.grad
+    assert got is not None
+    torch.testing.assert_close(got[got != 0], expected)
+    assert (expected == 2.0).any()
+    plain = token_batch(logp, data, Needs.OUTCOME & Needs.TEACHER, weighted=False)
+    assert torch.equal(plain.logp, tokens.logp)
+    data.pop(WEIGHTS)  # lost on the way: an error, not plain tokens
+    with pytest.raises(KeyError, match=WEIGHTS):
+        token_batch(logp, data, Needs.OUTCOME & Needs.TEACHER, weighted=True)
 
 
 def test_verl_has_a_second_clip_for_bad_responses(algos: Any) -> None:

@@ -453,7 +453,8 @@ def test_an_installed_objective_is_an_option_with_its_fields_as_settings(
     done = train("objective=clamped_rkl", "--cfg", "job", path=[objective], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     composed = yaml.safe_load(done.stdout)
-    assert composed["objective"] == {"name": "clamped_rkl", "limit": 2.5, "first_steps": 0}
+    own = {"name": "clamped_rkl", "limit": 2.5, "first_steps": 0}
+    assert composed["objective"] == {**own, "importance_cap": 2.0}
     assert composed["default_batch"] == "single"
     for words, told in (
         ("objective.limit=0", "objective.limit must be positive, got 0.0"),

@@ -14,6 +14,7 @@ from running import composed
 from reopold_agent.errors import ConfigError
 from reopold_agent.train.engine import needs_teacher, run_objective
 from reopold_agent.train.verl.compose import check_supported, verl_config
+from reopold_agent.train.verl.overrides import INSTEAD
 
 pytestmark = pytest.mark.full_env
 
@@ -98,6 +99,27 @@ def test_overrides_come_last_and_unknown_keys_are_refused() -> None:
     assert settings("recipe=paper_agentic", word).actor_rollout_ref.rollout.max_num_seqs == 7
     with pytest.raises(ConfigError, match=r"no setting 'trainer\.nodes'"):
         settings("recipe=paper_agentic", "+engine.overrides={trainer.nodes: 7}")
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("recipe=paper_agentic", ("token", 2.0)), ("objective.importance_cap=3", ("token", 3.0)),
+     ("objective.importance_cap=null", (None, 2.0))],
+)  # fmt: skip
+def test_the_cap_is_verls_own_threshold(word: str, expected: tuple[Any, float]) -> None:
+    correction = settings("recipe=paper_agentic", word).algorithm.rollout_correction
+    assert (correction.rollout_is, correction.rollout_is_threshold) == expected
+    assert not correction.bypass_mode
+    assert correction.rollout_rs is None
+
+
+def test_the_keys_of_verl_that_nothing_reads_exist() -> None:
+    from omegaconf import OmegaConf
+
+    theirs = settings("recipe=paper_agentic")
+    absent = object()
+    for key in INSTEAD:
+        assert OmegaConf.select(theirs, key, default=absent) is not absent, key
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reopold_agent.errors import CheckpointError, ModelError, NonFiniteError, StorageError
+from reopold_agent.errors import (
+    CheckpointError,
+    ConfigError,
+    ModelError,
+    NonFiniteError,
+    StorageError,
+)
 from reopold_agent.objectives import Reopold, TokenBatch
 from reopold_agent.train.collect import step_episodes
 from reopold_agent.train.data_order import DataOrder
@@ -26,6 +32,7 @@ from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.verl.checkpoints import newest_checkpoint, save_checkpoint, steps_of
 from reopold_agent.train.verl.client import aligned_scores
 from reopold_agent.train.verl.follow import Follower
+from reopold_agent.train.verl.overrides import check_overrides
 from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, to_row
 from reopold_agent.train.verl.stop import StoppedError, StopRequest
 from reopold_agent.train.verl.tasks import StepTasks
@@ -117,6 +124,28 @@ def test_teacher_scores_are_checked_and_shifted() -> None:
     infinite[position - 1] = -np.inf
     with pytest.raises(NonFiniteError, match="not finite"):
         aligned_scores(t, ids, infinite)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"algorithm.rollout_correction.rollout_is": "token"}, "Set objective.importance_cap ins"),
+        ({"algorithm": {"rollout_correction": {"bypass_mode": True}}}, "objective.importance_cap"),
+        ({"algorithm.use_kl_in_reward": True}, "Set objective= and its settings instead."),
+        ({"actor_rollout_ref.actor": {"ppo_epochs": 2}}, "Set batch.* instead."),
+        ({"actor_rollout_ref.rollout.temperature": 0.7}, "Set sampling.* instead."),
+        ({"trainer.test_freq": 5}, "Set evaluation.* instead."),
+    ],
+)
+def test_verls_settings_that_would_not_act_are_refused(
+    overrides: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(overrides)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert told in lines[1]
+    check_overrides({"trainer.balance_batch": False, "actor_rollout_ref.rollout.max_num_seqs": 7})
 
 
 @pytest.mark.parametrize(("tasks", "prompts"), [(10, 4), (3, 5), (7, 7)])

@@ -23,6 +23,7 @@ from step_rows import update_rows
 
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.objectives import Needs, Reopold
+from reopold_agent.objectives.pieces import importance_weight
 from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.tracking.metrics import read_json_lines
 from reopold_agent.train.rows import Row
@@ -127,6 +128,8 @@ def test_rows_files_and_phases_are_those_of_the_local_engine(run: Any) -> None:
         assert row["grad_norm"] > 0
         # Server and trainer agree on the samples, after every synchronisation of the weights.
         assert row["sync/logp_gap_max"] < 1e-3
+        assert row["importance/mean"] == pytest.approx(1, abs=1e-4)
+        assert row["importance/capped_share"] == 0
     assert rows[0]["mask/kept_share"] == pytest.approx(rows[0]["mask/exploration_share"])
     assert rows[1]["mask/kept_share"] == pytest.approx(rows[1]["mask/refinement_share"])
     summary = json.loads((folder / "summary.json").read_text())
@@ -160,6 +163,9 @@ def test_an_update_is_the_local_engines(run: Any, step: int) -> None:
     settings = OptimizerConfig(lr=3e-4, beta1=0.9, beta2=0.95, weight_decay=0.0)
     updater = Updater(policy(student), objective, settings, max_tokens=8192)
     rows = [Row(t, old_logp=s.logp, entropy=s.entropy) for t, s in zip(batch, own, strict=True)]
+    for each, score in zip(rows, own, strict=True):
+        logps = torch.from_numpy(score.logp), torch.from_numpy(each.trajectory.logp)
+        each.weight = importance_weight(*logps, cap=2.0).numpy()
     stats = update_rows(updater, [rows], step)
     assert stats.kept_share == pytest.approx(row["mask/kept_share"])
     assert stats.loss == pytest.approx(row["loss"], rel=1e-4)

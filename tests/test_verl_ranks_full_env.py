@@ -19,7 +19,7 @@ import torch
 from running import environment
 from step_rows import rows_of, update_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from verl_ranks import OBJECTIVE, Case
+from verl_ranks import OBJECTIVE, Case, importance_weights
 
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.policies.transformers_policy import TransformersPolicy
@@ -151,7 +151,10 @@ def test_gradients_are_the_local_engines(
     settings = OptimizerConfig(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, max_grad_norm=1e9)
     updater = Updater(policy, OBJECTIVE, settings, max_tokens=4096)
     updater.optimizer.step = lambda: None  # type: ignore[assignment]  # only the gradients matter
-    update_rows(updater, [rows_of([t for part in case.rows for t in part])], 0)
+    rows = rows_of([t for part in case.rows for t in part])
+    for row in rows:
+        row.weight = importance_weights(row.trajectory)
+    update_rows(updater, [rows], 0)
     named = policy.adapter.model.named_parameters()
     expected = {name: p.grad for name, p in named if p.grad is not None}
     largest = max(float(gradient.abs().max()) for gradient in expected.values())

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from reopold_agent.objectives import Reopold
-from reopold_agent.types import Trajectory
+from reopold_agent.types import FloatArray, Trajectory
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,9 @@ def run(case: Case, rank: int) -> dict[bool, dict[str, Any]]:
         }
         with engine.train_mode():
             engine.optimizer_zero_grad()
-            engine.forward_backward_batch(batch(case, rank, packed), ObjectiveLoss(OBJECTIVE))
+            engine.forward_backward_batch(
+                batch(case, rank, packed), ObjectiveLoss(OBJECTIVE, weighted=True)
+            )
             gradients = {
                 name: parameter.grad.full_tensor().clone()
                 for name, parameter in engine.module.named_parameters()
@@ -74,11 +77,16 @@ def run(case: Case, rank: int) -> dict[bool, dict[str, Any]]:
     return found
 
 
+def importance_weights(trajectory: Trajectory) -> FloatArray:
+    """Weights that differ between the tokens of a trajectory."""
+    return np.linspace(0.5, 2.0, len(trajectory.ids), dtype=np.float32)
+
+
 def batch(case: Case, rank: int, packed: bool, **more: Any) -> Any:
     """Returns this rank's rows as verl's trainer sends them."""
     from verl.utils.tensordict_utils import assign_non_tensor, list_of_dict_to_tensordict
 
-    from reopold_agent.train.verl.loss import STEP, THRESHOLD
+    from reopold_agent.train.verl.loss import STEP, THRESHOLD, WEIGHTS
     from reopold_agent.train.verl.records import to_row
 
     rows = []
@@ -86,7 +94,9 @@ def batch(case: Case, rank: int, packed: bool, **more: Any) -> Any:
         start = trajectory.prompt_length
         old = torch.from_numpy(trajectory.logp[start:])
         entropy = torch.from_numpy(trajectory.entropy[start:])
-        rows.append({**to_row(trajectory), "old_log_probs": old, "entropy": entropy})
+        weight = torch.from_numpy(importance_weights(trajectory)[start:])
+        values = {"old_log_probs": old, "entropy": entropy, WEIGHTS: weight}
+        rows.append({**to_row(trajectory), **values})
     data = list_of_dict_to_tensordict(rows)
     assign_non_tensor(
         data,

@@ -137,6 +137,17 @@ class Objective:
         return Needs.TEACHER
 
     @property
+    def weighs_tokens(self) -> bool:
+        """Whether a token's term is an expectation over the student's draw of that token.
+
+        Then importance weights apply to it (``objective.importance_cap``): the engine multiplies
+        what the loss sends back through ``TokenBatch.logp`` by them. It is false for
+        demonstrations, which the student did not draw, and for divergences, which sum over all
+        tokens that it might have drawn.
+        """
+        return not self.needs & (Needs.DEMONSTRATIONS | Needs.DISTRIBUTIONS)
+
+    @property
     def max_rollout_rounds(self) -> int:
         """How many times a step may roll out prompts to replace those that `informative` drops."""
         return 1

@@ -8,6 +8,7 @@ formulas that are missing from its text.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +111,42 @@ def refinement_mask(entropy: Tensor, loss_mask: Tensor, threshold: float) -> Ten
 def importance_ratio(logp: Tensor, logp_old: Tensor) -> Tensor:
     """Returns ``exp(log pi - log pi_old)``, with the gradient of ``logp``."""
     return torch.exp(at_least_float32(logp) - at_least_float32(logp_old.detach()))
+
+
+def importance_weight(logp_old: Tensor, logp_sampler: Tensor, cap: float) -> Tensor:
+    """Returns ``min(exp(log pi_old - log mu), cap)``: truncated importance sampling.
+
+    It corrects for a sampler ``mu`` whose numbers differ from the trainer's (other kernels, another
+    precision) although their weights are the same (Yao et al. 2025, "Your efficient RL framework
+    secretly brings you off-policy RL training"; verl's ``rollout_is=token``). It is NaN where a
+    log-prob is NaN or both are minus infinity.
+
+    Args:
+        logp_old: log-probs of the sampled tokens by the trainer, before the update.
+        logp_sampler: the same by the sampler.
+        cap: the largest weight.
+    """
+    return torch.exp(at_least_float32(logp_old) - at_least_float32(logp_sampler)).clamp(max=cap)
+
+
+def scale_gradient(values: Tensor, scale: Tensor) -> Tensor:
+    """Returns ``values``, whose gradient is multiplied by ``scale`` (same shape, constant).
+
+    So each token's term of a loss that is a sum over tokens is weighted, whatever the loss.
+    """
+    scaled: Tensor = _ScaleGradient.apply(values, scale.detach())  # type: ignore[no-untyped-call]
+    return scaled
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.saved_tensors[0], None
 
 
 def ppo_clipped(ratio: Tensor, reward: Tensor) -> Tensor:

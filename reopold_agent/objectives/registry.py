@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from reopold_agent.config import build
+from reopold_agent.config import COMMON_SETTINGS, build, importance_cap
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives.base import Objective
 from reopold_agent.objectives.distillation import (
@@ -67,6 +67,10 @@ for _name, _kind in {
 def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
     """Makes the objective of that name with these settings.
 
+    Args:
+        name: of the objective.
+        settings: its own and those that all objectives have, which are only checked here.
+
     Raises:
         UnknownNameError: no such objective; the message lists those that exist.
         ConfigError: a setting is unknown or out of range; the message names it.
@@ -74,5 +78,13 @@ def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
     kind = OBJECTIVES.get(name)
     if not (dataclasses.is_dataclass(kind) and issubclass(kind, Objective)):
         raise ConfigError(f"objective '{name}' is not a dataclass derived from Objective")
-    objective: Objective = build(kind, settings, "objective.")
+    taken = sorted({field.name for field in dataclasses.fields(kind)} & set(COMMON_SETTINGS))
+    if taken:
+        raise ConfigError(
+            f"objective '{name}' has a field '{taken[0]}', but objective.{taken[0]} is a setting "
+            f"of every objective.\nRename the field of {kind.__module__}.{kind.__qualname__}."
+        )
+    importance_cap(settings)
+    own = {key: value for key, value in settings.items() if key not in COMMON_SETTINGS}
+    objective: Objective = build(kind, own, "objective.")
     return objective

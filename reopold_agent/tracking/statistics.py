@@ -196,6 +196,29 @@ def gap_statistics(
     return {"sync/logp_gap_mean": float(values.mean()), "sync/logp_gap_max": float(values.max())}
 
 
+def importance_statistics(
+    trajectories: Sequence[Trajectory], logp: Sequence[FloatArray], cap: float
+) -> dict[str, float]:
+    """Describes the weights of truncated importance sampling.
+
+    Args:
+        trajectories: trajectories with the sampler's ``logp``.
+        logp: the trainer's log-probs before the update, per trajectory (L,) float32.
+        cap: the largest weight.
+
+    Returns:
+        ``importance/mean``, of the weights after the cap, and ``importance/capped_share`` over the
+        sampled tokens; empty without tokens.
+    """
+    pairs = zip(trajectories, logp, strict=True)
+    gap = _concatenate([(trainer_L - t.logp)[t.loss_mask] for t, trainer_L in pairs])
+    if not gap.size:
+        return {}
+    capped = gap > math.log(cap)
+    weight = np.exp(np.where(capped, math.log(cap), gap).astype(np.float64))
+    return {"importance/mean": _mean(weight), "importance/capped_share": _mean(capped)}
+
+
 def evaluation_statistics(
     trajectories: Sequence[Trajectory], confidence: float = 0.95
 ) -> dict[str, Any]:

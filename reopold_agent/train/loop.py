@@ -42,6 +42,7 @@ class TrainingLoop:
         roles: the policies that learn, generate and teach.
         collector: rolls out, or reads, the trajectories of a step.
         behaviour_source: the source of log-probs before the update: `behaviour.old_logp_source`.
+        importance_cap: the largest importance weight of a token; None: no weights.
         scoring: the teacher's scoring; None for objectives that need none.
         updater: makes the updates; owns the optimizer.
         following: updates a teacher that follows its student; else None.
@@ -57,6 +58,7 @@ class TrainingLoop:
     roles: Roles
     collector: Collector
     behaviour_source: str
+    importance_cap: float | None
     scoring: Scoring | None
     updater: Updater
     following: FollowingTeacher | None
@@ -120,8 +122,11 @@ class TrainingLoop:
         self.roles.rest()
         clock.lap("sync")
 
-        # Behaviour: the student's log-probs and entropies before the update.
-        invalid = set_behaviour(batch.chosen, self.roles.trainer, self.behaviour_source)
+        # Behaviour: the student's log-probs and entropies before the update, and importance
+        # weights where the sampler computed other log-probs.
+        invalid = set_behaviour(
+            batch.chosen, self.roles.trainer, self.behaviour_source, self.importance_cap
+        )
         batch.drop(self.guard.reject(invalid))
         clock.lap("old_logp")
 

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from reopold_agent.common.files import write_json_atomic
-from reopold_agent.config import TrainConfig, config_differences
+from reopold_agent.config import COMMON_SETTINGS, TrainConfig, config_differences
 from reopold_agent.data.demonstrations import Demonstration
 from reopold_agent.data.fingerprint import demonstrations_digest
 from reopold_agent.errors import CheckpointError
@@ -25,7 +25,10 @@ FREE_TO_CHANGE = ("resume", "checkpoint", "logging", "tracking", "tools", "on_no
 
 def filled_in(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an objective's settings with the saved values of those that are left to the run."""
-    return {key: saved.get(key) if value is None else value for key, value in settings.items()}
+    return {
+        key: saved.get(key) if value is None and key not in COMMON_SETTINGS else value
+        for key, value in settings.items()
+    }
 
 
 class RunState:

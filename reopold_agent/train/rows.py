@@ -30,6 +30,7 @@ class Row:
         trajectory: the episode as tokens.
         old_logp: (L,) float32, nats: the trainer's log-probs before the update; None until known.
         entropy: (L,) float32, nats: entropies of the same distributions; None until known.
+        weight: (L,) float32: importance weights of the tokens; None where none are used.
         pending_score: the teacher's scoring, if it runs beside the rollout.
         use: reward and mask that the tokens were trained with; None without an update.
     """
@@ -37,6 +38,7 @@ class Row:
     trajectory: Trajectory
     old_logp: FloatArray | None = None
     entropy: FloatArray | None = None
+    weight: FloatArray | None = None
     pending_score: Future[Any] | None = field(default=None, repr=False)
     use: TokenUse | None = None
 

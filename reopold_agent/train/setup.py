@@ -308,6 +308,7 @@ def make_loop(
         roles=roles,
         collector=collector,
         behaviour_source=old_logp_source(source, roles.trainer),
+        importance_cap=config.importance_cap if objective.weighs_tokens else None,
         scoring=scoring,
         updater=updater,
         following=following,

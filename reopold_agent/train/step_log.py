@@ -13,6 +13,7 @@ from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.statistics import (
     distillation_statistics,
     gap_statistics,
+    importance_statistics,
     rollout_statistics,
 )
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
@@ -26,7 +27,11 @@ from reopold_agent.types import StopReason, Trajectory
 
 
 def training_metrics(
-    objective: Objective, step: int, rows: Sequence[Row], update: UpdateStats
+    objective: Objective,
+    step: int,
+    rows: Sequence[Row],
+    update: UpdateStats,
+    importance_cap: float | None = None,
 ) -> dict[str, Any]:
     """Returns the metrics of a step that every engine logs.
 
@@ -35,6 +40,7 @@ def training_metrics(
         step: training step from 0.
         rows: the rows that the update was made on.
         update: the figures of the update.
+        importance_cap: the largest importance weight (``objective.importance_cap``).
     """
     pairs = [row.behaviour for row in rows]
     return {
@@ -42,6 +48,7 @@ def training_metrics(
         "step": step,
         "phase": objective.phase(step),
         **update.row(),
+        **_importance(objective, rows, importance_cap),
         **distillation_statistics(
             trajectories_of(rows),
             floor=objective.floor,
@@ -50,6 +57,12 @@ def training_metrics(
             entropy=[entropy for _, entropy in pairs],
         ),
     }
+
+
+def _importance(objective: Objective, rows: Sequence[Row], cap: float | None) -> dict[str, float]:
+    if cap is None or not objective.weighs_tokens:
+        return {}
+    return importance_statistics(trajectories_of(rows), [row.behaviour[0] for row in rows], cap)
 
 
 def sampler_gap(rows: Sequence[Row]) -> dict[str, float]:
@@ -105,7 +118,9 @@ class StepLog:
             clock: the seconds of the step's parts so far.
         """
         row = {
-            **training_metrics(self._objective, step, batch.chosen, update),
+            **training_metrics(
+                self._objective, step, batch.chosen, update, self._config.importance_cap
+            ),
             **self._rollout_metrics(batch.trajectories),
             "rollout/trained_share": len(batch.chosen) / len(batch.rows),
             "perf/padding_share": self._roles.take_passes().padding_share,

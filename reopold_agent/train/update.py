@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.objectives import Needs, Objective, TokenBatch
+from reopold_agent.objectives.pieces import scale_gradient
 from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.tracking.trajectories import TokenUse
@@ -269,6 +270,9 @@ class Updater:
             pairs = zip(trajectories, values, strict=True)
             return flat([np.full(len(t.ids), value, np.float32) for t, value in pairs])
 
+        weights = [row.weight for row in rows if row.weight is not None]
+        if weights:
+            logp_N = scale_gradient(logp_N, flat(weights)[0])
         teacher = [t.teacher_logp for t in trajectories if t.teacher_logp is not None]
         advantage = [t.advantage for t in trajectories if t.advantage is not None]
         if objective.needs & Needs.TEACHER and len(teacher) != len(trajectories):

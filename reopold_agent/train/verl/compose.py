@@ -18,6 +18,7 @@ from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.loading import resolve_path
 from reopold_agent.rollout.lengths import episode_limit, prompt_limit
 from reopold_agent.train.engine import needs_teacher
+from reopold_agent.train.verl.overrides import check_overrides
 
 TEACHER_TOKENS_PER_PASS = 4096
 """Tokens of one pass of the teacher's servers. Prompt log-probs take ``tokens x vocabulary x 4``
@@ -56,6 +57,7 @@ def check_supported(config: TrainConfig, objective: Objective) -> None:
             f"engine=verl starts vLLM servers for both roles; leave policy.{others[0]} at its "
             "default (policy=transformers), or use engine=local"
         )
+    check_overrides(config.engine.overrides)
     student_gpus(config.engine, needs_teacher(config, objective))
     if config.engine.old_logp != "recompute":
         raise ConfigError(
@@ -180,7 +182,7 @@ def _trainer(config: TrainConfig, folder: Path, with_teacher: bool, device: str)
         "data.dataloader_num_workers": 0,
         "algorithm.adv_estimator": "grpo",  # unused: the objective has its own
         "algorithm.use_kl_in_reward": False,
-        "algorithm.rollout_correction.bypass_mode": False,
+        **_importance_weights(config.importance_cap),
         "critic.enable": False,
         "reward.num_workers": 1,  # unused: the environment gives the reward
         "reward.reward_model.enable": False,
@@ -190,6 +192,19 @@ def _trainer(config: TrainConfig, folder: Path, with_teacher: bool, device: str)
             engine, device
         ),
     }
+
+
+def _importance_weights(cap: float | None) -> dict[str, Any]:
+    """Returns the settings of verl's own truncated importance sampling (`Trainer` runs it)."""
+    settings = {
+        "bypass_mode": False,
+        "rollout_is": None if cap is None else "token",
+        "rollout_is_threshold": 2.0 if cap is None else cap,
+        "rollout_is_batch_normalize": False,
+        "rollout_rs": None,
+        "rollout_rs_threshold": None,
+    }
+    return {f"algorithm.rollout_correction.{key}": value for key, value in settings.items()}
 
 
 def _storage_units(engine: EngineConfig, device: str) -> int:

@@ -19,6 +19,8 @@ import torch
 import transfer_queue
 from tensordict import TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
+from verl.protocol import DataProto
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
@@ -41,7 +43,7 @@ from reopold_agent.train.token_use import expected_use
 from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.update import UpdateStats
 from reopold_agent.train.verl.checkpoints import save_checkpoint
-from reopold_agent.train.verl.loss import STEP, THRESHOLD, ObjectiveLoss
+from reopold_agent.train.verl.loss import STEP, THRESHOLD, WEIGHTS, ObjectiveLoss
 from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, plain_rows
 from reopold_agent.train.verl.rollouts import TRAIN, RolloutManager
 from reopold_agent.train.verl.stop import StoppedError, StopRequest
@@ -127,7 +129,8 @@ class Trainer(PPOTrainerSync):
 
     def on_init_end(self) -> None:
         """Sets the loss, bans ids at all servers, and sends them the weights."""
-        self.actor_rollout_wg.set_loss_fn(ObjectiveLoss(self.objective))
+        weighted = self.run_config.importance_cap is not None
+        self.actor_rollout_wg.set_loss_fn(ObjectiveLoss(self.objective, weighted=weighted))
         replicas = [*self.llm_server_manager.get_replicas(), *self._teachers()]
         ray.get(
             [
@@ -213,7 +216,7 @@ class Trainer(PPOTrainerSync):
         return super()._balance_batch(batch, metrics, *more, **settings)
 
     def _compute_advantage(self, batch: Any, metrics: dict[str, Any]) -> Any:
-        """Computes threshold and advantages over the whole batch, before it is split."""
+        """Computes threshold, weights and advantages over the whole batch, before it is split."""
         live = [not tag.get("is_padding", False) for tag in batch.tags]
         fields = ["prompts", "responses", "response_mask", "rollout_log_probs", "old_log_probs"]
         fields += ["entropy", EPISODE]  # without pictures
@@ -231,20 +234,22 @@ class Trainer(PPOTrainerSync):
         if findings:
             raise NonFiniteError(describe(self.global_steps - 1, findings))
         self._threshold = entropy_threshold(self.objective, rows)
-        if Needs.OUTCOME not in self.objective.needs:
+        made = importance_weights(table, self.config.algorithm.rollout_correction)
+        if Needs.OUTCOME in self.objective.needs:
+            set_advantages(self.objective, rows)
+            advantages = iter([a for row in rows if (a := row.trajectory.advantage) is not None])
+            mask = table["response_mask"]
+            padded = mask.to_padded_tensor(0)
+            values_BT = torch.zeros(padded.shape, dtype=torch.float32)
+            for index, use in enumerate(live):
+                values_BT[index] = next(advantages) if use else 0.0
+            made["advantages"] = response_to_nested(values_BT * padded, mask)
+        if not made:
             return batch
-        set_advantages(self.objective, rows)
-        advantages = iter([a for row in rows if (a := row.trajectory.advantage) is not None])
-        mask = table["response_mask"]
-        padded = mask.to_padded_tensor(0)
-        values_BT = torch.zeros(padded.shape, dtype=torch.float32)
-        for index, use in enumerate(live):
-            values_BT[index] = next(advantages) if use else 0.0
-        nested = response_to_nested(values_BT * padded, mask)
         return transfer_queue.kv_batch_put(
             keys=batch.keys,
             partition_id=batch.partition_id,
-            fields=TensorDict({"advantages": nested}, batch_size=len(batch)),
+            fields=TensorDict(made, batch_size=len(batch)),
         )
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -332,7 +337,9 @@ class Trainer(PPOTrainerSync):
         trajectories = trajectories_of(self._rows)
         wanted = self.run_config.batch.prompts * self.run_config.batch.samples
         row = {
-            **training_metrics(self.objective, step, self._rows, self._update),
+            **training_metrics(
+                self.objective, step, self._rows, self._update, self.run_config.importance_cap
+            ),
             **rollout_statistics(trajectories),
             "rollout/dropped": float(wanted - len(trajectories)),
             "rollout/trained_share": len(trajectories) / wanted,
@@ -438,6 +445,21 @@ class Trainer(PPOTrainerSync):
             self.checkpoint_manager.update_weights(self.global_steps)  # wakes the student
         result = EvaluationResult.of(played)
         self.metrics.write(evaluation_row(result, who, step, sampling, curve=curve))
+
+
+def importance_weights(table: TensorDict, settings: Any) -> dict[str, Any]:
+    """Returns verl's importance weights of a batch, nested, by their field `WEIGHTS`.
+
+    Args:
+        table: the batch, with ``response_mask``, ``rollout_log_probs`` and ``old_log_probs``.
+        settings: verl's ``algorithm.rollout_correction``; without weights nothing is returned.
+    """
+    if settings.rollout_is is None:
+        return {}
+    names = ("response_mask", "rollout_log_probs", "old_log_probs")
+    data = DataProto(batch=table.select(*names).to_padded_tensor())
+    data, _ = compute_rollout_correction_and_add_to_batch(data, settings)
+    return {WEIGHTS: response_to_nested(data.batch[WEIGHTS], table["response_mask"])}
 
 
 def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
