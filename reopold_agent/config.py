@@ -329,15 +329,18 @@ class ServerConfig:
         memory_share: share of each GPU's memory.
         max_sequences: concurrent requests per server.
         eager: run without CUDA graphs (slower, but starts sooner).
+        stall_seconds: a server that gives no request a token for so long has stopped. There is no
+            limit on the time of a request, nor on its time in the queue.
     """
 
     tensor_parallel: int = 1
     memory_share: float = 0.5
     max_sequences: int = 256
     eager: bool = False
+    stall_seconds: float = 600.0
 
     def __post_init__(self) -> None:
-        _positive(self, "engine server", "tensor_parallel", "max_sequences")
+        _positive(self, "engine server", "tensor_parallel", "max_sequences", "stall_seconds")
         if not 0 < self.memory_share <= 1:
             raise ConfigError(
                 f"memory_share of a server must lie in (0, 1], got {self.memory_share}"
@@ -755,13 +758,13 @@ def config_differences(
 
     Args:
         saved, current: nested settings.
-        free: sections that may differ.
+        free: sections and keys that may differ.
     """
     old, new = flatten(saved), flatten(current)
     return [
         f"{key}: {old.get(key, 'unset')} -> {new.get(key, 'unset')}"
         for key in sorted({*old, *new})
-        if key.split(".")[0] not in free and old.get(key) != new.get(key)
+        if not {key, key.split(".")[0]} & set(free) and old.get(key) != new.get(key)
     ]
 
 

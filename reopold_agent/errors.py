@@ -75,6 +75,13 @@ class ModelServerError(ReopoldError, RuntimeError):
     """A model server gave no usable answer after all retries."""
 
 
+class ServerStalledError(ModelServerError):
+    """A model server stopped working on its requests.
+
+    It ends the run, because leaving out what was not answered would leave out the longest answers.
+    """
+
+
 class PolicyRequestError(ModelServerError):
     """Some of the trajectories of one call could not be scored, after all retries.
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
 import shutil
 import signal
+import threading
 import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from reopold_agent.errors import (
     ConfigError,
     ModelError,
     NonFiniteError,
+    ServerStalledError,
     StorageError,
 )
 from reopold_agent.objectives import Reopold, TokenBatch
@@ -30,13 +35,28 @@ from reopold_agent.train.data_order import DataOrder
 from reopold_agent.train.interrupts import Interrupts
 from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.verl.checkpoints import newest_checkpoint, save_checkpoint, steps_of
-from reopold_agent.train.verl.client import aligned_scores
+from reopold_agent.train.verl.client import (
+    Servers,
+    SharedPictures,
+    VerlPolicy,
+    aligned_scores,
+)
 from reopold_agent.train.verl.follow import Follower
 from reopold_agent.train.verl.overrides import check_overrides
 from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, to_row
 from reopold_agent.train.verl.stop import StoppedError, StopRequest
 from reopold_agent.train.verl.tasks import StepTasks
-from reopold_agent.types import EncodedImage, StopReason, ToolCall, Trajectory, Turn
+from reopold_agent.train.verl.watch import Watch
+from reopold_agent.types import (
+    Completion,
+    EncodedImage,
+    Request,
+    Sampling,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
 
 
 def trajectory(prompt: int = 3, response: int = 5, seed: int = 0) -> Trajectory:
@@ -305,3 +325,121 @@ def test_a_signal_reaches_the_trainer(tmp_path: Path) -> None:
     assert seen == [False, False, True]
     request.obey()  # withdrawn once the trainer has ended
     assert names(tmp_path) == []
+
+
+# Time limits of servers
+
+
+class SlowServer:
+    """A vLLM server in the units of a test: ``slots`` requests at once, a token takes 2 ms.
+
+    It speaks as verl's client and hands requests to its engine as `verl.server.Server` does.
+    """
+
+    def __init__(self, slots: int, *, hangs_at: int | None = None) -> None:
+        self.watch, self._slots = Watch(), asyncio.Semaphore(slots)
+        self._hangs_at, self._tokens = hangs_at, 0
+        self.events: list[tuple[str, tuple[int, ...]]] = []
+
+    async def generate(self, session: str, *, stall_seconds: float, **request: Any) -> Any:
+        return await self.watch.run(self._answer(request), stall_seconds)
+
+    async def _answer(self, request: dict[str, Any]) -> Any:
+        last = None
+        async for output in self.watch.noted(self._engine(tuple(request["prompt_ids"]))):
+            last = output
+        return last
+
+    async def _engine(self, prompt: tuple[int, ...]) -> AsyncIterator[Any]:
+        self.events.append(("begin", prompt))
+        ids: list[int] = []
+        try:
+            async with self._slots:
+                while len(ids) < prompt[0]:  # the first id says how long the answer will be
+                    self._tokens += 1
+                    while self._hangs_at is not None and self._tokens >= self._hangs_at:
+                        await asyncio.sleep(10)
+                    await asyncio.sleep(0.002)
+                    ids.append(5)
+                    yield SimpleNamespace(
+                        token_ids=ids, log_probs=[-1.0] * len(ids), stop_reason="completed"
+                    )
+        except (asyncio.CancelledError, GeneratorExit):
+            self.events.append(("abort", prompt))
+            raise
+        self.events.append(("end", prompt))
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def servers(server: Any, loop: asyncio.AbstractEventLoop, **settings: Any) -> Servers:
+    return Servers(server, loop, frozenset({2}), SharedPictures(), "student", **settings)
+
+
+def answered(server: Any, loop: asyncio.AbstractEventLoop, lengths: list[int]) -> list[Completion]:
+    generator = VerlPolicy(servers(server, loop, stall_seconds=0.2)).generator(Sampling())
+    generator.submit([Request(k, [n, k], [], 500, (k,)) for k, n in enumerate(lengths)])
+    completions = []
+    while generator.in_flight:
+        completions += generator.step()
+    return sorted(completions, key=lambda completion: completion.key)
+
+
+def test_long_answers_of_a_full_server_are_not_cut_off(loop: asyncio.AbstractEventLoop) -> None:
+    """Waiting for a place (0.9 s) and the longest answer (0.6 s) take longer than a stall (0.2)."""
+    lengths = [300, 10, 10, 200, 10, 20, 150, 10, 5, 5]
+    calm, full = SlowServer(len(lengths)), SlowServer(1)
+    started = time.monotonic()
+    for server in (calm, full):
+        completions = answered(server, loop, lengths)
+        assert [len(each.ids) for each in completions] == lengths
+        assert [each.error for each in completions] == [None] * len(lengths)
+        assert sum(kind == "begin" for kind, _ in server.events) == len(lengths)  # none sent twice
+        assert not any(kind == "abort" for kind, _ in server.events)
+    assert time.monotonic() - started > 1.2
+
+
+def test_a_stalled_server_gets_no_second_copy_and_ends_the_run(
+    loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def quick(seconds: float) -> None:
+        if seconds >= 2 and seconds != 10:
+            pauses.append(seconds)
+            seconds = 0
+        await sleep(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", quick)
+    server = SlowServer(4, hangs_at=30)
+    with pytest.raises(ServerStalledError) as caught:
+        answered(server, loop, [50])
+    first, second = str(caught.value).splitlines()
+    assert "vLLM server of the student stopped: in 0.2 s no request there got a token" in first
+    assert "engine.student_server.stall_seconds" in second
+    assert [kind for kind, _ in server.events] == ["begin", "abort"] * 3
+    assert pauses == [2.0, 4.0]
+
+
+def test_other_failures_of_a_server_leave_out_the_episode(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    class Refusing:
+        async def generate(self, session: str, **request: Any) -> Any:
+            raise ValueError("the prompt leaves no room")
+
+    given = servers(Refusing(), loop, stall_seconds=1.0, retries=0)
+    generator = VerlPolicy(given).generator(Sampling())
+    generator.submit([Request(0, [1], [], 5, (0,))])
+    (completion,) = generator.step()
+    assert "leaves no room" in str(completion.error)

@@ -19,8 +19,16 @@ from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
 
-FREE_TO_CHANGE = ("resume", "checkpoint", "logging", "tracking", "tools", "on_nonfinite")
-"""Sections that do not change the results; a resumed run may change them."""
+FREE_TO_CHANGE = (
+    *("resume", "checkpoint", "logging", "tracking", "tools", "on_nonfinite"),
+    *(f"engine.{role}_server.stall_seconds" for role in ("student", "teacher")),
+    *(
+        f"policy.{role}.{key}"
+        for role in ("student", "teacher")
+        for key in ("seconds", "start_seconds", "connect_seconds", "timeout_seconds", "retries")
+    ),
+)
+"""Sections and keys that do not change the results; a resumed run may change them."""
 
 
 def filled_in(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,12 @@ from uuid import uuid4
 
 import numpy as np
 
-from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError
+from reopold_agent.errors import (
+    ModelError,
+    ModelServerError,
+    NonFiniteError,
+    ServerStalledError,
+)
 from reopold_agent.types import (
     Completion,
     EncodedImage,
@@ -59,7 +64,9 @@ class Servers:
         loop: the event loop that the client belongs to.
         stop_ids: a turn ends with the first of these.
         pictures: shared by the student's and the teacher's servers.
-        timeout: seconds for one request.
+        role: ``student`` or ``teacher``.
+        stall_seconds: a server that gives no request a token for so long has stopped. There is no
+            other limit on the time of a request.
         retries: further attempts after a failed request.
     """
 
@@ -67,7 +74,8 @@ class Servers:
     loop: asyncio.AbstractEventLoop
     stop_ids: frozenset[int]
     pictures: SharedPictures
-    timeout: float = 600.0
+    role: str
+    stall_seconds: float
     retries: int = 2
 
     async def request(
@@ -79,34 +87,44 @@ class Servers:
     ) -> Any:
         """Sends a request, with retries; returns verl's ``TokenOutput``.
 
+        No two attempts are at servers together: one that stalls has cancelled the request.
+
         Raises:
+            ServerStalledError: all attempts failed, and a server stalled.
             ModelServerError: all attempts failed.
         """
         error: BaseException | None = None
+        stalled = False
         for attempt in range(self.retries + 1):
             if attempt:
                 await asyncio.sleep(min(30.0, 2.0**attempt))
                 session = uuid4().hex  # verl keeps a session at its server, which may be dead
             try:
-                output = await asyncio.wait_for(
-                    self.client.generate(
-                        session,
-                        prompt_ids=list(ids),
-                        sampling_params=dict(parameters),
-                        image_data=[self.pictures.reference(image) for image in images] or None,
-                    ),
-                    self.timeout,
+                output = await self.client.generate(
+                    session,
+                    prompt_ids=list(ids),
+                    sampling_params=dict(parameters),
+                    image_data=[self.pictures.reference(image) for image in images] or None,
+                    stall_seconds=self.stall_seconds,
                 )
             except Exception as caught:
                 # The boundary to another process (Ray, vLLM): any exception is retried, and the
                 # last one is reported.
                 error = caught
+                stalled |= isinstance(caught, ServerStalledError)
                 _log.warning("a request failed (attempt %d): %s", attempt + 1, caught)
                 continue
             if output.stop_reason == "aborted":
                 error = RuntimeError("the server aborted the request")
                 continue
             return output
+        if stalled:
+            raise ServerStalledError(
+                f"a vLLM server of the {self.role} stopped: in {self.stall_seconds:g} s no request "
+                "there got a token, and other attempts failed, too.\nThe same command continues "
+                "from the last checkpoint; for servers that are only slow, raise "
+                f"engine.{self.role}_server.stall_seconds."
+            ) from error
         raise ModelServerError(
             f"a request to the vLLM server failed {self.retries + 1} times, at last with "
             f"{type(error).__name__}: {error}"
@@ -172,6 +190,8 @@ class VerlGenerator:
     def _outcome(future: concurrent.futures.Future[Completion], key: int) -> Completion:
         try:
             return future.result()
+        except ServerStalledError:
+            raise
         except ModelServerError as error:
             return Completion(key, (), (), (), "stop", error=str(error))
 

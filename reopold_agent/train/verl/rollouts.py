@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError
+from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError, ServerStalledError
 from reopold_agent.objectives import Needs
 from reopold_agent.policies.loading import load_processing, student_spec
 from reopold_agent.rollout.chat import ChatRenderer
@@ -77,9 +77,13 @@ class Player:
             processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call
         )
         stops, self.pictures = frozenset(self._chat.stop_ids), SharedPictures()
-        self.student = Servers(student, loop, stops, self.pictures)
+        shared, engine = (loop, stops, self.pictures), config.engine
+        limit = engine.student_server.stall_seconds
+        self.student = Servers(student, *shared, role="student", stall_seconds=limit)
+        limit = engine.teacher_server.stall_seconds
         self._teachers = {
-            name: Servers(client, loop, stops, self.pictures) for name, client in teachers.items()
+            name: Servers(client, *shared, role="teacher", stall_seconds=limit)
+            for name, client in teachers.items()
         }
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="reopold-episode")
         # One thread at a time uses a runner, whose environment is kept for the next episode.
@@ -267,6 +271,8 @@ class RolloutWorker:
             wrong = self._invalid(trajectory)
             if wrong is not None:
                 raise NonFiniteError(describe(step, [(Row(trajectory), wrong)]))
+        except ServerStalledError:
+            raise
         except ModelServerError as error:
             _log.error("task %s of step %d is dropped: %s", trajectory.task_id, step, error)
             return False

@@ -12,6 +12,7 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
 from reopold_agent.policies.vllm.worker import keep_weights_replaceable
+from reopold_agent.train.verl.watch import Watch
 
 
 class WorkerExtension(vLLMColocateWorkerExtension):
@@ -23,19 +24,49 @@ class WorkerExtension(vLLMColocateWorkerExtension):
         return super().__new__(cls, **kwargs)
 
 
+class _WatchedEngine:
+    """vLLM's engine, whose outputs a `Watch` sees."""
+
+    def __init__(self, engine: Any, watch: Watch) -> None:
+        self._engine, self._watch = engine, watch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        return self._watch.noted(self._engine.generate(*args, **kwargs))
+
+
 class Server(vLLMHttpServer):
     """One vLLM server of a replica (a Ray actor)."""
 
-    async def generate(self, *args: Any, **kwargs: Any) -> Any:
+    @property
+    def engine(self) -> Any:
+        """vLLM's engine, which verl sets."""
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: Any) -> None:
+        self._watch = Watch()
+        self._engine = _WatchedEngine(engine, self._watch)
+
+    async def generate(self, *args: Any, stall_seconds: float, **kwargs: Any) -> Any:
         """Generates as verl's server; pictures may be references into Ray's object store.
 
         A picture is then moved to a node once, however many turns and servers need it.
+
+        Args:
+            *args, **kwargs: as of verl's server.
+            stall_seconds: most seconds in which this server gives no request a token.
+
+        Raises:
+            ServerStalledError: it gave none; vLLM has then been told to forget this request.
         """
         pictures = kwargs.get("image_data")
         if pictures:
             arrays = await asyncio.gather(*[_resolved(picture) for picture in pictures])
             kwargs["image_data"] = [Image.fromarray(array) for array in arrays]
-        return await super().generate(*args, **kwargs)
+        return await self._watch.run(super().generate(*args, **kwargs), stall_seconds)
 
     def _get_worker_extension_cls(self) -> str:
         if get_platform().device_name == "cpu":
