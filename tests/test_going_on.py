@@ -14,13 +14,14 @@ import pytest
 import yaml
 from running import command, composed, lines, results, train, train_rows, words
 
+from reopold_agent.config import config_differences
 from reopold_agent.data import loading
 from reopold_agent.errors import CheckpointError, ModelError
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train import evaluation, finish, setup
 from reopold_agent.train.checkpoint import newest_checkpoint
 from reopold_agent.train.interrupts import again
-from reopold_agent.train.resume import RunState
+from reopold_agent.train.resume import FREE_TO_CHANGE, RunState
 
 SHORT = (
     *("evaluation.tasks=2", "evaluation.teacher=false", "evaluation.every=0"),
@@ -290,3 +291,15 @@ def test_the_folder_of_configurations_is_repeated(tmp_path: Path) -> None:
     done = command(f"{printed} --cfg job", tmp_path)
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["env"]["name"] == "math"
+
+
+def test_time_limits_may_change_and_other_settings_may_not() -> None:
+    def differences(role: str, key: str) -> list[str]:
+        saved, now = ({"engine": {role: {key: value}}} for value in (600, 900))
+        return config_differences(saved, now, FREE_TO_CHANGE)
+
+    assert differences("teacher_server", "stall_seconds") == []
+    changed = ["engine.teacher_server.max_sequences: 600 -> 900"]
+    assert differences("teacher_server", "max_sequences") == changed
+    saved, now = ({"policy": {"student": {"seconds": value}}} for value in (1.0, 2.0))
+    assert config_differences(saved, now, FREE_TO_CHANGE) == []

@@ -25,6 +25,7 @@ from reopold_agent.errors import (
     ModelServerError,
     NonFiniteError,
     PolicyRequestError,
+    ServerStalledError,
 )
 from reopold_agent.policies.base import Closeable, RunsBeside, ScoresBeside
 from reopold_agent.policies.server import ServerPolicy, make_server_policy
@@ -491,9 +492,15 @@ def test_slow_answers_end_at_the_time_limit(fake: Fake, reply: Reply) -> None:
     fake.script = lambda seen, number: reply if seen.body is not None else None
     with client(fake.url, timeout_seconds=0.4, retries=1) as policy:
         started = time.monotonic()
-        with pytest.raises(PolicyRequestError, match=r"time limit|timed out"):
+        with pytest.raises(ServerStalledError, match=r"time limit|timed out") as caught:
             policy.score([trajectory()])
+        assert "Raise it" in str(caught.value).splitlines()[1]
         assert time.monotonic() - started < 2.5
+        # A turn that is only late is not left out either.
+        generator = policy.generator(Sampling())
+        generator.submit([Request(7, [8, 9], [], 4, (1,))])
+        with pytest.raises(ServerStalledError, match="a turn of sequence 7 failed after 2"):
+            until_done(generator)
 
 
 def test_an_absent_server_is_reported_at_the_start() -> None:

@@ -15,8 +15,8 @@ class FakeEngine:
 
     ``fault(number, prompt)`` is asked for every request, numbered from 0: None answers it,
     "abort" ends it as vLLM does, "refuse" raises in ``add_request``, "die" raises in ``step``,
-    "hang" never answers, "ids" and "short" answer about other ids, "infinite" has a log-prob that
-    is not finite.
+    "slow" goes on for ever, "hang" stops the engine as soon as it has nothing else to do, "ids" and
+    "short" answer about other ids, "infinite" has a log-prob that is not finite.
     """
 
     def __init__(
@@ -51,11 +51,12 @@ class FakeEngine:
         for name, (prompt, parameters, fault) in list(self._waiting.items()):
             if fault == "die":
                 raise RuntimeError("EngineDeadError")
-            if fault != "hang":
+            if fault not in ("slow", "hang"):
                 del self._waiting[name]
                 outputs.append(self._answer(name, prompt, parameters, fault))
         if not outputs:
-            self.released.wait(0.02)
+            stopped = all(fault == "hang" for _, _, fault in self._waiting.values())
+            self.released.wait(None if stopped else 0.02)  # vLLM waits for the next token
         return outputs[::-1]
 
     def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:

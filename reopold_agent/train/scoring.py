@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError
+from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError, ServerStalledError
 from reopold_agent.policies.base import Policy, ScoresBeside
 from reopold_agent.train.nonfinite import Finding, invalid_logp
 from reopold_agent.train.roles import computing
@@ -60,6 +60,7 @@ class Scoring:
 
         Raises:
             ModelError: the number of scores is wrong, or the teacher raised.
+            ServerStalledError: the teacher's server stopped, or took longer than its time limit.
             ModelServerError: the scoring of every row failed.
         """
         problems = ScoringProblems()
@@ -82,6 +83,8 @@ class Scoring:
             try:
                 assert row.pending_score is not None
                 logp = row.pending_score.result()
+            except ServerStalledError:
+                raise
             except ModelServerError as caught:
                 error = caught
                 problems.failed.append(row)

@@ -14,7 +14,13 @@ from functools import partial
 from typing import TypeAlias
 
 from reopold_agent.common.secrets import key_from_environment
-from reopold_agent.errors import ConfigError, ModelServerError, PolicyRequestError, ReopoldError
+from reopold_agent.errors import (
+    ConfigError,
+    ModelServerError,
+    PolicyRequestError,
+    ReopoldError,
+    ServerStalledError,
+)
 from reopold_agent.policies.server.clients import ServerClient
 from reopold_agent.policies.server.completions import CompletionsClient, MaskBound
 from reopold_agent.policies.server.protocol import Vocabulary
@@ -80,6 +86,7 @@ class ServerPolicy:
         Raises:
             PolicyRequestError: some trajectories could not be scored, after retries; it holds the
                 scores of the others.
+            ServerStalledError: some took longer than the time limit, after retries.
             ModelError: a server has another model, or answered about other ids.
             NonFiniteError: a server gave log-probs that are not finite.
             ValueError: entropies were asked of a server that gives none.
@@ -168,6 +175,8 @@ class ServerPolicy:
         except StatusError as error:
             if len(trajectories) == 1:
                 return [error]
+        except ServerStalledError:
+            raise
         except ModelServerError as error:
             return [error] * len(trajectories)
         # The server refused the request, perhaps because of one trajectory: score each alone.
@@ -250,6 +259,7 @@ class ServerGenerator:
         A turn that could not be generated, after retries, has ``error`` set.
 
         Raises:
+            ServerStalledError: a turn took longer than the time limit, after retries.
             ModelError: a server has another model, or continued other ids.
             NonFiniteError: a server gave log-probs that are not finite.
         """
@@ -266,6 +276,8 @@ class ServerGenerator:
             del self._turns[ended.key]
             try:
                 completions.append(ended.outcome.result())
+            except ServerStalledError:
+                raise
             except ModelServerError as error:
                 _log.warning("%s", error)
                 completions.append(Completion(ended.key, (), (), (), "length", error=str(error)))

@@ -24,8 +24,9 @@ class ServerSettings:
         api_key_env: environment variable with the bearer token; none is sent if it is not set.
         connect_seconds: time limit of connecting.
         timeout_seconds: time limit of one attempt at a request, from the first byte sent to the
-            last received.
-        retries: further attempts after a failed one; if all fail, the episode is dropped.
+            last received: the server's queue counts. If further attempts fail, too, the run ends.
+        retries: further attempts after a failed one; if all fail for other reasons than their
+            time, the episode is dropped.
         backoff_seconds: pause before the first retry; it doubles with each further one.
         max_backoff_seconds: longest pause, even if a server's ``Retry-After`` asks for more.
         max_in_flight: most requests at once, over all addresses.

@@ -1,7 +1,8 @@
 """Sends requests to one or several servers of the same model, with retries and time limits.
 
 Every wait has a limit: a request succeeds or fails within
-(retries + addresses) x (`timeout_seconds` + `max_backoff_seconds`).
+(retries + addresses) x (`timeout_seconds` + `max_backoff_seconds`). An attempt that takes too long
+closes its connection before the next one begins, so that the server can end it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 
 from reopold_agent.common.http import HttpClient, HttpReply, server_message
 from reopold_agent.common.secrets import Secret, public_address
-from reopold_agent.errors import ModelServerError
+from reopold_agent.errors import ModelServerError, ServerStalledError
 from reopold_agent.judges.llm.failures import RETRIED_STATUS, retry_after_seconds
 from reopold_agent.policies.server.settings import ServerSettings
 
@@ -31,11 +32,14 @@ class AttemptError(Exception):
     Attributes:
         retry_after: seconds that the server asks to wait; None if it does not.
         down: whether the whole address failed, so that other addresses are used for a while.
+        late: whether there was no complete answer within the time limit.
     """
 
-    def __init__(self, message: str, *, retry_after: float | None = None, down: bool) -> None:
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, down: bool, late: bool = False
+    ) -> None:
         super().__init__(message)
-        self.retry_after, self.down = retry_after, down
+        self.retry_after, self.down, self.late = retry_after, down, late
 
 
 class StatusError(ModelServerError):
@@ -92,9 +96,11 @@ class Transport:
                 reuse its computation of a sequence; None takes the next address.
 
         Raises:
+            ServerStalledError: all attempts failed, and one of them at the time limit.
             ModelServerError: all attempts failed, or the server refused for good.
         """
         settings = self._settings
+        late = False
         attempts = settings.retries + len(self.addresses)
         failure: AttemptError | None = None
         for attempt in range(attempts):
@@ -105,13 +111,21 @@ class Transport:
                 result = self._attempt(address, send)
             except AttemptError as caught:
                 failure = caught
+                late |= caught.late
                 self._note(address, down=caught.down)
                 if attempt + 1 < attempts and not (caught.down and self._any_up()):
                     self._closed.wait(self._pause(attempt, caught.retry_after))
             else:
                 self._note(address, down=False)
                 return result
-        raise ModelServerError(f"{what} failed after {attempts} attempts; the last: {failure}")
+        message = f"{what} failed after {attempts} attempts; the last: {failure}"
+        if late:
+            raise ServerStalledError(
+                f"{message}\nThe run ends, since going on without what takes longer than "
+                f"timeout_seconds ({settings.timeout_seconds:g}) would leave out the longest "
+                "episodes. Raise it, or max_in_flight may be too high for the server."
+            )
+        raise ModelServerError(message)
 
     def exchange(
         self,
@@ -227,7 +241,8 @@ class Transport:
             )
         except OSError as error:
             words = self._key.redact(f"{type(error).__name__}: {error}")
-            raise AttemptError(f"{address.url}{path}: {words}", down=True) from None
+            late = time.monotonic() >= deadline
+            raise AttemptError(f"{address.url}{path}: {words}", down=True, late=late) from None
 
 
 def _parsed(reply: bytes) -> Any:

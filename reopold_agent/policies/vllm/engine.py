@@ -1,8 +1,8 @@
 """A vLLM engine driven by one thread of this process; the model runs in separate processes.
 
 Callers on any thread submit jobs and are notified when one has ended, so a trainer can generate
-with one engine while another scores. The callers enforce time limits, so that none waits for an
-engine that hangs.
+with one engine while another scores. The callers ask whether the engine has stalled, so that none
+waits for one that hangs; the time of a request is not limited, since it may wait in the queue.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -72,6 +73,7 @@ class VllmEngine:
         self._numbers = itertools.count()
         self.broken: str | None = None
         """Why the engine can no longer be used; None while it works."""
+        self._progress = time.monotonic()
         started: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._serve,
@@ -87,6 +89,11 @@ class VllmEngine:
             raise ModelError(
                 f"the {name}'s vLLM engine did not start within {settings.start_seconds:g} s"
             ) from error
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since vLLM last made a step for its requests; 0 while there are none."""
+        return time.monotonic() - self._progress if self._jobs else 0.0
 
     def start(self, job: Job) -> None:
         """Submits a job to the engine and returns at once."""
@@ -190,6 +197,8 @@ class VllmEngine:
         # vLLM rejected the request (too long, bad picture), or its process has died.
         except Exception as error:
             return self._end(job, error=f"{type(error).__name__}: {error}")
+        if not self._jobs:
+            self._progress = time.monotonic()
         self._jobs[name] = job
         return None
 
@@ -211,6 +220,7 @@ class VllmEngine:
                 self._end(job, error=self.broken)
             self._jobs.clear()
             return
+        self._progress = time.monotonic()  # a step waits until the model has computed a token
         for output in outputs:
             if output.finished and output.request_id in self._jobs:
                 self._end(self._jobs.pop(output.request_id), output=output)

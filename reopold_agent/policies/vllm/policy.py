@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import queue
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from reopold_agent.errors import ModelError, ModelServerError
+from reopold_agent.errors import ModelError, ModelServerError, ServerStalledError
 from reopold_agent.policies.vllm.engine import Job, VllmEngine
 from reopold_agent.policies.vllm.requests import (
     completion_of,
@@ -98,7 +97,19 @@ class VllmPolicy:
         )
 
     def check_alive(self) -> None:
-        """Raises `ModelServerError` if the engine has failed, since retries cannot help then."""
+        """Checks that the engine works, since retries cannot help otherwise.
+
+        Raises:
+            ServerStalledError: it has computed nothing for its requests for too long.
+            ModelServerError: it has failed.
+        """
+        name, limit = self.engine.name, self.settings.seconds
+        if self.engine.idle_seconds > limit:
+            raise ServerStalledError(
+                f"the {name}'s vLLM engine stopped: it computed no token for {limit:g} s.\n"
+                "Start the run again to continue from its last checkpoint; if the engine is only "
+                f"slow, raise policy.{name}.seconds."
+            )
         if self.engine.broken is not None:
             raise ModelServerError(
                 f"the {self.engine.name}'s {self.engine.broken}. Start the run again to continue "
@@ -139,7 +150,6 @@ class _Turn:
 
     request: Request
     job: Job
-    deadline: float
     attempt: int
 
 
@@ -177,9 +187,10 @@ class VllmGenerator:
     def step(self) -> list[Completion]:
         """Waits briefly for turns to end and returns those that have, in order of their keys.
 
-        A turn that failed or took too long is retried, and finally returned with ``error`` set.
+        A turn that failed is retried, and finally returned with ``error`` set.
 
         Raises:
+            ServerStalledError: vLLM has stopped computing.
             ModelError: vLLM continued other ids than the request's.
         """
         completions: list[Completion] = []
@@ -194,11 +205,7 @@ class VllmGenerator:
                 completions += self._end(turn)
         except queue.Empty:
             pass
-        now = time.monotonic()
-        for turn in [t for t in self._turns.values() if now > t.deadline]:
-            self._policy.engine.abort(turn.job)
-            limit = self._policy.settings.seconds
-            completions += self._failed(turn, f"no answer within {limit:g} s")
+        self._policy.check_alive()
         return sorted(completions, key=lambda completion: completion.key)
 
     def release(self, key: int) -> None:
@@ -214,8 +221,7 @@ class VllmGenerator:
             sampling_parameters(request, self._sampling, sorted(policy.stop_ids)),
             lambda job: self._ended.put((request.key, job)),
         )
-        deadline = time.monotonic() + policy.settings.seconds
-        self._turns[request.key] = _Turn(request, job, deadline, attempt)
+        self._turns[request.key] = _Turn(request, job, attempt)
         policy.engine.start(job)
 
     def _end(self, turn: _Turn) -> list[Completion]:
@@ -255,7 +261,7 @@ class _Scoring:
         for attempt in range(settings.retries + 1):
             if attempt:
                 self._start()
-            error = self._wait(settings.seconds)
+            error = self._wait()
             if error is None:
                 return scores_of(self._trajectory, self._job.output)
             self._policy.check_alive()
@@ -265,16 +271,12 @@ class _Scoring:
             f"last error: {error}"
         )
 
-    def _wait(self, seconds: float) -> str | None:
-        deadline = time.monotonic() + seconds
+    def _wait(self) -> str | None:
         while True:
             try:
-                job = self._ended.get(timeout=max(0.0, deadline - time.monotonic()))
+                return failure_of(self._ended.get(timeout=min(1.0, self._policy.settings.seconds)))
             except queue.Empty:
-                self._policy.engine.abort(self._job)
-                return f"no answer within {seconds:g} s"
-            if job is self._job:
-                return failure_of(job)
+                self._policy.check_alive()
 
 
 def failure_of(job: Job) -> str | None:

@@ -36,7 +36,8 @@ class VllmSettings:
             scoring it bounds the full-vocabulary log-probs that vLLM holds (float32, tokens x
             vocabulary; vllm #5907). On a CPU a part is at least one whole sequence.
         seed: seed of the engine; samples depend on the requests' own seeds.
-        seconds: time limit of one attempt at a request.
+        seconds: an engine that computes no token for so long has stopped, which ends the run; also
+            the time limit of loading weights. There is none on a request or its queue.
         start_seconds: time limit of the start.
         retries: further attempts after a failed request, before the episode is dropped.
         sleep: free GPU memory while the trainer computes (vLLM's sleep mode).
