@@ -41,6 +41,7 @@ from reopold_agent.policies.attention import attend_by_rows, packed_kernel
 from reopold_agent.policies.batch import PassTokens, TrajectoryBatch, split_by_tokens
 from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.train import finish
 from reopold_agent.types import EncodedImage, Trajectory
 
 KINDS = [
@@ -434,8 +435,9 @@ def test_models_that_would_mix_rows_are_refused(
 
 
 def test_a_run_with_packed_rows_is_the_run_with_padded_ones(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
     words = ("steps=1", "evaluation.tasks=0", "engine.old_logp=recompute", "batch.prompts=2",
              "batch.mini_batch=1", "batch.samples=3", "checkpoint.every=0")  # fmt: skip
     found = {}
