@@ -378,6 +378,10 @@ class EngineConfig:
         teacher_gpus_per_node: how many of the GPUs serve the teacher alone.
         student_server, teacher_server: settings of the vLLM servers.
         rollout_workers: processes that play episodes, each ``rollout.concurrency`` at once.
+        seeded_requests: give each request to the servers a seed of its own, so that an episode that
+            is repeated samples the same tokens; null: on a CPU. On a GPU vLLM would draw such
+            requests' tokens one by one, about 2.5 ms a step of 256 sequences, and rounding
+            differs between batches anyway.
         ray_address: address of a running cluster; null uses ``RAY_ADDRESS`` or else starts one
             on this machine.
         offload: keep weights, gradients and optimizer on the CPU between uses.
@@ -401,6 +405,7 @@ class EngineConfig:
     student_server: ServerConfig = field(default_factory=ServerConfig)
     teacher_server: ServerConfig = field(default_factory=ServerConfig)
     rollout_workers: int = 1
+    seeded_requests: bool | None = None
     ray_address: str | None = None
     offload: bool = False
     overrides: dict[str, Any] = field(default_factory=dict)

@@ -94,6 +94,29 @@ def test_every_key_of_verls_distillation_loss_is_set() -> None:
     assert DistillationLossConfig().loss_max_clamp is not None  # the default that differs
 
 
+def test_servers_expect_pictures_of_the_size_that_they_get() -> None:
+    """Otherwise they start with a picture of 12.8 million pixels, and with videos."""
+    pixels = (
+        "pixels={prompt: {min_pixels: 3136, max_pixels: 50176}, "
+        "observation: {min_pixels: 3136, max_pixels: 100352}}"
+    )
+    theirs = settings("recipe=paper_agentic", pixels)
+    for server in (
+        theirs.actor_rollout_ref.rollout,
+        theirs.distillation.teacher_models.teacher_model.inference,
+    ):
+        arguments = server.engine_kwargs.vllm
+        assert arguments.mm_processor_kwargs == {"do_resize": False, "max_pixels": 100352}
+        assert arguments.limit_mm_per_prompt == {"video": 0}
+
+
+def test_the_tokens_of_a_pass_are_those_of_the_settings() -> None:
+    words = ["engine.max_tokens_per_micro_batch=5000", "engine.max_tokens_per_pass=6000"]
+    theirs = settings("recipe=paper_agentic", *words).actor_rollout_ref
+    assert theirs.actor.ppo_max_token_len_per_gpu == 5000
+    assert theirs.rollout.log_prob_max_token_len_per_gpu == 6000
+
+
 def test_overrides_come_last_and_unknown_keys_are_refused() -> None:
     word = "+engine.overrides={actor_rollout_ref.rollout.max_num_seqs: 7}"
     assert settings("recipe=paper_agentic", word).actor_rollout_ref.rollout.max_num_seqs == 7

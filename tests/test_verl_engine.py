@@ -38,6 +38,7 @@ from reopold_agent.train.verl.checkpoints import newest_checkpoint, save_checkpo
 from reopold_agent.train.verl.client import (
     Servers,
     SharedPictures,
+    VerlGenerator,
     VerlPolicy,
     aligned_scores,
 )
@@ -166,6 +167,20 @@ def test_verls_settings_that_would_not_act_are_refused(
     assert len(lines) == 2
     assert told in lines[1]
     check_overrides({"trainer.balance_batch": False, "actor_rollout_ref.rollout.max_num_seqs": 7})
+
+
+@pytest.mark.parametrize("seeded", [False, True])
+def test_requests_have_seeds_of_their_own_or_none(seeded: bool) -> None:
+    """On GPUs a seed makes vLLM draw row by row; without it the engine's own is used."""
+    servers = Servers(None, None, frozenset({1}), SharedPictures(), "student", 9.0, seeded)  # type: ignore[arg-type]
+    generator = VerlGenerator(servers, Sampling(1.0, 1.0))
+    sent = [
+        generator._parameters(Request(key, (1, 2), (), seed=(0, key), max_tokens=4))
+        for key in (0, 1, 0)
+    ]
+    assert ["seed" in each for each in sent] == [seeded] * 3
+    if seeded:
+        assert sent[0]["seed"] == sent[2]["seed"] != sent[1]["seed"]
 
 
 @pytest.mark.parametrize(("tasks", "prompts"), [(10, 4), (3, 5), (7, 7)])

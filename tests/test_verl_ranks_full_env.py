@@ -76,8 +76,10 @@ def cases(
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     vision.processor.save_pretrained(folder / "pictures")
-    # At least two micro-batches on each rank.
-    return [Case(name, folder / name, each, tokens=90) for name, each in rows.items()]
+    lengths = [len(t.ids) for each in rows.values() for part in each for t in part]
+    # Several micro-batches on each rank; single rows are longer than what is allowed.
+    tokens = max(lengths) - 5
+    return [Case(name, folder / name, each, tokens) for name, each in rows.items()]
 
 
 @pytest.fixture(scope="module")
@@ -148,9 +150,9 @@ def test_gradients_are_the_local_engines(
 ) -> None:
     case = cases[index]
     policy = make_policy(models[case.name])
-    settings = OptimizerConfig(lr=1e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, max_grad_norm=1e9)
+    # Only the gradients matter: no clipping, and steps too small to change a weight.
+    settings = OptimizerConfig(lr=1e-30, beta1=0.9, beta2=0.95, weight_decay=0.0, max_grad_norm=1e9)
     updater = Updater(policy, OBJECTIVE, settings, max_tokens=4096)
-    updater.optimizer.step = lambda: None  # type: ignore[assignment]  # only the gradients matter
     rows = rows_of([t for part in case.rows for t in part])
     for row in rows:
         row.weight = importance_weights(row.trajectory)

@@ -23,7 +23,7 @@ from reopold_agent.types import FloatArray, Trajectory
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint's folder, each rank's rows, and the most tokens of a micro-batch."""
+    """A checkpoint's folder, each rank's rows, and the tokens of a micro-batch."""
 
     name: str
     model: Path

@@ -67,6 +67,7 @@ class Servers:
         role: ``student`` or ``teacher``.
         stall_seconds: a server that gives no request a token for so long has stopped. There is no
             other limit on the time of a request.
+        seeded: whether each turn is sampled with a seed of its own.
         retries: further attempts after a failed request.
     """
 
@@ -76,6 +77,7 @@ class Servers:
     pictures: SharedPictures
     role: str
     stall_seconds: float
+    seeded: bool = True
     retries: int = 2
 
     async def request(
@@ -219,13 +221,15 @@ class VerlGenerator:
         )
 
     def _parameters(self, request: Request) -> dict[str, Any]:
-        state = np.random.SeedSequence(request.seed).generate_state(1)
+        seed = {}
+        if self._servers.seeded:
+            seed["seed"] = int(np.random.SeedSequence(request.seed).generate_state(1)[0])
         return {
+            **seed,
             "max_tokens": request.max_tokens,
             "temperature": self._sampling.temperature,
             "top_p": self._sampling.top_p,
             "top_k": -1,
-            "seed": int(state[0]),
             "stop_token_ids": sorted(self._servers.stop_ids),
             "logprobs": True,
             "detokenize": False,

@@ -214,7 +214,6 @@ def _storage_units(engine: EngineConfig, device: str) -> int:
 def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
     engine, spec = config.engine, config.model.student
     prompt, length = lengths(config, context)
-    tokens = max(engine.max_tokens_per_micro_batch, length)
     actor, rollout, model = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
     precision = engine.precision
     if precision == "auto":
@@ -234,7 +233,7 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
         },
         f"{actor}.strategy": "fsdp2",
         f"{actor}.use_dynamic_bsz": True,
-        f"{actor}.ppo_max_token_len_per_gpu": tokens,
+        f"{actor}.ppo_max_token_len_per_gpu": engine.max_tokens_per_micro_batch,
         f"{actor}.ppo_mini_batch_size": config.batch.mini_batch,
         f"{actor}.ppo_epochs": 1,
         f"{actor}.shuffle": False,
@@ -258,7 +257,7 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
         f"{rollout}.top_p": 1.0,
         f"{rollout}.calculate_log_probs": True,
         f"{rollout}.log_prob_use_dynamic_bsz": True,
-        f"{rollout}.log_prob_max_token_len_per_gpu": max(engine.max_tokens_per_pass, length),
+        f"{rollout}.log_prob_max_token_len_per_gpu": engine.max_tokens_per_pass,
         f"{rollout}.load_format": "safetensors",
         f"{rollout}.prompt_length": prompt,
         f"{rollout}.response_length": config.rollout.max_response_tokens,
@@ -311,6 +310,14 @@ def _server(
 ) -> dict[str, Any]:
     """Returns the settings that the student's and the teacher's vLLM servers share."""
     cpu = device == "cpu"
+    # Servers size their memory by the largest picture, which for Qwen2.5-VL's own limits has 12.8
+    # million pixels. Pictures come with the size that they keep (`VisionProcessor.encode`), and
+    # the frames of a video are pictures.
+    most_pixels = max(config.pixels.prompt.max_pixels, config.pixels.observation.max_pixels)
+    pictures = {
+        "mm_processor_kwargs": {"do_resize": False, "max_pixels": most_pixels},
+        "limit_mm_per_prompt": {"video": 0},
+    }
     settings: dict[str, Any] = {
         "tensor_model_parallel_size": server.tensor_parallel,
         "data_parallel_size": 1,
@@ -327,8 +334,7 @@ def _server(
         "free_cache_engine": not cpu,
         "enable_sleep_mode": not cpu,
         "seed": config.seed,
-        # Pictures come with the size that they keep (`VisionProcessor.encode`).
-        "engine_kwargs": {"vllm": {"mm_processor_kwargs": {"do_resize": False}}},
+        "engine_kwargs": {"vllm": pictures},
     }
     if cpu:
         settings["engine_kwargs"]["vllm"]["kv_cache_memory_bytes"] = CPU_CACHE_BYTES

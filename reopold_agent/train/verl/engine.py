@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +83,9 @@ class VerlEngine(Engine):
         with_teacher = "teacher" in specs
         student, contexts = self._check_models(specs)
         config, tasks = checked_run(config, student, contexts.values(), self.folder.data_report)
+        if config.engine.seeded_requests is None:
+            engine = replace(config.engine, seeded_requests=device == "cpu")
+            config = replace(config, engine=engine)
         notes = [
             self._state.check_data(checkpoint is not None),
             exploration_note(config, objective),

@@ -77,13 +77,17 @@ class Player:
             processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call
         )
         stops, self.pictures = frozenset(self._chat.stop_ids), SharedPictures()
-        shared, engine = (loop, stops, self.pictures), config.engine
-        limit = engine.student_server.stall_seconds
-        self.student = Servers(student, *shared, role="student", stall_seconds=limit)
+        engine = config.engine
+        seeded = bool(engine.seeded_requests)
+        shared = (loop, stops, self.pictures)
+
+        def servers(client: Any, role: str, limit: float) -> Servers:
+            return Servers(client, *shared, role=role, stall_seconds=limit, seeded=seeded)
+
+        self.student = servers(student, "student", engine.student_server.stall_seconds)
         limit = engine.teacher_server.stall_seconds
         self._teachers = {
-            name: Servers(client, *shared, role="teacher", stall_seconds=limit)
-            for name, client in teachers.items()
+            name: servers(client, "teacher", limit) for name, client in teachers.items()
         }
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="reopold-episode")
         # One thread at a time uses a runner, whose environment is kept for the next episode.

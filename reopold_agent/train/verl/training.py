@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from verl.utils.device import get_device_name
-from verl.utils.tensordict_utils import get_non_tensor_data
+from verl.utils.device import get_device_id, get_device_name
+from verl.utils.tensordict_utils import assign_non_tensor, get_non_tensor_data
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker
@@ -144,7 +144,11 @@ class FsdpEngine(FSDPEngineWithLMHead):
     def forward_backward_batch(
         self, data: Any, loss_function: Callable[..., Any], forward_only: bool = False
     ) -> Any:
-        """Makes verl's passes; for an `ObjectiveLoss`, then divides the sums over all ranks."""
+        """Makes verl's passes; for an `ObjectiveLoss`, then divides the sums over all ranks.
+
+        A pass holds at most the tokens that the settings allow, or a single longer row.
+        """
+        self._fit_longest(data)
         output = super().forward_backward_batch(data, loss_function, forward_only)
         if forward_only or not isinstance(loss_function, ObjectiveLoss):
             return output
@@ -157,6 +161,13 @@ class FsdpEngine(FSDPEngineWithLMHead):
         output["loss"] = [totals.loss]
         output["metrics"][TOTALS] = [vars(totals)] if dist.get_rank() == 0 else []
         return output
+
+    def _fit_longest(self, data: Any) -> None:
+        """Raises the tokens of a micro-batch to the longest row of all ranks, if that is longer."""
+        longest = data["input_ids"].offsets().diff().max().to(get_device_id())
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.get_data_parallel_group())
+        allowed = int(get_non_tensor_data(data, "max_token_len_per_gpu", 0))
+        assign_non_tensor(data, max_token_len_per_gpu=max(allowed, int(longest)))
 
     def _announce(self, micro_batch: Any, width: int | None) -> Tensor:
         """Tells the head which log-probs the next pass is for.
