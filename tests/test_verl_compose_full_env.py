@@ -12,6 +12,7 @@ import pytest
 from running import composed
 
 from reopold_agent.errors import ConfigError
+from reopold_agent.policies.attention import IMPLEMENTATION, installed_kernels
 from reopold_agent.train.engine import needs_teacher, run_objective
 from reopold_agent.train.verl.compose import check_supported, verl_config
 from reopold_agent.train.verl.overrides import INSTEAD
@@ -94,6 +95,17 @@ def test_every_key_of_verls_distillation_loss_is_set() -> None:
     assert DistillationLossConfig().loss_max_clamp is not None  # the default that differs
 
 
+def test_rows_are_packed_on_gpus_with_the_kernel_that_is_installed() -> None:
+    def model(*words: str) -> tuple[bool, str]:
+        theirs = settings("recipe=paper_agentic", *words).actor_rollout_ref.model
+        return theirs.use_remove_padding, theirs.override_config.attn_implementation
+
+    assert model() == (True, IMPLEMENTATION + installed_kernels()[0])
+    assert model("engine.attention=sdpa") == (True, IMPLEMENTATION + "sdpa")
+    assert model("engine.packed=false") == (False, "sdpa")
+    assert model("engine.packed=false", "model.student.attention=eager") == (False, "eager")
+
+
 def test_servers_expect_pictures_of_the_size_that_they_get() -> None:
     """Otherwise they start with a picture of 12.8 million pixels, and with videos."""
     pixels = (
@@ -158,6 +170,7 @@ def test_the_keys_of_verl_that_nothing_reads_exist() -> None:
         ),
         (["engine.student_server.tensor_parallel=3"], "does not divide the 4 GPUs"),
         (["engine.old_logp=rollout"], "must be recompute"),
+        (["model.student.attention=eager"], "=eager pads rows, and this run packs them"),
         (["policy=vllm"], "starts vLLM servers for both roles"),
         (["model.student.lora={r: 8}"], "for LoRA use engine=local"),
         (

@@ -38,7 +38,8 @@ STEPS, PROMPTS, SAMPLES = 3, 4, 2
 COMMAND = [
     *(sys.executable, "-m", "reopold_agent.train", "env=pixel_reasoner", "engine=verl"),
     *("engine.device=cpu", "engine.gpus_per_node=3", "engine.teacher_gpus_per_node=1"),
-    *("engine.rollout_workers=1", f"steps={STEPS}", f"batch.prompts={PROMPTS}"),
+    *("engine.packed=true", "engine.rollout_workers=1", f"steps={STEPS}"),
+    f"batch.prompts={PROMPTS}",
     *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "objective.switch_step=1"),
     *("checkpoint.every=1", "checkpoint.keep=10", "logging.trajectories=100"),
     *("evaluation.tasks=4", "evaluation.every=0", "evaluation.teacher=true"),
@@ -130,6 +131,7 @@ def test_rows_files_and_phases_are_those_of_the_local_engine(run: Any) -> None:
         assert row["sync/logp_gap_max"] < 1e-3
         assert row["importance/mean"] == pytest.approx(1, abs=1e-4)
         assert row["importance/capped_share"] == 0
+        assert row["perf/padding_share"] == 0, "rows are packed"
     assert rows[0]["mask/kept_share"] == pytest.approx(rows[0]["mask/exploration_share"])
     assert rows[1]["mask/kept_share"] == pytest.approx(rows[1]["mask/refinement_share"])
     summary = json.loads((folder / "summary.json").read_text())
@@ -156,7 +158,7 @@ def test_an_update_is_the_local_engines(run: Any, step: int) -> None:
     own = policy(student).score(batch, with_entropy=True)
     for t, score in zip(batch, own, strict=True):
         np.testing.assert_allclose(t.logp, score.logp, atol=1e-3)
-        np.testing.assert_allclose(t.entropy, score.entropy, atol=1e-4)
+        np.testing.assert_allclose(t.entropy, score.entropy, atol=1e-5)
 
     objective = Reopold(switch_step=1)
     assert objective.needs is Needs.TEACHER
@@ -171,8 +173,7 @@ def test_an_update_is_the_local_engines(run: Any, step: int) -> None:
     assert stats.loss == pytest.approx(row["loss"], rel=1e-4)
     assert stats.grad_norm == pytest.approx(row["grad_norm"], rel=1e-4)
     if stats.threshold is not None:
-        # verl's entropy, logsumexp minus a sum of products, cancels in float32.
-        assert stats.threshold == pytest.approx(row["entropy/threshold"], abs=2e-5)
+        assert stats.threshold == pytest.approx(row["entropy/threshold"], abs=1e-5)
     if step == 0:  # the optimizer starts from nothing, as here
         exported = folder / "checkpoints/global_step_1/actor/huggingface"
         theirs = load_model(ModelSpec(str(exported)), "student", cpu).adapter.model.state_dict()

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from reopold_agent.objectives import Reopold
+from reopold_agent.policies.attention import IMPLEMENTATION
 from reopold_agent.types import FloatArray, Trajectory
 
 
@@ -46,7 +47,7 @@ def run(case: Case, rank: int) -> dict[bool, dict[str, Any]]:
     engine = FsdpEngine(
         HFModelConfig(
             path=str(case.model),
-            override_config={"attn_implementation": "sdpa"},
+            override_config={"attn_implementation": IMPLEMENTATION + "sdpa"},
             use_remove_padding=True,
         ),
         FSDPEngineConfig(

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from reopold_agent.config import EngineConfig, ModelConfig, ServerConfig, TrainConfig
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective
+from reopold_agent.policies.attention import IMPLEMENTATION, packed_kernel
 from reopold_agent.policies.loading import resolve_path
 from reopold_agent.rollout.lengths import episode_limit, prompt_limit
 from reopold_agent.train.engine import needs_teacher
@@ -214,6 +215,13 @@ def _storage_units(engine: EngineConfig, device: str) -> int:
 def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
     engine, spec = config.engine, config.model.student
     prompt, length = lengths(config, context)
+    kernel = packed_kernel(engine, device)
+    if kernel is not None and spec.attention != "sdpa":
+        raise ConfigError(
+            f"model.student.attention={spec.attention} pads rows, and this run packs them.\nUse "
+            "sdpa, or engine.packed=false."
+        )
+    attention = spec.attention if kernel is None else IMPLEMENTATION + kernel
     actor, rollout, model = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
     precision = engine.precision
     if precision == "auto":
@@ -224,13 +232,9 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
         f"{model}.path": resolve_path(spec.path),
         f"{model}.trust_remote_code": spec.trust_remote_code,
         f"{model}.enable_gradient_checkpointing": spec.gradient_checkpointing,
-        f"{model}.use_remove_padding": engine.attention == "flash_attention_2",
-        f"{model}.use_fused_kernels": False,  # they would not see the banned ids
-        f"{model}.override_config": {
-            "attn_implementation": "flash_attention_2"
-            if engine.attention == "flash_attention_2"
-            else "sdpa"
-        },
+        f"{model}.use_remove_padding": kernel is not None,
+        f"{model}.use_fused_kernels": False,  # `head.TokenHead` has their place
+        f"{model}.override_config": {"attn_implementation": attention},
         f"{actor}.strategy": "fsdp2",
         f"{actor}.use_dynamic_bsz": True,
         f"{actor}.ppo_max_token_len_per_gpu": engine.max_tokens_per_micro_batch,

@@ -29,6 +29,7 @@ from verl.workers.utils.padding import response_to_nested
 from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ConfigError, NonFiniteError
 from reopold_agent.objectives import Needs, Objective
+from reopold_agent.policies.batch import PassTokens
 from reopold_agent.policies.loading import load_processing, student_spec
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
@@ -48,7 +49,7 @@ from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, plain
 from reopold_agent.train.verl.rollouts import TRAIN, RolloutManager
 from reopold_agent.train.verl.stop import StoppedError, StopRequest
 from reopold_agent.train.verl.tasks import StepTasks
-from reopold_agent.train.verl.training import TOTALS, StudentWorker, banned_ids
+from reopold_agent.train.verl.training import PASSES, TOTALS, StudentWorker, banned_ids
 from reopold_agent.types import Sampling, Trajectory
 
 POLL_SECONDS = 0.1
@@ -270,6 +271,9 @@ class Trainer(PPOTrainerSync):
         )
         output = self.actor_rollout_wg.update_actor(batch)["metrics"]
         counts = [TokenTotals(**one) for one in output[TOTALS]]
+        self._passes = PassTokens(
+            *(sum(one[name] for one in output[PASSES]) for name in ("computed", "real"))
+        )
         norms = [float(norm) for norm in _listed(output["grad_norm"])]
         finite = [
             bool(np.isfinite([one.loss, norm]).all())
@@ -343,6 +347,7 @@ class Trainer(PPOTrainerSync):
             **rollout_statistics(trajectories),
             "rollout/dropped": float(wanted - len(trajectories)),
             "rollout/trained_share": len(trajectories) / wanted,
+            "perf/padding_share": self._passes.padding_share,
             **sampler_gap(self._rows),
             **self._skipped(),
             **_times(timing_raw, time.perf_counter() - self._started),

@@ -2,9 +2,9 @@
 
 Four things differ from verl's own: log-probs and entropies are computed for the student's own
 tokens only, without logits of the whole batch, and ids that must not be sampled have probability 0
-as in sampling (`head`); packed rows run with any attention of transformers, not with flash-attn
-alone; positions and patches are made from the pictures by `VisionProcessor`; gradients are divided
-once per mini-batch by the number of kept tokens on all ranks.
+as in sampling (`head`); packed rows run without flash-attn too (`policies.attention`); positions
+and patches are made from the pictures by `VisionProcessor`; gradients are divided once per
+mini-batch by the number of kept tokens on all ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
+from reopold_agent.policies.attention import IMPLEMENTATION, attend_by_rows, attends_by_rows
+from reopold_agent.policies.batch import PassTokens
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import forbidden_ids
 from reopold_agent.train.totals import TokenTotals
@@ -34,6 +36,9 @@ from reopold_agent.types import EncodedImage
 TOTALS = "reopold_totals"
 """The metric that carries an update's `TokenTotals` from the workers to the trainer."""
 
+PASSES = "reopold_passes"
+"""The metric with each rank's `PassTokens` since its last update, that update's included."""
+
 _STATES = "reopold_states"
 """Key of the places whose log-probs the head computes, among verl's arguments for its outputs."""
 
@@ -44,6 +49,7 @@ class FsdpEngine(FSDPEngineWithLMHead):
     def initialize(self) -> None:
         """Builds the model, whose head then computes log-probs in place of logits."""
         super().initialize()
+        self._passes = PassTokens()
         self._head = TokenHead(
             self.module.get_output_embeddings(),
             banned_ids(self.model_config.tokenizer, self.module.config),
@@ -59,16 +65,19 @@ class FsdpEngine(FSDPEngineWithLMHead):
             )
 
     def _build_module(self) -> Any:
-        """Loads the model and leaves its attention as it is.
+        """Loads the model, which then attends as in the local engine.
 
-        For packed rows verl would put a function in place that calls flash-attn. The models'
-        own attention finds the rows' bounds in the position ids, with flash-attn and without.
+        For packed rows verl would put a function in place that calls flash-attn.
         """
-        self.use_remove_padding = False
-        try:
+        config = self.model_config.hf_config
+        attention = str(config._attn_implementation)
+        if not attends_by_rows(attention):
             return super()._build_module()
-        finally:
-            self.use_remove_padding = bool(self.model_config.use_remove_padding)
+        config._attn_implementation, self.use_remove_padding = "sdpa", False
+        module = super()._build_module()
+        self.use_remove_padding = True
+        attend_by_rows(module, attention.removeprefix(IMPLEMENTATION))
+        return module
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
         """Returns the local engine's schedule: linear warm-up over updates, then constant."""
@@ -96,6 +105,8 @@ class FsdpEngine(FSDPEngineWithLMHead):
         micro_batch.pop("multi_modal_inputs", None)  # verl expects patches here, not pixels
         inputs, arguments = super().prepare_model_inputs(micro_batch=micro_batch)
         ids, width = micro_batch["input_ids"], inputs["input_ids"].shape[1]
+        self._passes.computed += inputs["input_ids"].numel()
+        self._passes.real += ids.values().numel()
         packed = inputs["attention_mask"] is None
         arguments[_STATES] = self._announce(micro_batch, None if packed else width)
         if self._vision is None:
@@ -160,6 +171,8 @@ class FsdpEngine(FSDPEngineWithLMHead):
                 parameter.grad.mul_(scale)
         output["loss"] = [totals.loss]
         output["metrics"][TOTALS] = [vars(totals)] if dist.get_rank() == 0 else []
+        output["metrics"][PASSES] = [vars(self._passes)]
+        self._passes = PassTokens()
         return output
 
     def _fit_longest(self, data: Any) -> None:
