@@ -156,6 +156,11 @@ def test_teacher_scores_are_checked_and_shifted() -> None:
         ({"actor_rollout_ref.actor": {"ppo_epochs": 2}}, "Set batch.* instead."),
         ({"actor_rollout_ref.rollout.temperature": 0.7}, "Set sampling.* instead."),
         ({"trainer.test_freq": 5}, "Set evaluation.* instead."),
+        ({"actor_rollout_ref.model.use_remove_padding": True}, "Set engine.packed instead."),
+        (
+            {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
+            "Set rollout.max_response_tokens, ",
+        ),
     ],
 )
 def test_verls_settings_that_would_not_act_are_refused(

@@ -9,6 +9,8 @@ from reopold_agent.config import flatten
 from reopold_agent.errors import ConfigError
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+_MODEL = "actor_rollout_ref.model"
+_LONG_ROWS = "rollout.max_response_tokens, engine.offload or model.student.gradient_checkpointing"
 _LOSS = "objective= and its settings"
 _DATA = "data=, env=, batch.* or rollout.*"
 _LOSS_KEYS = (
@@ -36,6 +38,11 @@ INSTEAD: Mapping[str, str] = {
     **{f"{_ACTOR}.{key}": "batch.*" for key in ("ppo_epochs", "shuffle", "data_loader_seed")},
     f"{_ACTOR}.ppo_mini_batch_size": "batch.mini_batch",
     **{f"{_ACTOR}.optim.{key}": "optimizer.warmup_steps" for key in _SCHEDULE_KEYS},
+    f"{_ACTOR}.ulysses_sequence_parallel_size": _LONG_ROWS,
+    f"{_ACTOR}.fsdp_config.ulysses_sequence_parallel_size": _LONG_ROWS,
+    f"{_MODEL}.use_remove_padding": "engine.packed",
+    f"{_MODEL}.override_config": "engine.packed and engine.attention",
+    f"{_MODEL}.use_fused_kernels": "engine.max_tokens_per_micro_batch",
     f"{_ROLLOUT}.n": "batch.samples",
     **{
         f"{_ROLLOUT}.{key}": "sampling.*"
@@ -49,7 +56,8 @@ INSTEAD: Mapping[str, str] = {
     "trainer.total_training_steps": "steps",
 }
 """Keys of verl, or groups of them, and what sets the same here. In `Trainer`: losses, advantages,
-data, validation; in `FsdpEngine`: the learning rate's schedule; in `RolloutWorker`: episodes."""
+data, validation; in `FsdpEngine`: the learning rate's schedule, attention, and the head, which
+takes whole rows (Ulysses splits them) and makes no logits; in `RolloutWorker`: episodes."""
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:
