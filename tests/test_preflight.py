@@ -22,9 +22,12 @@ from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
 from reopold_agent.envs.registration import ENVS, register_env
 from reopold_agent.errors import ConfigError, VocabularyMismatchError
 from reopold_agent.objectives import Reopold
+from reopold_agent.plan.compose import plan_run
+from reopold_agent.plan.hardware import Gpu
 from reopold_agent.policies.base import PolicyRole
-from reopold_agent.policies.loading import load_model, resolve_path
+from reopold_agent.policies.loading import LoadedModel, load_model, resolve_path
 from reopold_agent.policies.registry import POLICIES, PolicyKind
+from reopold_agent.preflight import play as playing
 from reopold_agent.preflight.__main__ import main, parse
 from reopold_agent.preflight.figures import (
     CALLS,
@@ -37,11 +40,12 @@ from reopold_agent.preflight.figures import (
     token_groups,
     tool_use_of,
 )
-from reopold_agent.preflight.findings import Finding, judged
+from reopold_agent.preflight.findings import Finding, judged, unfit
 from reopold_agent.preflight.play import Played, play
 from reopold_agent.preflight.projection import project, published
 from reopold_agent.preflight.report import as_values, lines_of
 from reopold_agent.train.banner import preflight_note
+from reopold_agent.train.setup import load_models
 from reopold_agent.types import Completion, Sampling, StopReason, Task, ToolCall, Trajectory, Turn
 
 CPU = ("engine.device=cpu", "engine.threads=1")
@@ -179,7 +183,7 @@ def test_calls_that_mostly_fail() -> None:
     t = replace(trajectory([["a"]], [0.0]), turns=[*turns, Turn(1, 2, "I crop it", "stop")])
     tools = tool_use_of([t], ["crop"])
     errors = {"unknown tool": 1, "not readable": 1}
-    assert tools == ToolUse(("crop",), 1, 3, errors, "There is no tool", 1)
+    assert tools == ToolUse(("crop",), 1, 0, 3, errors, "There is no tool", 1)
     played, _ = flight(episodes=2)
     (found,) = judged(replace(played, tools=tools))
     assert found.status == "warning"
@@ -192,8 +196,10 @@ def test_a_response_that_is_too_short() -> None:
     _, found = flight("rollout.max_response_tokens=4", "+env.kwargs.tools=[]")
     assert found[0].text == "all of 16 episodes are truncated: 16 by length, 0 by turns"
     assert "rollout.max_turn_tokens" in found[0].advice
-    played, found = flight("rollout.max_turns=1")
-    assert (played.outcome.by_turns, found) == (played.tools.episodes, [])
+    played, (found_one,) = flight("rollout.max_turns=1")
+    assert played.outcome.by_turns == played.tools.episodes == 6
+    assert found_one.text.startswith("all of 6 episodes that call a tool are truncated: 0 by len")
+    assert found_one.advice == "Raise rollout.max_turns (now 1)."
 
 
 def test_answers_that_no_rule_can_read(tmp_path: Path) -> None:
@@ -441,6 +447,33 @@ def test_under_verl_it_plays_here(
     played, _ = flight(*words, episodes=2)
     assert played.gradient is None  # of one process, which FSDP divides over GPUs
     assert as_values(played, project(played, words), None, [])["step_seconds"] is None
+
+
+def test_a_plan_that_does_not_fit() -> None:
+    tiny = Gpu("tiny", 2**29, 1e12, 1e12, 1, "")
+    plan = plan_run(["env=math", "engine.precision=float32"], tiny)
+    found, *_ = unfit(plan)
+    assert found.text.startswith("by the plan: does not fit: student and teacher, ")
+    assert found.advice
+    assert unfit(plan_run(["env=math"])) == []
+
+
+def test_nothing_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[LoadedModel] = []
+
+    def load(*arguments: Any, **settings: Any) -> Any:
+        student, teacher = load_models(*arguments, **settings)
+        loaded.append(student)
+        return student, teacher
+
+    monkeypatch.setattr(playing, "load_models", load)
+    played, _ = flight("env=math", episodes=2)
+    assert played.gradient
+    model = loaded[0].adapter.model
+    assert all(each.grad is None for each in model.parameters())
+    spec = loaded[0].spec
+    fresh = load_model(spec, "student", torch.device("cpu")).adapter.model.state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in model.state_dict().items())
 
 
 def test_the_words_of_the_command_line() -> None:

@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         as_json = "--json" in words
         episodes, run, plan = parse([word for word in words if word != "--json"])
         # Imported here so that errors of the command line do not wait for PyTorch.
-        from reopold_agent.preflight.findings import judged
+        from reopold_agent.preflight.findings import judged, unfit
         from reopold_agent.preflight.play import play
         from reopold_agent.preflight.projection import project, published
         from reopold_agent.preflight.report import as_values, show
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             played = play(config, episodes, tell)
         projection, paper, found = project(played, plan), published(run), judged(played)
+        if projection.plan is not None and not projection.on_cpu:
+            found += unfit(projection.plan)
         if as_json:
             print(json.dumps(as_values(played, projection, paper, found), indent=2))
         else:

@@ -30,6 +30,9 @@ ALL, OPENING, CALLS, MARKS, WORDS, END = (
 )
 """Names of groups of tokens besides those of turns."""
 
+TRUNCATED = (StopReason.MAX_TOKENS, StopReason.MAX_TURNS, StopReason.TIME_LIMIT)
+"""How episodes end at a budget."""
+
 _MARK = re.compile(f"{re.escape(OPEN)}|{re.escape(CLOSE)}")
 _CALL = re.compile(f"{re.escape(OPEN)}.*?(?:{re.escape(CLOSE)}|$)", re.DOTALL)
 
@@ -79,6 +82,7 @@ class ToolUse:
     Attributes:
         names: the tools of the environment; None if it does not say.
         episodes: how many episodes have a call.
+        cut: how many of these a budget ended.
         calls: number of calls.
         errors: failed calls by kind.
         example: message of the first failed call.
@@ -87,6 +91,7 @@ class ToolUse:
 
     names: tuple[str, ...] | None
     episodes: int
+    cut: int
     calls: int
     errors: Mapping[str, int]
     example: str
@@ -160,6 +165,7 @@ def tool_use_of(trajectories: Sequence[Trajectory], names: Sequence[str] | None)
     return ToolUse(
         None if names is None else tuple(names),
         episodes=sum(bool(t.tool_calls) for t in trajectories),
+        cut=sum(bool(t.tool_calls) and t.stop_reason in TRUNCATED for t in trajectories),
         calls=len(calls),
         errors=Counter(_error_kind(call, names or ()) for call in failed),
         example=(failed[0].error or "") if failed else "",

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from reopold_agent.plan.estimate import Plan
 from reopold_agent.preflight.figures import ALL, CALLS, END, MARKS, OPENING
 from reopold_agent.preflight.play import Played
 from reopold_agent.tools.parse import OPEN
@@ -22,7 +23,7 @@ REJECTED = -1.0
 """Median R of tokens that the student is sure of, nats, from which on the teacher rejects them."""
 
 FEWEST = 4
-"""Tokens that such a median needs."""
+"""Tokens that such a median needs, and episodes with calls of which all are truncated."""
 
 GAP, GAP_NOTED = 0.05, 0.02
 """Mean difference between trainer's and sampler's log-probs, nats, that stops and that warns.
@@ -65,6 +66,13 @@ def judged(played: Played) -> list[Finding]:
         *_answers(played),
     ]
     return sorted(found, key=lambda each: each.status)
+
+
+def unfit(plan: Plan) -> list[Finding]:
+    """Returns what the plan, with the lengths of the episodes, says does not fit the GPUs."""
+    severe = [each for each in plan.warnings if "does not fit" in each or "cannot start" in each]
+    halves = [each.partition(". ") for each in severe]
+    return [Finding("warning", f"by the plan: {what}", advice) for what, _, advice in halves]
 
 
 def _failures(played: Played) -> Iterator[Finding]:
@@ -144,9 +152,11 @@ def _numbers(played: Played) -> Iterator[Finding]:
 def _budgets(played: Played) -> Iterator[Finding]:
     outcome, rollout = played.outcome, played.config.rollout
     usable = outcome.episodes - outcome.failed - outcome.by_prompt
-    if not outcome.truncated or outcome.truncated < MOSTLY * usable:
-        return
+    tools = played.tools
     every = outcome.truncated == usable
+    few = outcome.truncated < MOSTLY * usable
+    if not outcome.truncated or (few and (tools.cut < tools.episodes or tools.cut < FEWEST)):
+        return
     ways = {
         f"rollout.max_turn_tokens (now {rollout.max_turn_tokens}) or rollout.max_response_tokens "
         f"(now {rollout.max_response_tokens})": outcome.by_length,
@@ -155,17 +165,20 @@ def _budgets(played: Played) -> Iterator[Finding]:
     }
     way = max(ways, key=lambda name: ways[name])
     counts = f"{outcome.by_length} by length, {outcome.by_turns} by turns"
+    whose = f"{'all' if every else outcome.truncated} of {usable} episodes"
+    if few:
+        whose = f"all of {tools.cut} episodes that call a tool"
     # An environment that the budget of turns always ends, such as a game, can still be won.
     yield Finding(
         "problem" if every and not outcome.success else "warning",
-        f"{'all' if every else outcome.truncated} of {usable} episodes are truncated: {counts}",
+        f"{whose} are truncated: {counts}",
         f"Raise {way}.",
     )
 
 
 def _tools(played: Played) -> Iterator[Finding]:
     tools = played.tools
-    if not tools.names or (not any(g.tokens for g in played.rewards or ()) and played.gap is None):
+    if not tools.names or played.gap is None:  # without a usable episode nothing is known
         return
     if not tools.calls:
         hint = (

@@ -20,6 +20,7 @@ from reopold_agent.preflight.projection import Projection
 
 _WIDTH = 80
 _LABEL = 10
+_NAME, _COLUMNS = 28, (9, 9, 12, 12)
 _STYLES = {"problem": "bold red", "warning": "yellow"}
 
 VERL = (
@@ -69,14 +70,11 @@ def lines_of(played: Played, projection: Projection, paper: Mapping[str, Any] | 
     lines = [line for label, text in rows for line in _wrapped(label, text)]
     if played.rewards:
         head = ("tokens", "mean R", f"R <= {played.floor:.2f}", "where sure")
-        shown = "".join(f"{each:>10}" for each in head)
-        lines.append(f"{'reward':{_LABEL}}{'':28}{shown}")
+        lines.append(_row("reward", "", head))
         for group in played.rewards:
             name = group.name if group.name == ALL else f"  {group.name}"
-            lines.append(
-                f"{'':{_LABEL}}{name:28}{group.tokens:>10,}{_nats(group.reward):>10}"
-                f"{group.below:>10.1%}{_nats(group.sure_reward):>10}"
-            )
+            reward, sure = _nats(group.reward), _nats(group.sure_reward)
+            lines.append(_row("", name, (f"{group.tokens:,}", reward, f"{group.below:.1%}", sure)))
     gap = played.gap
     if gap is not None:
         text = (
@@ -207,6 +205,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _row(label: str, name: str, cells: Sequence[str]) -> str:
+    shown = "".join(cell.rjust(width) for cell, width in zip(cells, _COLUMNS, strict=True))
+    return f"{label:{_LABEL}}{name:{_NAME}}{shown}"
 
 
 def _nats(value: float) -> str:
