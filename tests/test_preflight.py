@@ -378,23 +378,23 @@ def trajectory(pieces: Sequence[Sequence[str]], logp: Sequence[float], **values:
 
 
 def test_groups_of_tokens_by_hand() -> None:
-    turns = [["I ", "look", "<tool", "_call>x", "y</tool_call>"], ["so", "!"]]
+    turns = [["I ", "look", "<tool", "_call>x", "y</tool_call>", " ok"], ["so", "!"]]
     words = ["?", *turns[0], *turns[1]]
-    teacher = np.array([0, -1, -2, -3, -4, -5, -6, -7], np.float32)
-    t = trajectory(turns, [0.0] * 6 + [-1.0], teacher_logp=teacher)
+    teacher = -np.arange(9, dtype=np.float32)
+    t = trajectory(turns, [0.0] * 7 + [-1.0], teacher_logp=teacher)
     groups = {
-        g.name: (g.tokens, g.reward, round(g.below, 3), g.sure, g.sure_reward)
+        g.name: (g.tokens, round(g.reward, 3), round(g.below, 3), g.sure, g.sure_reward)
         for g in token_groups([t], [t.logp], -3.0, lambda ids: "".join(words[i] for i in ids))
     }
     assert groups == {
-        "all tokens": (7, pytest.approx(-27 / 7), 0.714, 6, -3.5),
-        "turn 1": (5, -3.0, 0.6, 5, -3.0),
-        "turn 2": (2, -6.0, 1.0, 1, -6.0),
-        OPENING: (2, -3.5, 0.5, 2, -3.5),
+        "all tokens": (8, -4.375, 0.75, 7, -4.0),
+        "turn 1": (6, -3.5, 0.667, 6, -3.5),
+        "turn 2": (2, -7.0, 1.0, 1, -7.0),
+        OPENING: (2, -4.0, 0.5, 2, -4.0),
         CALLS: (3, -4.0, 1.0, 3, -4.0),
         MARKS: (3, -4.0, 1.0, 3, -4.0),
-        WORDS: (3, -3.0, 0.333, 3, -2.0),
-        END: (2, -5.5, 1.0, 1, -5.0),
+        WORDS: (3, -3.333, 0.333, 3, -2.0),
+        END: (2, -6.5, 1.0, 1, -6.0),
     }
 
 
