@@ -5,15 +5,18 @@ Needs the environment that ``.ci/run`` builds: ``pytest -m full_env``.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+import pickle
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from reopold_agent.errors import CheckpointError, ConfigError
+from reopold_agent.errors import CheckpointError, ConfigError, ServerStalledError
 from reopold_agent.train.verl.checkpoints import newest_checkpoint
 from reopold_agent.train.verl.stop import StoppedError, StopRequest
 
@@ -150,3 +153,100 @@ def test_a_step_that_cannot_be_scored_ends_the_run(shared: Any) -> None:
     with pytest.raises(RuntimeError, match="a worker died"):
         shared._balance_batch(batch(), {})
     assert shared.events[-1] == "sleeps"
+
+
+class Actor:
+    """A method of a Ray actor without Ray: its arguments are copied, as Ray's are."""
+
+    def __init__(self, method: Any) -> None:
+        self._method = method
+
+    async def remote(self, **arguments: Any) -> Any:
+        return await self._method(**pickle.loads(pickle.dumps(arguments)))
+
+
+class Engine:
+    """vLLM's asynchronous engine: a token takes 20 ms, and from ``stops`` tokens on none comes."""
+
+    def __init__(self, stops: int) -> None:
+        self._stops = stops
+        self.events: list[tuple[str, str]] = []
+
+    async def generate(
+        self, *, sampling_params: Any, request_id: str, **_: Any
+    ) -> AsyncIterator[Any]:
+        self.events.append(("begin", request_id))
+        ids: list[int] = []
+        try:
+            while len(ids) < sampling_params.max_tokens:
+                await asyncio.sleep(0.02 if len(ids) < self._stops else 60)
+                ids.append(7)
+                values = [{7: SimpleNamespace(logprob=-0.5)} for _ in ids]
+                answer = SimpleNamespace(
+                    token_ids=list(ids), logprobs=values, finish_reason="length"
+                )
+                yield SimpleNamespace(outputs=[answer], prompt_logprobs=None)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.events.append(("abort", request_id))
+            raise
+
+
+def asked(engine: Engine, tokens: int) -> Any:
+    """What our client gets through verl's client and verl's server from that engine."""
+    from verl.workers.rollout.llm_server import LLMServerClient
+
+    from reopold_agent.train.verl.client import Servers, SharedPictures
+    from reopold_agent.train.verl.server import Server
+
+    settings = {
+        "max_model_len": 100, "response_length": 90, "prompt_length": 10, "full_determinism": False,
+        "enable_rollout_routing_replay": False, "mtp": None, "get": lambda name, default: default,
+    }  # fmt: skip
+    server = Server.__new__(Server)
+    vars(server).update(
+        config=SimpleNamespace(**settings),
+        model_config=SimpleNamespace(processor=None, lora_rank=0, lora={}),
+        replica_rank=0, global_steps=0, _disaggregation_role="null", _pd_decode_peers=[],
+        _submission_paused=False, _admitting=0,
+    )  # fmt: skip
+    server.engine = engine  # as verl does once vLLM has started
+
+    async def fields() -> list[str]:
+        return []
+
+    async def acquire(request_id: str) -> Any:
+        return "server", SimpleNamespace(generate=Actor(server.generate))
+
+    balancer = SimpleNamespace(
+        require_acquire_fields=Actor(fields),
+        require_release_fields=Actor(fields),
+        acquire_server=Actor(acquire),
+        release_server=SimpleNamespace(remote=lambda **_: None),
+    )
+    whole = SimpleNamespace(actor_rollout_ref=SimpleNamespace(rollout=SimpleNamespace(name="vllm")))
+
+    async def request() -> Any:
+        client = LLMServerClient(whole, balancer)
+        loop, stops = asyncio.get_running_loop(), frozenset({2})
+        servers = Servers(client, loop, stops, SharedPictures(), "teacher", 0.15, retries=1)
+        parameters = {"max_tokens": tokens, "logprobs": True}
+        return await servers.request([1, 2, 3], [], parameters, "session")
+
+    return asyncio.run(request())
+
+
+def test_an_answer_may_take_longer_than_a_stall() -> None:
+    engine = Engine(stops=100)
+    output = asked(engine, 20)  # 0.4 s
+    assert list(output.token_ids) == [7] * 20
+    assert list(output.log_probs) == [-0.5] * 20
+    assert [kind for kind, _ in engine.events] == ["begin"]
+
+
+def test_verls_server_takes_a_request_back_before_the_next_attempt() -> None:
+    engine = Engine(stops=3)
+    with pytest.raises(ServerStalledError, match=r"of the teacher .*\n.*teacher_server\.stall_sec"):
+        asked(engine, 20)
+    assert [kind for kind, _ in engine.events] == ["begin", "abort"] * 2
+    names = [name for _, name in engine.events]
+    assert names[0] == names[1] != names[2] == names[3]
