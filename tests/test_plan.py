@@ -72,6 +72,41 @@ def test_gpus_are_divided_as_the_recipe_does(
     assert chosen.layout.teacher == nodes
 
 
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (["gpus=8"], set()),
+        (["gpus=1"], {"engine.teacher_gpus_per_node", "engine.offload"}),
+        (["gpus=1", "gpu=rtx_4090"], {"engine", "model.student.lora", "policy"}),
+    ],
+)
+def test_fewer_gpus_get_settings_that_fit(words: list[str], changed: set[str]) -> None:
+    made = plan_run(["recipe=paper_agentic", *words])
+    assert made.fits
+    assert changed <= {word.partition("=")[0] for word in made.changes}
+    assert bool(made.changes) == bool(changed) == bool(made.costs)
+    # Training takes the proposed settings, and the plan of them is the same.
+    kept = [word for word in words if not word.startswith("gpus=")]
+    again = plan_run(["recipe=paper_agentic", *kept, *made.changes])
+    assert (again.memory, again.seconds) == (made.memory, made.seconds)
+
+
+def test_what_a_plan_changes_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=paper_agentic", "gpus=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "this plan changes: engine.nodes=1 engine.gpus_per_node=1" in shown
+    assert "What this costs: student's servers, teacher's servers and trainer take turns" in shown
+
+
+def test_a_setting_of_the_user_is_not_changed() -> None:
+    """Nothing fits with separate GPUs for the teacher, so the plan says what does not."""
+    made = plan_run(["recipe=paper_agentic", "gpus=2", "engine.teacher_gpus_per_node=1",
+                     "gpu=rtx_4090"])  # fmt: skip
+    assert not made.fits
+    assert made.changes == ()
+    assert any("does not fit" in line for line in made.warnings)
+
+
 def test_impossible_settings_are_reported() -> None:
     with pytest.raises(ConfigError, match="engine=local uses one GPU"):
         plan_run(["gpus=4"])

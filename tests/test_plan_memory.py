@@ -27,7 +27,7 @@ def test_the_page_has_the_table_of_all_cases() -> None:
     assert f"| {' | '.join(plan_memory.HEADER)} |" in page
     for case in plan_memory.CASES:
         rows = re.findall(rf"^\| {case} \|.*\| ([\d.]+) \|$", page, re.MULTILINE)
-        assert len(rows) <= 2, case
+        assert len(rows) == 2, case
         assert all(0.85 < float(ratio) < 1.15 for ratio in rows), case
 
 

@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from real_data import find_real_data, real_data
-from running import command, composed
+from running import command, composed, train, train_rows
 
 from reopold_agent.cli.groups import prepare_groups
 from reopold_agent.errors import UnknownNameError
@@ -167,8 +167,44 @@ def flat(recipe: str, *words: str) -> dict[str, Any]:
     return found
 
 
-def test_there_are_five() -> None:
-    assert sorted(path.stem for path in RECIPES.glob("*.yaml")) == sorted(NAMES)
+SMALL: dict[str, tuple[str, ...]] = {
+    "agentic_1x80gb": (),
+    "agentic_1x48gb": ("gpu=l40s",),
+    "agentic_1x24gb": ("gpu=rtx_4090",),
+}
+"""Recipes for one GPU, with the plan's words for it."""
+
+
+def test_there_are_five_and_those_for_one_gpu() -> None:
+    assert sorted(path.stem for path in RECIPES.glob("*.yaml")) == sorted([*NAMES, *SMALL])
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_recipe_for_one_gpu_fits_and_is_otherwise_the_paper_s(name: str) -> None:
+    made = plan_run([f"recipe={name}", *SMALL[name]])
+    assert made.layout.gpus == 1
+    assert not made.warnings
+    for role in made.memory:
+        assert role.peak[1] <= 0.9 * made.gpu.memory, role.peak
+    whole, own = flat("paper_agentic"), flat(name)
+    changed = {key for key, value in own.items() if whole.get(key, value) != value}
+    allowed = ("engine.", "policy.", "rollout.concurrency", "optimizer.lr", "model.student.")
+    assert all(key.startswith(allowed) for key in changed), changed
+    assert (own["optimizer.lr"] == 1e-6) == ("model.student.lora.r" not in own)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["agentic_1x48gb", "agentic_1x24gb"])
+def test_a_recipe_with_lora_trains_at_a_small_size(name: str, tmp_path: Path) -> None:
+    """The same shape on a CPU: an adapter on frozen bfloat16 weights, with tools and pictures."""
+    train(
+        *(tmp_path / "run", f"recipe={name}", "model=demo", "data=demo", "policy=transformers"),
+        *("steps=1", "batch.prompts=2", "batch.mini_batch=2", "batch.samples=2"),
+        *("rollout.max_response_tokens=110", "rollout.max_turn_tokens=60", "evaluation.every=0"),
+        *("evaluation.tasks=2", "evaluation.teacher=false", "engine.max_prompt_tokens=null"),
+    )
+    (row,) = train_rows(tmp_path / "run")
+    assert row["grad_norm"] > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

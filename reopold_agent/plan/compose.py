@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,25 @@ from reopold_agent.train.settings import compose_run
 
 NUMBERS = ("mfu", "bandwidth", "overhead", "prompt", "pictures", "response", "observation")
 WORDS = ("gpu", "schedule", "measured")
+_LORA = "model.student.lora={r: 32, lora_alpha: 64, target_modules: all-linear}"
+_SMALLER: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("engine.teacher_gpus_per_node=0",),
+        "student's servers, teacher's servers and trainer take turns on the same GPUs",
+    ),
+    (("engine.offload=true",), "the trainer's state moves to the CPU and back in each step"),
+    (("engine.max_prompt_tokens=4096",), "tasks with longer prompts are left out"),
+    (
+        ("engine=local", _LORA, "model.student.dtype=bfloat16", "optimizer.lr=1e-5"),
+        "an adapter is trained in place of all weights, and one process on one GPU does everything",
+    ),
+    (("policy=server",), "the teacher is on another machine (policy.teacher.urls=[...])"),
+)
+"""Settings that take less memory, and what each costs, in the order in which they are tried."""
+
+ONLY_VERL = ("engine.teacher_gpus_per_node", "engine.offload")
+"""Those of them that ``engine=local`` does not have."""
+
 _NODE = 8
 """GPUs of a machine; a larger ``gpus=`` means several machines."""
 
@@ -71,15 +91,53 @@ def plan_run(words: Sequence[str], gpu: Gpu | None = None) -> Plan:
     numbers, names, rest = split_words(words)
     config = compose_run(rest)
     if "gpus" in numbers and config.engine.name == "verl":
-        chosen = {word.partition("=")[0]: word for word in rest}
-        for key in ("engine.nodes", "engine.gpus_per_node"):
-            if key in chosen:
-                raise ConfigError(
-                    f"both gpus= and {chosen[key]} say how many GPUs there are.\nLeave one out."
-                )
-        config = compose_run([*rest, *_division(config, int(numbers["gpus"]), set(chosen))])
-    elif numbers.get("gpus", 1) != 1:
+        return _plan_for_gpus(config, rest, numbers, names, gpu)
+    if numbers.get("gpus", 1) != 1:
         raise ConfigError("engine=local uses one GPU; for more: engine=verl")
+    return _plan(config, numbers, names, gpu)
+
+
+def _plan_for_gpus(
+    config: TrainConfig,
+    rest: Sequence[str],
+    numbers: Mapping[str, float],
+    names: Mapping[str, str],
+    gpu: Gpu | None,
+) -> Plan:
+    """Plans a run of ``engine=verl`` on a number of GPUs, if need be with settings that fit."""
+    chosen = {_key(word): word for word in rest}
+    for key in ("engine.nodes", "engine.gpus_per_node"):
+        if key in chosen:
+            raise ConfigError(
+                f"both gpus= and {chosen[key]} say how many GPUs there are.\nLeave one out."
+            )
+    gpus = int(numbers["gpus"])
+    division = _division(config, gpus, set(chosen))
+    first = _plan(compose_run([*rest, *division]), numbers, names, gpu)
+    changes: dict[str, str] = {}
+    costs: list[str] = []
+    for words, cost in _SMALLER if not first.fits else ():
+        if words[0] == "engine=local":  # which has no settings of several GPUs or servers
+            if any(key in ONLY_VERL or key == "engine" for key in chosen) or "schedule" in names:
+                break
+            division, costs = [], costs[-1:]
+            changes = {key: word for key, word in changes.items() if key not in ONLY_VERL}
+        changes |= {_key(word): word for word in words if _key(word) not in chosen}
+        costs.append(cost)
+        given = {_key(word): word for word in division} | changes
+        made = _plan(compose_run([*rest, *given.values()]), numbers, names, gpu)
+        if made.fits:
+            return replace(made, changes=tuple(given.values()), costs=tuple(costs))
+    return first
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0]
+
+
+def _plan(
+    config: TrainConfig, numbers: Mapping[str, float], names: Mapping[str, str], gpu: Gpu | None
+) -> Plan:
     student, teacher = _models(config)
     gpu = find_gpu(names.get("gpu", "h100_80gb")) if gpu is None else gpu
     rates = assumed_rates(
@@ -121,6 +179,7 @@ def _division(config: TrainConfig, gpus: int, chosen: set[str]) -> list[str]:
         share = config.engine.teacher_gpus_per_node / config.engine.gpus_per_node
         step = config.engine.teacher_server.tensor_parallel
         teacher = max(1, round(share * each / step)) * step if share else 0
+        teacher = teacher if teacher < each else 0  # none is left: they share
         words.append(f"engine.teacher_gpus_per_node={teacher}")
     return words
 

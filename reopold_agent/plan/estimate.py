@@ -47,7 +47,10 @@ _TEACHER_TOKENS = 4096
 class Plan:
     """Estimated needs of a run; FLOPs and seconds are per step.
 
-    ``padding`` is the share of the update's computed tokens that is padding.
+    Attributes:
+        padding: share of the update's computed tokens that is padding.
+        changes: settings that were changed so that the run fits, the GPUs' division among them.
+        costs: what they cost.
     """
 
     config: TrainConfig
@@ -62,6 +65,14 @@ class Plan:
     memory: tuple[GpuMemory, ...]
     warnings: tuple[str, ...]
     padding: float = 0.0
+    changes: tuple[str, ...] = ()
+    costs: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits and every server can start."""
+        roles = all(role.peak[1] <= self.gpu.memory for role in self.memory)
+        return roles and not any("cannot start" in line for line in self.warnings)
 
     @property
     def gpu_hours(self) -> float:
@@ -308,9 +319,16 @@ def _memory(
     scoring = {**base, **trainer.scoring(student, old, shown * old.tokens)}
     update = {**base, **trainer.updating(student, largest, shown * largest.tokens)}
     if local:
-        cache = student.text.kv_bytes(_compute_bytes(config)) * work.length * server.slots
-        phases = {"rollout": {**resident, "KV cache": cache}}
-        phases |= {"old log-probs": scoring, "update": update}
+        phases = {"old log-probs": scoring, "update": update}
+        own = config.policy.student
+        if own["name"] == "vllm":
+            awake = _server_parts(student, own["gpu_memory_utilization"] * gpu.memory, 1)
+            beside = {"sleeping servers": SLEEPING_SERVER} if own["sleep"] else awake
+            phases = {name: {**beside, **parts} for name, parts in phases.items()}
+            phases = {"rollout": {**resident, **awake}, **phases}
+        else:
+            cache = student.text.kv_bytes(_compute_bytes(config)) * work.length * server.slots
+            phases = {"rollout": {**resident, "KV cache": cache}, **phases}
         if teacher is None or config.policy.teacher["name"] == "server":
             return (GpuMemory("student", 1, phases),)
         stored = 4 if config.model.teacher and config.model.teacher.dtype == "float32" else 2

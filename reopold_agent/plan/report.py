@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,8 @@ def as_values(plan: Plan) -> dict[str, Any]:
         },
         "sequences_per_server": layout.student_server.slots,
         "assumptions": assumptions(plan),
+        "changes": list(plan.changes),
+        "costs": list(plan.costs),
         "warnings": list(plan.warnings),
     }
 
@@ -120,6 +123,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     for name, text in assumptions(plan).items():
         console.print(f"  {name}: {text}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"  {LEFT_OUT}", markup=False, highlight=False, soft_wrap=True)
+    if plan.changes:
+        quoted = " ".join(shlex.quote(word) for word in plan.changes)
+        told = f"As it is, the run does not fit; this plan changes: {quoted}"
+        for line in (told, f"What this costs: {'; '.join(plan.costs)}."):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in plan.warnings:
         console.print(f"! {line}", markup=False, highlight=False, soft_wrap=True)
     if not plan.warnings:
