@@ -69,16 +69,17 @@ def test_verl_takes_the_recipe(recipe: str) -> None:
     assert config.batch.mini_batch * config.batch.samples % theirs.trainer.n_gpus_per_node == 0
 
 
-def test_verl_takes_the_recipe_for_one_gpu() -> None:
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_verl_takes_the_recipe_for_fewer_gpus(gpus: int) -> None:
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
     from verl.utils.config import validate_config
 
-    theirs = settings("recipe=agentic_1x80gb")
+    few = ("recipe=paper_agentic", f"engine.gpus_per_node={gpus}", "engine.teacher_gpus_per_node=0")
+    theirs = settings(*(few if gpus > 1 else ("recipe=agentic_1x80gb",)))
     validate_config(theirs, need_reference_policy(theirs), need_critic(theirs))
-    assert theirs.trainer.n_gpus_per_node == theirs.distillation.n_gpus_per_node == 1
+    assert theirs.trainer.n_gpus_per_node == theirs.distillation.n_gpus_per_node == gpus
     fsdp = theirs.actor_rollout_ref.actor.fsdp_config
-    assert fsdp.param_offload
-    assert fsdp.optimizer_offload
+    assert fsdp.param_offload == fsdp.optimizer_offload == (gpus == 1)
 
 
 def test_a_teacher_on_the_students_gpus() -> None:
