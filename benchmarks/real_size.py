@@ -11,9 +11,9 @@ memory. With ``--own-teacher`` it is a whole second checkpoint, as in real train
 
 A process of its own makes the run with the product's code: load, play, score, update, checkpoint
 and ``final/``. This one samples the memory of it and its children (PSS, mapped files included)
-and prints, for each phase, its seconds, its peak, and the least seconds that its FLOPs
-(`plan.flops`) and the weights that decoding reads take at the rates measured here. The last line
-is JSON.
+and prints, for each phase, its peak, its seconds by the clock and by the CPU (over the threads),
+and the least that its FLOPs (`plan.flops`) and the weights that decoding reads take at the rates
+measured here. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -253,10 +253,12 @@ def run_child(folder: Path, words: list[str], *, save: bool) -> None:
     marks = (folder / "marks.jsonl").open("a", encoding="utf-8")
 
     def mark(phase: str) -> None:
-        row: dict[str, Any] = {"phase": phase, "at": time.time()}
         if cuda:
             torch.cuda.synchronize()
-            row["at"] = time.time()
+        # Other programs disturb the seconds of the CPU less than those of the clock.
+        worked = time.time() if cuda else time.process_time() / torch.get_num_threads()
+        row: dict[str, Any] = {"phase": phase, "at": time.time(), "worked": worked}
+        if cuda:
             row["gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
         marks.write(json.dumps(row) + "\n")
@@ -315,9 +317,14 @@ def pss_bytes(process: int) -> int:
 
 @dataclass
 class Phases:
-    """Seconds and peak memory of the phases of a run."""
+    """Seconds and peak memory of the phases of a run.
+
+    ``worked`` are seconds of the clock on a GPU, and on the CPU its own over the threads: what the
+    phase takes on a machine that does nothing else, if its threads are never idle.
+    """
 
     seconds: dict[str, float] = field(default_factory=dict)
+    worked: dict[str, float] = field(default_factory=dict)
     peak_gib: dict[str, float] = field(default_factory=dict)
     gpu_gib: dict[str, float] = field(default_factory=dict)
 
@@ -328,10 +335,11 @@ class Phases:
         rows = [json.loads(line) for line in marks.read_text("utf-8").splitlines()]
         for before, row in itertools.pairwise(rows):
             name = row["phase"] if row["phase"] not in ("between", "end") else "other"
-            if name == "generate":  # of several steps the last counts: the first warms up
-                for part in STEP:
-                    phases.seconds.pop(part, None)
-            phases.seconds[name] = phases.seconds.get(name, 0.0) + row["at"] - before["at"]
+            for sums, key in ((phases.seconds, "at"), (phases.worked, "worked")):
+                if name == "generate":  # of several steps the last counts: the first warms up
+                    for part in STEP:
+                        sums.pop(part, None)
+                sums[name] = sums.get(name, 0.0) + row[key] - before[key]
             inside = [bytes_ for at, bytes_ in samples if before["at"] <= at <= row["at"]]
             peak = max(inside, default=0) / 2**30
             phases.peak_gib[name] = max(phases.peak_gib.get(name, 0.0), peak)
@@ -394,17 +402,19 @@ def measure(architecture: Architecture, rows: int, device: str, dtype: torch.dty
                 torch.cuda.synchronize()
 
         once()
-        return min(_seconds(once) for _ in range(3)) / len(weights)
+        return min(_worked(once, device) for _ in range(3)) / len(weights)
 
     with torch.no_grad():
         size = text.mlp * text.hidden
         return Machine(2 * 1024 * size / best(1024), dtype.itemsize * size / best(rows))
 
 
-def _seconds(call: Callable[[], None]) -> float:
-    started = time.perf_counter()
+def _worked(call: Callable[[], None], device: str) -> float:
+    """Returns seconds as `Phases.worked` has them."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    started = clock()
     call()
-    return time.perf_counter() - started
+    return (clock() - started) / (torch.get_num_threads() if device == "cpu" else 1)
 
 
 def bounds(
@@ -556,6 +566,7 @@ def real_size(folder: Path, settings: Settings) -> dict[str, Any]:
         "peak_gib": round(max(size for _, size in samples) / 2**30, 2),
         "step_seconds": round(metrics["time/step"], 1),
         "seconds": {name: round(value, 2) for name, value in phases.seconds.items()},
+        "worked_seconds": {name: round(value, 2) for name, value in phases.worked.items()},
         "least_seconds": {name: round(value, 2) for name, value in least.items()},
         "peaks_gib": {name: round(value, 2) for name, value in phases.peak_gib.items()},
         "gpu_peaks_gib": {name: round(value, 2) for name, value in phases.gpu_gib.items()},
@@ -576,11 +587,12 @@ def show(result: Mapping[str, Any]) -> None:
         f"machine: {result['gflops']:.0f} GFLOP/s in products of 1,024 tokens, "
         f"{result['weights_gb_per_second']:.1f} GB/s of weights in decoding (bfloat16)"
     )
-    print(f"{'phase':12} {'seconds':>9} {'at least':>9} {'ratio':>6} {'peak GiB':>9}")
+    print(f"{'phase':12} {'seconds':>9} {'worked':>9} {'at least':>9} {'ratio':>6} {'peak GiB':>9}")
     for name, seconds in result["seconds"].items():
-        least = result["least_seconds"].get(name)
-        bound = "" if least is None else f"{least:9.2f} {seconds / max(least, 1e-9):6.2f}"
-        print(f"{name:12} {seconds:9.2f} {bound:16} {result['peaks_gib'][name]:9.2f}")
+        least, worked = result["least_seconds"].get(name), result["worked_seconds"][name]
+        bound = "" if least is None else f"{least:9.2f} {worked / max(least, 1e-9):6.2f}"
+        peak = result["peaks_gib"][name]
+        print(f"{name:12} {seconds:9.2f} {worked:9.2f} {bound:16} {peak:9.2f}")
 
 
 @contextmanager

@@ -95,9 +95,10 @@ def test_memory_is_that_of_the_whole_tree(benchmark: Any, tmp_path: Path) -> Non
             subprocess.run(["kill", line], check=True)
         process.wait(10)
     marks = [("start", 0), ("load", 10), ("between", 20), ("update", 30)]
-    rows = [json.dumps({"phase": phase, "at": at}) for phase, at in marks]
+    rows = [json.dumps({"phase": phase, "at": at, "worked": at / 2}) for phase, at in marks]
     (tmp_path / "marks").write_text("\n".join(rows))
     samples = [(5.0, 2 << 30), (15.0, 3 << 30), (25.0, 1 << 30)]
     phases = benchmark.Phases.read(tmp_path / "marks", samples)
     assert phases.seconds == {"load": 10, "other": 10, "update": 10}
+    assert phases.worked == {"load": 5, "other": 5, "update": 5}
     assert phases.peak_gib == {"load": 2, "other": 3, "update": 1}
