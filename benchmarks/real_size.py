@@ -246,9 +246,11 @@ def run_child(folder: Path, words: list[str], *, save: bool) -> None:
     """Trains with the product's code and writes when each phase ended to ``folder/marks.jsonl``."""
     from hydra import compose, initialize_config_module
 
+    from reopold_agent.common.processes import die_with_parent
     from reopold_agent.train import recovery, setup, timing
     from reopold_agent.train.settings import load_config
 
+    die_with_parent()  # or it would go on when a time limit kills the parent
     cuda = torch.cuda.is_available()
     marks = (folder / "marks.jsonl").open("a", encoding="utf-8")
 
@@ -362,7 +364,7 @@ def watch(command: Sequence[str], seconds: float) -> list[tuple[float, int]]:
             samples.append((time.time(), pss_bytes(process.pid)))
             if time.monotonic() - started > seconds:
                 raise SystemExit(f"the run took longer than {seconds:.0f} s (--seconds)")
-            time.sleep(0.2)
+            time.sleep(0.5)  # reading it walks all pages
     finally:
         process.kill()
     if process.returncode:

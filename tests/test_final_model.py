@@ -12,6 +12,7 @@ from running import composed, train, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
 
+from reopold_agent.common.memory import discard_pages
 from reopold_agent.errors import ModelError
 from reopold_agent.policies import saving
 from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model, resolve_path
@@ -165,6 +166,32 @@ def test_what_is_read_back_takes_the_place_of_the_model(
     assert left == sorted(left, reverse=True)  # freed one by one: never two whole models
     assert left[-1] < left[0] / 10
     assert sum(parameter.numel() for parameter in base.parameters()) == 0
+
+
+def test_discarded_pages_leave_memory_and_their_neighbours_alone(tmp_path: Path) -> None:
+    size = 2**20 + 1001  # the tensors share pages
+    made = {name: torch.full((size,), i, dtype=torch.int32) for i, name in enumerate("abc")}
+    save_file(made, tmp_path / "x.safetensors")
+    loaded = load_file(tmp_path / "x.safetensors")
+    for value in loaded.values():
+        value += 7  # a page of its own for each that is written, and no longer the file's
+
+    def resident() -> int:
+        """Bytes of private pages of the mapping."""
+        kept, inside = 0, False
+        for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+            if line[:1] in "0123456789abcdef":
+                low, _, high = line.split()[0].partition("-")
+                inside = int(low, 16) <= loaded["b"].data_ptr() < int(high, 16)
+            elif inside and line.startswith("Private_Dirty:"):
+                kept += 1024 * int(line.split()[1])
+        return kept
+
+    before = resident()
+    discard_pages(loaded["b"].data_ptr(), loaded["b"].nbytes)
+    assert before - resident() > 0.99 * loaded["b"].nbytes
+    assert (loaded["a"] == 7).all()
+    assert (loaded["c"] == 9).all()
 
 
 def test_merging_that_changes_the_model_is_refused(

@@ -1,7 +1,10 @@
-"""Measures this process's memory limits."""
+"""Measures this process's memory limits, and gives memory back."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -19,3 +22,22 @@ def usable_memory() -> float | None:
     except (OSError, StopIteration):
         return free
     return free if most == "max" else min(free, float(most) - float(used))
+
+
+def discard_pages(address: int, size: int) -> None:
+    """Gives memory whose content is needed no more back to the system before it is freed.
+
+    Of a mapped file, for example, freeing one part frees nothing. The content becomes undefined.
+    Pages that are not wholly inside are kept. Does nothing except on Linux.
+
+    Args:
+        address: first byte.
+        size: number of bytes.
+    """
+    if sys.platform != "linux":
+        return
+    page = mmap.PAGESIZE
+    start, end = -(-address // page) * page, (address + size) // page * page
+    if end > start:
+        libc = ctypes.CDLL(None)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

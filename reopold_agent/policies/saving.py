@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reopold_agent.common.memory import usable_memory
+from reopold_agent.common.memory import discard_pages, usable_memory
 from reopold_agent.errors import ModelError
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model
@@ -107,7 +107,10 @@ def _compare_weights(written: Any, merged: Any) -> None:
     for value, same in names.items():
         here = value.detach().to("cpu")
         differing += [n for n in same if n not in found or not torch.equal(found[n], here)]
-        # The file's is now in memory in its place: the two models are never held whole.
+        # The file's is now in memory in its place: the two models are never held whole. The loaded
+        # weights of a file are one mapping, which ends only with the last of them.
+        if value.device.type == "cpu" and value.is_contiguous():
+            discard_pages(value.data_ptr(), value.nbytes)
         value.data = value.new_empty(0)
     if differing:
         raise ModelError(
