@@ -116,6 +116,18 @@ def results(
     }
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_export_is_a_checkpoint(
+    index: int, cases: list[Case], models: dict[str, Any], results: dict[str, Any]
+) -> None:
+    """Made while the model has an attention that transformers does not know."""
+    exported = cases[index].model.with_suffix(".saved") / "huggingface"
+    kind = type(models[cases[index].name])
+    loaded = kind.from_pretrained(exported, dtype=torch.float32)
+    for name, value in models[cases[index].name].state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("index", [0, 1])
 def test_scores_are_the_local_engines(

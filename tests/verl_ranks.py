@@ -54,7 +54,7 @@ def run(case: Case, rank: int) -> dict[bool, dict[str, Any]]:
             strategy="fsdp2", model_dtype="fp32", mixed_precision=kinds, use_torch_compile=False
         ),
         FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
-        CheckpointConfig(),
+        CheckpointConfig(save_contents=["model", "hf_model"]),
     )
     engine.initialize()
     found = {}
@@ -75,6 +75,8 @@ def run(case: Case, rank: int) -> dict[bool, dict[str, Any]]:
                 for name, parameter in engine.module.named_parameters()
             }
         found[packed] = {**scored, "gradients": gradients}
+        # Also between the passes: afterwards the model must compute as before.
+        engine.save_checkpoint(str(case.model.with_suffix(".saved")))
     return found
 
 

@@ -73,11 +73,26 @@ class FsdpEngine(FSDPEngineWithLMHead):
         attention = str(config._attn_implementation)
         if not attends_by_rows(attention):
             return super()._build_module()
-        config._attn_implementation, self.use_remove_padding = "sdpa", False
+        # The second is an entry that verl adds, and that checkpoints contain.
+        config._attn_implementation = config.attn_implementation = "sdpa"
+        self.use_remove_padding = False
         module = super()._build_module()
         self.use_remove_padding = True
         attend_by_rows(module, attention.removeprefix(IMPLEMENTATION))
         return module
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Saves as verl, which makes an empty model by the model's configuration for the export.
+
+        transformers would look for a package with the name of our attention, so that the
+        configuration names it only between checkpoints.
+        """
+        config = self.module.config
+        attention, config._attn_implementation = config._attn_implementation, "sdpa"
+        try:
+            super().save_checkpoint(*args, **kwargs)
+        finally:
+            config._attn_implementation = attention
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
         """Returns the local engine's schedule: linear warm-up over updates, then constant."""
