@@ -147,7 +147,7 @@ MISTAKES = [
     Mistake("train env=pixel_resoner", "no environment is called", "mean 'pixel_reasoner'? Known:"),
     Mistake("train objective=repold", "no objective is called", "mean 'reopold'?"),
     Mistake("train tracking=[wandb,mlflo]", "no tracker is called 'mlflo'.", "mean 'mlflow'?"),
-    Mistake("train recipe=null", "no recipe is called 'null'.", "Known: paper_agentic"),
+    Mistake("train recipe=null", "no recipe is called 'null'.", "Known: agentic_1x24gb"),
     Mistake("train hydra/launcher=x", "has no option 'x'.", "Known: basic"),
     Mistake("train pixel_reasoner", "'pixel_reasoner' is not key=value.", "'env=pixel_reasoner'?"),
     Mistake("train --mutirun", "there is no flag '--mutirun'.", "mean '--multirun'?"),
