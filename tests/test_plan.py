@@ -270,6 +270,11 @@ def test_what_the_page_says_of_other_assumptions(plans: dict[str, Plan]) -> None
         assert str(hours) in PAGE
     own = [round(plan_run([f"recipe=paper_math_{size}"]).gpu_hours) for size in ("1_5b", "7b")]
     assert f"{own[0]} and {own[1]} GPU-hours" in PAGE
+    divided, shared = (
+        plan_run(["recipe=paper_agentic", *more]).gpu_hours
+        for more in ([], ["engine.teacher_gpus_per_node=0"])
+    )
+    assert f"{shared:.1f} instead of {divided:.1f} GPU-hours" in PAGE
     assert round(plans["paper_agentic"].seconds.total, -1) == 110
     assert "takes only 110" in PAGE
     only_bandwidth = [*base, more, "overhead=0", "bandwidth=0.132"]
