@@ -449,6 +449,23 @@ def test_under_verl_it_plays_here(
     assert as_values(played, project(played, words), None, [])["step_seconds"] is None
 
 
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("objective=gkd", "objective=gkd needs more"),
+        ("model.student.lora={r: 8}", "engine=verl trains all weights"),
+        ("engine.teacher_gpus_per_node=2", "leaves no GPU for the student"),
+        ("+engine.overrides={algorithm.gamma: 0.5}", "'algorithm.gamma' would not act"),
+    ],
+)
+def test_it_refuses_what_verl_cannot_train(
+    word: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(playing, "load_models", None)  # nothing is loaded before
+    with pytest.raises(ConfigError, match=told):
+        flight("engine=verl", "engine.gpus_per_node=2", word, episodes=2)
+
+
 def test_a_plan_that_does_not_fit() -> None:
     tiny = Gpu("tiny", 2**29, 1e12, 1e12, 1, "")
     plan = plan_run(["env=math", "engine.precision=float32"], tiny)

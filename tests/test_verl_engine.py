@@ -20,10 +20,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from running import composed, last_of_each
 
 from reopold_agent.errors import (
     CheckpointError,
     ConfigError,
+    MissingExtraError,
     ModelError,
     NonFiniteError,
     ServerStalledError,
@@ -34,6 +36,7 @@ from reopold_agent.train.collect import step_episodes
 from reopold_agent.train.data_order import DataOrder
 from reopold_agent.train.interrupts import Interrupts
 from reopold_agent.train.totals import TokenTotals
+from reopold_agent.train.verl import engine as verl_engine
 from reopold_agent.train.verl.checkpoints import newest_checkpoint, save_checkpoint, steps_of
 from reopold_agent.train.verl.client import (
     Servers,
@@ -42,6 +45,7 @@ from reopold_agent.train.verl.client import (
     VerlPolicy,
     aligned_scores,
 )
+from reopold_agent.train.verl.engine import VerlEngine
 from reopold_agent.train.verl.follow import Follower
 from reopold_agent.train.verl.overrides import check_overrides
 from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, to_row
@@ -172,6 +176,44 @@ def test_verls_settings_that_would_not_act_are_refused(
     assert len(lines) == 2
     assert told in lines[1]
     check_overrides({"trainer.balance_batch": False, "actor_rollout_ref.rollout.max_num_seqs": 7})
+
+
+UNSUPPORTED = [
+    (["objective=gkd"], "Use engine=local."),
+    (["model.student.lora={r: 8}"], "For LoRA use engine=local."),
+    (["engine.attention=flash_attention_2"], "Use engine.attention=auto, which takes sdpa there."),
+    (["engine.teacher_gpus_per_node=2"], "Raise the first or lower the second; "),
+    (["engine.student_server.tensor_parallel=3"], "Choose a divisor of 1, or another "),
+    (["+engine.overrides={algorithm.gamma: 0.5}"], "Set objective= and its settings instead."),
+    (["engine.device=cuda:1"], "Use auto, cuda or cpu."),
+]
+TWO_GPUS = (
+    "engine=verl",
+    "engine.device=cpu",
+    "engine.gpus_per_node=2",
+    "engine.teacher_gpus_per_node=1",
+)
+
+
+@pytest.mark.parametrize(("words", "advice"), UNSUPPORTED)
+def test_what_it_cannot_do_is_told_without_verl(
+    words: list[str], advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_verl() -> None:
+        raise MissingExtraError("verl", "verl,vllm", "engine=verl")
+
+    def start(*words: str) -> None:
+        config, raw = composed(*last_of_each(*TWO_GPUS, *words))
+        VerlEngine(config, raw, tmp_path, []).run()
+
+    monkeypatch.setattr(verl_engine, "_require_verl", no_verl)
+    with pytest.raises(MissingExtraError):
+        start()
+    with pytest.raises(ConfigError) as caught:
+        start(*words)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith(advice)
 
 
 @pytest.mark.parametrize("seeded", [False, True])

@@ -56,6 +56,7 @@ from reopold_agent.train.setup import (
     prepared,
 )
 from reopold_agent.train.timing import Clock
+from reopold_agent.train.verl.compose import check_supported
 from reopold_agent.types import StopReason, Trajectory
 
 FLOOR = reward_floor(0.1)
@@ -166,6 +167,8 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
             f"a preflight plays the student's episodes, from which objective="
             f"{config.objective['name']} does not learn.\nStart the training itself with steps=1."
         )
+    if config.engine.name == "verl":
+        check_supported(config, objective)
     with tempfile.TemporaryDirectory() as folder:
         config, specs, tasks = prepared(config, objective, Path(folder) / "data_report.json")
     clock = Clock()

@@ -6,10 +6,12 @@ that this engine depends on is set here; `overrides` of the user come last.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from reopold_agent.config import EngineConfig, ModelConfig, ServerConfig, TrainConfig
@@ -30,7 +32,7 @@ CPU_CACHE_BYTES = 256 * 2**20
 
 
 def check_supported(config: TrainConfig, objective: Objective) -> None:
-    """Refuses what this engine cannot do, before anything is started.
+    """Refuses what this engine cannot do, before anything is started; needs no verl.
 
     Raises:
         ConfigError: names the setting and the way out.
@@ -40,31 +42,68 @@ def check_supported(config: TrainConfig, objective: Objective) -> None:
     if beyond:
         raise ConfigError(
             f"engine=verl trains on the student's own samples; objective={name} needs more "
-            f"({beyond.name}). Use engine=local."
+            f"({beyond.name}).\nUse engine=local."
         )
     if objective.max_rollout_rounds > 1 or getattr(objective, "drop_equal_groups", False):
         raise ConfigError(
-            "engine=verl trains on every group of a step, rolled out once; set "
-            "objective.drop_equal_groups=false or use engine=local"
+            "engine=verl trains on every group of a step, rolled out once.\nSet "
+            "objective.drop_equal_groups=false, or use engine=local."
         )
     if config.model.student.lora is not None:
-        raise ConfigError("engine=verl trains all weights; for LoRA use engine=local")
+        raise ConfigError("engine=verl trains all weights.\nFor LoRA use engine=local.")
     teacher = config.model.teacher
     if teacher is not None and teacher.follow is not None:
-        raise ConfigError("engine=verl does not support model.teacher.follow; use engine=local")
+        raise ConfigError("engine=verl does not support model.teacher.follow.\nUse engine=local.")
     others = [role for role in ("student", "teacher") if _policy(config, role) != "transformers"]
     if others:
         raise ConfigError(
-            f"engine=verl starts vLLM servers for both roles; leave policy.{others[0]} at its "
-            "default (policy=transformers), or use engine=local"
+            f"engine=verl starts vLLM servers for both roles, so it takes no policy.{others[0]}.\n"
+            "Leave that at its default (policy=transformers), or use engine=local."
         )
     check_overrides(config.engine.overrides)
+    run_device(config.engine)
     student_gpus(config.engine, needs_teacher(config, objective))
     if config.engine.old_logp != "recompute":
         raise ConfigError(
-            "engine=verl takes log-probs and entropies from the trainer's own model: "
-            "engine.old_logp must be recompute"
+            "engine=verl takes log-probs and entropies from the trainer's own model.\nSet "
+            "engine.old_logp=recompute, or use engine=local."
         )
+
+
+def run_device(engine: EngineConfig) -> str:
+    """Returns the type of the devices that compute, ``cuda`` or ``cpu``.
+
+    Raises:
+        ConfigError: the engine runs on neither.
+    """
+    if engine.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(
+            f"engine.device={engine.device} is not one of engine=verl's.\nUse auto, cuda or cpu."
+        )
+    if engine.device != "auto":
+        return engine.device
+    # The driver of a cluster may itself have no GPU.
+    remote = engine.ray_address or os.environ.get("RAY_ADDRESS")
+    return "cuda" if remote or torch.cuda.is_available() else "cpu"
+
+
+def student_kernel(config: TrainConfig, device: str) -> str | None:
+    """Returns the attention kernel of the student's packed rows; None where it pads them.
+
+    Args:
+        config: the run's configuration.
+        device: ``cuda`` or ``cpu``.
+
+    Raises:
+        ConfigError: it is not installed, does not run there, or the student has another.
+    """
+    kernel, own = packed_kernel(config.engine, device), config.model.student.attention
+    if kernel is not None and own != "sdpa":
+        raise ConfigError(
+            f"model.student.attention={own} pads rows, and this run packs them.\nUse "
+            "sdpa, or engine.packed=false."
+        )
+    return kernel
 
 
 def _policy(config: TrainConfig, role: str) -> str:
@@ -81,7 +120,8 @@ def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
     if rest < 1:
         raise ConfigError(
             f"engine.gpus_per_node={engine.gpus_per_node} leaves no GPU for the student beside "
-            f"engine.teacher_gpus_per_node={engine.teacher_gpus_per_node}"
+            f"engine.teacher_gpus_per_node={engine.teacher_gpus_per_node}.\nRaise the first or "
+            "lower the second; engine.teacher=shared puts both on the same GPUs."
         )
     for count, server, which in (
         (rest, engine.student_server, "student_server"),
@@ -92,7 +132,8 @@ def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
         if count < 1 or count % server.tensor_parallel:
             raise ConfigError(
                 f"engine.{which}.tensor_parallel={server.tensor_parallel} does not divide the "
-                f"{count} GPUs per node that it has"
+                f"{count} GPUs per node that it has.\nChoose a divisor of {count}, or another "
+                "engine.gpus_per_node or engine.teacher_gpus_per_node."
             )
     return rest
 
@@ -215,12 +256,7 @@ def _storage_units(engine: EngineConfig, device: str) -> int:
 def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
     engine, spec = config.engine, config.model.student
     prompt, length = lengths(config, context)
-    kernel = packed_kernel(engine, device)
-    if kernel is not None and spec.attention != "sdpa":
-        raise ConfigError(
-            f"model.student.attention={spec.attention} pads rows, and this run packs them.\nUse "
-            "sdpa, or engine.packed=false."
-        )
+    kernel = student_kernel(config, device)
     attention = spec.attention if kernel is None else IMPLEMENTATION + kernel
     actor, rollout, model = (f"actor_rollout_ref.{part}" for part in ("actor", "rollout", "model"))
     precision = engine.precision

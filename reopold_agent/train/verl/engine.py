@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from reopold_agent.common import processes
 from reopold_agent.common.files import replaced_folder, write_json_atomic
 from reopold_agent.config import TrainConfig
@@ -41,7 +39,9 @@ from reopold_agent.train.interrupts import Interrupts, say_stopped
 from reopold_agent.train.verl.checkpoints import newest_checkpoint, steps_of
 from reopold_agent.train.verl.compose import (
     check_supported,
+    run_device,
     student_gpus,
+    student_kernel,
     verl_config,
 )
 from reopold_agent.train.verl.follow import Follower
@@ -63,7 +63,6 @@ class VerlEngine(Engine):
 
     def _run(self) -> dict[str, Any]:
         config = self.config
-        _require_verl()
         checkpoint = newest_checkpoint(self.folder.checkpoints)
         saved = self._state.check(checkpoint)
         done = 0 if checkpoint is None else steps_of(checkpoint)
@@ -77,9 +76,11 @@ class VerlEngine(Engine):
             )
         objective = run_objective(config, saved)
         check_supported(config, objective)
-        device = self._device()
-        os.environ.update(_environment(device))  # before anything of verl is imported here
+        device = run_device(config.engine)
+        student_kernel(config, device)  # refuses one that is not there
         specs = model_specs(config, objective)
+        _require_verl()  # after what a machine without verl can tell
+        os.environ.update(_environment(device))  # before anything of verl is imported here
         with_teacher = "teacher" in specs
         student, contexts = self._check_models(specs)
         config, tasks = checked_run(config, student, contexts.values(), self.folder.data_report)
@@ -123,16 +124,6 @@ class VerlEngine(Engine):
                 self._say_stopped(at_once=not isinstance(error.__cause__, StoppedError))
                 raise
         return self._finish(time.perf_counter() - started)
-
-    def _device(self) -> str:
-        wanted = self.config.engine.device
-        if wanted not in ("auto", "cpu", "cuda"):
-            raise ConfigError(f"engine.device={wanted}: engine=verl takes auto, cuda or cpu")
-        if wanted == "auto":
-            # The driver of a cluster may itself have no GPU.
-            remote = self.config.engine.ray_address or os.environ.get("RAY_ADDRESS")
-            wanted = "cuda" if remote or torch.cuda.is_available() else "cpu"
-        return wanted
 
     @staticmethod
     def _check_models(specs: Mapping[str, ModelSpec]) -> tuple[Processing, dict[str, int]]:
