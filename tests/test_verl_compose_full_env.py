@@ -182,10 +182,10 @@ def test_the_keys_of_verl_that_nothing_reads_exist() -> None:
             "engine.teacher=separate needs GPUs of its own",
         ),
         (["engine.student_server.tensor_parallel=3"], "does not divide the 4 GPUs"),
-        (["engine.old_logp=rollout"], "must be recompute"),
+        (["engine.old_logp=rollout"], "engine.old_logp=recompute"),
         (["model.student.attention=eager"], "=eager pads rows, and this run packs them"),
         (["policy=vllm"], "starts vLLM servers for both roles"),
-        (["model.student.lora={r: 8}"], "for LoRA use engine=local"),
+        (["model.student.lora={r: 8}"], "For LoRA use engine=local"),
         (
             ["model.teacher.follow=0.9", "model.teacher.dtype=float32"],
             "does not support model.teacher.follow",
