@@ -347,6 +347,28 @@ class ServerConfig:
             )
 
 
+VERL_SETTINGS = (
+    "nodes",
+    "gpus_per_node",
+    "teacher",
+    "teacher_gpus_per_node",
+    "student_server",
+    "teacher_server",
+    "rollout_workers",
+    "seeded_requests",
+    "ray_address",
+    "offload",
+    "overrides",
+)
+"""The keys below ``engine.`` that ``engine=local`` does not have."""
+
+
+def only_for_verl(key: str) -> bool:
+    """Tells whether a dotted key belongs to `VERL_SETTINGS`."""
+    section, _, name = key.partition(".")
+    return section == "engine" and name.partition(".")[0] in VERL_SETTINGS
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """The training engine: ``local`` (one process) or ``verl`` (Ray, FSDP, vLLM servers).

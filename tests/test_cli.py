@@ -142,6 +142,11 @@ MISTAKES = [
     Mistake("train envv=math", "unknown setting 'envv'.", "mean 'env'?"),
     Mistake("train zzzzz=1", "unknown setting 'zzzzz'.", EVERY),
     Mistake("train +stps=3", "unknown setting 'stps'.", "mean 'steps'?"),
+    Mistake(
+        "train engine.teacher=shared", "'engine.teacher' is a setting of engine=verl.", "Leave"
+    ),
+    Mistake("train engine.student_server.eager=1", "of engine=verl.", "Leave it out, or use"),
+    Mistake("train +engine.offload=true", "'engine.offload' is a setting of", "Leave it"),
     Mistake("train data.train.path=x", "needs the format of the rows", "Known: geometry3k, "),
     Mistake("train +steps=3", "'steps' exists already.", "Leave out the +"),
     Mistake("train env=pixel_resoner", "no environment is called", "mean 'pixel_reasoner'? Known:"),

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 import shlex
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from real_data import find_real_data, real_data
 from running import command, composed, train, train_rows
 
 from reopold_agent.cli.groups import prepare_groups
-from reopold_agent.errors import UnknownNameError
+from reopold_agent.config import VERL_SETTINGS
+from reopold_agent.errors import ConfigError, UnknownNameError
 from reopold_agent.plan.compose import plan_run
 from reopold_agent.plan.estimate import largest_pass
+from reopold_agent.train.settings import compose_run
 from reopold_agent.train.verl.compose import lengths as verl_lengths
 
 ROOT = Path(__file__).parents[1]
@@ -256,6 +260,35 @@ def test_words_of_the_command_line_win(name: str) -> None:
     assert (config.batch.prompts, config.batch.mini_batch, config.batch.samples) == (8, 4, 8)
     assert (config.steps, config.seed, config.rollout.max_response_tokens) == (3, 5, 77)
     assert config.model.student.path == "elsewhere"
+
+
+def test_settings_of_verl_alone_are_refused_by_the_local_engine() -> None:
+    """Those of a recipe stay, or a recipe of ``engine=verl`` could not be tried with this one."""
+    assert compose_run([f"recipe={NAMES[0]}", "engine=local"]).engine.gpus_per_node == 8
+    for word in (
+        "+engine.teacher=shared",
+        "++engine.seeded_requests=true",
+        "+engine.student_server.stall_seconds=3",
+        "+engine.overrides={a.b: 1}",
+        "engine.student_server.eager=true",
+    ):
+        told = r"'engine\.\w+(\.\w+)?' is a setting of engine=verl\.\nLeave it out, or use"
+        with pytest.raises(ConfigError, match=told):
+            compose_run([word])
+    with pytest.raises(ConfigError, match=r"'engine\.gpus_per_node' is a setting of engine=verl"):
+        compose_run([f"recipe={NAMES[0]}", "engine=local", "engine.gpus_per_node=4"])
+    assert compose_run(["engine=verl", "engine.gpus_per_node=4"]).engine.gpus_per_node == 4
+    with pytest.raises(ConfigError, match=r"unknown setting 'engine\.student_server\.egaer'"):
+        compose_run(["engine=verl", "engine.student_server.egaer=true"])
+
+
+def test_the_settings_of_verl_alone_are_those_of_its_file() -> None:
+    files = resources.files("reopold_agent") / "configs" / "engine"
+    keys = [
+        set(yaml.safe_load((files / f"{n}.yaml").read_text("utf-8"))) for n in ("local", "verl")
+    ]
+    assert keys[1] - keys[0] == set(VERL_SETTINGS)
+    assert keys[0] <= keys[1]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,10 +8,12 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
+from reopold_agent.config import EngineConfig
 from reopold_agent.errors import ReopoldError, first_line, suggestion
 
 _WRITE = "Choose a folder that you may write to (hydra.run.dir=FOLDER), or change its permissions."
@@ -128,6 +130,8 @@ def _explain_hydra(error: BaseException, config: str | None) -> tuple[str, str]:
                 f"'{key}' needs the format of the rows: the embedded tasks have no files.",
                 f"Add data=NAME. Known: {', '.join(formats)}.",
             )
+        if key in {f"engine.{name}" for name, _ in dotted(asdict(EngineConfig()))}:
+            return verl_only(key)
         return f"unknown setting '{key}'.", _suggest(key, config)
     if text.startswith("Ambiguous value"):
         word = re.search(r"'([^']+)'", text)
@@ -151,6 +155,11 @@ def _explain_hydra(error: BaseException, config: str | None) -> tuple[str, str]:
         return f"the group '{group}' has no option '{name}'.", f"{hint}Known: {', '.join(options)}."
     key = getattr(error, "full_key", None)
     return f"{key}: {first_line(error)}" if key else first_line(error), _all_settings_hint(config)
+
+
+def verl_only(key: str) -> tuple[str, str]:
+    """Says that ``engine=local`` does not have a setting, and what to do."""
+    return f"'{key}' is a setting of engine=verl.", "Leave it out, or use engine=verl."
 
 
 def _explain_syntax(word: str, reason: str, config: str | None) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from reopold_agent.cli.groups import check_once
-from reopold_agent.config import TrainConfig, build
+from reopold_agent.config import TrainConfig, build, only_for_verl
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.plan.estimate import Plan, make_plan
 from reopold_agent.plan.hardware import Gpu, Rates, assumed_rates, find_gpu
@@ -37,9 +37,6 @@ _SMALLER: tuple[tuple[tuple[str, ...], str], ...] = (
     (("policy=server",), "the teacher is on another machine (policy.teacher.urls=[...])"),
 )
 """Settings that take less memory, and what each costs, in the order in which they are tried."""
-
-ONLY_VERL = ("engine.teacher_gpus_per_node", "engine.offload")
-"""Those of them that ``engine=local`` does not have."""
 
 _NODE = 8
 """GPUs of a machine; a larger ``gpus=`` means several machines."""
@@ -118,10 +115,11 @@ def _plan_for_gpus(
     costs: list[str] = []
     for words, cost in _SMALLER if not first.fits else ():
         if words[0] == "engine=local":  # which has no settings of several GPUs or servers
-            if any(key in ONLY_VERL or key == "engine" for key in chosen) or "schedule" in names:
+            mine = any(only_for_verl(key) or key == "engine" for key in chosen)
+            if mine or "schedule" in names:
                 break
             division, costs = [], costs[-1:]
-            changes = {key: word for key, word in changes.items() if key not in ONLY_VERL}
+            changes = {key: word for key, word in changes.items() if not only_for_verl(key)}
         changes |= {_key(word): word for word in words if _key(word) not in chosen}
         costs.append(cost)
         given = {_key(word): word for word in division} | changes
@@ -132,7 +130,7 @@ def _plan_for_gpus(
 
 
 def _key(word: str) -> str:
-    return word.partition("=")[0]
+    return word.partition("=")[0].lstrip("+")
 
 
 def _plan(

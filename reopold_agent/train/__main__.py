@@ -13,12 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from reopold_agent.cli.hydra import run_hydra
-from reopold_agent.train.settings import check_student, load_config
+from reopold_agent.train.settings import check_engine, check_student, load_config
 
 
 def run(composed: DictConfig) -> dict[str, Any]:
     """Runs the training that Hydra composed; returns the summary."""
-    check_student(composed, _as_typed(HydraConfig.get().overrides.task))
+    words = _as_typed(HydraConfig.get().overrides.task)
+    check_engine(composed, words)
+    check_student(composed, words)
     config, raw = load_config(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)
     command = started_with()

@@ -14,8 +14,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from reopold_agent.cli.groups import check_once, prepare_groups
 from reopold_agent.cli.hydra import plain_values
-from reopold_agent.cli.messages import explain
-from reopold_agent.config import TrainConfig, build, flatten
+from reopold_agent.cli.messages import explain, verl_only
+from reopold_agent.config import TrainConfig, build, flatten, only_for_verl
 from reopold_agent.errors import ConfigError, ReopoldError
 from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.policies.templates import chat_template
@@ -127,6 +127,26 @@ def billions(parameters: int) -> str:
     return f"{parameters / 1e9:.1f}B"
 
 
+def check_engine(composed: DictConfig, words: Sequence[str]) -> None:
+    """Refuses settings of ``engine=verl`` for ``engine=local``, which would do nothing with them.
+
+    Those of a recipe for ``engine=verl`` stay, so that ``engine=local`` can be put behind it.
+
+    Args:
+        composed: the composed configuration.
+        words: the command line's settings.
+
+    Raises:
+        ConfigError: names the first of these settings.
+    """
+    if composed.engine.name != "local":
+        return
+    for word in words:
+        key = word.partition("=")[0].lstrip("+")
+        if only_for_verl(key):
+            raise ConfigError("\n".join(verl_only(key)))
+
+
 def compose_run(words: Sequence[str], *, with_student: bool = False) -> TrainConfig:
     """Composes and checks the configuration that ``python -m reopold_agent.train`` would use.
 
@@ -144,6 +164,7 @@ def compose_run(words: Sequence[str], *, with_student: bool = False) -> TrainCon
     try:
         with initialize_config_module("reopold_agent.configs", version_base="1.3"):
             composed = compose("train", list(words))
+            check_engine(composed, words)
             if with_student:
                 check_student(composed, words)
             return load_config(composed)[0]
