@@ -382,7 +382,8 @@ class EngineConfig:
             are packed, else rows x longest. Neither this nor the next setting changes any result.
         max_tokens_per_micro_batch: tokens of one forward pass with gradient, counted likewise.
         packed: compute rows one after the other in one sequence instead of padding them to the
-            longest, in log-probs, update and teacher's scores; null: on a GPU.
+            longest, in log-probs, update and teacher's scores; null: on a GPU, and on a CPU
+            with ``attention=sdpa``.
         attention: kernel of packed rows: ``flash_attention_2`` (the package flash-attn), ``varlen``
             (PyTorch's own, from 2.11 on), ``sdpa`` (one call per row, on any device), or ``auto``:
             the first of these that is installed, on a CPU ``sdpa``. Padded rows, and generation,
@@ -448,7 +449,7 @@ class EngineConfig:
         if self.packed is False and self.attention in ("flash_attention_2", "varlen"):
             raise ConfigError(
                 f"engine.attention={self.attention} computes packed rows, and engine.packed=false "
-                "pads them.\nLeave out engine.packed, or use engine.attention=auto."
+                "pads them.\nUse engine.attention=auto, or, on a GPU, leave out engine.packed."
             )
         _positive(self, "engine", "nodes", "gpus_per_node", "rollout_workers")
         _not_negative(self, "engine", "teacher_gpus_per_node")
@@ -658,6 +659,10 @@ COMMON_SETTINGS = ("name", "importance_cap")
 """The keys below ``objective.`` that are not fields of the objective's class."""
 
 
+IMPORTANCE_CAP = 2.0
+"""The default of ``objective.importance_cap``."""
+
+
 def importance_cap(objective: Mapping[str, Any]) -> float | None:
     """Returns the setting that all objectives have, ``objective.importance_cap``: 2 by default.
 
@@ -671,7 +676,8 @@ def importance_cap(objective: Mapping[str, Any]) -> float | None:
         ConfigError: it is no number of at least 1.
     """
     where = "objective.importance_cap"
-    cap: float | None = _convert(float | None, objective.get("importance_cap", 2.0), where)
+    value = objective.get("importance_cap", IMPORTANCE_CAP)
+    cap: float | None = _convert(float | None, value, where)
     if cap is not None and cap < 1:
         raise ConfigError(
             f"{where} must be at least 1, the weight of a token that sampler and trainer agree "

@@ -507,7 +507,7 @@ def test_missing_files_of_a_model_are_reported(student: Path) -> None:
     told(found, "ok", "teacher demo:teacher: complete")  # the one does not hide the other
     (student / "model.safetensors.index.json").unlink()
     (student / "preprocessor_config.json").unlink()
-    told(run.models(with_models(student)), "problem", "cannot load the student", "preprocessor")
+    told(run.models(with_models(student)), "problem", "lacks a picture processor")
     (student / "tokenizer.json").unlink()
     told(run.models(with_models(student)), "problem", "lacks a tokenizer")
 

@@ -1010,7 +1010,13 @@ def test_weights_that_are_absent_or_cut_off_are_not_replaced_by_random_ones(fold
 
 
 def test_a_checkpoint_without_its_picture_processor_is_reported(folder: Path) -> None:
-    (folder / "preprocessor_config.json").unlink()
+    file = folder / "preprocessor_config.json"
+    file.unlink()
+    with pytest.raises(
+        ModelError, match=r"folder '.*' lacks a picture processor \(preprocessor_co"
+    ):
+        load_model(ModelSpec(str(folder)), "student", CPU)
+    file.write_text("{")
     with pytest.raises(ModelError, match="cannot load the student"):
         load_model(ModelSpec(str(folder)), "student", CPU)
 

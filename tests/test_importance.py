@@ -34,6 +34,7 @@ from reopold_agent.objectives.pieces import (
 )
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.train import finish, loop
+from reopold_agent.train.banner import _objective, importance_note
 from reopold_agent.train.rows import Row
 from reopold_agent.train.update import Updater
 from reopold_agent.types import FloatArray, Trajectory
@@ -151,6 +152,20 @@ def test_which_objectives_are_weighted() -> None:
     unweighted = {n for n in OBJECTIVES.names() if not make_objective(n, {}).weighs_tokens}
     assert unweighted == {"gkd", "sft"}
     assert Limited(limit=1.0).weighs_tokens
+
+
+def test_a_cap_without_effect_is_told_and_not_shown() -> None:
+    for name in ("gkd", "sft", "grpo", "reopold"):
+        given = composed(f"objective={name}", "objective.importance_cap=1.5")[0]
+        made = make_objective(name, given.objective)
+        note = importance_note(given, made)
+        shown = "importance_cap 1.5" in _objective(given.objective, made)
+        assert shown == made.weighs_tokens == (note is None)
+        if note is not None:
+            assert f"importance_cap=1.5 has no effect with objective={name}" in note
+        for words in ((), ("objective.importance_cap=null",)):
+            usual = composed(f"objective={name}", *words)[0]
+            assert importance_note(usual, made) is None
 
 
 # The setting

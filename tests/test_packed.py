@@ -352,7 +352,8 @@ def test_half_precision_of_autocast_reaches_the_kernel(
     ("packed", "asked", "device", "installed", "kernel"),
     [
         (None, "auto", "cpu", ["varlen", "sdpa"], None),
-        (None, "sdpa", "cpu", ["sdpa"], None),
+        (None, "sdpa", "cpu", ["sdpa"], "sdpa"),
+        (False, "sdpa", "cpu", ["sdpa"], None),
         (True, "auto", "cpu", ["flash_attention_2", "varlen", "sdpa"], "sdpa"),
         (None, "auto", "cuda", ["flash_attention_2", "varlen", "sdpa"], "flash_attention_2"),
         (None, "auto", "cuda", ["varlen", "sdpa"], "varlen"),
@@ -382,7 +383,7 @@ def test_a_kernel_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, as
     monkeypatch.setattr(attention, "installed_kernels", lambda: ["sdpa"])
     with pytest.raises(ConfigError, match=rf"{asked} needs .*not installed\.\nRun pip install"):
         packed_kernel(EngineConfig(attention=asked), "cuda")
-    with pytest.raises(ConfigError, match=r"pads them\.\nLeave out engine\.packed"):
+    with pytest.raises(ConfigError, match=r"pads them\.\nUse engine\.attention=auto, or, on"):
         EngineConfig(packed=False, attention=asked)
 
 

@@ -46,7 +46,8 @@ def packed_kernel(engine: EngineConfig, device: str) -> str | None:
                 f"engine.attention={asked} needs {package}, which is not installed.\n"
                 f"Run {advice}, or use engine.attention=auto, which takes what there is."
             )
-    packed = on_gpu if engine.packed is None else engine.packed
+    # A kernel that is asked for is one of packed rows.
+    packed = on_gpu or asked != "auto" if engine.packed is None else engine.packed
     if not packed:
         return None
     if asked != "auto":

@@ -282,6 +282,12 @@ def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
             f"the {role} '{spec.path}' is a {config.model_type} model; of the vision-language "
             f"models, {', '.join(_MULTIMODAL)} is supported"
         )
+    # Hugging Face also takes the one that a processor's own file holds.
+    pictures = ("preprocessor_config.json", "processor_config.json")
+    if looks_local and sees_pictures(config) and not any((folder / p).is_file() for p in pictures):
+        raise ModelError(
+            f"the {role}'s folder '{folder}' lacks a picture processor ({pictures[0]})"
+        )
     return config
 
 

@@ -10,7 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reopold_agent.config import ModelConfig, PixelConfig, TrainConfig
+from reopold_agent.config import (
+    COMMON_SETTINGS,
+    IMPORTANCE_CAP,
+    ModelConfig,
+    PixelConfig,
+    TrainConfig,
+)
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective, Reopold, RunFacts
 from reopold_agent.policies.architecture import find_architecture
@@ -97,6 +103,22 @@ def exploration_note(config: TrainConfig, objective: Objective) -> str | None:
     )
 
 
+def importance_note(config: TrainConfig, objective: Objective) -> str | None:
+    """Says that a given ``objective.importance_cap`` has no effect; None if that need not be said.
+
+    Args:
+        config: the run's configuration.
+        objective: the run's.
+    """
+    cap = config.importance_cap
+    if objective.weighs_tokens or cap is None or cap == IMPORTANCE_CAP:
+        return None
+    return (
+        f"note: objective.importance_cap={cap:g} has no effect with objective="
+        f"{config.objective['name']}, whose tokens have no importance weights."
+    )
+
+
 def preflight_note(config: TrainConfig, objective: Objective, resumed: bool) -> str | None:
     """Offers a preflight before a new run of a model that is not embedded; None for others.
 
@@ -119,6 +141,7 @@ def banner(
     *,
     device: str,
     precision: str,
+    objective: Objective,
     teacher: bool,
     kernel: str | None = None,
 ) -> list[str]:
@@ -131,6 +154,7 @@ def banner(
         tasks: number of tasks by split.
         device: name of the device.
         precision: dtype of the computation.
+        objective: the objective made for this run.
         teacher: whether the run has a teacher.
         kernel: attention kernel of packed rows; None where rows are padded.
     """
@@ -143,7 +167,7 @@ def banner(
         "template": _source(config),
         "data": _rows(config, "train", tasks, folder.data_report),
         "held out": _rows(config, "eval", tasks, folder.data_report),
-        "objective": _objective(config.objective),
+        "objective": _objective(config.objective, objective),
         "optimizer": f"AdamW, lr {config.optimizer.lr:g}, {_count(updates, 'update')} a step",
         "pixels": f"pictures {_pixels(config.pixels.prompt)}; "
         f"of tools {_pixels(config.pixels.observation)}",
@@ -203,8 +227,9 @@ def _rows(config: TrainConfig, split: str, tasks: Mapping[str, int], report: Pat
     return f"{_count(tasks[split], 'row')} of {where}{left_out}"
 
 
-def _objective(settings: Mapping[str, Any]) -> str:
-    shown = [f"{key} {value}" for key, value in settings.items() if key != "name" and value]
+def _objective(settings: Mapping[str, Any], objective: Objective) -> str:
+    hidden = ("name",) if objective.weighs_tokens else COMMON_SETTINGS
+    shown = [f"{key} {value}" for key, value in settings.items() if key not in hidden and value]
     return ", ".join([str(settings["name"]), *shown])
 
 

@@ -36,7 +36,13 @@ from reopold_agent.rollout.checks import checked_run
 from reopold_agent.rollout.from_config import make_runner
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
-from reopold_agent.train.banner import banner, exploration_note, preflight_note, show_banner
+from reopold_agent.train.banner import (
+    banner,
+    exploration_note,
+    importance_note,
+    preflight_note,
+    show_banner,
+)
 from reopold_agent.train.behaviour import old_logp_source
 from reopold_agent.train.checkpoint import check_files, load_trainer_state, newest_checkpoint
 from reopold_agent.train.collect import Collector, read_demonstrations
@@ -72,6 +78,7 @@ class LocalEngine(Engine):
         notes = [
             self._state.check_data(checkpoint is not None, recorded),
             exploration_note(config, objective),
+            importance_note(config, objective),
             preflight_note(config, objective, checkpoint is not None),
         ]
         device, autocast = compute_device(config.engine)
@@ -92,6 +99,7 @@ class LocalEngine(Engine):
                 tasks,
                 device=device_name(device),
                 precision=str(autocast or torch.float32).removeprefix("torch."),
+                objective=objective,
                 teacher=teacher is not None,
                 kernel=packed_kernel(config.engine, device.type),
             )

@@ -32,7 +32,13 @@ from reopold_agent.tracking.metrics import read_metrics
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.summary import print_summary
-from reopold_agent.train.banner import banner, exploration_note, preflight_note, show_banner
+from reopold_agent.train.banner import (
+    banner,
+    exploration_note,
+    importance_note,
+    preflight_note,
+    show_banner,
+)
 from reopold_agent.train.engine import Engine, model_specs, run_objective
 from reopold_agent.train.finish import next_commands, summarise
 from reopold_agent.train.interrupts import Interrupts, say_stopped
@@ -90,6 +96,7 @@ class VerlEngine(Engine):
         notes = [
             self._state.check_data(checkpoint is not None),
             exploration_note(config, objective),
+            importance_note(config, objective),
             preflight_note(config, objective, checkpoint is not None),
         ]
         composed = verl_config(
@@ -109,6 +116,7 @@ class VerlEngine(Engine):
                 tasks,
                 device=f"{config.engine.nodes} x {config.engine.gpus_per_node} {device}",
                 precision=precision,
+                objective=objective,
                 teacher=with_teacher,
             )
             show_banner(progress, lines, config, student, notes)
