@@ -339,12 +339,11 @@ class ServerConfig:
     eager: bool = False
     stall_seconds: float = 600.0
 
-    def __post_init__(self) -> None:
-        _positive(self, "engine server", "tensor_parallel", "max_sequences", "stall_seconds")
+    def check(self, name: str) -> None:
+        """Checks the settings, which messages call those of ``name``."""
+        _positive(self, name, "tensor_parallel", "max_sequences", "stall_seconds")
         if not 0 < self.memory_share <= 1:
-            raise ConfigError(
-                f"memory_share of a server must lie in (0, 1], got {self.memory_share}"
-            )
+            raise ConfigError(f"{name}.memory_share must lie in (0, 1], got {self.memory_share}")
 
 
 VERL_SETTINGS = (
@@ -452,6 +451,8 @@ class EngineConfig:
                 "pads them.\nUse engine.attention=auto, or, on a GPU, leave out engine.packed."
             )
         _positive(self, "engine", "nodes", "gpus_per_node", "rollout_workers")
+        self.student_server.check("engine.student_server")
+        self.teacher_server.check("engine.teacher_server")
         _not_negative(self, "engine", "teacher_gpus_per_node")
         if self.teacher is not None:
             _one_of("engine.teacher", self.teacher, ("shared", "separate"))

@@ -15,8 +15,10 @@ from reopold_agent.cli.groups import check_once, prepare_groups
 from reopold_agent.config import (
     COMMON_SETTINGS,
     BatchConfig,
+    EngineConfig,
     ModelConfig,
     OptimizerConfig,
+    ServerConfig,
     TrainConfig,
     build,
 )
@@ -409,3 +411,8 @@ def test_settings_of_another_objective_are_refused() -> None:
         objective("objective.name=reopol")
     with pytest.raises(ConfigError, match=r"objective\.name must be set"):
         composed("objective.name=null")
+
+
+def test_servers_are_named_by_their_setting() -> None:
+    with pytest.raises(ConfigError, match=r"^engine\.teacher_server\.stall_seconds must be pos"):
+        EngineConfig(teacher_server=ServerConfig(stall_seconds=0))

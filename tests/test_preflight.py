@@ -192,11 +192,43 @@ def test_calls_that_mostly_fail() -> None:
     assert found.advice.startswith("1 turns name a tool, but write no <tool_call>")
 
 
+def test_few_episodes_prove_no_habit() -> None:
+    played, _ = flight(episodes=2)
+    none = replace(played.tools, calls=0, errors={})
+    for episodes, status in ((1, "warning"), (7, "warning"), (8, "problem")):
+        outcome = replace(played.outcome, episodes=episodes, failed=0, by_prompt=0)
+        found, *_ = judged(replace(played, tools=none, outcome=outcome))
+        assert found.status == status, episodes
+        assert found.text.startswith(f"no episode of {episodes} calls a tool")
+
+
+def test_what_never_succeeds_and_what_the_teacher_would_not_write() -> None:
+    played, _ = flight("env=math")
+    lost = replace(played.outcome, success=0.0)
+    (found,) = judged(replace(played, outcome=lost))
+    assert (found.status, found.text) == ("warning", "none of 16 episodes succeeds")
+    assert judged(replace(played, outcome=replace(lost, episodes=7, answered=7))) == []
+    groups = [
+        replace(group, below=0.75) if group.name == OPENING else group for group in played.rewards
+    ]
+    (found,) = judged(replace(played, rewards=groups))
+    assert found.status == "warning"
+    assert "(first of a turn 75%)" in found.text
+
+
+def test_too_long_prompts_are_not_blamed_on_the_environment() -> None:
+    played, _ = flight("env=math", episodes=2)
+    outcome = replace(played.outcome, by_prompt=1, error="engine.max_prompt_tokens is 10")
+    (found,) = judged(replace(played, outcome=outcome))
+    assert found.advice.startswith("Raise engine.max_prompt_tokens")
+
+
 def test_a_response_that_is_too_short() -> None:
     _, found = flight("rollout.max_response_tokens=4", "+env.kwargs.tools=[]")
     assert found[0].text == "all of 16 episodes are truncated: 16 by length, 0 by turns"
     assert "rollout.max_turn_tokens" in found[0].advice
-    played, (found_one,) = flight("rollout.max_turns=1")
+    played, (found_one, *more) = flight("rollout.max_turns=1")
+    assert [each.text for each in more] == ["none of 16 episodes succeeds"]
     assert played.outcome.by_turns == played.tools.episodes == 6
     assert found_one.text.startswith("all of 6 episodes that call a tool are truncated: 0 by len")
     assert found_one.advice == "Raise rollout.max_turns (now 1)."
@@ -432,6 +464,7 @@ def test_the_command(
     assert ended.value.code == 2
     assert len(shown.err.splitlines()) == 2
     assert shown.err.startswith("error: all of 4 episodes are truncated")
+    assert "all of 4 episodes" not in shown.out
     assert max(map(len, shown.out.splitlines())) <= 80
     assert list(tmp_path.iterdir()) == []  # nothing that a run could resume
 
@@ -464,6 +497,16 @@ def test_it_refuses_what_verl_cannot_train(
     monkeypatch.setattr(playing, "load_models", None)  # nothing is loaded before
     with pytest.raises(ConfigError, match=told):
         flight("engine=verl", "engine.gpus_per_node=2", word, episodes=2)
+
+
+@pytest.mark.parametrize("word", ["gpu=nope", "gpus=0", "gpus=2"])
+def test_unknown_gpus_are_refused_before_anything_is_loaded(
+    word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(playing, "load_models", None)
+    with pytest.raises(SystemExit) as ended:
+        main(["env=math", word, *CPU])
+    assert ended.value.code == 2
 
 
 def test_a_plan_that_does_not_fit() -> None:
@@ -508,6 +551,9 @@ def test_settings_of_the_embedded_models_are_refused_for_others(
     with pytest.raises(SystemExit):
         main(["env=math", "seed=-1"])
     assert "seed must not be negative" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["env=math", "seed=0,1"])
+    assert "--multirun" not in capsys.readouterr().err  # which this command has not
 
 
 def test_the_published_figures() -> None:

@@ -57,17 +57,20 @@ def program() -> str:
     return first.name
 
 
-def explain(error: BaseException, config: str | None = None) -> tuple[str, str] | None:
+def explain(
+    error: BaseException, config: str | None = None, *, sweeps: bool = True
+) -> tuple[str, str] | None:
     """Returns what is wrong and what to do; None if the error is a bug.
 
     Args:
         error: the exception; its causes are examined too.
         config: the command's Hydra configuration (``train`` ...), whose names are suggested.
+        sweeps: whether the command knows ``--multirun``.
     """
     if isinstance(error, ReopoldError):
         return split_message(str(error))
     if _is_hydra_error(error):
-        return _explain_hydra(error, config)
+        return _explain_hydra(error, config, sweeps)
     for each in _causes(error):
         if isinstance(each, ReopoldError):
             return split_message(str(each))
@@ -109,7 +112,7 @@ def _upper(letter: re.Match[str]) -> str:
 # Hydra
 
 
-def _explain_hydra(error: BaseException, config: str | None) -> tuple[str, str]:
+def _explain_hydra(error: BaseException, config: str | None, sweeps: bool) -> tuple[str, str]:
     text = str(error)
     overridden = re.search(r"Could not (?:override|delete|append[^']*) '([^']+)'", text)
     if type(error).__name__ == "OverrideParseException":
@@ -136,11 +139,13 @@ def _explain_hydra(error: BaseException, config: str | None) -> tuple[str, str]:
     if text.startswith("Ambiguous value"):
         word = re.search(r"'([^']+)'", text)
         key, _, value = (word.group(1) if word else "").partition("=")
-        several = f"Write '{key}=[{value}]' for a list, or add"
-        advice = several if _takes_list(key, config) else "Add"
-        return f"{key}={value} has several values.", f"{advice} --multirun to run once with each."
+        advice = "add --multirun to run once with each." if sweeps else "give one value."
+        if _takes_list(key, config):
+            advice = f"write '{key}=[{value}]' for a list, or {advice}"
+        return f"{key}={value} has several values.", advice[0].upper() + advice[1:]
     if "requires --multirun" in text:
-        return first_line(error), "Add --multirun to run once with each value."
+        more = "Add --multirun to run once with each value." if sweeps else "Give one value."
+        return first_line(error), more
     unchosen = re.match(r"You must specify '([^']+)'", text)
     if unchosen is not None:
         from reopold_agent.cli.groups import options_of

@@ -385,8 +385,13 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
     # Parts of a step
 
-    def _run_call(self, text: str, state: EpisodeState) -> tuple[ToolCall, ToolResult] | None:
-        """Returns the turn's call and its result; None if the turn has no call."""
+    def _run_call(
+        self, text: str, state: EpisodeState
+    ) -> tuple[ToolCall | None, ToolResult] | None:
+        """Returns the turn's call and its result; None if the turn has no call.
+
+        A subclass whose episodes go on after such a turn returns no call and a result.
+        """
         try:
             parsed = find_tool_call(text, self._policy)
         except ToolError as error:

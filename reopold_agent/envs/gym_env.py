@@ -260,12 +260,14 @@ class GymnasiumEnv(ToolEnv):
         self._env.close()
 
     @override
-    def _run_call(self, text: str, state: EpisodeState) -> tuple[ToolCall, ToolResult] | None:
+    def _run_call(
+        self, text: str, state: EpisodeState
+    ) -> tuple[ToolCall | None, ToolResult] | None:
         done = super()._run_call(text, state)
         if done is None:
-            return ToolCall("", {}, False, _NO_CALL), failure(_NO_CALL)
+            return None, failure(_NO_CALL)
         call, _ = done
-        if call.name != "act" or not call.ok:
+        if call is None or call.name != "act" or not call.ok:
             return done
         try:
             action = self._actions.action(call.arguments)

@@ -87,11 +87,27 @@ def plan_run(words: Sequence[str], gpu: Gpu | None = None) -> Plan:
     """
     numbers, names, rest = split_words(words)
     config = compose_run(rest)
+    check_hardware(words, config)
     if "gpus" in numbers and config.engine.name == "verl":
         return _plan_for_gpus(config, rest, numbers, names, gpu)
-    if numbers.get("gpus", 1) != 1:
-        raise ConfigError("engine=local uses one GPU; for more: engine=verl")
     return _plan(config, numbers, names, gpu)
+
+
+def check_hardware(words: Sequence[str], config: TrainConfig) -> None:
+    """Checks ``gpu`` and ``gpus`` of a command line.
+
+    Args:
+        words: arguments ``key=value`` of the command.
+        config: the run's.
+
+    Raises:
+        ConfigError: no GPU is known by that name, or the engine cannot use so many.
+    """
+    numbers, names, _ = split_words(words)
+    if "gpu" in names:
+        find_gpu(names["gpu"])
+    if config.engine.name != "verl" and numbers.get("gpus", 1) != 1:
+        raise ConfigError("engine=local uses one GPU; for more: engine=verl")
 
 
 def _plan_for_gpus(

@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         as_json = "--json" in words
         episodes, run, plan = parse([word for word in words if word != "--json"])
         # Imported here so that errors of the command line do not wait for PyTorch.
+        from reopold_agent.plan.compose import check_hardware
         from reopold_agent.preflight.findings import judged, unfit
         from reopold_agent.preflight.play import play
         from reopold_agent.preflight.projection import project, published
@@ -74,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from reopold_agent.train.settings import compose_run
 
         config = compose_run(run, with_student=True)
+        check_hardware(plan, config)
         errors = Console(stderr=True)
         with errors.status("") if is_terminal(errors) else nullcontext() as spinner:
 

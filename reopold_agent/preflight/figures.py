@@ -169,7 +169,10 @@ def tool_use_of(trajectories: Sequence[Trajectory], names: Sequence[str] | None)
         calls=len(calls),
         errors=Counter(_error_kind(call, names or ()) for call in failed),
         example=(failed[0].error or "") if failed else "",
-        named=sum(any(name in turn.text for name in names or ()) for turn in turns),
+        named=sum(
+            any(re.search(rf"\b{re.escape(name)}\b", turn.text) for name in names or ())
+            for turn in turns
+        ),
     )
 
 

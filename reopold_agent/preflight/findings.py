@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from reopold_agent.common.statistics import wilson_interval
 from reopold_agent.plan.estimate import Plan
 from reopold_agent.preflight.figures import ALL, CALLS, END, MARKS, OPENING
 from reopold_agent.preflight.play import Played
@@ -34,6 +35,10 @@ quarter of PPO's clip, before the first update has changed anything.
 
 MOSTLY = 0.5
 """Share of truncated episodes, failed calls or unreadable answers that warns."""
+
+RARE = 1 / 3
+"""Upper end of the 95 % interval of a share of none up to which the episodes show that it is
+rare: 8 episodes or more. With fewer, a student that calls tools now and then may call none."""
 
 LEFT_OUT = 0.1
 """Share of rows left out that warns."""
@@ -82,7 +87,9 @@ def _failures(played: Played) -> Iterator[Finding]:
         yield Finding(
             "problem" if lost == outcome.episodes else "warning",
             f"{lost} of {outcome.episodes} episodes ended in an error: {outcome.error}",
-            "Mend the environment or the policy (docs/tools.md), or raise the limit that it names.",
+            "Mend the environment or the policy (docs/tools.md)."
+            if outcome.failed
+            else "Raise engine.max_prompt_tokens, or take tasks with shorter prompts.",
         )
     if played.left_out > LEFT_OUT:
         yield Finding(
@@ -189,7 +196,7 @@ def _tools(played: Played) -> Iterator[Finding]:
             " An objective on the student's own samples cannot teach what it never does."
         )
         yield Finding(
-            "problem",
+            "problem" if _never(played) else "warning",
             f"no episode of {played.outcome.episodes} calls a tool; the environment has "
             + ", ".join(tools.names),
             hint,
@@ -203,6 +210,12 @@ def _tools(played: Played) -> Iterator[Finding]:
             f"{failed} of {tools.calls} tool calls fail ({kinds}): {tools.example}",
             "Compare the tools' names and parameters with what the student was trained on.",
         )
+
+
+def _never(played: Played) -> bool:
+    """Returns whether what no episode does is rare, and not only the episodes few."""
+    outcome = played.outcome
+    return wilson_interval(0, outcome.episodes - outcome.failed - outcome.by_prompt)[1] <= RARE
 
 
 def _teacher(played: Played) -> Iterator[Finding]:
@@ -246,6 +259,19 @@ def _teacher(played: Played) -> Iterator[Finding]:
             f"the teacher rejects what the student is sure of in some places {what}",
             "Look at an episode: reopold train steps=1, then reopold view.",
         )
+    unlikely = [
+        group
+        for group in groups.values()
+        if group.tokens >= FEWEST and group.below >= MOSTLY and group.name not in names
+    ]
+    if unlikely and not names:
+        shown = "; ".join(f"{group.name} {group.below:.0%}" for group in unlikely)
+        yield Finding(
+            "warning",
+            f"most tokens of some kinds are at or below the reward floor ({shown})",
+            "The teacher would write otherwise there: look at an episode (reopold train steps=1, "
+            "then reopold view), at the chat template and at the student's form.",
+        )
 
 
 def _answers(played: Played) -> Iterator[Finding]:
@@ -256,6 +282,13 @@ def _answers(played: Played) -> Iterator[Finding]:
             f"no group of episodes has both successes and failures ({outcome.success:.0%} succeed)",
             f"objective={played.config.objective['name']} learns from differences: choose tasks "
             "that the student sometimes solves.",
+        )
+    elif not outcome.success and _never(played) and outcome.answered > (unread or 0):
+        yield Finding(
+            "warning",
+            f"none of {outcome.episodes} episodes succeeds",
+            "A teacher can still teach the student, objectives on outcomes cannot: look at an "
+            "answer (reopold train steps=1, then reopold view), or choose easier tasks.",
         )
     if not unread or not outcome.answered or unread < MOSTLY * outcome.answered:
         return

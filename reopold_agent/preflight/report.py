@@ -142,8 +142,9 @@ def show(
     lines = [(line, "") for line in lines_of(played, projection, paper)]
     if played.config.engine.name == "verl":
         lines = [*((line, "dim") for line in VERL), *lines]
-    for each in found:
-        text = f"{each.text}. {each.advice}"
+    stops = bool(found) and found[0].status == "problem"  # the error that ends the command
+    for each in found[stops:]:
+        text = f"{each.text.rstrip('.')}. {each.advice}"
         lines += [(line, _STYLES[each.status]) for line in _wrapped(each.status, text)]
     if not found:
         lines.append(("nothing speaks against this run", "green"))

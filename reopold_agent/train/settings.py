@@ -169,6 +169,6 @@ def compose_run(words: Sequence[str], *, with_student: bool = False) -> TrainCon
                 check_student(composed, words)
             return load_config(composed)[0]
     except (HydraException, OmegaConfBaseException) as error:
-        told = explain(error, "train")
+        told = explain(error, "train", sweeps=False)
         assert told is not None  # all errors of Hydra are explained
         raise ConfigError("\n".join(told)) from error
