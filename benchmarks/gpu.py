@@ -15,8 +15,9 @@ Parts, each in a process of its own with a time limit, so that one that fails le
     all_weights  as lora, with all weights in float32 under autocast; nothing is saved
     bare_all     as bare, with all weights
 
-Results go to ``benchmarks/results/gpu.json`` after every part, and a table is printed. The exit
-status is 1 if a part failed or its check did not hold.
+Results go to ``benchmarks/results/gpu.json`` after every part (those of ``--tiny``, or of a CPU, to
+``results/gpu_trial.json``), and a table is printed. The exit status is 1 if a part failed or its
+check did not hold.
 """
 
 from __future__ import annotations
@@ -697,7 +698,11 @@ def main() -> int:
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="which, in this order")
     parser.add_argument("--seconds", type=float, default=450.0, help="for all parts together")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="default: benchmarks/results/gpu.json; with --tiny or on a CPU results/gpu_trial.json",
+    )
     parser.add_argument("--folder", type=Path, help="for checkpoints and logs (default: temporary)")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="only collect the packages")
     parser.add_argument("--python", default="3.12", help="of the machine that gets the wheels")
@@ -718,6 +723,7 @@ def main() -> int:
     if unknown:
         parser.error(f"there is no part {unknown[0]}; there are {', '.join(PARTS)}")
     device = options.device or found_device()
+    out = options.out or default_out(device, options.tiny)
     temporary = None if options.folder else tempfile.mkdtemp(prefix="reopold-gpu-")
     folder = (options.folder or Path(str(temporary))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -729,13 +735,20 @@ def main() -> int:
 
     try:
         chosen = {name: PARTS[name] for name in names}
-        results = run_parts(chosen, command, options.out, folder, options.seconds)
+        results = run_parts(chosen, command, out, folder, options.seconds)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     print("\n".join(table(results)))
-    print(f"in {options.out}")
+    print(f"in {out}")
     return int(any(found["problem"] for found in results.values()))
+
+
+def default_out(device: str, tiny: bool) -> Path:
+    """Returns the file of the results: a trial's is not where those of a GPU are kept."""
+    if tiny or device == "cpu":
+        return ROOT / "results" / "gpu_trial.json"
+    return ROOT / "benchmarks" / "results" / "gpu.json"
 
 
 def found_device() -> str:

@@ -104,6 +104,13 @@ def test_a_part_that_fails_leaves_the_others(gpu: Any, tmp_path: Path) -> None:
     assert late["good"]["problem"] == "no time was left"
 
 
+def test_a_trial_does_not_replace_the_results_of_a_gpu(gpu: Any) -> None:
+    kept = gpu.default_out("cuda", False)
+    assert kept == ROOT / "benchmarks/results/gpu.json"
+    for device, tiny in (("cuda", True), ("cpu", True), ("cpu", False)):
+        assert gpu.default_out(device, tiny).parent == ROOT / "results"
+
+
 def test_the_wheels_are_those_of_this_environment_and_limited(
     gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
