@@ -23,6 +23,7 @@ from reopold_agent.plan.hardware import ITERATION_SECONDS, MFU, Rates
 from reopold_agent.plan.paper import FITTED_ON, GENERATION_SHARE, PAPER_RUNS, fit
 from reopold_agent.plan.report import PAPER_HEADER, paper_rows
 from reopold_agent.train.settings import compose_run
+from reopold_agent.train.verl.supported import check_settings, student_gpus
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "plan.md").read_text("utf-8")
@@ -96,6 +97,64 @@ def test_what_a_plan_changes_is_shown(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     assert "this plan changes: engine.nodes=1 engine.gpus_per_node=1" in shown
     assert "What this costs: student's servers, teacher's servers and trainer take turns" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (["paper_geometry_3b", "gpus=1"], "engine=local"),  # two GPUs held each teacher's server
+        (["paper_geometry_3b", "gpus=3"], "engine.gpus_per_node=2"),
+        (["paper_agentic", "gpus=3"], "engine.teacher_gpus_per_node=1"),
+        (["paper_agentic", "gpus=5"], "engine.teacher_gpus_per_node=3"),
+        (["paper_agentic", "gpus=4"], "engine.gpus_per_node=4"),
+        (["paper_agentic", "gpus=16"], "engine.nodes=2"),
+    ],
+)
+def test_what_a_plan_proposes_the_engine_takes(words: list[str], changed: str) -> None:
+    recipe = f"recipe={words[0]}"
+    made = plan_run([recipe, *words[1:]])
+    assert made.fits
+    assert changed in made.changes
+    config = compose_run([recipe, *made.changes])
+    if config.engine.name == "verl":
+        check_settings(config)
+        students = config.engine.nodes * student_gpus(config.engine, with_teacher=True)
+        assert config.batch.mini_batch * config.batch.samples % students == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("recipe=paper_agentic objective=gkd", "objective=gkd needs more"),
+        ("recipe=paper_agentic 'model.student.lora={r: 16}'", "LoRA"),
+        (
+            "recipe=paper_agentic gpus=1 engine.student_server.tensor_parallel=2",
+            "tensor_parallel=2 does not divide the 1 GPUs",
+        ),
+        (
+            "recipe=paper_math_7b gpus=2 engine.student_server.tensor_parallel=4",
+            "tensor_parallel=4 does not divide the 2 GPUs",
+        ),
+    ],
+)
+def test_what_the_engine_refuses_has_no_plan(words: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        plan_run(shlex.split(words))
+
+
+def test_where_nothing_fits_the_status_tells(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipe=paper_math_7b", "gpus=1", "gpu=rtx_4090"]) == 1
+    shown = capsys.readouterr().out
+    assert "! none of the settings that a plan tries fits (" in shown
+    assert "policy=server" in shown
+    assert "Raise engine.teacher_server.tensor_parallel" not in shown
+    assert "one for the student" not in shown
+    assert main(["recipe=agentic_1x24gb"]) == 0
+    shown = capsys.readouterr().out
+    assert "1 x rtx_4090: one for the student, the teacher on another machine" in shown
+    assert "! generation without vLLM" in shown
+    assert main(["recipe=paper_agentic", "gpus=4"]) == 0
+    assert "The settings of this division of the GPUs: engine.nodes=1" in capsys.readouterr().out
 
 
 def test_a_setting_of_the_user_is_not_changed() -> None:

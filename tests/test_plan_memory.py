@@ -239,7 +239,7 @@ def test_objectives_without_own_samples_are_refused() -> None:
         plan("objective=sft")
     with pytest.raises(ConfigError, match="schedule must be one of"):
         plan(schedule="turns")
-    with pytest.raises(ConfigError, match="does not divide its"):
+    with pytest.raises(ConfigError, match="does not divide the 4 GPUs"):
         plan("recipe=paper_math_7b", "engine.teacher_server.tensor_parallel=3")
     with pytest.raises(ConfigError, match="both need some"):
         plan("recipe=paper_math_7b", "engine.teacher_gpus_per_node=0", schedule="pools")

@@ -4,7 +4,7 @@ Memory per GPU, tokens, FLOPs and seconds of a step, GPU-hours, and what does no
 settings of ``python -m reopold_agent.train`` and these (docs/plan.md):
 
   gpus=8            number of GPUs; null: as in the engine's settings
-  gpu=h100_80gb     model of the GPUs
+  gpu=h100_80gb     model of the GPUs; of a recipe for another GPU that one
   mfu=0.4           share of peak FLOP/s that is achieved
   bandwidth=0.8     share of peak memory bandwidth that decoding achieves
   overhead=0.02     seconds of a decoding iteration besides memory traffic
@@ -13,6 +13,9 @@ settings of ``python -m reopold_agent.train`` and these (docs/plan.md):
                     that tools return
   schedule=shared   all GPUs do each part in turn, as in the paper; pools: our verl engine
   measured=RUN      rates and, for the same environment, lengths from a finished run
+
+The exit status is 0 if the run fits, 1 if neither it nor what the plan tried does, 2 for wrong
+settings.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ from reopold_agent.cli.hydra import report_errors
 from reopold_agent.cli.messages import program
 from reopold_agent.plan.compose import paper_plans, plan_run
 from reopold_agent.plan.report import as_values, print_paper, print_plan
+
+DOES_NOT_FIT = 1
+"""Exit status of a plan that does not fit."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(as_values(plan), indent=2))
         else:
             print_plan(plan, console)
+        return 0 if plan.fits else DOES_NOT_FIT
     return 0
 
 

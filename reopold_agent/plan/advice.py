@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.plan.hardware import GIB, Gpu
+from reopold_agent.plan.hardware import GIB, Gpu, Rates
 from reopold_agent.plan.memory import GpuMemory
 from reopold_agent.plan.timing import Layout, StepSeconds
 
@@ -18,6 +18,7 @@ def warnings_for(
     gpu: Gpu,
     room: Mapping[str, float],
     padding: float,
+    rates: Rates,
 ) -> tuple[str, ...]:
     """Returns sentences of advice, the most serious first; empty if everything fits.
 
@@ -31,8 +32,9 @@ def warnings_for(
             ``wanted`` and that the rollout workers ``allowed``; for ``teacher`` the longest
             sequences that a teacher's server holds. Empty without servers.
         padding: share of the update's computed tokens that is padding.
+        rates: rates of the GPU.
     """
-    found = [*_does_not_fit(config, memory, gpu), *_servers(config, layout, room)]
+    found = [*_does_not_fit(config, layout, memory, gpu), *_servers(config, layout, room)]
     rows = config.batch.mini_batch * config.batch.samples
     if layout.schedule != "local" and rows % layout.student:
         found.append(
@@ -52,6 +54,14 @@ def warnings_for(
                 "engine.teacher_gpus_per_node can be smaller where batch.mini_batch x "
                 "batch.samples divides by the rest."
             )
+    generates = config.policy.student["name"]
+    fitted = not rates.iteration.source.startswith("measured")
+    if layout.schedule == "local" and generates == "transformers" and fitted:
+        found.append(
+            "generation without vLLM (policy.student is transformers) takes several times the "
+            "seconds shown, which are vLLM's: policy=vllm where its memory fits too, or measured="
+            "RUN after a few steps."
+        )
     if padding > 0.1:
         found.append(
             f"{padding:.0%} of the tokens that the update computes are padding: engine.packed=true "
@@ -60,7 +70,9 @@ def warnings_for(
     return tuple(found)
 
 
-def _does_not_fit(config: TrainConfig, memory: Sequence[GpuMemory], gpu: Gpu) -> list[str]:
+def _does_not_fit(
+    config: TrainConfig, layout: Layout, memory: Sequence[GpuMemory], gpu: Gpu
+) -> list[str]:
     found = []
     for role in memory:
         for phase, parts in role.phases.items():
@@ -71,15 +83,16 @@ def _does_not_fit(config: TrainConfig, memory: Sequence[GpuMemory], gpu: Gpu) ->
             found.append(
                 f"does not fit: {role.role}, {phase}: {needed / GIB:.1f} GiB of "
                 f"{gpu.memory / GIB:.1f}; most is {largest} ({parts[largest] / GIB:.1f} GiB). "
-                + _remedy(config, role, phase, largest)
+                + _remedy(config, layout, role, phase, largest)
             )
     return found
 
 
-def _remedy(config: TrainConfig, role: GpuMemory, phase: str, largest: str) -> str:
+def _remedy(config: TrainConfig, layout: Layout, role: GpuMemory, phase: str, largest: str) -> str:
     local = config.engine.name == "local"
     if phase in ("score", "teacher"):
-        return "Raise engine.teacher_server.tensor_parallel or lower its memory_share."
+        more = _more_gpus(config, layout, "teacher")
+        return f"{more} or lower engine.teacher_server.memory_share."
     if phase == "sync":
         return "Set engine.offload=true, or use more GPUs for the student."
     if phase == "rollout":
@@ -103,6 +116,15 @@ def _remedy(config: TrainConfig, role: GpuMemory, phase: str, largest: str) -> s
     return f"Use more GPUs than these {role.gpus} for the student (engine.gpus_per_node, nodes)."
 
 
+def _more_gpus(config: TrainConfig, layout: Layout, role: str) -> str:
+    """Returns the beginning of a sentence that gives a server more GPUs, of those that it has."""
+    server = getattr(config.engine, f"{role}_server")
+    gpus = getattr(layout, role) // config.engine.nodes
+    if any(gpus % count == 0 for count in range(server.tensor_parallel + 1, gpus + 1)):
+        return f"Raise engine.{role}_server.tensor_parallel"
+    return f"Give the {role} more GPUs than these {gpus},"
+
+
 def _servers(config: TrainConfig, layout: Layout, room: Mapping[str, float]) -> list[str]:
     if not room:
         return []
@@ -110,14 +132,15 @@ def _servers(config: TrainConfig, layout: Layout, room: Mapping[str, float]) -> 
     if room.get("teacher", 1) < 1:
         found.append(
             "a teacher's server cannot start: its share of the memory holds not one sequence of "
-            "full length beside the weights. Raise engine.teacher_server.tensor_parallel or "
-            "memory_share."
+            "full length beside the weights. "
+            f"{_more_gpus(config, layout, 'teacher')} or raise engine.teacher_server.memory_share."
         )
     if room["cache"] <= 0 or room["holds"] < 1:
         return [
             *found,
             "a student's server cannot start: its share of the memory holds not one sequence "
-            "beside the weights. Raise engine.student_server.memory_share or tensor_parallel.",
+            f"beside the weights. {_more_gpus(config, layout, 'student')} or raise "
+            "engine.student_server.memory_share.",
         ]
     if room["holds"] < min(room["wanted"], config.engine.student_server.max_sequences):
         found.append(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,12 @@ from reopold_agent.plan.paper import PAPER_RUNS
 from reopold_agent.plan.workload import Workload, assumed_workload
 from reopold_agent.policies.architecture import Architecture, find_architecture
 from reopold_agent.train.settings import compose_run
+from reopold_agent.train.verl.supported import (
+    check_objective,
+    check_settings,
+    student_gpus,
+    teacher_gpus,
+)
 
 NUMBERS = ("mfu", "bandwidth", "overhead", "prompt", "pictures", "response", "observation")
 WORDS = ("gpu", "schedule", "measured")
@@ -37,6 +44,11 @@ _SMALLER: tuple[tuple[tuple[str, ...], str], ...] = (
     (("policy=server",), "the teacher is on another machine (policy.teacher.urls=[...])"),
 )
 """Settings that take less memory, and what each costs, in the order in which they are tried."""
+
+RECIPE_GPUS: Mapping[str, str] = {"agentic_1x48gb": "l40s", "agentic_1x24gb": "rtx_4090"}
+"""GPUs of the recipes that are for another than `_GPU`."""
+
+_GPU = "h100_80gb"
 
 _NODE = 8
 """GPUs of a machine; a larger ``gpus=`` means several machines."""
@@ -74,20 +86,25 @@ def _whole(count: float) -> bool:
     return count >= 1 and count == int(count)
 
 
-def plan_run(words: Sequence[str], gpu: Gpu | None = None) -> Plan:
+def plan_run(words: Sequence[str], gpu: Gpu | None = None, *, supported: bool = True) -> Plan:
     """Makes the plan of a command line.
 
     Args:
         words: arguments ``key=value`` of the command.
         gpu: the GPU, in place of the one in ``words``.
+        supported: refuse what the engine refuses; without it the parts of a plan can be compared.
 
     Raises:
-        ConfigError: a setting is wrong, or a checkpoint's shapes are not known.
+        ConfigError: a setting is wrong or not supported, or a checkpoint's shapes are not known.
         DataError: ``measured`` is not the folder of a run.
     """
     numbers, names, rest = split_words(words)
     config = compose_run(rest)
     check_hardware(words, config)
+    if supported and config.engine.name == "verl":
+        _check_supported(config)
+    recipe = dict(word.partition("=")[::2] for word in rest).get("recipe", "")
+    names.setdefault("gpu", RECIPE_GPUS.get(recipe, _GPU))
     if "gpus" in numbers and config.engine.name == "verl":
         return _plan_for_gpus(config, rest, numbers, names, gpu)
     return _plan(config, numbers, names, gpu)
@@ -125,24 +142,114 @@ def _plan_for_gpus(
                 f"both gpus= and {chosen[key]} say how many GPUs there are.\nLeave one out."
             )
     gpus = int(numbers["gpus"])
-    division = _division(config, gpus, set(chosen))
-    first = _plan(compose_run([*rest, *division]), numbers, names, gpu)
+    asked = _division(config, gpus, set(chosen))
+    as_asked = compose_run([*rest, *asked])
+    shown, first = "as it is", None
+    if _divides(as_asked):
+        first = _plan(as_asked, numbers, names, gpu)
+        if first.fits:
+            changed = as_asked.engine != config.engine
+            return replace(first, changes=tuple(asked)) if changed else first
+    tried: dict[str, None] = {}
+    for words, costs in _proposals(config, rest, gpus, "schedule" in names):
+        proposed = compose_run([*rest, *words])
+        if proposed.engine.name == "verl" and not _divides(proposed):
+            continue
+        tried |= dict.fromkeys(words)
+        made = _plan(proposed, numbers, names, gpu)
+        if made.fits:
+            return replace(made, changes=tuple(words), costs=tuple(costs))
+        if first is None:  # the engine refuses the run as it is
+            shown, first = f"with {' '.join(words)}", made
+    if first is None:
+        first = _plan(as_asked, numbers, names, gpu)  # or the engine's refusal
+    listed = ", ".join(word for word in tried if word not in asked) or "none is left to try"
+    told = f"none of the settings that a plan tries fits ({listed}); the run {shown}:"
+    return replace(first, warnings=(told, *first.warnings))
+
+
+def _proposals(
+    config: TrainConfig, rest: Sequence[str], gpus: int, scheduled: bool
+) -> Iterator[tuple[list[str], list[str]]]:
+    """Yields settings that may fit, with what they cost, the cheapest first.
+
+    Args:
+        config: the run as it is.
+        rest: its words, which stay as they are.
+        gpus: number of GPUs; fewer are proposed where these cannot divide a mini-batch.
+        scheduled: a schedule was given, which ``engine=local`` does not have.
+    """
+    chosen = {_key(word) for word in rest}
+    counts = [gpus]
+    if gpus < _NODE and _rows(config) % gpus:
+        counts += [count for count in range(gpus - 1, 0, -1) if _rows(config) % count == 0]
+    local = next(i for i, (words, _) in enumerate(_SMALLER) if words[0] == "engine=local")
     changes: dict[str, str] = {}
-    costs: list[str] = []
-    for words, cost in _SMALLER if not first.fits else ():
-        if words[0] == "engine=local":  # which has no settings of several GPUs or servers
-            mine = any(only_for_verl(key) or key == "engine" for key in chosen)
-            if mine or "schedule" in names:
-                break
-            division, costs = [], costs[-1:]
-            changes = {key: word for key, word in changes.items() if not only_for_verl(key)}
+    for count in counts:
+        changes = {}
+        division = {_key(word): word for word in _division(config, count, chosen)}
+        idle = [f"GPUs without work: {gpus - count} of {gpus}"] if count < gpus else []
+        costs = []
+        for words, cost in (((), ""), *_SMALLER[:local]):
+            new = {_key(word): word for word in words if _key(word) not in chosen}
+            if words and not new:
+                continue
+            changes |= new
+            costs += [cost] if cost else []
+            given = division | changes
+            lower = _lower_parallel(compose_run([*rest, *given.values()]), chosen)
+            narrow = ["a server's weights are on fewer GPUs"] if lower else []
+            yield [*given.values(), *lower], [*idle, *costs, *narrow]
+    if scheduled or any(key == "engine" or only_for_verl(key) for key in chosen):
+        return
+    changes = {key: word for key, word in changes.items() if not only_for_verl(key)}
+    costs = [cost for words, cost in _SMALLER[:local] if _key(words[0]) in changes]
+    for words, cost in _SMALLER[local:]:
         changes |= {_key(word): word for word in words if _key(word) not in chosen}
         costs.append(cost)
-        given = {_key(word): word for word in division} | changes
-        made = _plan(compose_run([*rest, *given.values()]), numbers, names, gpu)
-        if made.fits:
-            return replace(made, changes=tuple(given.values()), costs=tuple(costs))
-    return first
+        yield list(changes.values()), list(costs)
+
+
+def _rows(config: TrainConfig) -> int:
+    """Returns the episodes of a mini-batch, which verl divides evenly among the student's GPUs."""
+    return config.batch.mini_batch * config.batch.samples
+
+
+def _divides(config: TrainConfig) -> bool:
+    """Returns whether the engine takes the division of the GPUs."""
+    try:
+        students = student_gpus(config.engine, _taught(config))
+    except ConfigError:
+        return False
+    return _rows(config) % (config.engine.nodes * students) == 0
+
+
+def _lower_parallel(config: TrainConfig, chosen: set[str]) -> list[str]:
+    """Returns settings with which servers take no more GPUs than they have."""
+    engine = config.engine
+    both = teacher_gpus(engine)
+    students = engine.gpus_per_node - (engine.teacher_gpus_per_node if _taught(config) else 0)
+    words = []
+    for name, gpus in (("student_server", students), ("teacher_server", both)):
+        have = getattr(engine, name).tensor_parallel
+        given = any(key.startswith(f"engine.{name}") for key in chosen)
+        if gpus > 0 and gpus % have and not given:
+            words.append(f"engine.{name}.tensor_parallel={math.gcd(have, gpus)}")
+    return words
+
+
+def _check_supported(config: TrainConfig) -> None:
+    """Refuses what ``engine=verl`` refuses, apart from the division of the GPUs.
+
+    Raises:
+        ConfigError: names the setting and the way out.
+    """
+    name = config.objective["name"]
+    if name != "reopold":  # the default, which it takes
+        from reopold_agent.objectives import make_objective  # loads PyTorch
+
+        check_objective(name, make_objective(name, config.objective))
+    check_settings(config)
 
 
 def _key(word: str) -> str:
@@ -153,7 +260,7 @@ def _plan(
     config: TrainConfig, numbers: Mapping[str, float], names: Mapping[str, str], gpu: Gpu | None
 ) -> Plan:
     student, teacher = _models(config)
-    gpu = find_gpu(names.get("gpu", "h100_80gb")) if gpu is None else gpu
+    gpu = find_gpu(names["gpu"]) if gpu is None else gpu
     rates = assumed_rates(
         gpu, numbers.get("mfu"), numbers.get("bandwidth"), numbers.get("overhead")
     )
@@ -190,18 +297,26 @@ def _division(config: TrainConfig, gpus: int, chosen: set[str]) -> list[str]:
             )
     words = [f"engine.nodes={nodes}", f"engine.gpus_per_node={each}"]
     if "engine.teacher_gpus_per_node" not in chosen:
-        share = config.engine.teacher_gpus_per_node / config.engine.gpus_per_node
+        wanted = config.engine.teacher_gpus_per_node / config.engine.gpus_per_node * each
         step = config.engine.teacher_server.tensor_parallel
-        teacher = max(1, round(share * each / step)) * step if share else 0
-        teacher = teacher if teacher < each else 0  # none is left: they share
+        counts = [
+            count
+            for count in range(step, each if wanted else 0, step)
+            if _rows(config) % (nodes * (each - count)) == 0
+        ]
+        # Without such a count they share.
+        teacher = min(counts, key=lambda count: abs(count - wanted), default=0)
         words.append(f"engine.teacher_gpus_per_node={teacher}")
     return words
 
 
+def _taught(config: TrainConfig) -> bool:
+    return config.model.teacher is not None and config.objective["name"] != "grpo"
+
+
 def _models(config: TrainConfig) -> tuple[Architecture, Architecture | None]:
     student = find_architecture(config.model.student.path)
-    taught = config.model.teacher is not None and config.objective["name"] != "grpo"
-    if not taught or config.model.teacher is None:
+    if not _taught(config) or config.model.teacher is None:
         return student, None
     return student, find_architecture(config.model.teacher.path)
 
@@ -212,7 +327,7 @@ def _measure(run: Path, names: Mapping[str, str], rates: Rates) -> tuple[Rates, 
     except OSError as error:
         raise DataError(f"{run} has no config.yaml; is it the folder of a run?") from error
     config = build(TrainConfig, values)
-    gpu = find_gpu(names.get("gpu", "h100_80gb"))
+    gpu = find_gpu(names["gpu"])
     return measured_rates(run, config, *_models(config), gpu, rates)
 
 

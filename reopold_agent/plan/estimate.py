@@ -38,6 +38,7 @@ from reopold_agent.plan.timing import (
 from reopold_agent.plan.workload import Workload
 from reopold_agent.policies.architecture import Architecture
 from reopold_agent.rollout.lengths import episode_limit
+from reopold_agent.train.verl.supported import student_gpus
 
 _TEACHER_TOKENS = 4096
 """Tokens of one pass of the teacher's servers (`engines.verl.compose`)."""
@@ -70,9 +71,10 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits and every server can start."""
+        """Whether every phase fits, every server can start and mini-batches can be divided."""
         roles = all(role.peak[1] <= self.gpu.memory for role in self.memory)
-        return roles and not any("cannot start" in line for line in self.warnings)
+        fatal = ("cannot start", "verl refuses this")
+        return roles and not any(text in line for line in self.warnings for text in fatal)
 
     @property
     def gpu_hours(self) -> float:
@@ -108,6 +110,8 @@ def make_plan(
     schedule = schedule or _own_schedule(config, teacher is not None)
     if schedule not in SCHEDULES:
         raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got '{schedule}'")
+    if config.engine.name == "verl":
+        student_gpus(config.engine, teacher is not None)
     half = _compute_bytes(config) == 2
     counts = _gpu_counts(config, schedule, teacher is not None)
     server, room = _student_server(config, schedule, counts, student, work, gpu)
@@ -129,7 +133,7 @@ def make_plan(
     counted = step_flops(student, teacher, work, how)
     seconds = _seconds(config, counted, student, teacher, work, layout, rates)
     memory = _memory(config, layout, student, teacher, work, gpu, server)
-    warnings = warnings_for(config, layout, memory, seconds, gpu, room, how.padding)
+    warnings = warnings_for(config, layout, memory, seconds, gpu, room, how.padding, rates)
     return Plan(
         *(config, gpu, rates, layout, student, teacher, work, counted, seconds, memory, warnings),
         how.padding,
@@ -173,15 +177,6 @@ def _gpu_counts(config: TrainConfig, schedule: str, taught: bool) -> tuple[int, 
             f"of {total} GPUs the teacher gets {teachers}: both need some; see "
             "engine.teacher_gpus_per_node"
         )
-    for name, gpus, server in (
-        ("student_server", students, engine.student_server),
-        ("teacher_server", teachers, engine.teacher_server),
-    ):
-        if gpus % server.tensor_parallel:
-            raise ConfigError(
-                f"engine.{name}.tensor_parallel={server.tensor_parallel} does not divide its "
-                f"{gpus} GPUs"
-            )
     return total, students, teachers
 
 

@@ -64,6 +64,7 @@ def as_values(plan: Plan) -> dict[str, Any]:
         },
         "sequences_per_server": layout.student_server.slots,
         "assumptions": assumptions(plan),
+        "fits": plan.fits,
         "changes": list(plan.changes),
         "costs": list(plan.costs),
         "warnings": list(plan.warnings),
@@ -103,6 +104,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     division = f"{layout.student} student, {layout.teacher} teacher"
     if layout.schedule != "pools":
         division = "all do everything in turn" if layout.gpus > 1 else "one does everything"
+        if layout.schedule == "local" and plan.config.policy.teacher["name"] == "server":
+            division = "one for the student, the teacher on another machine"
     models = [_named(plan.student), *([_named(plan.teacher)] if plan.teacher else [])]
     console.print(
         f"{' from '.join(models)}; {layout.gpus} x {plan.gpu.name}: {division}",
@@ -125,8 +128,13 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(f"  {LEFT_OUT}", markup=False, highlight=False, soft_wrap=True)
     if plan.changes:
         quoted = " ".join(shlex.quote(word) for word in plan.changes)
-        told = f"As it is, the run does not fit; this plan changes: {quoted}"
-        for line in (told, f"What this costs: {'; '.join(plan.costs)}."):
+        lines = [f"The settings of this division of the GPUs: {quoted}"]
+        if plan.costs:
+            lines = [
+                f"As it is, the run does not fit; this plan changes: {quoted}",
+                f"What this costs: {'; '.join(plan.costs)}.",
+            ]
+        for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in plan.warnings:
         console.print(f"! {line}", markup=False, highlight=False, soft_wrap=True)

@@ -5,6 +5,7 @@ verl, which the extra ``verl`` installs.
 
 =============  ======================================================================
 `compose`      our configuration as verl's, every key that matters set explicitly
+`supported`    what this engine refuses, checked without PyTorch and verl
 `engine`       checks, Ray, and the summary at the end
 `runner`       the process that drives the run (verl's task runner)
 `trainer`      verl's synchronous trainer with our batches, threshold, metrics and evaluation

@@ -46,12 +46,12 @@ from reopold_agent.train.verl.checkpoints import newest_checkpoint, steps_of
 from reopold_agent.train.verl.compose import (
     check_supported,
     run_device,
-    student_gpus,
     student_kernel,
     verl_config,
 )
 from reopold_agent.train.verl.follow import Follower
 from reopold_agent.train.verl.stop import StoppedError, StopRequest
+from reopold_agent.train.verl.supported import student_gpus
 
 _log = logging.getLogger(__name__)
 

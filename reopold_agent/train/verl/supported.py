@@ -1,0 +1,99 @@
+"""What ``engine=verl`` refuses before anything starts; imports neither PyTorch nor verl."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reopold_agent.config import EngineConfig, TrainConfig
+from reopold_agent.errors import ConfigError
+from reopold_agent.train.verl.overrides import check_overrides
+
+if TYPE_CHECKING:
+    from reopold_agent.objectives import Objective
+
+
+def check_objective(name: str, objective: Objective) -> None:
+    """Refuses an objective that learns from more than the student's samples of one rollout.
+
+    Args:
+        name: the objective's name, for messages.
+        objective: the objective.
+
+    Raises:
+        ConfigError: names the setting and the way out.
+    """
+    from reopold_agent.objectives import Needs  # loads PyTorch
+
+    beyond = objective.needs & ~(Needs.TEACHER | Needs.OUTCOME)
+    if beyond:
+        raise ConfigError(
+            f"engine=verl trains on the student's own samples; objective={name} needs more "
+            f"({beyond.name}).\nUse engine=local."
+        )
+    if objective.max_rollout_rounds > 1 or getattr(objective, "drop_equal_groups", False):
+        raise ConfigError(
+            "engine=verl trains on every group of a step, rolled out once.\nSet "
+            "objective.drop_equal_groups=false, or use engine=local."
+        )
+
+
+def check_settings(config: TrainConfig) -> None:
+    """Refuses settings that this engine does not have.
+
+    Raises:
+        ConfigError: names the setting and the way out.
+    """
+    if config.model.student.lora is not None:
+        raise ConfigError("engine=verl trains all weights.\nFor LoRA use engine=local.")
+    teacher = config.model.teacher
+    if teacher is not None and teacher.follow is not None:
+        raise ConfigError("engine=verl does not support model.teacher.follow.\nUse engine=local.")
+    others = [role for role in ("student", "teacher") if _policy(config, role) != "transformers"]
+    if others:
+        raise ConfigError(
+            f"engine=verl starts vLLM servers for both roles, so it takes no policy.{others[0]}.\n"
+            "Leave that at its default (policy=transformers), or use engine=local."
+        )
+    check_overrides(config.engine.overrides)
+    if config.engine.old_logp != "recompute":
+        raise ConfigError(
+            "engine=verl takes log-probs and entropies from the trainer's own model.\nSet "
+            "engine.old_logp=recompute, or use engine=local."
+        )
+
+
+def _policy(config: TrainConfig, role: str) -> str:
+    return str(getattr(config.policy, role)["name"])
+
+
+def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
+    """Returns the number of GPUs per node on which the student trains and rolls out.
+
+    Raises:
+        ConfigError: the GPUs cannot be divided so.
+    """
+    rest = engine.gpus_per_node - (engine.teacher_gpus_per_node if with_teacher else 0)
+    if rest < 1:
+        raise ConfigError(
+            f"engine.gpus_per_node={engine.gpus_per_node} leaves no GPU for the student beside "
+            f"engine.teacher_gpus_per_node={engine.teacher_gpus_per_node}.\nRaise the first or "
+            "lower the second; engine.teacher=shared puts both on the same GPUs."
+        )
+    for count, server, which in (
+        (rest, engine.student_server, "student_server"),
+        (teacher_gpus(engine), engine.teacher_server, "teacher_server"),
+    ):
+        if which == "teacher_server" and not with_teacher:
+            continue
+        if count < 1 or count % server.tensor_parallel:
+            raise ConfigError(
+                f"engine.{which}.tensor_parallel={server.tensor_parallel} does not divide the "
+                f"{count} GPUs per node that it has.\nChoose a divisor of {count}, or another "
+                "engine.gpus_per_node or engine.teacher_gpus_per_node."
+            )
+    return rest
+
+
+def teacher_gpus(engine: EngineConfig) -> int:
+    """Returns the number of GPUs per node on which the teacher's servers are."""
+    return engine.gpus_per_node if engine.shares_gpus else engine.teacher_gpus_per_node
