@@ -58,9 +58,9 @@ def warnings_for(
     fitted = not rates.iteration.source.startswith("measured")
     if layout.schedule == "local" and generates == "transformers" and fitted:
         found.append(
-            "generation without vLLM (policy.student is transformers) takes several times the "
-            "seconds shown, which are vLLM's: policy=vllm where its memory fits too, or measured="
-            "RUN after a few steps."
+            "generation without vLLM on a GPU (policy.student is transformers) takes several times "
+            "the seconds shown, which are vLLM's: policy=vllm where its memory fits too, or "
+            "measured=RUN after a few steps."
         )
     if padding > 0.1:
         found.append(
