@@ -259,10 +259,11 @@ def _teacher(played: Played) -> Iterator[Finding]:
             f"the teacher rejects what the student is sure of in some places {what}",
             "Look at an episode: reopold train steps=1, then reopold view.",
         )
+    # Not at the first tokens of turns, where a matching teacher often decides otherwise.
     unlikely = [
         group
         for group in groups.values()
-        if group.tokens >= FEWEST and group.below >= MOSTLY and group.name not in names
+        if group.tokens >= FEWEST and group.below >= MOSTLY and group.name != OPENING
     ]
     if unlikely and not names:
         shown = "; ".join(f"{group.name} {group.below:.0%}" for group in unlikely)
