@@ -35,6 +35,7 @@ from reopold_agent.objectives.pieces import (
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.train import finish, loop
 from reopold_agent.train.banner import _objective, importance_note
+from reopold_agent.train.engine import effective_importance_cap
 from reopold_agent.train.rows import Row
 from reopold_agent.train.update import Updater
 from reopold_agent.types import FloatArray, Trajectory
@@ -161,6 +162,7 @@ def test_a_cap_without_effect_is_told_and_not_shown() -> None:
         note = importance_note(given, made)
         shown = "importance_cap 1.5" in _objective(given.objective, made)
         assert shown == made.weighs_tokens == (note is None)
+        assert effective_importance_cap(given, made) == (1.5 if shown else None)
         if note is not None:
             assert f"importance_cap=1.5 has no effect with objective={name}" in note
         for words in ((), ("objective.importance_cap=null",)):

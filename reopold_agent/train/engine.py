@@ -103,6 +103,14 @@ def needs_teacher(config: TrainConfig, objective: Objective) -> bool:
     return bool(objective.needs & Needs.TEACHER) or config.evaluation.teacher
 
 
+def effective_importance_cap(config: TrainConfig, objective: Objective) -> float | None:
+    """Returns the largest importance weight of a run's tokens.
+
+    None without weights: by the setting, or because the objective's tokens have none.
+    """
+    return config.importance_cap if objective.weighs_tokens else None
+
+
 def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpec]:
     """Returns the checkpoints that a run needs, by role; ``teacher`` only where one is used.
 

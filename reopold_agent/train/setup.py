@@ -21,8 +21,8 @@ from reopold_agent.policies.loading import (
     LoadedModel,
     ModelSpec,
     Processing,
-    check_available,
     check_packing,
+    check_available,
     check_vocabularies,
     context_length,
     device_name,
@@ -46,7 +46,12 @@ from reopold_agent.train.banner import (
 from reopold_agent.train.behaviour import old_logp_source
 from reopold_agent.train.checkpoint import check_files, load_trainer_state, newest_checkpoint
 from reopold_agent.train.collect import Collector, read_demonstrations
-from reopold_agent.train.engine import Engine, model_specs, run_objective
+from reopold_agent.train.engine import (
+    Engine,
+    effective_importance_cap,
+    model_specs,
+    run_objective,
+)
 from reopold_agent.train.evaluation import HeldOutEvaluation
 from reopold_agent.train.finish import save_student, show_summary, write_summary
 from reopold_agent.train.following import following_teacher
@@ -316,7 +321,7 @@ def make_loop(
         roles=roles,
         collector=collector,
         behaviour_source=old_logp_source(source, roles.trainer),
-        importance_cap=config.importance_cap if objective.weighs_tokens else None,
+        importance_cap=effective_importance_cap(config, objective),
         scoring=scoring,
         updater=updater,
         following=following,

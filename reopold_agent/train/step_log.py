@@ -18,6 +18,7 @@ from reopold_agent.tracking.statistics import (
 )
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
 from reopold_agent.train.collect import Collector
+from reopold_agent.train.engine import effective_importance_cap
 from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.roles import Roles
 from reopold_agent.train.rows import Row, StepBatch, trajectories_of
@@ -40,29 +41,27 @@ def training_metrics(
         step: training step from 0.
         rows: the rows that the update was made on.
         update: the figures of the update.
-        importance_cap: the largest importance weight (``objective.importance_cap``).
+        importance_cap: the largest importance weight (`train.engine.effective_importance_cap`).
     """
     pairs = [row.behaviour for row in rows]
+    logp = [old_logp for old_logp, _ in pairs]
+    weights = {}
+    if importance_cap is not None:
+        weights = importance_statistics(trajectories_of(rows), logp, importance_cap)
     return {
         "kind": "train",
         "step": step,
         "phase": objective.phase(step),
         **update.row(),
-        **_importance(objective, rows, importance_cap),
+        **weights,
         **distillation_statistics(
             trajectories_of(rows),
             floor=objective.floor,
             threshold=update.threshold,
-            logp=[old_logp for old_logp, _ in pairs],
+            logp=logp,
             entropy=[entropy for _, entropy in pairs],
         ),
     }
-
-
-def _importance(objective: Objective, rows: Sequence[Row], cap: float | None) -> dict[str, float]:
-    if cap is None or not objective.weighs_tokens:
-        return {}
-    return importance_statistics(trajectories_of(rows), [row.behaviour[0] for row in rows], cap)
 
 
 def sampler_gap(rows: Sequence[Row]) -> dict[str, float]:
@@ -97,6 +96,7 @@ class StepLog:
         self._config, self._objective, self._folder = config, objective, folder
         self._roles, self._collector, self._guard = roles, collector, guard
         self._decode, self._progress = decode, progress
+        self._importance_cap = effective_importance_cap(config, objective)
         self.metrics = MetricsWriter(folder.metrics)
         self.trajectories = JsonLines(folder.trajectories)
 
@@ -118,9 +118,7 @@ class StepLog:
             clock: the seconds of the step's parts so far.
         """
         row = {
-            **training_metrics(
-                self._objective, step, batch.chosen, update, self._config.importance_cap
-            ),
+            **training_metrics(self._objective, step, batch.chosen, update, self._importance_cap),
             **self._rollout_metrics(batch.trajectories),
             "rollout/trained_share": len(batch.chosen) / len(batch.rows),
             "perf/padding_share": self._roles.take_passes().padding_share,

@@ -39,7 +39,12 @@ from reopold_agent.train.banner import (
     preflight_note,
     show_banner,
 )
-from reopold_agent.train.engine import Engine, model_specs, run_objective
+from reopold_agent.train.engine import (
+    Engine,
+    effective_importance_cap,
+    model_specs,
+    run_objective,
+)
 from reopold_agent.train.finish import next_commands, summarise
 from reopold_agent.train.interrupts import Interrupts, say_stopped
 from reopold_agent.train.verl.checkpoints import newest_checkpoint, steps_of
@@ -99,6 +104,9 @@ class VerlEngine(Engine):
             importance_note(config, objective),
             preflight_note(config, objective, checkpoint is not None),
         ]
+        # For verl's settings, the workers and the log, which all read the configuration.
+        weights = {"importance_cap": effective_importance_cap(config, objective)}
+        config = replace(config, objective={**config.objective, **weights})
         composed = verl_config(
             config, self.folder.path, with_teacher=with_teacher, device=device, contexts=contexts
         )
