@@ -251,7 +251,8 @@ def bare_step(context: Context, *, lora: bool) -> dict[str, Any]:
     import torch
     import yaml
 
-    from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
+    from reopold_agent.policies.batch import TrajectoryBatch
+    from reopold_agent.policies.grouping import split_by_tokens
     from reopold_agent.policies.loading import ModelSpec, load_model
 
     settings = context.settings()
@@ -364,7 +365,8 @@ def part_packed(context: Context) -> dict[str, Any]:
     import yaml
 
     from reopold_agent.policies.attention import installed_kernels
-    from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
+    from reopold_agent.policies.batch import TrajectoryBatch
+    from reopold_agent.policies.grouping import split_by_tokens
     from reopold_agent.policies.loading import ModelSpec, load_model
 
     cuda = context.device == "cuda"

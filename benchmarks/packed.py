@@ -21,7 +21,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.attention import attend_by_rows
-from reopold_agent.policies.batch import PassTokens, TrajectoryBatch, split_by_tokens
+from reopold_agent.policies.batch import PassTokens, TrajectoryBatch
+from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.types import StopReason, Trajectory
 

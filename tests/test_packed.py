@@ -38,7 +38,8 @@ from reopold_agent.objectives import DivergenceSettings
 from reopold_agent.policies import attention
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.attention import attend_by_rows, packed_kernel
-from reopold_agent.policies.batch import PassTokens, TrajectoryBatch, split_by_tokens
+from reopold_agent.policies.batch import PassTokens, TrajectoryBatch
+from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.train import finish

@@ -21,8 +21,9 @@ from reopold_agent.errors import ModelError
 from reopold_agent.objectives.chunks import BANNED
 from reopold_agent.policies import kv_cache
 from reopold_agent.policies.adapter import ModelAdapter
-from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
+from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.generation import sample_tokens
+from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.types import Completion, EncodedImage, Request, Sampling, Trajectory

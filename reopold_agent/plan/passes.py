@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from reopold_agent.policies.grouping import split_by_tokens
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -43,25 +45,15 @@ def divide(lengths: Sequence[float], budget: int, *, packed: bool, by_rows: bool
         budget: most tokens of a micro-batch; a longer sequence is one of its own.
         packed: rows are packed.
         by_rows: the budget counts padded tokens and rows of similar length come together, as in
-            the local engine. Otherwise it counts tokens without padding and micro-batches are of
-            equal size, as in verl (``utils.seqlen_balancing``).
+            the local engine (`split_by_tokens`). Otherwise it counts tokens without padding and
+            micro-batches are of equal size, as in verl (``utils.seqlen_balancing``).
     """
     if by_rows:
-        groups = _similar(lengths, budget, packed)
+        indices = split_by_tokens(lengths, budget, packed=packed)
+        groups = [[lengths[index] for index in group] for group in indices]
     else:
         groups = _balanced(lengths, max(1, math.ceil(sum(lengths) / budget)))
     return [Pass(len(group), max(group), sum(group), packed) for group in groups if group]
-
-
-def _similar(lengths: Sequence[float], budget: int, packed: bool) -> list[list[float]]:
-    groups: list[list[float]] = []
-    for length in reversed(lengths):
-        last = groups[-1] if groups else []
-        if last and (sum(last) + length if packed else last[0] * (len(last) + 1)) <= budget:
-            last.append(length)
-        else:
-            groups.append([length])
-    return groups
 
 
 def _balanced(lengths: Sequence[float], count: int) -> list[list[float]]:

@@ -11,8 +11,9 @@ from torch import Tensor
 from reopold_agent.objectives import DivergenceSettings
 from reopold_agent.objectives.divergence import divergence_of_states, top_tokens, topk_divergence
 from reopold_agent.policies.adapter import ModelAdapter
-from reopold_agent.policies.batch import PassTokens, TrajectoryBatch, split_by_tokens
+from reopold_agent.policies.batch import PassTokens, TrajectoryBatch
 from reopold_agent.policies.generation import TransformersGenerator
+from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.logprobs import token_logprobs
 from reopold_agent.types import FloatArray, Sampling, TokenScores, Trajectory
 

@@ -13,7 +13,8 @@ from reopold_agent.config import OptimizerConfig
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.objectives import Needs, Objective, TokenBatch
 from reopold_agent.objectives.pieces import scale_gradient
-from reopold_agent.policies.batch import TrajectoryBatch, split_by_tokens
+from reopold_agent.policies.batch import TrajectoryBatch
+from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.tracking.trajectories import TokenUse
 from reopold_agent.train.nonfinite import Finding, describe
