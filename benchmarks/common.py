@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from hydra import compose, initialize_config_module
 
@@ -19,6 +22,17 @@ from reopold_agent.train.interrupts import Interrupts
 from reopold_agent.train.loop import TrainingLoop
 from reopold_agent.train.settings import load_config
 from reopold_agent.train.setup import make_loop
+
+
+def left_padded(prompts: Sequence[npt.NDArray[np.int64]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a batch for ``model.generate``: ids, and a mask that is 0 at the padding."""
+    width = max(map(len, prompts))
+    ids = torch.zeros((len(prompts), width), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids, mask
 
 
 def demo_config(*overrides: str) -> TrainConfig:

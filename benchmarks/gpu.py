@@ -330,16 +330,10 @@ def bare_step(context: Context, *, lora: bool) -> dict[str, Any]:
 
 def static_generate(loaded: Any, rows: Sequence[Any]) -> None:
     """All first turns as one left-padded batch of ``model.generate``."""
-    import torch
+    from common import left_padded
 
     adapter = loaded.adapter
-    prompts = [row.ids[: row.prompt_length] for row in rows]
-    width = max(map(len, prompts))
-    ids = torch.zeros((len(rows), width), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids, mask = left_padded([row.ids[: row.prompt_length] for row in rows])
     pixel_values, grids = loaded.vision.patches([i for row in rows for i in row.images])
     longest = max(row.response_tokens for row in rows)
     device = adapter.device

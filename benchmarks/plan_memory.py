@@ -160,7 +160,7 @@ class _Student(nn.Module):
     def __init__(self, update: Update) -> None:
         super().__init__()
         self.update = update
-        config = _config(update.student)
+        config = as_config(update.student)
         sees = update.student.vision is not None
         kind: Any = Qwen2_5_VLForConditionalGeneration if sees else Qwen2ForCausalLM
         model = kind(config)
@@ -219,7 +219,8 @@ class _Student(nn.Module):
         return seen
 
 
-def _config(shape: Architecture) -> Qwen2Config | Qwen2_5_VLConfig:
+def as_config(shape: Architecture) -> Qwen2Config | Qwen2_5_VLConfig:
+    """Returns a checkpoint's shapes as transformers' configuration."""
     text = shape.text
     entries: dict[str, Any] = {
         "hidden_size": text.hidden,

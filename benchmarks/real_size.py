@@ -42,6 +42,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reopold_agent.common.memory import share_bytes
+from reopold_agent.common.processes import descendants
 from reopold_agent.plan import flops
 from reopold_agent.policies.architecture import Architecture, find_architecture
 from reopold_agent.policies.loading import resolve_path
@@ -302,19 +304,7 @@ def run_child(folder: Path, words: list[str], *, save: bool) -> None:
 
 def pss_bytes(process: int) -> int:
     """Returns the proportional set size of a process and its children, mapped files included."""
-    total = 0
-    pending = [process]
-    while pending:
-        number = pending.pop()
-        try:
-            for line in Path(f"/proc/{number}/smaps_rollup").read_text("utf-8").splitlines():
-                if line.startswith("Pss:"):
-                    total += 1024 * int(line.split()[1])
-            for task in Path(f"/proc/{number}/task").iterdir():
-                pending += map(int, (task / "children").read_text("utf-8").split())
-        except OSError:  # it has ended
-            continue
-    return total
+    return sum(share_bytes(each) for each in (process, *descendants(process)))
 
 
 @dataclass

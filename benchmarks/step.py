@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import demo_config, demo_loop
+from common import demo_config, demo_loop, left_padded
 
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.train.loop import TrainingLoop
@@ -34,12 +34,7 @@ def static_generate(loop: TrainingLoop, trajectories: list[Trajectory], number: 
     adapter = loop.roles.trainer.adapter
     prompts = [t.ids[: t.turns[number].start] for t in part]
     longest = max(t.turns[number].end - t.turns[number].start for t in part)
-    width = max(map(len, prompts))
-    ids = torch.zeros((len(part), width), dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
-        mask[row, width - len(prompt) :] = 1
+    ids, mask = left_padded(prompts)
     images = []
     for trajectory, prompt in zip(part, prompts, strict=True):
         left = int((prompt == adapter.image_token_id).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -36,6 +37,17 @@ SMALL = (
 """The embedded default in a few seconds. On the CPU, where results repeat bit for bit."""
 
 TIMINGS = ("time/", "tokens_per_second", "seconds", "env_seconds")
+
+
+def load_script(file: Path) -> Any:
+    """Returns a program of the repository, such as a benchmark, as a module."""
+    spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
 
 
 def composed(*overrides: str) -> tuple[TrainConfig, dict[str, Any]]:

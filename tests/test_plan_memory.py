@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import composed
+from running import composed, load_script
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ConfigError, UnknownNameError
@@ -31,18 +29,7 @@ def test_the_page_has_the_table_of_all_cases() -> None:
         assert all(0.85 < float(ratio) < 1.15 for ratio in rows), case
 
 
-def _benchmark(name: str) -> Any:
-    path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look it up
-    spec.loader.exec_module(module)
-    return module
-
-
-plan_memory = _benchmark("plan_memory")
+plan_memory = load_script(Path(__file__).parents[1] / "benchmarks" / "plan_memory.py")
 
 
 def trainer(count: float, **changes: Any) -> TrainerMemory:

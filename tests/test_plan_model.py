@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from running import composed
+from running import composed, load_script
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
     Qwen2ForCausalLM,
 )
 
@@ -47,29 +46,7 @@ WEIGHTS = Path(architecture.__file__).parents[1] / "demo" / "weights"
 # Shapes
 
 
-def as_config(shape: Architecture) -> Qwen2Config | Qwen2_5_VLConfig:
-    """The checkpoint's own configuration, written out for transformers."""
-    text = shape.text
-    entries: dict[str, Any] = {
-        "hidden_size": text.hidden,
-        "num_hidden_layers": text.layers,
-        "num_attention_heads": text.heads,
-        "num_key_value_heads": text.kv_heads,
-        "intermediate_size": text.mlp,
-        "vocab_size": text.vocab,
-    }
-    if shape.vision is None:
-        return Qwen2Config(**entries, tie_word_embeddings=text.tied)
-    vision = {
-        "depth": shape.vision.depth,
-        "hidden_size": shape.vision.width,
-        "num_heads": shape.vision.heads,
-        "intermediate_size": shape.vision.mlp,
-        "out_hidden_size": shape.vision.out,
-    }
-    return Qwen2_5_VLConfig(
-        text_config=entries, vision_config=vision, tie_word_embeddings=text.tied
-    )
+as_config = load_script(Path(__file__).parents[1] / "benchmarks" / "plan_memory.py").as_config
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
 import re
@@ -13,10 +12,11 @@ import sys
 import tarfile
 from datetime import date
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
+from running import load_script
 
 import reopold_agent
 
@@ -34,13 +34,8 @@ DOCKERFILES = ("Dockerfile.cpu", "Dockerfile.cuda")
 TYPES = ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security", "Known limits")
 
 
-def release() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("ci_release", ROOT / ".ci" / "release.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def release() -> Any:
+    return load_script(ROOT / ".ci" / "release.py")
 
 
 # One version, and who wrote what

@@ -128,18 +128,23 @@ def test_the_export_is_a_checkpoint(
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
 
+@pytest.fixture(params=[0, 1])
+def case(request: pytest.FixtureRequest, cases: list[Case]) -> Case:
+    return cases[request.param]
+
+
+@pytest.fixture
+def policy(
+    case: Case, models: dict[str, Any], make_policy: Callable[..., TransformersPolicy]
+) -> TransformersPolicy:
+    """The local engine's, of the case's model."""
+    return make_policy(models[case.name])
+
+
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("index", [0, 1])
 def test_scores_are_the_local_engines(
-    index: int,
-    packed: bool,
-    cases: list[Case],
-    models: dict[str, Any],
-    results: dict[str, Any],
-    make_policy: Callable[..., TransformersPolicy],
+    packed: bool, case: Case, policy: TransformersPolicy, results: dict[str, Any]
 ) -> None:
-    case = cases[index]
-    policy = make_policy(models[case.name])
     for rank, found in enumerate(results[case.name]):
         own = policy.score(case.rows[rank], with_entropy=True)
         for place, (t, score) in enumerate(zip(case.rows[rank], own, strict=True)):
@@ -151,17 +156,9 @@ def test_scores_are_the_local_engines(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("index", [0, 1])
 def test_gradients_are_the_local_engines(
-    index: int,
-    packed: bool,
-    cases: list[Case],
-    models: dict[str, Any],
-    results: dict[str, Any],
-    make_policy: Callable[..., TransformersPolicy],
+    packed: bool, case: Case, policy: TransformersPolicy, results: dict[str, Any]
 ) -> None:
-    case = cases[index]
-    policy = make_policy(models[case.name])
     # Only the gradients matter: no clipping, and steps too small to change a weight.
     settings = OptimizerConfig(lr=1e-30, beta1=0.9, beta2=0.95, weight_decay=0.0, max_grad_norm=1e9)
     updater = Updater(policy, OBJECTIVE, settings, max_tokens=4096)

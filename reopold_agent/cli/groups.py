@@ -85,6 +85,11 @@ def _check_lists(arguments: Sequence[str], groups: Sequence[str]) -> None:
             )
 
 
+def key_of(word: str) -> str:
+    """Returns the key that a word of a command line sets, without the ``+`` that adds it."""
+    return word.partition("=")[0].lstrip("+")
+
+
 def check_once(words: Sequence[str], lists: Sequence[str] = SEVERAL) -> None:
     """Refuses a setting that is given twice with two values, of which only the last would count.
 

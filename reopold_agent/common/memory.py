@@ -1,4 +1,4 @@
-"""Measures this process's memory limits, and gives memory back."""
+"""Measures memory: of processes, and what is left for this one; gives memory back."""
 
 from __future__ import annotations
 
@@ -22,6 +22,24 @@ def usable_memory() -> float | None:
     except (OSError, StopIteration):
         return free
     return free if most == "max" else min(free, float(most) - float(used))
+
+
+def resident_bytes(pid: int) -> int:
+    """Returns the bytes of memory that a process has, shared ones included; 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text("utf-8").split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
+
+
+def share_bytes(pid: int) -> int:
+    """Returns the bytes of a process, those that it shares divided among the sharers (PSS)."""
+    try:
+        with open(f"/proc/{pid}/smaps_rollup") as file:
+            line = next(each for each in file if each.startswith("Pss:"))
+            return int(line.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return resident_bytes(pid)
 
 
 def discard_pages(address: int, size: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from reopold_agent.cli.groups import check_once
+from reopold_agent.cli.groups import check_once, key_of
 from reopold_agent.config import TrainConfig, build, only_for_verl
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.plan.estimate import Plan, make_plan
@@ -103,11 +103,15 @@ def plan_run(words: Sequence[str], gpu: Gpu | None = None, *, supported: bool = 
     check_hardware(words, config)
     if supported and config.engine.name == "verl":
         _check_supported(config)
-    recipe = dict(word.partition("=")[::2] for word in rest).get("recipe", "")
-    names.setdefault("gpu", RECIPE_GPUS.get(recipe, _GPU))
+    names.setdefault("gpu", RECIPE_GPUS.get(recipe_of(rest), _GPU))
     if "gpus" in numbers and config.engine.name == "verl":
         return _plan_for_gpus(config, rest, numbers, names, gpu)
     return _plan(config, numbers, names, gpu)
+
+
+def recipe_of(words: Sequence[str]) -> str:
+    """Returns the recipe that a command line names; "" without one."""
+    return next((word.partition("=")[2] for word in words if word.startswith("recipe=")), "")
 
 
 def check_hardware(words: Sequence[str], config: TrainConfig) -> None:
@@ -135,7 +139,7 @@ def _plan_for_gpus(
     gpu: Gpu | None,
 ) -> Plan:
     """Plans a run of ``engine=verl`` on a number of GPUs, if need be with settings that fit."""
-    chosen = {_key(word): word for word in rest}
+    chosen = {key_of(word): word for word in rest}
     for key in ("engine.nodes", "engine.gpus_per_node"):
         if key in chosen:
             raise ConfigError(
@@ -179,7 +183,7 @@ def _proposals(
         gpus: number of GPUs; fewer are proposed where these cannot divide a mini-batch.
         scheduled: a schedule was given, which ``engine=local`` does not have.
     """
-    chosen = {_key(word) for word in rest}
+    chosen = {key_of(word) for word in rest}
     counts = [gpus]
     if gpus < _NODE and _rows(config) % gpus:
         counts += [count for count in range(gpus - 1, 0, -1) if _rows(config) % count == 0]
@@ -187,11 +191,11 @@ def _proposals(
     changes: dict[str, str] = {}
     for count in counts:
         changes = {}
-        division = {_key(word): word for word in _division(config, count, chosen)}
+        division = {key_of(word): word for word in _division(config, count, chosen)}
         idle = [f"GPUs without work: {gpus - count} of {gpus}"] if count < gpus else []
         costs = []
         for words, cost in (((), ""), *_SMALLER[:local]):
-            new = {_key(word): word for word in words if _key(word) not in chosen}
+            new = {key_of(word): word for word in words if key_of(word) not in chosen}
             if words and not new:
                 continue
             changes |= new
@@ -203,9 +207,9 @@ def _proposals(
     if scheduled or any(key == "engine" or only_for_verl(key) for key in chosen):
         return
     changes = {key: word for key, word in changes.items() if not only_for_verl(key)}
-    costs = [cost for words, cost in _SMALLER[:local] if _key(words[0]) in changes]
+    costs = [cost for words, cost in _SMALLER[:local] if key_of(words[0]) in changes]
     for words, cost in _SMALLER[local:]:
-        changes |= {_key(word): word for word in words if _key(word) not in chosen}
+        changes |= {key_of(word): word for word in words if key_of(word) not in chosen}
         costs.append(cost)
         yield list(changes.values()), list(costs)
 
@@ -250,10 +254,6 @@ def _check_supported(config: TrainConfig) -> None:
 
         check_objective(name, make_objective(name, config.objective))
     check_settings(config)
-
-
-def _key(word: str) -> str:
-    return word.partition("=")[0].lstrip("+")
 
 
 def _plan(

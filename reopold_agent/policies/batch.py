@@ -97,6 +97,9 @@ class PassTokens:
         """Share of the computed positions that were padding; 0 if there were none."""
         return (self.computed - self.real) / max(1, self.computed)
 
+    def __add__(self, other: PassTokens) -> PassTokens:
+        return PassTokens(self.computed + other.computed, self.real + other.real)
+
     def add(self, batch: TrajectoryBatch) -> None:
         """Counts a pass."""
         self.computed += batch.ids_BT.numel()

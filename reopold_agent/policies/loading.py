@@ -318,7 +318,7 @@ def load_model(
         ConfigError: the kernel does not load, or ``spec.attention`` cannot take packed rows.
         MissingExtraError: LoRA is configured and peft is not installed.
     """
-    check_packing(spec, role, kernel)
+    check_attention(spec.attention, role, kernel)
     processing = load_processing(spec, role, saved=saved)
     has_vision = processing.vision is not None
     path = _weights_path(spec, saved)
@@ -366,15 +366,20 @@ def load_model(
     return LoadedModel(**vars(processing), adapter=adapter)
 
 
-def check_packing(spec: ModelSpec, role: str, kernel: str | None) -> None:
+def check_attention(attention: str, role: str, kernel: str | None) -> None:
     """Checks that a checkpoint may be loaded for packed rows.
 
+    Args:
+        attention: the setting of the checkpoint.
+        role: of the checkpoint, for messages.
+        kernel: of packed rows (`attention.packed_kernel`); None where rows are padded.
+
     Raises:
-        ConfigError: ``spec.attention`` asks for another attention than ``kernel``.
+        ConfigError: the checkpoint's setting asks for another attention than the kernel.
     """
-    if kernel is not None and spec.attention != "sdpa":
+    if kernel is not None and attention != "sdpa":
         raise ConfigError(
-            f"{_setting_key(role, 'attention')}={spec.attention} pads rows, and this run packs "
+            f"{_setting_key(role, 'attention')}={attention} pads rows, and this run packs "
             "them.\nUse sdpa, or engine.packed=false."
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from reopold_agent.errors import ReopoldError, first_line
 from reopold_agent.evaluate.paper import PAPER_TABLES
-from reopold_agent.plan.compose import plan_run
+from reopold_agent.plan.compose import plan_run, recipe_of
 from reopold_agent.plan.estimate import Plan
 from reopold_agent.plan.hardware import find_gpu
 from reopold_agent.plan.paper import PAPER_RUNS
@@ -89,7 +89,7 @@ def published(words: Sequence[str]) -> dict[str, Any] | None:
     ``success`` has shares by benchmark (empty where the paper gives none), ``gpu_hours`` is that of
     the whole run.
     """
-    recipe = next((w.partition("=")[2] for w in words if w.startswith("recipe=")), "")
+    recipe = recipe_of(words)
     if recipe not in PAPER_RUNS:
         return None
     success = {}

@@ -26,6 +26,7 @@ from typing_extensions import override
 
 from reopold_agent.common.bounded import DeadlineError
 from reopold_agent.common.guard import LOST
+from reopold_agent.common.memory import resident_bytes, share_bytes
 from reopold_agent.common.processes import ChildProcess, descendants
 from reopold_agent.errors import ToolProcessError, ToolTimeoutError
 from reopold_agent.tools import sandbox
@@ -48,8 +49,6 @@ LOGGED_OUTPUT = 4000
 
 _LOOK_SECONDS = 0.1
 """Between two looks at the memory of a running call."""
-
-_PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 # With this process's import path, plugins are found where they are found here.
 _START = (
@@ -166,7 +165,7 @@ class ToolProcess(ChildProcess):
         if reply.get("loaded") is not True:
             raise ToolProcessError(f"its import failed in a worker process ({reply.get('error')})")
         self._loaded.add(name)
-        self._base, self._base_share = _resident(self.pid), _share(self.pid)
+        self._base, self._base_share = resident_bytes(self.pid), share_bytes(self.pid)
 
     def call(
         self, request: dict[str, Any], pictures: Mapping[int, Image.Image], seconds: float
@@ -213,7 +212,7 @@ class ToolProcess(ChildProcess):
         reason = None
         if len(list(descendants(self._process.pid))) > 1:
             reason = "left processes running"
-        elif _resident(self.pid) - self._base > self._memory // 2:
+        elif resident_bytes(self.pid) - self._base > self._memory // 2:
             reason = "kept more than half of its memory"
         elif _entries(f"/proc/{self.pid}/fd") > MAX_FILES:
             reason = "left files open"
@@ -266,7 +265,7 @@ class ToolProcess(ChildProcess):
         used, count = -self._base_share, 0
         for pid in descendants(self._process.pid):
             count += 1
-            used += _share(pid)
+            used += share_bytes(pid)
         if count > MAX_PROCESSES:
             raise ToolProcessError(f"it started more than {MAX_PROCESSES} processes")
         if used > self._memory:
@@ -331,25 +330,6 @@ class ToolProcess(ChildProcess):
 
 
 # What the kernel says; 0 without /proc
-
-
-def _resident(pid: int) -> int:
-    """Bytes of memory that a process has, shared ones included."""
-    try:
-        with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * _PAGE
-    except OSError:
-        return 0
-
-
-def _share(pid: int) -> int:
-    """Bytes of memory of a process, those that it shares with others divided among them."""
-    try:
-        with open(f"/proc/{pid}/smaps_rollup") as file:
-            line = next(each for each in file if each.startswith("Pss:"))
-            return int(line.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return _resident(pid)
 
 
 def _entries(folder: str) -> int:

@@ -50,8 +50,7 @@ class Roles:
         total = PassTokens()
         for policy in (self.trainer, self.own_teacher):
             if policy is not None:
-                total.computed += policy.passes.computed
-                total.real += policy.passes.real
+                total += policy.passes
                 policy.passes = PassTokens()
         return total
 

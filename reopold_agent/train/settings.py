@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.cli.groups import check_once, prepare_groups
+from reopold_agent.cli.groups import check_once, key_of, prepare_groups
 from reopold_agent.cli.hydra import plain_values
 from reopold_agent.cli.messages import explain, verl_only
 from reopold_agent.config import TrainConfig, build, flatten, only_for_verl
@@ -142,7 +142,7 @@ def check_engine(composed: DictConfig, words: Sequence[str]) -> None:
     if composed.engine.name != "local":
         return
     for word in words:
-        key = word.partition("=")[0].lstrip("+")
+        key = key_of(word)
         if only_for_verl(key):
             raise ConfigError("\n".join(verl_only(key)))
 

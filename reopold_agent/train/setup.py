@@ -21,7 +21,7 @@ from reopold_agent.policies.loading import (
     LoadedModel,
     ModelSpec,
     Processing,
-    check_packing,
+    check_attention,
     check_available,
     check_vocabularies,
     context_length,
@@ -172,7 +172,7 @@ def prepared(
     device, _ = compute_device(config.engine)  # refuses a GPU that there is not
     kernel = packed_kernel(config.engine, device.type)
     for role, spec in specs.items():
-        check_packing(spec, role, kernel)
+        check_attention(spec.attention, role, kernel)
     if config.engine.threads is not None:
         torch.set_num_threads(config.engine.threads)
     _seed_everything(config.seed)

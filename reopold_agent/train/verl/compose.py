@@ -18,7 +18,7 @@ from reopold_agent.config import EngineConfig, ModelConfig, ServerConfig, TrainC
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Objective
 from reopold_agent.policies.attention import IMPLEMENTATION, packed_kernel
-from reopold_agent.policies.loading import resolve_path
+from reopold_agent.policies.loading import check_attention, resolve_path
 from reopold_agent.rollout.lengths import episode_limit, prompt_limit
 from reopold_agent.train.engine import needs_teacher
 from reopold_agent.train.verl.supported import (
@@ -75,12 +75,8 @@ def student_kernel(config: TrainConfig, device: str) -> str | None:
     Raises:
         ConfigError: it is not installed, does not run there, or the student has another.
     """
-    kernel, own = packed_kernel(config.engine, device), config.model.student.attention
-    if kernel is not None and own != "sdpa":
-        raise ConfigError(
-            f"model.student.attention={own} pads rows, and this run packs them.\nUse "
-            "sdpa, or engine.packed=false."
-        )
+    kernel = packed_kernel(config.engine, device)
+    check_attention(config.model.student.attention, "student", kernel)
     return kernel
 
 

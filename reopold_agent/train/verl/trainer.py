@@ -271,9 +271,7 @@ class Trainer(PPOTrainerSync):
         )
         output = self.actor_rollout_wg.update_actor(batch)["metrics"]
         counts = [TokenTotals(**one) for one in output[TOTALS]]
-        self._passes = PassTokens(
-            *(sum(one[name] for one in output[PASSES]) for name in ("computed", "real"))
-        )
+        self._passes = sum((PassTokens(**one) for one in output[PASSES]), PassTokens())
         norms = [float(norm) for norm in _listed(output["grad_norm"])]
         finite = [
             bool(np.isfinite([one.loss, norm]).all())
