@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from fractions import Fraction
 from types import UnionType
 from typing import Any, TypeVar, get_type_hints
 
@@ -651,9 +652,26 @@ class TrainConfig:
         return importance_cap(self.objective)
 
     @property
+    def weights(self) -> dict[str, float]:
+        """The share of each environment in the draws of tasks, up to a common factor."""
+        return {self.env.name: 1.0}
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """The splits whose tasks the run uses."""
         return ("train", "eval") if self.evaluation.tasks else ("train",)
+
+
+def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
+    """Returns the smallest whole numbers in the proportion of positive weights.
+
+    Weights count as they are written in decimals: 0.1 and 0.2 are 1 and 2.
+    """
+    exact = {name: Fraction(repr(float(weight))) for name, weight in weights.items()}
+    denominator = math.lcm(*(each.denominator for each in exact.values()))
+    counts = {name: int(each * denominator) for name, each in exact.items()}
+    common = math.gcd(*counts.values())
+    return {name: count // common for name, count in counts.items()}
 
 
 COMMON_SETTINGS = ("name", "importance_cap")

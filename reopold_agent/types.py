@@ -181,7 +181,7 @@ class Trajectory:
 
     Attributes:
         task_id: the task's id, as the environment's ``info["task_id"]`` gave it.
-        index: position of the task in its split; with ``sample`` it names the episode.
+        index: position of the task in its split.
         sample: which of the group's samples of this task it is, from 0.
         ids: (L,) int64: prompt, then turns and observations in order.
         loss_mask: (L,) bool.
@@ -193,6 +193,8 @@ class Trajectory:
             never reads it.
         teacher_logp: (L,) float32 once scored, else None.
         advantage: outcome compared with the group's, for objectives that need it, else None.
+        env: name of the environment (after ``env=``) that the task belongs to; empty where a
+            program plays one environment without naming it.
     """
 
     task_id: str
@@ -212,6 +214,12 @@ class Trajectory:
     seconds: float = 0.0
     teacher_logp: FloatArray | None = None
     advantage: float | None = None
+    env: str = ""
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """The task, whose episodes in a step are a group: environment and index."""
+        return self.env, self.index
 
     @property
     def trainable(self) -> bool:
@@ -266,7 +274,9 @@ class Request:
     """One turn to generate: continue ``ids`` (everything so far) of the sequence ``key``.
 
     ``seed`` fixes the random stream of the sequence, so that what it samples does not depend
-    on which other sequences share the batch.
+    on which other sequences share the batch. The turn ends with the first of ``stop_ids``; None
+    stands for the policy's own, which suit all requests unless environments with several rules
+    are played at once.
     """
 
     key: int
@@ -274,6 +284,7 @@ class Request:
     images: Sequence[EncodedImage]
     max_tokens: int
     seed: tuple[int, ...]
+    stop_ids: frozenset[int] | None = None
 
 
 @dataclass(frozen=True)

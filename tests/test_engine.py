@@ -1087,7 +1087,8 @@ def test_the_configuration_of_a_run_is_what_it_ran(tmp_path: Path) -> None:
 
 
 def test_a_task_drawn_twice_gets_other_samples() -> None:
-    episodes = collect.step_episodes([4, 7, 4], samples=2)
-    assert [(e.index, e.sample) for e in episodes] == [
-        (4, 0), (4, 1), (7, 0), (7, 1), (4, 2), (4, 3),
+    drawn = [("a", 4), ("a", 7), ("b", 4), ("a", 4)]
+    assert [(e.env, e.index, e.sample) for e in collect.step_episodes(drawn, samples=2)] == [
+        ("a", 4, 0), ("a", 4, 1), ("a", 7, 0), ("a", 7, 1),
+        ("b", 4, 0), ("b", 4, 1), ("a", 4, 2), ("a", 4, 3),
     ]  # fmt: skip

@@ -127,7 +127,12 @@ class ScriptedGenerator:
             assert len(ids) > len(known)
             assert request.max_tokens >= 1
             frozen = Request(
-                request.key, ids, list(request.images), request.max_tokens, request.seed
+                request.key,
+                ids,
+                list(request.images),
+                request.max_tokens,
+                request.seed,
+                request.stop_ids,
             )
             self.policy.requests.append(frozen)
             turn = self.turns.get(request.key, 0)
@@ -213,6 +218,61 @@ def check_trajectory(chat: ChatRenderer, trajectory: Trajectory) -> None:
     ends = chat.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
     assert [int((trajectory.ids == i).sum()) for i in ends] == [len(trajectory.images)] * 2
     assert not np.isin(trajectory.ids[covered], chat.forbidden_ids).any()
+
+
+# Several environments at once
+
+
+def test_environments_of_a_mixture_keep_their_rules(
+    chat: ChatRenderer, vision: VisionProcessor, make_runner: Any, say: Any
+) -> None:
+    free = ChatRenderer(chat.tokenizer, stop_at_tool_call=False)
+    records: dict[str, list[Any]] = {"long": [], "short": []}
+
+    def member(name: str, rules: ChatRenderer, side: int, **limits: Any) -> RolloutRunner:
+        behaviour = Behaviour(turns=lambda index: 9)
+        return RolloutRunner(
+            lambda: StoryEnv(behaviour, records[name]),
+            rules,
+            vision,
+            prompt_pixels=PixelLimits(side**2, side**2),
+            observation_pixels=OBSERVATION_PIXELS,
+            limits=RolloutLimits(**limits),
+        )
+
+    members = {
+        "long": member("long", chat, 112, max_turns=3, concurrency=1),
+        "short": member("short", free, 56, max_turns=1, max_turn_tokens=3, concurrency=1),
+    }
+    runner = RolloutRunner(
+        lambda: pytest.fail("only members play"),
+        chat,
+        vision,
+        prompt_pixels=PROMPT_PIXELS,
+        observation_pixels=OBSERVATION_PIXELS,
+        limits=RolloutLimits(concurrency=4),
+        members=members,
+    )
+    policy = ScriptedPolicy(lambda request, turn: say(f"Turn {turn}: x7 x7", end=True))
+    episodes = [EpisodeSpec("train", i, 0, name) for i in range(2) for name in members]
+    played = runner.run(policy, episodes, T1, (1,))
+    assert [(t.env, t.index) for t in played] == [(e.env, e.index) for e in episodes]
+    assert policy.most_in_flight == 4  # together, whatever the members' own concurrency
+    assert {t.env: len(t.turns) for t in played} == {"long": 3, "short": 1}
+    large, small = (next(t for t in played if t.env == name).images[0] for name in members)
+    assert large.tokens > small.tokens
+    assert [t.turns[0].finish for t in played] == ["stop", "length"] * 2
+    asked = {rules.chat.stop_ids for rules in members.values()}
+    assert {tuple(sorted(request.stop_ids or ())) for request in policy.requests} == asked
+    assert len(asked) == 2
+    # One index and sample in two environments: other random draws.
+    assert len({request.seed for request in policy.requests}) == len(policy.requests)
+    alone = members["short"].run(policy, [EpisodeSpec("train", 0, 0, "short")], T1, (1,))
+    assert policy.requests[-1].stop_ids is None
+    assert policy.requests[-1].seed == (1, 0, 0, 0)
+    assert alone[0].env == "short"
+    runner.close()
+    assert all(env.closed for made in records.values() for kind, env, *_ in made if kind == "made")
 
 
 # What a trajectory holds

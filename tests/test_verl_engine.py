@@ -33,7 +33,7 @@ from reopold_agent.errors import (
 )
 from reopold_agent.objectives import Reopold, TokenBatch
 from reopold_agent.train.collect import step_episodes
-from reopold_agent.train.data_order import DataOrder
+from reopold_agent.train.data_order import TaskOrder
 from reopold_agent.train.interrupts import Interrupts
 from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.verl import engine as verl_engine
@@ -233,17 +233,17 @@ def test_requests_have_seeds_of_their_own_or_none(seeded: bool) -> None:
 @pytest.mark.parametrize(("tasks", "prompts"), [(10, 4), (3, 5), (7, 7)])
 def test_draws_are_those_of_the_local_engine(tasks: int, prompts: int) -> None:
     samples, steps = 3, 6
-    rows = StepTasks(tasks, prompts, samples, steps, seed=11)
-    order = DataOrder(tasks, 11)
+    order = TaskOrder({"math": tasks}, 11, {"math": 1.0})
+    rows = StepTasks(order, prompts, samples, steps)
     assert len(rows) == prompts * steps
     for step in range(steps):
         drawn = [order[step * prompts + k] for k in range(prompts)]
-        expected = [(e.index, e.sample) for e in step_episodes(drawn, samples)]
+        expected = [(e.env, e.index, e.sample) for e in step_episodes(drawn, samples)]
         got = []
         for place in range(prompts):
             row = rows[step * prompts + place]
             assert (row["step"], row["position"]) == (step, step * prompts + place)
-            got += [(row["index"], row["first_sample"] + k) for k in range(samples)]
+            got += [(row["env"], row["index"], row["first_sample"] + k) for k in range(samples)]
         assert got == expected
         assert len(set(got)) == len(got)  # no episode twice
 

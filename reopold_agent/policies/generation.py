@@ -293,11 +293,14 @@ class TransformersGenerator:
     def _finished(self, sequence: _Sequence) -> bool:
         if sequence.request is None:
             raise RuntimeError("a sequence in flight has no request")
-        stopped = sequence.sampled[-1] in self._stop_ids
-        return stopped or len(sequence.sampled) >= sequence.request.max_tokens
+        return self._stopped(sequence) or len(sequence.sampled) >= sequence.request.max_tokens
+
+    def _stopped(self, sequence: _Sequence) -> bool:
+        own = None if sequence.request is None else sequence.request.stop_ids
+        return sequence.sampled[-1] in (own or self._stop_ids)
 
     def _complete(self, sequence: _Sequence) -> Completion:
-        stopped = sequence.sampled[-1] in self._stop_ids
+        stopped = self._stopped(sequence)
         self._leave_decoding(sequence)
         return Completion(
             key=sequence.key,

@@ -179,9 +179,8 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     scoring = make_scoring(config, objective, roles)
     guard = NonFiniteGuard("skip")
     runner = make_runner(config, chat, student.vision, max_turns=config.rollout.max_turns)
-    collector = Collector(
-        config, objective, runner, roles.sampler, roles.teacher, tasks["train"], guard
-    )
+    count = {config.env.name: tasks["train"]}
+    collector = Collector(config, objective, runner, roles.sampler, roles.teacher, count, guard)
     clock.lap("start")
     try:
         samples = min(config.batch.samples, episodes) if objective.needs & Needs.OUTCOME else 1

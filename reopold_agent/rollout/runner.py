@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 import traceback
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -84,11 +85,15 @@ class RolloutLimits:
 
 @dataclass(frozen=True)
 class EpisodeSpec:
-    """The episode to play: repetition ``sample`` of task ``index`` of ``split``."""
+    """The episode to play: repetition ``sample`` of task ``index`` of ``split``.
+
+    ``env`` is the environment's name, for the trajectory; with several it says which one plays.
+    """
 
     split: str
     index: int
     sample: int = 0
+    env: str = ""
 
 
 @dataclass
@@ -105,6 +110,7 @@ class RolloutStats:
 class _Episode:
     key: int
     spec: EpisodeSpec
+    rules: RolloutRunner
     worker: Worker
     started: float
     prompt_length: int = 0
@@ -140,6 +146,9 @@ class RolloutRunner:
         prompt_pixels: size limits of the first observation's pictures.
         observation_pixels: size limits of the pictures that tools return.
         limits: budgets of an episode.
+        members: with several environments the runner of each by its name, which gives their
+            episodes all of the above; this runner plays them together, as many at once as its own
+            ``limits`` say.
     """
 
     def __init__(
@@ -151,11 +160,13 @@ class RolloutRunner:
         prompt_pixels: PixelLimits,
         observation_pixels: PixelLimits,
         limits: RolloutLimits,
+        members: Mapping[str, RolloutRunner] | None = None,
     ) -> None:
         self._make_env = make_env
         self.chat, self.vision = chat, vision
         self.prompt_pixels, self.observation_pixels = prompt_pixels, observation_pixels
         self.limits = limits
+        self._members = dict(members or {})
         self._idle: list[Worker] = []
         self.stats = RolloutStats()
 
@@ -166,6 +177,10 @@ class RolloutRunner:
             ModelError: it leaves words or pictures out, or rewrites earlier turns and several are
                 possible.
         """
+        for member in self._members.values():
+            member.check_template()
+        if self._members:
+            return
         self.chat.check_words()
         if self.vision is not None:
             self.chat.check_pictures()
@@ -186,7 +201,9 @@ class RolloutRunner:
         Raises:
             ModelError: it cannot.
         """
-        if self.vision is None:
+        for member in self._members.values():
+            member.check_pictures()
+        if self.vision is None and not self._members:
             self._make().close()
 
     def prompt(
@@ -233,9 +250,9 @@ class RolloutRunner:
             policy: generates the turns.
             episodes: the episodes to play.
             sampling: temperature and top_p.
-            seed: determines every random draw together with the episode's index and sample. The
-                environment's seed depends on split and index only, so that all samples of a group
-                get the same task.
+            seed: determines every random draw together with the episode's index and sample, and
+                its environment's name where there are several. The environment's seed depends on
+                split and index only, so that all samples of a group get the same task.
             on_done: called with each trajectory when its episode ends.
         """
         self.stats = RolloutStats()
@@ -249,7 +266,9 @@ class RolloutRunner:
             while len(finished) < len(specs):
                 while waiting and len(playing) < self.limits.concurrency:
                     key, spec = waiting.pop()
-                    episode = _Episode(key, spec, self._worker(), time.perf_counter())
+                    rules = self._members[spec.env] if self._members else self
+                    worker = rules._worker()
+                    episode = _Episode(key, spec, rules, worker, time.perf_counter())
                     playing[key] = episode
                     pending.append(episode)
                     self._start_reset(episode)
@@ -271,7 +290,7 @@ class RolloutRunner:
                     finished[key] = self._trajectory(episode)
                     if episode.stop is not StopReason.ENV_ERROR:
                         episode.worker.tell(end_episode)
-                        self._idle.append(episode.worker)
+                        episode.rules._idle.append(episode.worker)
                     if on_done is not None:
                         on_done(finished[key])
         finally:
@@ -284,6 +303,8 @@ class RolloutRunner:
         for worker in self._idle:
             worker.close()
         self._idle.clear()
+        for member in self._members.values():
+            member.close()
 
     def _worker(self) -> Worker:
         return self._idle.pop() if self._idle else Worker(self._make)
@@ -309,14 +330,14 @@ class RolloutRunner:
             # Receives once at least as many episodes wait as decode, for few, large prefills. The
             # rule depends on counts, never on the clock.
             return pending if len(pending) >= generator.in_flight else []
-        arrived = [e for e in pending if e.worker.answered(self.limits.env_seconds)]
+        arrived = [e for e in pending if e.worker.answered(e.rules.limits.env_seconds)]
         # With nothing to generate, wait for the episode that has waited longest.
         return arrived or ([] if generator.in_flight else pending[:1])
 
     def _receive(self, episode: _Episode, generator: Generator) -> bool:
         """Receives the environment's answer; returns whether the student continues."""
         started = time.perf_counter()
-        outcome = episode.worker.result(self.limits.env_seconds)
+        outcome = episode.worker.result(episode.rules.limits.env_seconds)
         self.stats.env_wait_seconds += time.perf_counter() - started
         if episode.turns:
             episode.turns[-1].env_seconds = outcome.seconds
@@ -383,8 +404,8 @@ class RolloutRunner:
     def _add_prompt(
         self, episode: _Episode, observation: Observation, info: Mapping[str, Any]
     ) -> None:
-        ids, images = self.prompt(observation, info)
-        most = self.limits.max_prompt_tokens
+        ids, images = episode.rules.prompt(observation, info)
+        most = episode.rules.limits.max_prompt_tokens
         if most is not None and len(ids) > most:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens; engine.max_prompt_tokens is {most}"
@@ -396,7 +417,7 @@ class RolloutRunner:
     def _truncate(self, episode: _Episode, stop: StopReason) -> bool:
         """Ends an episode at a budget that its environment does not know."""
         episode.worker.call(lambda env: truncate_episode(env, episode.last_info))
-        outcome = episode.worker.result(self.limits.env_seconds)
+        outcome = episode.worker.result(episode.rules.limits.env_seconds)
         if outcome.error is not None:
             return self._fail_env(episode, outcome.error)
         reward, episode.success = outcome.value
@@ -405,13 +426,14 @@ class RolloutRunner:
         return False
 
     def _add_observation(self, episode: _Episode, observation: Observation) -> bool:
-        if len(episode.turns) >= self.limits.max_turns:
+        limits = episode.rules.limits
+        if len(episode.turns) >= limits.max_turns:
             return self._truncate(episode, StopReason.MAX_TURNS)
-        ids, images = self.continuation(observation, episode.ids[-1])
+        ids, images = episode.rules.continuation(observation, episode.ids[-1])
         used = len(episode.ids) - episode.prompt_length
         # An observation is added as a whole or not at all, so that no image is cut, and it must
         # leave room for at least one token of the student.
-        if used + len(ids) + 1 > self.limits.max_response_tokens:
+        if used + len(ids) + 1 > limits.max_response_tokens:
             return self._truncate(episode, StopReason.MAX_TOKENS)
         episode.append(ids)
         episode.images += images
@@ -430,14 +452,19 @@ class RolloutRunner:
         requests = []
         for episode in episodes:
             used = len(episode.ids) - episode.prompt_length
-            room = self.limits.max_response_tokens - used
+            spec, limits = episode.spec, episode.rules.limits
+            room = limits.max_response_tokens - used
+            # Tasks of several environments share indices, but no random draws.
+            stream = (zlib.crc32(spec.env.encode()),) if self._members else ()
+            stop_ids = frozenset(episode.rules.chat.stop_ids) if self._members else None
             requests.append(
                 Request(
                     key=episode.key,
                     ids=episode.ids,
                     images=episode.images,
-                    max_tokens=min(self.limits.max_turn_tokens, room),
-                    seed=(*seed, episode.spec.index, episode.spec.sample, len(episode.turns)),
+                    max_tokens=min(limits.max_turn_tokens, room),
+                    seed=(*seed, *stream, spec.index, spec.sample, len(episode.turns)),
+                    stop_ids=stop_ids,
                 )
             )
         if requests:
@@ -485,4 +512,5 @@ class RolloutRunner:
             success=episode.success,
             info=episode.info,
             seconds=time.perf_counter() - episode.started,
+            env=episode.spec.env,
         )

@@ -54,8 +54,8 @@ def trajectory_record(
         use: use of its tokens in the update; None if it was not trained on.
 
     Returns:
-        ``kind``, ``step``, ``who``, ``task_id``, ``index``, ``sample``, ``success``, ``reward``,
-        ``advantage`` (null where the objective has none), ``stop_reason``, ``seconds``,
+        ``kind``, ``step``, ``who``, ``env``, ``task_id``, ``index``, ``sample``, ``success``,
+        ``reward``, ``advantage`` (null where the objective has none), ``stop_reason``, ``seconds``,
         ``prompt`` (null without ``decode``; a run of one id, such as an image's placeholders,
         is written as "token*count"), ``prompt_length``, ``response_tokens``,
         ``turns`` (``start``, ``end``, ``text``, ``finish``, ``tool_call``, ``observation``,
@@ -77,6 +77,7 @@ def trajectory_record(
         "kind": kind,
         "step": step,
         "who": who,
+        "env": trajectory.env,
         "task_id": trajectory.task_id,
         "index": trajectory.index,
         "sample": trajectory.sample,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from reopold_agent.objectives import SFT, Needs, Objective
 from reopold_agent.policies.base import Policy
 from reopold_agent.rollout.demonstrations import demonstrated
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner, RolloutStats
-from reopold_agent.train.data_order import DataOrder
+from reopold_agent.train.data_order import TaskOrder
 from reopold_agent.train.nonfinite import NonFiniteGuard, invalid_outcome
 from reopold_agent.train.roles import computing
 from reopold_agent.train.rows import Row, StepBatch, set_advantages
@@ -29,7 +29,7 @@ class Collector:
         objective: decides who plays and which groups are informative.
         runner: plays the episodes.
         student, teacher: policies that may play the episodes.
-        tasks: number of training tasks.
+        tasks: number of training tasks of each environment.
         guard: rejects rewards that are not finite.
         recorded: the expert's conversations (`read_demonstrations`), for objectives that train on
             them.
@@ -45,7 +45,7 @@ class Collector:
         runner: RolloutRunner,
         student: Policy,
         teacher: Policy | None,
-        tasks: int,
+        tasks: Mapping[str, int],
         guard: NonFiniteGuard,
         recorded: Sequence[Demonstration] | None = None,
     ) -> None:
@@ -59,8 +59,8 @@ class Collector:
                 # Reports a bad demonstration before the first step. The trajectory is not kept,
                 # because the pictures of thousands of conversations would fill the memory.
                 demonstrated(each, number, runner)
-            tasks = len(recorded)
-        self.order = DataOrder(tasks, config.seed)
+            tasks = {"": len(recorded)}
+        self.order = TaskOrder(tasks, config.seed, config.weights)
 
     @property
     def played(self) -> bool:
@@ -108,7 +108,7 @@ class Collector:
             self._drop_invalid_outcomes(batch)
             batch.chosen = self._choose(batch.usable)
             self._drop_invalid_outcomes(batch)  # again, because advantages are set now
-            if len({row.trajectory.index for row in batch.chosen}) >= config.batch.prompts:
+            if len({row.trajectory.group for row in batch.chosen}) >= config.batch.prompts:
                 break
         return batch
 
@@ -129,22 +129,22 @@ class Collector:
             ConfigError: the teacher has to play, and there is none.
         """
         policy = self._actor()
-        ended: dict[tuple[int, int], Row] = {}
+        ended: dict[tuple[tuple[str, int], int], Row] = {}
 
         def make_row(trajectory: Trajectory) -> None:
             row = Row(trajectory)
-            ended[trajectory.index, trajectory.sample] = row
+            ended[trajectory.group, trajectory.sample] = row
             if on_done is not None:
                 on_done(row)
 
         with computing(policy):
             played = self.runner.run(policy, episodes, self.sampling, seed, on_done=make_row)
-        return [ended[trajectory.index, trajectory.sample] for trajectory in played]
+        return [ended[t.group, t.sample] for t in played]
 
     def _read_rows(self, batch: StepBatch) -> StepBatch:
         assert self._recorded is not None
         count = self.config.batch.prompts * self.config.batch.samples
-        numbers = [self.order[batch.position + k] for k in range(count)]
+        numbers = [self.order[batch.position + k][1] for k in range(count)]
         rows = [Row(demonstrated(self._recorded[i], i, self.runner)) for i in numbers]
         batch.position += count
         batch.add(rows, RolloutStats())
@@ -172,10 +172,10 @@ class Collector:
             return [row for row in usable if row.trajectory.success]
         if not objective.needs & Needs.OUTCOME:
             return usable
-        groups: dict[int, list[Row]] = {}
+        groups: dict[tuple[str, int], list[Row]] = {}
         for row, informative in zip(usable, set_advantages(objective, usable), strict=True):
             if informative:
-                groups.setdefault(row.trajectory.index, []).append(row)
+                groups.setdefault(row.trajectory.group, []).append(row)
         whole = list(groups.values())[: self.config.batch.prompts]
         return [row for group in whole for row in group]
 
@@ -197,18 +197,18 @@ def read_demonstrations(config: TrainConfig, objective: Objective) -> list[Demon
     return load_demonstrations(spec)
 
 
-def step_episodes(indices: Sequence[int], samples: int) -> list[EpisodeSpec]:
-    """Returns ``samples`` episodes per drawn task.
+def step_episodes(drawn: Sequence[tuple[str, int]], samples: int) -> list[EpisodeSpec]:
+    """Returns ``samples`` episodes per drawn task, given by environment and index.
 
     A task drawn twice in one step (few tasks, or the end of a pass) gets further samples of its
     group, not the same random draws again.
     """
-    used: Counter[int] = Counter()
+    used: Counter[tuple[str, int]] = Counter()
     episodes = []
-    for index in indices:
-        first = used[index]
-        used[index] += samples
-        episodes += [EpisodeSpec("train", index, first + k) for k in range(samples)]
+    for task in drawn:
+        first, (env, index) = used[task], task
+        used[task] += samples
+        episodes += [EpisodeSpec("train", index, first + k, env) for k in range(samples)]
     return episodes
 
 
@@ -217,9 +217,9 @@ def mini_batches(
 ) -> list[list[Row]]:
     """Splits rows into mini-batches of whole groups, in a random order that the seed determines."""
     updates = config.prompts // config.mini_batch
-    groups: dict[int, list[Row]] = {}
+    groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.trajectory.index, []).append(row)
+        groups.setdefault(row.trajectory.group, []).append(row)
     keys = list(groups)
     if updates > 1:
         keys = [keys[i] for i in np.random.default_rng(seed).permutation(len(keys))]

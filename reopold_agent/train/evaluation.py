@@ -96,6 +96,7 @@ class HeldOutEvaluation:
                 tasks=min(settings.curve_tasks if curve else settings.tasks, self._tasks),
                 sampling=sampling,
                 seed=self._config.seed,
+                env=self._config.env.name,
                 on_done=self._stop_if_asked,
             )
         row = evaluation_row(result, who, step, sampling, curve=curve)
@@ -157,6 +158,7 @@ def evaluate_policy(
     sampling: Sampling,
     seed: int,
     split: str = "eval",
+    env: str = "",
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> EvaluationResult:
     """Plays the first ``tasks`` tasks of a split once each.
@@ -164,7 +166,7 @@ def evaluate_policy(
     The same seed gives the same random draws to every policy, so that two policies are compared
     on equal terms.
     """
-    episodes = [EpisodeSpec(split, index) for index in range(tasks)]
+    episodes = [EpisodeSpec(split, index, env=env) for index in range(tasks)]
     trajectories = runner.run(policy, episodes, sampling, (seed, 2), on_done=on_done)
     return EvaluationResult.of(trajectories)
 

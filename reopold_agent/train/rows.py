@@ -55,7 +55,8 @@ class Row:
 
     def __str__(self) -> str:
         t = self.trajectory
-        return f"task {t.task_id} (index {t.index}, sample {t.sample})"
+        where = f"{t.env}, " if t.env else ""
+        return f"task {t.task_id} ({where}index {t.index}, sample {t.sample})"
 
 
 @dataclass
@@ -115,9 +116,12 @@ def entropy_threshold(objective: Objective, rows: Sequence[Row]) -> float | None
 def outcomes_of(rows: Sequence[Row]) -> Outcomes:
     """Returns how the episodes ended, for objectives that compare outcomes."""
     trajectories = trajectories_of(rows)
+    groups = {
+        group: number for number, group in enumerate(dict.fromkeys(t.group for t in trajectories))
+    }
     return Outcomes(
         reward=torch.tensor([t.reward for t in trajectories]),
-        group=torch.tensor([t.index for t in trajectories]),
+        group=torch.tensor([groups[t.group] for t in trajectories]),
         tool_calls=torch.tensor([len(t.tool_calls) for t in trajectories]),
         tool_successes=torch.tensor([sum(c.ok for c in t.tool_calls) for t in trajectories]),
         tokens=torch.tensor([t.response_tokens for t in trajectories]),

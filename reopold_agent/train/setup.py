@@ -282,7 +282,7 @@ def make_loop(
         train_runner,
         roles.sampler,
         roles.teacher,
-        tasks["train"],
+        {config.env.name: tasks["train"]},
         guard,
         recorded,
     )

@@ -218,7 +218,7 @@ class VllmGenerator:
         policy = self._policy
         job = Job(
             prompt_of(request.ids, request.images, policy.image_token_id),
-            sampling_parameters(request, self._sampling, sorted(policy.stop_ids)),
+            sampling_parameters(request, self._sampling, policy.stop_ids),
             lambda job: self._ended.put((request.key, job)),
         )
         self._turns[request.key] = _Turn(request, job, attempt)

@@ -60,7 +60,7 @@ def prompt_of(
     }
 
 
-def sampling_parameters(request: Request, sampling: Sampling, stop_ids: Sequence[int]) -> Any:
+def sampling_parameters(request: Request, sampling: Sampling, stop_ids: frozenset[int]) -> Any:
     """Returns ``vllm.SamplingParams`` for a turn, seeded with 63 bits of the request's stream."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -71,7 +71,7 @@ def sampling_parameters(request: Request, sampling: Sampling, stop_ids: Sequence
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         seed=seed,
-        stop_token_ids=list(stop_ids),
+        stop_token_ids=sorted(request.stop_ids or stop_ids),
         ignore_eos=True,  # only the given stop ids end a turn
         logprobs=0,
         flat_logprobs=True,
@@ -115,7 +115,7 @@ def completion_of(request: Request, output: Any, stop_ids: frozenset[int]) -> Co
         ids=ids,
         logp=logp,
         entropy=(0.0,) * len(ids),
-        finish="stop" if ids[-1] in stop_ids else "length",
+        finish="stop" if ids[-1] in (request.stop_ids or stop_ids) else "length",
     )
 
 

@@ -211,7 +211,7 @@ class VerlGenerator:
                 f"the vLLM server answered with {len(ids)} tokens and {len(logp)} log-probs, or "
                 "some that are not finite"
             )
-        stopped = ids[-1] in self._servers.stop_ids
+        stopped = ids[-1] in (request.stop_ids or self._servers.stop_ids)
         return Completion(
             key=request.key,
             ids=ids,
@@ -230,7 +230,7 @@ class VerlGenerator:
             "temperature": self._sampling.temperature,
             "top_p": self._sampling.top_p,
             "top_k": -1,
-            "stop_token_ids": sorted(self._servers.stop_ids),
+            "stop_token_ids": sorted(request.stop_ids or self._servers.stop_ids),
             "logprobs": True,
             "detokenize": False,
         }

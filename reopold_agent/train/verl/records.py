@@ -111,8 +111,8 @@ def pixels_of(row: Mapping[str, Any]) -> list[PixelArray]:
 
 def _written(trajectory: Trajectory) -> str:
     """Returns JSON, since verl's tables turn dataclasses into dictionaries."""
-    names = ("task_id", "index", "sample", "stop_reason", "reward", "success", "info", "seconds")
-    episode = {name: getattr(trajectory, name) for name in names}
+    names = ("task_id", "env", "index", "sample", "stop_reason", "reward", "success", "info")
+    episode = {name: getattr(trajectory, name) for name in (*names, "seconds")}
     episode["turns"] = [asdict(turn) for turn in trajectory.turns]
     return json.dumps(episode, default=str)  # an environment may put any value into info
 

@@ -55,6 +55,7 @@ class Prompt:
 
     uid: str
     step: int
+    env: str
     index: int
     first_sample: int
     samples: int
@@ -202,7 +203,8 @@ class RolloutWorker:
 
         An unusable episode is logged but not stored; the step counts it as dropped.
         """
-        spec = EpisodeSpec("train", prompt.index, prompt.first_sample + session)
+        sample = prompt.first_sample + session
+        spec = EpisodeSpec("train", prompt.index, sample, prompt.env)
         trajectory = await self._player.episode(
             spec,
             self._sampling,
@@ -348,11 +350,11 @@ class RolloutManager:
         """
         samples = self._config.batch.samples
         started = {}
-        for uid, step, index, first in zip(
-            *[list(prompts[name]) for name in ("uid", "step", "index", "first_sample")],
+        for uid, step, env, index, first in zip(
+            *[list(prompts[name]) for name in ("uid", "step", "env", "index", "first_sample")],
             strict=True,
         ):
-            prompt = Prompt(str(uid), int(step), int(index), int(first), samples)
+            prompt = Prompt(str(uid), int(step), str(env), int(index), int(first), samples)
             started[self._turn().play.remote(prompt)] = prompt.uid
         threading.Thread(target=self._watch, args=(started,), daemon=True).start()
 

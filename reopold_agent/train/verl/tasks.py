@@ -7,7 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from reopold_agent.train.collect import step_episodes
-from reopold_agent.train.data_order import DataOrder
+from reopold_agent.train.data_order import TaskOrder
 
 
 class StepTasks(Dataset[dict[str, Any]]):
@@ -17,21 +17,21 @@ class StepTasks(Dataset[dict[str, Any]]):
     rows are a function of seed and position, none is lost or used twice.
 
     Args:
-        tasks: number of training tasks.
+        order: of the tasks.
         prompts, samples: tasks per step, episodes per task.
         steps: of the whole run.
-        seed: the run's.
     """
 
-    def __init__(self, tasks: int, prompts: int, samples: int, steps: int, seed: int) -> None:
-        self._order = DataOrder(tasks, seed)
+    def __init__(self, order: TaskOrder, prompts: int, samples: int, steps: int) -> None:
+        self._order = order
         self._prompts, self._samples, self._steps = prompts, samples, steps
 
     def __len__(self) -> int:
         return self._prompts * self._steps
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        """Returns ``position``, ``step``, ``index``, ``first_sample`` and verl's ``raw_prompt``."""
+        """Returns ``position``, ``step``, ``env``, ``index``, ``first_sample``, and ``raw_prompt``
+        for verl."""
         step, place = divmod(position, self._prompts)
         first = step * self._prompts
         drawn = [self._order[first + k] for k in range(place + 1)]
@@ -40,6 +40,7 @@ class StepTasks(Dataset[dict[str, Any]]):
             "raw_prompt": [],  # verl counts the rows by this column
             "position": position,
             "step": step,
+            "env": episode.env,
             "index": episode.index,
             "first_sample": episode.sample,
         }

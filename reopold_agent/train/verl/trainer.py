@@ -36,6 +36,7 @@ from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metric
 from reopold_agent.tracking.statistics import rollout_statistics
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
 from reopold_agent.train.behaviour import invalid_behaviour
+from reopold_agent.train.data_order import TaskOrder
 from reopold_agent.train.evaluation import EvaluationResult, ends_due, evaluation_row
 from reopold_agent.train.nonfinite import MAX_STEPS_WITHOUT_UPDATE, describe
 from reopold_agent.train.rows import Row, entropy_threshold, set_advantages, trajectories_of
@@ -98,11 +99,10 @@ class Trainer(PPOTrainerSync):
         """Makes the loader of task draws; verl saves and restores its state."""
         config = self.run_config
         self.train_dataset = StepTasks(
-            self.task_counts["train"],
+            TaskOrder({config.env.name: self.task_counts["train"]}, config.seed, config.weights),
             config.batch.prompts,
             config.batch.samples,
             config.steps,
-            config.seed,
         )
         self.val_dataset: list[Any] = []
         self.train_dataloader = StatefulDataLoader(
