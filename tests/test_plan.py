@@ -135,6 +135,11 @@ def test_what_a_plan_proposes_the_engine_takes(words: list[str], changed: str) -
             "recipe=paper_math_7b gpus=2 engine.student_server.tensor_parallel=4",
             "tensor_parallel=4 does not divide the 2 GPUs",
         ),
+        (
+            "recipe=paper_math_7b engine.teacher=shared engine.teacher_gpus_per_node=0 "
+            "engine.student_server.tensor_parallel=8",
+            r"does not divide the 28 attention heads of deepseek.*\n.* out among: 1, 2, 4\.$",
+        ),
     ],
 )
 def test_what_the_engine_refuses_has_no_plan(words: str, said: str) -> None:

@@ -115,6 +115,34 @@ def test_models_of_other_families_are_counted_or_refused() -> None:
         from_config("x", {**config, "model_type": "llama", "hidden_act": "none"}, "x/config.json")
 
 
+@pytest.mark.parametrize(
+    ("model", "parts", "what"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 3, "4 key-value heads"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", 8, "28 attention heads"),
+        # vLLM repeats the two key-value heads.
+        ("Qwen/Qwen2.5-VL-3B-Instruct", 8, "3420 units of the vision tower's feed-forward layer"),
+        ("demo:student", 4, "2 attention heads"),
+        ("demo:arithmetic_student", 3, "256 units of the feed-forward layer"),
+    ],
+)
+def test_what_the_gpus_of_a_server_cannot_share(
+    model: str, parts: int, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    shape = find_architecture(model)
+    assert shape.undivided(parts) == what
+    assert shape.undivided(1) is None
+    assert (shape.undivided(2) is None) == (shape.text.heads % 2 == 0)
+
+
+@pytest.mark.parametrize(("rows", "what"), [(531, None), (580, "640 rows of the embedding")])
+def test_a_servers_embedding_is_filled_up_to_blocks(rows: int, what: str | None) -> None:
+    """Of 64 rows: 531 become 576, which nine GPUs can share."""
+    text = replace(TEXT, heads=9, kv_heads=9, mlp=9, vocab=rows)
+    assert Architecture("x", text, None, "test").undivided(9) == what
+
+
 def test_the_table_covers_the_recipes() -> None:
     for recipe in ("agentic", "math_1_5b", "math_7b", "geometry_3b", "geometry_7b"):
         config, _ = composed(f"recipe=paper_{recipe}")

@@ -184,6 +184,10 @@ UNSUPPORTED = [
     (["engine.attention=flash_attention_2"], "Use engine.attention=auto, which takes sdpa there."),
     (["engine.teacher_gpus_per_node=2"], "Raise the first or lower the second; "),
     (["engine.student_server.tensor_parallel=3"], "Choose a divisor of 1, or another "),
+    (
+        ["engine.gpus_per_node=4", "engine.student_server.tensor_parallel=3"],
+        "Choose a number of GPUs that vLLM can share it out among: 1, 2.",
+    ),
     (["+engine.overrides={algorithm.gamma: 0.5}"], "Set objective= and its settings instead."),
     (["engine.device=cuda:1"], "Use auto, cuda or cpu."),
 ]

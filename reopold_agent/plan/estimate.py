@@ -38,7 +38,7 @@ from reopold_agent.plan.timing import (
 from reopold_agent.plan.workload import Workload
 from reopold_agent.policies.architecture import Architecture
 from reopold_agent.rollout.lengths import episode_limit
-from reopold_agent.train.verl.supported import student_gpus
+from reopold_agent.train.verl.supported import check_tensor_parallel, student_gpus
 
 _TEACHER_TOKENS = 4096
 """Tokens of one pass of the teacher's servers (`engines.verl.compose`)."""
@@ -112,6 +112,10 @@ def make_plan(
         raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got '{schedule}'")
     if config.engine.name == "verl":
         student_gpus(config.engine, teacher is not None)
+        models = (
+            {"student": student} if teacher is None else {"student": student, "teacher": teacher}
+        )
+        check_tensor_parallel(config.engine, models)
     half = _compute_bytes(config) == 2
     counts = _gpu_counts(config, schedule, teacher is not None)
     server, room = _student_server(config, schedule, counts, student, work, gpu)

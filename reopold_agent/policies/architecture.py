@@ -106,6 +106,27 @@ class Architecture:
         """All parameters, including the vision tower's."""
         return self.text.parameters + (self.vision.parameters if self.vision else 0)
 
+    def undivided(self, parts: int) -> str | None:
+        """Returns what vLLM cannot share out among so many GPUs; None if it can share out all.
+
+        Source: vLLM's layers ``VocabParallelEmbedding``, which fills up to blocks, and
+        ``ColumnParallelLinear``; its attention repeats key-value heads where there are too few.
+        """
+        text, tower = self.text, self.vision
+        fewer, more = sorted((text.kv_heads, parts))
+        if more % fewer:
+            return f"{text.kv_heads} key-value heads"
+        rows = -(-text.vocab // _VOCAB_BLOCK) * _VOCAB_BLOCK
+        counts = {"attention heads": text.heads, "units of the feed-forward layer": text.mlp}
+        counts["rows of the embedding"] = rows
+        if tower is not None:
+            counts["attention heads of the vision tower"] = tower.heads
+            counts["units of the vision tower's feed-forward layer"] = tower.mlp
+        return next((f"{count} {name}" for name, count in counts.items() if count % parts), None)
+
+
+_VOCAB_BLOCK = 64
+"""vLLM fills embeddings up to a multiple of this (``DEFAULT_VOCAB_PADDING_SIZE``)."""
 
 _VISION = {"depth": 32, "width": 1280, "heads": 16, "full_blocks": 4}
 _TEXT_7B = TextShape(3584, 28, 28, 4, 128, 18944, 152064, False, 7_615_616_512)

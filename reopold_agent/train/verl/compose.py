@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from reopold_agent.config import EngineConfig, ModelConfig, ServerConfig, TrainConfig
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Objective
+from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.policies.attention import IMPLEMENTATION, packed_kernel
 from reopold_agent.policies.loading import check_attention, resolve_path
 from reopold_agent.rollout.lengths import episode_limit, prompt_limit
@@ -24,6 +26,7 @@ from reopold_agent.train.engine import needs_teacher
 from reopold_agent.train.verl.supported import (
     check_objective,
     check_settings,
+    check_tensor_parallel,
     student_gpus,
     teacher_gpus,
 )
@@ -45,7 +48,16 @@ def check_supported(config: TrainConfig, objective: Objective) -> None:
     check_objective(config.objective["name"], objective)
     check_settings(config)
     run_device(config.engine)
-    student_gpus(config.engine, needs_teacher(config, objective))
+    taught = needs_teacher(config, objective)
+    student_gpus(config.engine, taught)
+    models = {"student": config.model.student, "teacher": config.model.teacher if taught else None}
+    shapes = {}
+    for role, spec in models.items():
+        if spec is not None:
+            # Of a checkpoint that is not there, or of another family, others tell.
+            with suppress(ConfigError):
+                shapes[role] = find_architecture(spec.path)
+    check_tensor_parallel(config.engine, shapes)
 
 
 def run_device(engine: EngineConfig) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from reopold_agent.config import EngineConfig, TrainConfig
 from reopold_agent.errors import ConfigError
+from reopold_agent.policies.architecture import Architecture
 from reopold_agent.train.verl.overrides import check_overrides
 
 if TYPE_CHECKING:
@@ -92,6 +94,28 @@ def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
                 "engine.gpus_per_node or engine.teacher_gpus_per_node."
             )
     return rest
+
+
+def check_tensor_parallel(engine: EngineConfig, models: Mapping[str, Architecture]) -> None:
+    """Refuses servers whose GPUs cannot share their model out evenly.
+
+    Args:
+        engine: the settings of the servers.
+        models: shapes of the models, by role.
+
+    Raises:
+        ConfigError: names the setting, and the values that divide the model.
+    """
+    for role, model in models.items():
+        parts = getattr(engine, f"{role}_server").tensor_parallel
+        what = model.undivided(parts)
+        if what is not None:
+            good = [str(count) for count in range(1, parts) if model.undivided(count) is None]
+            raise ConfigError(
+                f"engine.{role}_server.tensor_parallel={parts} does not divide the {what} of "
+                f"{model.name}.\nChoose a number of GPUs that vLLM can share it out among: "
+                f"{', '.join(good)}."
+            )
 
 
 def teacher_gpus(engine: EngineConfig) -> int:
