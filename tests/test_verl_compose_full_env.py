@@ -12,9 +12,12 @@ import pytest
 from running import composed
 
 from reopold_agent.errors import ConfigError
+from reopold_agent.objectives import Reopold
 from reopold_agent.policies.attention import IMPLEMENTATION, installed_kernels
 from reopold_agent.train.engine import needs_teacher, run_objective
+from reopold_agent.train.verl import engine as verl_engine
 from reopold_agent.train.verl.compose import check_supported, verl_config
+from reopold_agent.train.verl.engine import VerlEngine
 from reopold_agent.train.verl.overrides import INSTEAD
 
 pytestmark = pytest.mark.full_env
@@ -159,6 +162,27 @@ def test_the_cap_is_verls_own_threshold(word: str, expected: tuple[Any, float]) 
     assert (correction.rollout_is, correction.rollout_is_threshold) == expected
     assert not correction.bypass_mode
     assert correction.rollout_rs is None
+
+
+@pytest.mark.parametrize("weighed", [True, False])
+def test_a_run_weighs_the_tokens_of_objectives_that_draw_them(
+    weighed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The servers' settings, the workers and the log get the cap that takes effect."""
+    given: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(Reopold, "weighs_tokens", weighed)
+    monkeypatch.setattr(
+        VerlEngine, "_train", lambda self, config, theirs, *_: given.append((config, theirs))
+    )
+    monkeypatch.setattr(verl_engine, "_environment", lambda device: {})
+    monkeypatch.setattr(VerlEngine, "_finish", lambda self, seconds: {})
+    words = ("env=pixel_reasoner", "engine=verl", "engine.device=cpu", "objective.importance_cap=3")
+    config, raw = composed(*words, "engine.gpus_per_node=1")
+    VerlEngine(config, raw, tmp_path / "run", []).run()
+    ((started, theirs),) = given
+    assert started.importance_cap == (3.0 if weighed else None)
+    assert theirs.algorithm.rollout_correction.rollout_is == ("token" if weighed else None)
+    assert config.importance_cap == 3.0  # as the run's own record has it
 
 
 def test_the_keys_of_verl_that_nothing_reads_exist() -> None:
