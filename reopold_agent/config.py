@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from types import UnionType
 from typing import Any, TypeVar, get_type_hints
@@ -514,19 +514,87 @@ class ModelConfig:
         _one_of("model attention", self.attention, ("sdpa", "eager"))
 
 
+SELF = "self"
+"""As ``model.teacher.path``: the student's own checkpoint."""
+
+HINT = "{hint}"
+"""Stands for the hint in ``model.teacher.view.template``."""
+
+
+@dataclass(frozen=True)
+class ViewPixels:
+    """Size limits of pictures as the teacher sees them.
+
+    Attributes:
+        prompt: limits for the question's pictures, which are then the originals, not those that
+            the environment scaled down; null: as the student sees them.
+        observation: limits for pictures that tools return; null: the student's.
+    """
+
+    prompt: PixelConfig | None = None
+    observation: PixelConfig | None = None
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How the teacher reads an episode that the student played, if not as the student did.
+
+    Attributes:
+        system: the teacher's own system message, before the descriptions of the tools; null: the
+            student's.
+        hint: what the teacher is told after the question: ``answer`` (of the task), ``solution``
+            (of the column ``data.train.solution``), ``feedback`` (the environment's verdict on
+            this very episode), ``environment`` (`ToolEnv.teacher_prompt`), or null.
+        template: words around the hint, with ``{hint}`` for it; null: the hint's own.
+        pixels: size limits of pictures.
+    """
+
+    system: str | None = None
+    hint: str | None = None
+    template: str | None = None
+    pixels: ViewPixels = field(default_factory=ViewPixels)
+
+    def __post_init__(self) -> None:
+        where = "model.teacher.view"
+        if self.hint is not None:
+            allowed = ("answer", "solution", "feedback", "environment")
+            _one_of(f"{where}.hint", self.hint, allowed)
+        if self.template is None:
+            return
+        if self.hint is None:
+            raise ConfigError(
+                f"{where}.template stands around a hint, and {where}.hint is null.\n"
+                f"Choose a hint, or put words that are always the same into {where}.system."
+            )
+        if HINT not in self.template:
+            raise ConfigError(
+                f"{where}.template has no {HINT}, so that the teacher would not read the hint.\n"
+                "Write that where the hint should stand."
+            )
+
+    @property
+    def empty(self) -> bool:
+        """Whether the teacher reads just what the student read."""
+        return self == ViewConfig()
+
+
 @dataclass(frozen=True)
 class TeacherConfig(ModelConfig):
     """The teacher's checkpoint; with ``follow`` its weights follow the student's.
+
+    ``path=self`` takes the student's own (with its revision and ``trust_remote_code``).
 
     Attributes:
         follow: after every ``follow_every`` steps the teacher becomes ``follow * teacher +
             (1 - follow) * student``: a moving average of the student (self-distillation); 0
             copies the student. None: the teacher does not change.
         follow_every: steps between these updates of the teacher.
+        view: how it reads the student's episodes, if not as the student did.
     """
 
     follow: float | None = None
     follow_every: int = 1
+    view: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -560,11 +628,35 @@ class ModelsConfig:
     chat_template: str | None = None
 
     def __post_init__(self) -> None:
-        following = self.teacher is not None and self.teacher.follow is not None
-        if following and self.student.lora is not None:
+        teacher = self.teacher
+        if teacher is None:
+            return
+        if teacher.path == SELF:
+            own = self.student
+            teacher = replace(
+                teacher,
+                path=own.path,
+                revision=own.revision,
+                trust_remote_code=own.trust_remote_code,
+            )
+            object.__setattr__(self, "teacher", teacher)
+        if teacher.follow is not None and self.student.lora is not None:
             raise ConfigError(
                 "model.teacher.follow averages all weights; it cannot follow a LoRA adapter"
             )
+        copied = teacher.follow == 0 and teacher.follow_every == 1
+        if copied and self.self_taught and teacher.view.empty:
+            raise ConfigError(
+                "the teacher is a copy of the student and reads what the student reads, so that "
+                "every reward is 0.\nGive it model.teacher.view (a hint, say), or another "
+                "model.teacher.path or model.teacher.follow."
+            )
+
+    @property
+    def self_taught(self) -> bool:
+        """Whether the teacher starts from the student's own checkpoint."""
+        mine, teacher = (self.student.path, self.student.revision), self.teacher
+        return teacher is not None and (teacher.path, teacher.revision) == mine
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,7 @@ class Trajectory:
         advantage: outcome compared with the group's, for objectives that need it, else None.
         env: name of the environment (after ``env=``) that the task belongs to; empty where a
             program plays one environment without naming it.
+        reading: the episode in its teacher's form, if that is another one; else None.
     """
 
     task_id: str
@@ -215,11 +216,21 @@ class Trajectory:
     teacher_logp: FloatArray | None = None
     advantage: float | None = None
     env: str = ""
+    reading: Reading | None = None
 
     @property
     def group(self) -> tuple[str, int]:
         """The task, whose episodes in a step are a group: environment and index."""
         return self.env, self.index
+
+    @property
+    def for_teacher(self) -> Trajectory:
+        """The episode in the form in which its teacher reads it."""
+        return self if self.reading is None else self.reading.trajectory
+
+    def from_teacher(self, values: FloatArray) -> FloatArray:
+        """Returns values at the tokens of `for_teacher` at this trajectory's own, (L,) float32."""
+        return values if self.reading is None else self.reading.to_student(self, values)
 
     @property
     def trainable(self) -> bool:
@@ -236,6 +247,33 @@ class Trajectory:
     def response_tokens(self) -> int:
         """Number of tokens that the student sampled."""
         return int(self.loss_mask.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """An episode as its teacher reads it: with another prompt, say, or other pixels.
+
+    The student's sampled tokens are kept, in their order; what stands between them may differ.
+
+    Attributes:
+        trajectory: the episode in that form. Its ``loss_mask`` marks the student's tokens; nothing
+            else of it was sampled.
+        error: why the teacher cannot read it; None if it can.
+    """
+
+    trajectory: Trajectory
+    error: str | None = None
+
+    def to_student(self, student: Trajectory, values: FloatArray) -> FloatArray:
+        """Returns values at the teacher's tokens at the student's, (L,) float32; 0 elsewhere.
+
+        Args:
+            student: the episode as the student played it.
+            values: (M,), aligned with the ids of `trajectory`.
+        """
+        aligned = np.zeros(len(student.ids), dtype=np.float32)
+        aligned[student.loss_mask] = values[self.trajectory.loss_mask]
+        return aligned
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,18 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
     def system_prompt(self, task: Task) -> str:
         """Returns the system message: its text, and the tools."""
-        return with_tools(self.system_message(task), self._schemas)
+        return self.with_tools(self.system_message(task))
+
+    def with_tools(self, message: str) -> str:
+        """Returns a system message's text with the tools behind it."""
+        return with_tools(message, self._schemas)
+
+    def teacher_prompt(self, task: Task) -> str | None:
+        """Returns what only a teacher is told of a task, after the question; here nothing.
+
+        It is read with ``model.teacher.view.hint=environment``. The student never sees it.
+        """
+        return None
 
     def own_system_message(self, task: Task) -> str | None:
         """Returns the task's own system message if it counts; None otherwise.

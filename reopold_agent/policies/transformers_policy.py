@@ -108,7 +108,8 @@ class TransformersPolicy:
         """Computes the divergence from the teacher's distribution at each loss token.
 
         Args:
-            trajectories: each model runs them in one forward pass.
+            trajectories: each model runs them in one forward pass, the teacher in its own form
+                (`Trajectory.for_teacher`).
             teacher: a policy over the same allowed ids; no gradient reaches it.
             settings: which divergence; see `reopold_agent.objectives.gkd.GKD`.
 
@@ -117,8 +118,9 @@ class TransformersPolicy:
             the token.
         """
         student_ND, targets_N = self._states(TrajectoryBatch.build(self.adapter, trajectories))
+        read = [t.for_teacher for t in trajectories]
         with torch.no_grad():
-            teacher_NE, _ = teacher._states(TrajectoryBatch.build(teacher.adapter, trajectories))
+            teacher_NE, _ = teacher._states(TrajectoryBatch.build(teacher.adapter, read))
         student_VD, teacher_VE = self.adapter.head.weight, teacher.adapter.head.weight
         with self.adapter.autocast():
             if settings.top_k is None:

@@ -54,6 +54,7 @@ from reopold_agent.train.setup import (
     make_scoring,
     make_updater,
     prepared,
+    run_reader,
 )
 from reopold_agent.train.timing import Clock
 from reopold_agent.train.verl.compose import check_supported
@@ -178,7 +179,13 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     roles = make_roles(config, chat, student, teacher)
     scoring = make_scoring(config, objective, roles)
     guard = NonFiniteGuard("skip")
-    runner = make_runner(config, chat, student.vision, max_turns=config.rollout.max_turns)
+    runner = make_runner(
+        config,
+        chat,
+        student.vision,
+        max_turns=config.rollout.max_turns,
+        reader=run_reader(config, chat, student, teacher),
+    )
     count = {config.env.name: tasks["train"]}
     collector = Collector(config, objective, runner, roles.sampler, roles.teacher, count, guard)
     clock.lap("start")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from reopold_agent.common.pixels import PixelLimits
-from reopold_agent.config import TrainConfig
+from reopold_agent.config import TeacherConfig, TrainConfig
 from reopold_agent.envs.from_config import make_env
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.reading import Reader
 from reopold_agent.rollout.runner import Env, RolloutLimits, RolloutRunner
 
 
@@ -20,6 +21,7 @@ def make_runner(
     max_turns: int,
     concurrency: int | None = None,
     wrap: Callable[[Env], Env] | None = None,
+    reader: Reader | None = None,
 ) -> RolloutRunner:
     """Makes the runner for a run's environment and budgets.
 
@@ -30,6 +32,7 @@ def make_runner(
         max_turns: assistant turns; training and evaluation differ.
         concurrency: episodes at once; None takes the configuration's.
         wrap: wraps each environment, for example to record what it shows.
+        reader: makes the teacher's form of each episode (`make_reader`).
     """
 
     def make() -> Env:
@@ -50,4 +53,25 @@ def make_runner(
             concurrency=config.rollout.concurrency if concurrency is None else concurrency,
             max_prompt_tokens=config.engine.max_prompt_tokens,
         ),
+        reader=reader,
     )
+
+
+def make_reader(
+    config: TrainConfig,
+    teacher: TeacherConfig | None,
+    chat: ChatRenderer,
+    vision: VisionProcessor | None,
+    context: int | None = None,
+) -> Reader | None:
+    """Makes what gives a teacher its form of the student's episodes; None if it reads them as is.
+
+    Args:
+        config: the run's.
+        teacher: the settings of the teacher; None without one.
+        chat, vision: the student's, which the teacher shares.
+        context: longest sequence of the teacher, if it has one.
+    """
+    if teacher is None or teacher.view.empty:
+        return None
+    return Reader(teacher.view, chat, vision, pixels=config.pixels, max_tokens=context)

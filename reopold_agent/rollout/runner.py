@@ -34,6 +34,7 @@ from reopold_agent.errors import ModelError
 from reopold_agent.policies.base import Generator, Policy, RunsBeside
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
+from reopold_agent.rollout.reading import Reader, Shown
 from reopold_agent.rollout.workers import Outcome, Worker
 from reopold_agent.types import (
     Completion,
@@ -126,6 +127,7 @@ class _Episode:
     success: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     last_info: Mapping[str, Any] = field(default_factory=dict)
+    shown: Shown | None = None
 
     def append(self, ids: Sequence[int]) -> None:
         """Adds tokens that the student did not sample."""
@@ -149,6 +151,7 @@ class RolloutRunner:
         members: with several environments the runner of each by its name, which gives their
             episodes all of the above; this runner plays them together, as many at once as its own
             ``limits`` say.
+        reader: makes the teacher's form of each episode; None if that is the student's.
     """
 
     def __init__(
@@ -161,8 +164,10 @@ class RolloutRunner:
         observation_pixels: PixelLimits,
         limits: RolloutLimits,
         members: Mapping[str, RolloutRunner] | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self._make_env = make_env
+        self.reader = reader
         self.chat, self.vision = chat, vision
         self.prompt_pixels, self.observation_pixels = prompt_pixels, observation_pixels
         self.limits = limits
@@ -322,7 +327,13 @@ class RolloutRunner:
         spec = episode.spec
         options = {"split": spec.split, "index": spec.index}
         seed = task_seed(spec.split, spec.index)
-        episode.worker.call(lambda env: env.reset(seed=seed, options=options))
+        reader = episode.rules.reader
+
+        def reset(env: Env) -> tuple[Any, ...]:
+            shown = env.reset(seed=seed, options=options)
+            return shown if reader is None else (*shown, reader.opening(env))
+
+        episode.worker.call(reset)
 
     def _due(self, pending: list[_Episode], generator: Generator) -> list[_Episode]:
         """Returns the episodes whose environments to wait for now."""
@@ -358,9 +369,12 @@ class RolloutRunner:
         if outcome.error is not None:
             return self._fail_env(episode, outcome.error)
         if not episode.turns:
-            observation, info = outcome.value
+            observation, info, *opening = outcome.value
             episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
-            self._add_prompt(episode, as_observation(observation), info)
+            observation = as_observation(observation)
+            self._add_prompt(episode, observation, info)
+            if episode.rules.reader is not None:
+                episode.shown = episode.rules.reader.begin(observation, info, *opening)
             return True
         observation, reward, terminated, truncated, info = outcome.value
         turn = episode.turns[-1]
@@ -371,7 +385,7 @@ class RolloutRunner:
         episode.last_info = info
         if terminated or truncated:
             episode.success = succeeded(info, episode.reward)
-            episode.info = {k: info[k] for k in ("answer", "success") if k in info}
+            episode.info = {k: info[k] for k in ("answer", "success", "feedback") if k in info}
             if terminated:
                 # A turn cut by the budget is graded, but it does not count as an answer.
                 cut = turn.finish == "length"
@@ -437,6 +451,8 @@ class RolloutRunner:
             return self._truncate(episode, StopReason.MAX_TOKENS)
         episode.append(ids)
         episode.images += images
+        if episode.rules.reader is not None and episode.shown is not None:
+            episode.rules.reader.observe(episode.shown, observation)
         return True
 
     def _encode(self, observation: Observation, limits: PixelLimits) -> list[EncodedImage]:
@@ -496,7 +512,7 @@ class RolloutRunner:
     def _trajectory(episode: _Episode) -> Trajectory:
         if episode.stop is None:
             raise RuntimeError("an unfinished episode has no trajectory")
-        return Trajectory(
+        trajectory = Trajectory(
             task_id=episode.task_id,
             index=episode.spec.index,
             sample=episode.spec.sample,
@@ -514,3 +530,7 @@ class RolloutRunner:
             seconds=time.perf_counter() - episode.started,
             env=episode.spec.env,
         )
+        reader = episode.rules.reader
+        if reader is not None and episode.shown is not None and trajectory.trainable:
+            trajectory.reading = reader.read(trajectory, episode.shown)
+        return trajectory

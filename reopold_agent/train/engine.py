@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from reopold_agent.common.signals import sigterm_as_interrupt
-from reopold_agent.config import TrainConfig
+from reopold_agent.config import ModelConfig, TrainConfig
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective, RunFacts, make_objective
 from reopold_agent.policies.loading import ModelSpec, student_spec
@@ -130,5 +131,6 @@ def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpe
             "evaluation.teacher=false too, since there is no teacher to evaluate"
         )
     values = vars(models.teacher)
-    plain = {key: values[key] for key in values if not key.startswith("follow")}
+    own = {each.name for each in fields(ModelConfig)}
+    plain = {key: values[key] for key in values if key in own}
     return {**specs, "teacher": ModelSpec(**plain)}

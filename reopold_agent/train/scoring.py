@@ -14,7 +14,7 @@ from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError, S
 from reopold_agent.policies.base import Policy, ScoresBeside
 from reopold_agent.train.nonfinite import Finding, invalid_logp
 from reopold_agent.train.roles import computing
-from reopold_agent.train.rows import Row, trajectories_of
+from reopold_agent.train.rows import Row
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Scoring:
 
     def begin(self, row: Row) -> None:
         """Starts to score a row whose episode has ended, if the teacher can do so now."""
-        if self._pool is not None and row.trajectory.trainable:
+        if self._pool is not None and row.trajectory.trainable and _unreadable(row) is None:
             row.pending_score = self._pool.submit(self._score_one, row)
 
     def finish(self, rows: Sequence[Row], step: int) -> ScoringProblems:
@@ -65,8 +65,9 @@ class Scoring:
         """
         problems = ScoringProblems()
         if self._pool is None:
+            rows = self._readable(rows, problems)
             with computing(self._teacher):
-                scores = self._teacher.score(trajectories_of(rows))
+                scores = self._teacher.score([row.trajectory.for_teacher for row in rows])
             if len(scores) != len(rows):
                 raise ModelError(
                     f"step {step}: the {self._whose} scores are {len(scores)} for "
@@ -75,6 +76,7 @@ class Scoring:
             for row, score in zip(rows, scores, strict=True):
                 self._take(row, getattr(score, "logp", score), problems)
             return problems
+        rows = self._readable(rows, problems)
         for row in rows:
             if row.pending_score is None:
                 self.begin(row)
@@ -105,7 +107,7 @@ class Scoring:
 
     def _score_one(self, row: Row) -> Any:
         try:
-            (score,) = self._teacher.score([row.trajectory])
+            (score,) = self._teacher.score([row.trajectory.for_teacher])
             return getattr(score, "logp", score)
         except (ModelServerError, NonFiniteError):
             raise
@@ -115,12 +117,36 @@ class Scoring:
                 f"the {self._whose} scoring of {row} failed: {type(error).__name__}: {error}"
             ) from error
 
+    @staticmethod
+    def _readable(rows: Sequence[Row], problems: ScoringProblems) -> list[Row]:
+        """Returns the rows that the teacher can read; the others are problems.
+
+        Raises:
+            ModelError: it can read none.
+        """
+        unreadable = [(row, why) for row in rows if (why := _unreadable(row)) is not None]
+        for row, why in unreadable:
+            problems.failed.append(row)
+            _log.error("%s is dropped: %s", row, why)
+        if unreadable and len(unreadable) == len(rows):
+            raise ModelError(f"the teacher can read no episode of this step; {unreadable[0][1]}")
+        return [row for row in rows if row not in problems.failed]
+
     def _take(self, row: Row, logp: Any, problems: ScoringProblems) -> None:
-        wrong = invalid_logp(logp, row.trajectory, self._whose)
+        trajectory = row.trajectory
+        wrong = invalid_logp(logp, trajectory.for_teacher, self._whose)
         if wrong is not None:
             problems.invalid.append((row, wrong))
-        if isinstance(logp, np.ndarray):  # invalid ones too, for trajectories.jsonl
-            row.trajectory.teacher_logp = logp
+        # Invalid ones too, for trajectories.jsonl, if each belongs to an id.
+        if isinstance(logp, np.ndarray) and (
+            trajectory.reading is None or logp.shape == trajectory.for_teacher.ids.shape
+        ):
+            trajectory.teacher_logp = trajectory.from_teacher(logp)
+
+
+def _unreadable(row: Row) -> str | None:
+    reading = row.trajectory.reading
+    return None if reading is None else reading.error
 
 
 def use_sampled_as_teacher(rows: Sequence[Row]) -> None:

@@ -33,7 +33,8 @@ from reopold_agent.policies.loading import (
 from reopold_agent.policies.registry import is_trainers_own, reads_weights
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.checks import checked_run
-from reopold_agent.rollout.from_config import make_runner
+from reopold_agent.rollout.from_config import make_reader, make_runner
+from reopold_agent.rollout.reading import Reader
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train.banner import (
@@ -218,6 +219,23 @@ def load_models(
     return student, teacher
 
 
+def run_reader(
+    config: TrainConfig, chat: ChatRenderer, student: Processing, teacher: Processing | None
+) -> Reader | None:
+    """Returns what gives the run's teacher its form of the episodes; None if it reads them as is.
+
+    Args:
+        config: the run's configuration.
+        chat: renders the student's conversations.
+        student: its pictures are the teacher's, too.
+        teacher: None in runs without one.
+    """
+    if teacher is None:
+        return None
+    context = context_length(teacher.config)
+    return make_reader(config, config.model.teacher, chat, student.vision, context)
+
+
 def make_scoring(config: TrainConfig, objective: Objective, roles: Roles) -> Scoring | None:
     """Returns the teacher's scoring; None for objectives that need none."""
     if not objective.needs & Needs.TEACHER or objective.needs & Needs.DEMONSTRATIONS:
@@ -272,9 +290,13 @@ def make_loop(
     scoring = make_scoring(config, objective, roles)
     guard = NonFiniteGuard(config.on_nonfinite)
     updater = make_updater(config, objective, roles, guard)
+    reader = run_reader(config, chat, student, teacher)
     train_runner, eval_runner = (
-        make_runner(config, chat, student.vision, max_turns=max_turns)
-        for max_turns in (config.rollout.max_turns, config.evaluation.max_turns)
+        make_runner(config, chat, student.vision, max_turns=max_turns, reader=read)
+        for max_turns, read in (
+            (config.rollout.max_turns, reader),
+            (config.evaluation.max_turns, None),
+        )
     )
     collector = Collector(
         config,

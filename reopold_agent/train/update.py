@@ -227,6 +227,9 @@ class Updater:
         counts = TokenTotals()
         uses: list[tuple[Row, TokenUse]] = []
         lengths = [len(row.trajectory.ids) for row in batch]
+        if self.objective.needs & Needs.DISTRIBUTIONS:  # the teacher's pass has the same rows
+            read = [len(row.trajectory.for_teacher.ids) for row in batch]
+            lengths = [max(pair) for pair in zip(lengths, read, strict=True)]
         packed = self.policy.adapter.packed
         for group in split_by_tokens(lengths, self._max_tokens, packed=packed):
             part = [batch[i] for i in group]
