@@ -678,6 +678,60 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
+class MemberEvaluation:
+    """The held-out evaluation's setting that belongs to an environment: `EvaluationConfig`'s."""
+
+    max_turns: int = 5
+
+    def __post_init__(self) -> None:
+        _positive(self, "evaluation", "max_turns")
+
+
+@dataclass(frozen=True)
+class MemberConfig:
+    """What an environment of a mixture has of its own, as a run of it alone would have it."""
+
+    env: EnvConfig
+    data: DataConfig
+    pixels: PixelsConfig
+    rollout: RolloutConfig
+    evaluation: MemberEvaluation
+
+
+LONGEST_CYCLE = 10_000
+"""Most draws after which the order of a mixture's environments repeats."""
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Several environments that train one student: ``env=[NAME,NAME]``.
+
+    Attributes:
+        weights: share of each environment in the draws of tasks, up to a common factor.
+        envs: settings of each environment. (`TrainConfig` has bounds over all of them.)
+    """
+
+    weights: dict[str, float]
+    envs: dict[str, MemberConfig]
+
+    def __post_init__(self) -> None:
+        if len(self.envs) < 2 or set(self.weights) != set(self.envs):
+            raise ConfigError("mix.weights must name the environments of mix.envs, two or more")
+        for name, weight in self.weights.items():
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight <= 0:
+                raise ConfigError(
+                    f"mix.weights.{name} must be a positive number, got {weight}.\n"
+                    f"To train without {name}, leave it out of env=[...]."
+                )
+        if (cycle := sum(whole_weights(self.weights).values())) > LONGEST_CYCLE:
+            raise ConfigError(
+                f"mix.weights gives exact shares only after {cycle:,} draws; at most "
+                f"{LONGEST_CYCLE:,} are possible.\nRound them: {{a: 0.3, b: 0.7}} takes 10 draws."
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The complete configuration of a training run.
 
@@ -692,6 +746,8 @@ class TrainConfig:
         tracking: each tracker's settings by its name (`reopold_agent.tracking.trackers`).
         on_nonfinite: what to do about NaN and infinite numbers: ``fail``, or ``skip`` what
             cannot be used.
+        mix: the environments of a mixture (`members`). Then ``env`` has their names, ``data`` is
+            empty, and ``pixels``, ``rollout`` and ``evaluation.max_turns`` are bounds over them.
     """
 
     env: EnvConfig
@@ -714,6 +770,7 @@ class TrainConfig:
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     tracking: dict[str, Any] = field(default_factory=dict)
     on_nonfinite: str = "fail"
+    mix: MixConfig | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -746,7 +803,39 @@ class TrainConfig:
     @property
     def weights(self) -> dict[str, float]:
         """The share of each environment in the draws of tasks, up to a common factor."""
-        return {self.env.name: 1.0}
+        return {self.env.name: 1.0} if self.mix is None else self.mix.weights
+
+    def leaving_out(self, tasks: Mapping[str, dict[str, list[int]]]) -> TrainConfig:
+        """Returns the run without some tasks, given by environment, split and position."""
+        if self.mix is None:
+            return replace(self, data=replace(self.data, left_out=tasks[self.env.name]))
+        envs = {
+            name: replace(member, data=replace(member.data, left_out=tasks[name]))
+            for name, member in self.mix.envs.items()
+        }
+        return replace(self, mix=replace(self.mix, envs=envs))
+
+    def max_turns(self, split: str) -> int:
+        """Returns the assistant turns of an episode of a split."""
+        return self.rollout.max_turns if split == "train" else self.evaluation.max_turns
+
+    @property
+    def members(self) -> dict[str, TrainConfig]:
+        """The run as each of its environments alone has it, by name; this one if it has one."""
+        if self.mix is None:
+            return {self.env.name: self}
+        return {
+            name: replace(
+                self,
+                mix=None,
+                env=member.env,
+                data=member.data,
+                pixels=member.pixels,
+                rollout=replace(member.rollout, concurrency=self.rollout.concurrency),
+                evaluation=replace(self.evaluation, max_turns=member.evaluation.max_turns),
+            )
+            for name, member in self.mix.envs.items()
+        }
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -850,6 +939,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"'{where}' must be a group of settings, got {value!r}")
         return build(origin, value, f"{where}.")
     expected = tuple(getattr(each, "__origin__", each) for each in kinds)
+    if expected == (dict,) and isinstance(value, Mapping):
+        item = getattr(origin, "__args__", (Any, Any))[1]
+        if is_dataclass(item):
+            return {str(key): _convert(item, each, f"{where}.{key}") for key, each in value.items()}
     if expected == (float,) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, float) and not math.isfinite(value):

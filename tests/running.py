@@ -17,6 +17,7 @@ from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 
 from reopold_agent.config import TrainConfig
+from reopold_agent.train.mixture import mixed_words
 from reopold_agent.train.settings import load_config
 from reopold_agent.train.setup import LocalEngine
 
@@ -52,8 +53,9 @@ def load_script(file: Path) -> Any:
 
 def composed(*overrides: str) -> tuple[TrainConfig, dict[str, Any]]:
     """Composes the configuration as ``python -m reopold_agent.train`` does."""
+    words = mixed_words(overrides)
     with initialize_config_module("reopold_agent.configs", version_base="1.3"):
-        return load_config(compose("train", list(overrides)))
+        return load_config(compose("train", words))
 
 
 def train(folder: Path, *overrides: str) -> dict[str, Any]:

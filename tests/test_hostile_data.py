@@ -197,7 +197,9 @@ def test_the_report_lies_in_the_run_folder_also_when_the_run_is_refused(
     assert {kind: each["rows"] for kind, each in told["train"]["problems"].items()} == KINDS
     assert not (tmp_path / "run" / "config.yaml").exists()  # nothing to resume
     config, _ = composed(*words, "data.train.on_bad_row=skip", "data.checks.duplicates=skip")
-    assert checked_tasks(config, tmp_path / "report.json") == {"train": 1, "eval": 2}
+    assert checked_tasks(config, tmp_path / "report.json") == {
+        "pixel_reasoner": {"train": 1, "eval": 2}
+    }
     told = json.loads((tmp_path / "report.json").read_text())
     assert (told["train"]["rows"], told["train"]["usable"]) == (10, 1)
     assert len(told["eval"].pop("sha256")) == 64

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+import io
+import json
+import re
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
+from running import (
+    assert_same_weights,
+    command,
+    lines,
+    results,
+    start,
+    train,
+    train_rows,
+    wait_until,
+    words,
+)
 
+from reopold_agent.common.statistics import wilson_interval
 from reopold_agent.config import whole_weights
+from reopold_agent.errors import ReopoldError, UnknownNameError
+from reopold_agent.rollout.demonstrations import unsampled
+from reopold_agent.tracking.summary import print_summary
 from reopold_agent.train.data_order import DataOrder, TaskOrder, turns
+from reopold_agent.train.evaluation import EvaluationResult
+from reopold_agent.train.settings import compose_run
 
 # Order of the draws
 
@@ -32,8 +56,8 @@ def test_a_draw_depends_on_seed_and_position_only(weights: dict[str, float]) -> 
     ]
     for name, size in tasks.items():
         own = [index for env, index in drawn if env == name]
-        for start in range(0, len(own) - size, size):  # pass after pass over all of its tasks
-            assert sorted(own[start : start + size]) == list(range(size))
+        for first in range(0, len(own) - size, size):  # pass after pass over all of its tasks
+            assert sorted(own[first : first + size]) == list(range(size))
     assert [TaskOrder(tasks, 8, weights)[k] for k in range(400)] != drawn
 
 
@@ -47,3 +71,167 @@ def test_equal_environments_have_orders_of_their_own() -> None:
 def test_one_environment_has_the_order_that_it_always_had() -> None:
     order, before = TaskOrder({"math": 10}, 3, {"math": 2.0}), DataOrder(10, 3)
     assert [order[k] for k in range(25)] == [("math", before[k]) for k in range(25)]
+
+
+# Words
+
+
+def test_each_environment_keeps_what_a_run_of_it_alone_has() -> None:
+    words = ["model=demo", "mix.weights={geometry: 2}", "optimizer.lr=0.5"]
+    run = compose_run(["env=[pixel_reasoner,math,geometry]", *words])
+    assert run.env.name == "pixel_reasoner+math+geometry"
+    assert run.weights == {"pixel_reasoner": 1, "math": 1, "geometry": 2}
+    for name, member in run.members.items():
+        alone = compose_run([f"env={name}"])
+        assert (member.env, member.data, member.pixels) == (alone.env, alone.data, alone.pixels)
+        assert member.rollout == alone.rollout
+        assert member.evaluation.max_turns == alone.evaluation.max_turns
+        assert (member.model, member.optimizer) == (run.model, run.optimizer)
+    assert run.optimizer.lr == 0.5
+    assert run.model == compose_run(["env=pixel_reasoner"]).model
+    assert run.data.train is None
+    assert (run.rollout.max_response_tokens, run.rollout.max_turns) == (256, 3)  # the largest
+    assert (run.pixels.prompt.min_pixels, run.pixels.prompt.max_pixels) == (3136, 19600)
+    assert run.rollout.stop_at_tool_call
+    assert not run.members["math"].rollout.stop_at_tool_call
+
+
+def test_words_reach_all_environments_or_one() -> None:
+    words = ["model=demo", "rollout.max_turns=2", "rollout.concurrency=5", "evaluation.tasks=7"]
+    own = ["mix.envs.math.rollout.max_turns=4", "mix.envs.geometry.data=demo"]
+    own += ["mix.envs.geometry.data.train.size=9", "+mix.envs.math.env.kwargs.max_pictures=3"]
+    run = compose_run(["env=[math,geometry]", *words, *own])
+    math, geometry = run.members.values()
+    assert (math.rollout.max_turns, geometry.rollout.max_turns, run.rollout.max_turns) == (4, 2, 4)
+    assert (math.rollout.concurrency, math.evaluation.tasks) == (5, 7)
+    assert geometry.data.train is not None
+    assert (geometry.data.train["source"], geometry.data.train["size"]) == ("demo", 9)
+    assert (math.env.kwargs, geometry.env.kwargs) == ({"max_pictures": 3}, {})
+
+
+def test_a_model_of_the_users_brings_the_settings_of_its_environments() -> None:
+    words = ["model=qwen2_5_vl_3b", "mix.envs.math.data=openr1_math"]
+    run = compose_run(["env=[math,geometry]", *words, "mix.envs.geometry.data=geometry3k"])
+    alone = compose_run(["env=math", "model=qwen2_5_vl_3b", "data=openr1_math"])
+    assert run.members["math"].rollout == alone.rollout
+    assert run.members["math"].data == alone.data
+    recipe = compose_run(["env=[math,geometry]", "recipe=paper_agentic", *words[1:],
+                          "mix.envs.geometry.data=geometry3k"])  # fmt: skip
+    assert recipe.engine.name == "verl"
+    assert recipe.members["geometry"].rollout.concurrency == recipe.rollout.concurrency == 128
+
+
+def test_a_list_of_one_is_that_environment() -> None:
+    assert compose_run(["env=[math]", "seed=3"]) == compose_run(["env=math", "seed=3"])
+    assert compose_run(["env=math"]).members == {"math": compose_run(["env=math"])}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("env=[math,math]", r"names math twice\.\nName each once; mix\.weights="),
+        ("env=[]", r"names no environment\.\nName"),
+        ("env=[math,geometri]", r"geometri.*\n?.*geometry"),
+        ("env=[math,geometry]", r"model of its own: math with arithmetic, .*\nChoose one student"),
+        ("env=[math,geometry] model=demo mix.weights={math: 0}", r"positive number, got 0\.\nTo"),
+        ("env=[math,geometry] model=demo mix.weights.math=-2", r"positive number, got -2\.\n"),
+        ("env=[math,geometry] model=demo mix.weights={maths: 2}", r"no such env.*\nDid you mean"),
+        ("env=[math,geometry] model=demo mix.weights=2", r"must name environments, got 2\.\nWri"),
+        ("env=[math,geometry] model=demo mix.weights.math=0.33333", r"133,333 draws.*\nRound"),
+        ("env=[math,geometry] model=demo data=demo", r"'data' leaves open .*\nWrite mix\.envs\.m"),
+        ("env=[math,geometry] model=demo data.train.size=9", r"leaves open .*\nWrite mix\.envs\.m"),
+        ("env=[math,geometry] model=demo mix.envs.math.optimizer.lr=1", r"no optimizer\.lr .*\nIt"),
+        ("env=[math,geometry] model=demo mix.envs.mat.rollout.max_turns=1", r"no setting .*\n"),
+        (
+            "env=[math,geometry] model=demo mix.envs.math.rollout.max_turn=1",
+            r"mix\.envs\.math: unk",
+        ),
+        ("env=[math,geometry] model=qwen2_5_vl", r"mix\.envs\.math: data=NAME must be given\.\n"),
+        ("env=math mix.weights={math: 2}", r"a setting of a mixture\.\nName its environments"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_two_lines(words: str, told: str) -> None:
+    listed = re.split(r" (?=[\w.]+=)", words)
+    with pytest.raises(ReopoldError, match=told) as raised:
+        compose_run(listed)
+    assert "\n" in str(raised.value) or raised.type is UnknownNameError
+
+
+# Runs
+
+MIXTURE = (
+    *("env=[pixel_reasoner,geometry]", "model=demo", "mix.weights={geometry: 3}"),
+    *("batch.prompts=8", "batch.mini_batch=4", "evaluation.every=0", "evaluation.teacher=false"),
+    *("checkpoint.every=1", "steps=3", "logging.trajectories=8"),
+)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture") / "run"
+    train(folder, *MIXTURE)
+    return folder
+
+
+def test_a_step_has_each_environments_share_and_rules(whole: Path) -> None:
+    for row in train_rows(whole):
+        assert (row["env/geometry/episodes"], row["env/pixel_reasoner/episodes"]) == (6, 2)
+        shares = [row[f"env/{name}/kept_share"] for name in ("geometry", "pixel_reasoner")]
+        assert sum(shares) == pytest.approx(1)
+        both = [row[f"env/{name}/success"] for name in ("geometry", "pixel_reasoner")]
+        assert row["rollout/success"] == pytest.approx((6 * both[0] + 2 * both[1]) / 8)
+    drawn = [(row["env"], row["index"]) for row in lines(whole / "trajectories.jsonl")]
+    order = TaskOrder(dict.fromkeys(("pixel_reasoner", "geometry"), 4096), 0,
+                      {"pixel_reasoner": 1, "geometry": 3})  # fmt: skip
+    assert drawn == [order[k] for k in range(24)]
+    for row in lines(whole / "trajectories.jsonl"):
+        zooms = "zoom" in row["prompt"]
+        assert zooms == (row["env"] == "pixel_reasoner")
+
+
+def test_the_held_out_figures_are_means_over_environments(whole: Path) -> None:
+    rows = [row for row in lines(whole / "metrics.jsonl") if row["kind"] == "eval"]
+    for row in rows:
+        parts = [row[f"env/{name}/success"] for name in ("pixel_reasoner", "geometry")]
+        assert row["success"] == pytest.approx(sum(parts) / 2)
+        assert (row["n"], row["env/geometry/n"]) == (6, 3)
+        assert row["low"] <= row["success"] <= row["high"]
+    summary = json.loads((whole / "summary.json").read_text("utf-8"))
+    after = next(row for row in rows if (row["step"], row["sampling"]) == (3, "sampled"))
+    assert summary["env"] == "pixel_reasoner+geometry"
+    assert summary["after"]["envs"]["geometry"]["success"] == after["env/geometry/success"]
+    assert "'env=[pixel_reasoner,geometry]'" in summary["next"][1]
+    shown = io.StringIO()
+    print_summary(summary, Console(file=shown, width=60))
+    assert re.search(r"geometry after +\| 0\.\d\d", shown.getvalue())
+
+
+def test_the_mean_weighs_environments_alike() -> None:
+    def episodes(env: str, successes: int, n: int) -> list[Any]:
+        return [
+            replace(unsampled("task", 1, [1, 2], [False, True]), env=env, success=i < successes)
+            for i in range(n)
+        ]
+
+    both = EvaluationResult.of([*episodes("a", 2, 4), *episodes("b", 1, 12)])
+    assert both.success == pytest.approx((2 / 4 + 1 / 12) / 2)
+    assert (both.n, both.envs["b"].n) == (16, 12)
+    # Four over the sum of 1/4 and 1/12: as many as 12 tasks of one kind.
+    assert (both.low, both.high) == wilson_interval(round(both.success * 12), 12)
+    alone = EvaluationResult.of(episodes("a", 2, 4))
+    assert alone == both.envs["a"]
+    assert not any(key.startswith("env/") for key in alone.row())
+
+
+def test_a_killed_mixture_goes_on_as_if_nothing_had_happened(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    typed = words(folder, *MIXTURE)
+    process = start(typed, tmp_path)
+    wait_until(lambda: (folder / "checkpoints/step-000001/trainer.json").is_file(), process)
+    process.kill()
+    process.wait()
+    done = command(typed, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(folder / "final", whole / "final")
+    assert results(folder)["metrics.jsonl"] == results(whole)["metrics.jsonl"]
+    assert results(folder)["trajectories.jsonl"] == results(whole)["trajectories.jsonl"]

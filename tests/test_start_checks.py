@@ -36,7 +36,8 @@ def with_template(folder: Path, name: str, template: str) -> str:
 
 def checked(config: TrainConfig, report: Path) -> tuple[TrainConfig, dict[str, int]]:
     student = load_processing(ModelSpec(config.model.student.path), "student")
-    return checked_run(config, student, [1024], report)
+    config, tasks = checked_run(config, student, [1024], report)
+    return config, tasks[config.env.name]
 
 
 # Chat templates

@@ -81,8 +81,8 @@ def visit(chromium: Any) -> Iterator[Open]:
 
 
 def episode_hash(row: dict[str, Any], **more: str) -> str:
-    names = ("kind", "step", "who", "index", "sample")
-    key = "/".join(str(row[name]) for name in names)
+    names = ("kind", "step", "who", "env", "index", "sample")
+    key = "/".join(str(row[name]) for name in names if name in row)
     return "#" + urlencode({"view": "episode", "key": key, **more})
 
 

@@ -203,7 +203,8 @@ def _needed_extras(config: TrainConfig) -> dict[str, str]:
         needed["vllm"] = "policy=vllm"
     if config.model.student.lora is not None:
         needed["lora"] = "model.student.lora"
-    if any(map(is_server, config.env.kwargs.get("tools") or ())):
+    members = config.members.values()
+    if any(is_server(tool) for each in members for tool in each.env.kwargs.get("tools") or ()):
         needed["mcp"] = "tools=[mcp:...]"
     if config.tracking:
         needed["track"] = f"tracking={','.join(config.tracking)}"

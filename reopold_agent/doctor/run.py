@@ -147,7 +147,8 @@ def _read_models(config: TrainConfig, here: dict[str, str]) -> Iterator[Finding]
         yield Finding("models", "ok", f"{role} {spec.path}: complete, {tokens} tokens, in {where}")
     if "student" in ready:
         try:
-            checked_runner(config, ready["student"]).close()
+            for member in config.members.values():
+                checked_runner(member, ready["student"]).close()
         except ReopoldError as error:
             first, _, advice = str(error).partition("\n")
             yield Finding("models", "problem", first, advice)
@@ -174,6 +175,11 @@ def servers(config: TrainConfig) -> Iterator[Finding]:
 
 def data(config: TrainConfig) -> Iterator[Finding]:
     """Checks that data sets from the hub are cached or can be downloaded."""
+    for member in config.members.values():
+        yield from _data(member)
+
+
+def _data(config: TrainConfig) -> Iterator[Finding]:
     for split, spec in _hub_data(config).items():
         path = str(spec["path"])
         if cached(path, "datasets", spec.get("revision")) is None:
@@ -187,6 +193,11 @@ def environment(config: TrainConfig) -> Iterator[Finding]:
 
     Nothing is downloaded: data sets from the hub must be cached.
     """
+    for member in config.members.values():
+        yield from _environment(member)
+
+
+def _environment(config: TrainConfig) -> Iterator[Finding]:
     here: dict[str, Any] = {}
     for split, spec in _hub_data(config).items():
         snapshot = cached(str(spec["path"]), "datasets", spec.get("revision"))

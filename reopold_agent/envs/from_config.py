@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -80,24 +81,51 @@ def shown_sizes(pixels: PixelsConfig, factor: int = 28) -> ShownSizes:
 def checked_tasks(
     config: TrainConfig,
     report: Path,
-    examine: Callable[[DataEnv, str], BadTasks] | None = None,
-) -> dict[str, int]:
-    """Reads and checks the rows of each split that the run uses; returns its number of tasks.
+    examine: Callable[[str, DataEnv, str], BadTasks] | None = None,
+) -> dict[str, dict[str, int]]:
+    """Reads and checks the rows of each environment and split that the run uses.
 
     Args:
         config: the run's.
-        report: file for the report on the rows, as JSON by split; it is written even if rows are
-            refused.
-        examine: finds further problems in tasks from files, given the environment and the split.
+        report: file for the report on the rows, as JSON by split (in a mixture by NAME/SPLIT); it
+            is written even if rows are refused.
+        examine: finds further problems in tasks from files, given the environment's name, the
+            environment and the split.
+
+    Returns:
+        The number of tasks by environment and split.
 
     Raises:
         UnknownNameError, ConfigError, DataError: as for `make_env`, or rows cannot be used.
     """
-    env = make_env(config)
-    counts: dict[str, int] = {}
+    counts: dict[str, dict[str, int]] = {}
     found: dict[str, Any] = {}
     try:
-        for split in config.splits:
+        for name, member in config.members.items():
+            look = None if examine is None else partial(examine, name)
+            counts[name] = _checked_splits(member, report_keys(config, name), found, look)
+    finally:
+        if found:
+            write_json_atomic(report, found)
+    return counts
+
+
+def report_keys(config: TrainConfig, name: str) -> dict[str, str]:
+    """Returns an environment's keys in the report on the rows, by the split that the run uses."""
+    return {split: split if config.mix is None else f"{name}/{split}" for split in config.splits}
+
+
+def _checked_splits(
+    config: TrainConfig,
+    keys: Mapping[str, str],
+    found: dict[str, Any],
+    examine: Callable[[DataEnv, str], BadTasks] | None,
+) -> dict[str, int]:
+    """Checks the rows of one environment; returns the number of tasks by split."""
+    env = make_env(config)
+    counts: dict[str, int] = {}
+    try:
+        for split, key in keys.items():
             try:
                 counts[split] = num_tasks(env, split)
                 inner = env.unwrapped
@@ -107,16 +135,14 @@ def checked_tasks(
                     counts[split] -= len(bad)
                     _leave_out(bad, told, config, split)
             except BadRowsError as error:
-                found[split] = error.report.record()
+                found[key] = error.report.record()
                 raise
             if told is not None:
-                found[split] = told.record()
+                found[key] = told.record()
                 if isinstance(inner, DataEnv):
-                    found[split]["sha256"] = inner.digest(split)
+                    found[key]["sha256"] = inner.digest(split)
     finally:
         env.close()
-        if found:
-            write_json_atomic(report, found)
     return counts
 
 

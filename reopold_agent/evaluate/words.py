@@ -250,8 +250,15 @@ def _run_settings(checkpoint: str | None, name: str) -> dict[str, Any]:
     for run in (folder, *folder.parents[:3]):  # also RUN/final, RUN/checkpoints/step-N/model
         if (run / "metrics.jsonl").is_file() and (run / "config.yaml").is_file():
             saved = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-            if isinstance(saved, dict) and (saved.get("env") or {}).get("name") == name:
-                return {str(key): value for key, value in saved.items()}
+            if not isinstance(saved, dict):
+                continue
+            run_settings = {str(key): value for key, value in saved.items()}
+            if (run_settings.get("env") or {}).get("name") == name:
+                return run_settings
+            of_mixture = ((run_settings.get("mix") or {}).get("envs") or {}).get(name)
+            if of_mixture is not None:
+                turns = {**run_settings["evaluation"], **of_mixture["evaluation"]}
+                return {**run_settings, **of_mixture, "evaluation": turns}
     return {}
 
 

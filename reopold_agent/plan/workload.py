@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,6 +167,12 @@ def assumed_workload(config: TrainConfig, has_vision: bool, given: Mapping[str, 
         given: values that replace assumptions: ``prompt`` (tokens of text), ``pictures`` (in the
             prompt), ``response`` and ``observation`` (tokens in all).
     """
+    if config.mix is not None:
+        parts = {
+            name: assumed_workload(member, has_vision, given)
+            for name, member in config.members.items()
+        }
+        return _mean_workload(parts, config.weights)
     assumed = _ASSUMED.get(config.env.name, _OTHER)
     most = config.rollout.max_response_tokens
     limits = config.pixels.prompt, config.pixels.observation
@@ -196,6 +202,38 @@ def assumed_workload(config: TrainConfig, has_vision: bool, given: Mapping[str, 
         observation_text=text,
         observation_pictures=PictureLoad(seen, observed if seen else 0.0),
         sources=sources,
+    )
+
+
+def _mean_workload(parts: Mapping[str, Workload], weights: Mapping[str, float]) -> Workload:
+    """Returns the mean episode of a mixture."""
+    total = sum(weights.values())
+
+    def mean(value: Callable[[Workload], float]) -> float:
+        return sum(weights[name] * value(part) for name, part in parts.items()) / total
+
+    def pictures(load: Callable[[Workload], PictureLoad]) -> PictureLoad:
+        count = mean(lambda part: load(part).count)
+        return PictureLoad(count, mean(lambda part: load(part).total) / count if count else 0.0)
+
+    first = next(iter(parts.values()))
+    return Workload(
+        prompts=first.prompts,
+        samples=first.samples,
+        prompt_text=mean(lambda part: part.prompt_text),
+        prompt_pictures=pictures(lambda part: part.prompt_pictures),
+        response=mean(lambda part: part.response),
+        response_max=max(part.response_max for part in parts.values()),
+        observation_text=mean(lambda part: part.observation_text),
+        observation_pictures=pictures(lambda part: part.observation_pictures),
+        sources={
+            key: "; ".join(
+                f"{name}: {part.sources[key]}"
+                for name, part in parts.items()
+                if key in part.sources
+            )
+            for key in dict.fromkeys(key for part in parts.values() for key in part.sources)
+        },
     )
 
 

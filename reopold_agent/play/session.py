@@ -11,9 +11,9 @@ from typing import IO
 from rich.console import Console
 
 from reopold_agent.common.terminal import is_terminal
-from reopold_agent.config import TrainConfig
 from reopold_agent.envs.base import show_as
 from reopold_agent.envs.from_config import make_env, shown_sizes
+from reopold_agent.errors import ConfigError
 from reopold_agent.play.game import Game, Rules
 from reopold_agent.play.lines import Lines
 from reopold_agent.play.options import PlayOptions, split_words
@@ -40,7 +40,9 @@ def play(words: Sequence[str], source: IO[str], console: Console) -> int:
     options, rest = split_words(words)
     config = compose_run(rest)
     recorder = None if options.record is None else Recorder(Path(options.record).expanduser())
-    turns = _max_turns(config, options.split)
+    if config.mix is not None:
+        raise ConfigError(f"play is about one environment, got {config.env.name}.\nGive env=NAME.")
+    turns = config.max_turns(options.split)
     env = make_env(config, max_turns=turns)
     try:
         screen = Screen(console, _folder(options), _drawing(options.pictures, source, console))
@@ -66,10 +68,6 @@ def play(words: Sequence[str], source: IO[str], console: Console) -> int:
         return status
     finally:
         env.close()
-
-
-def _max_turns(config: TrainConfig, split: str) -> int:
-    return config.rollout.max_turns if split == "train" else config.evaluation.max_turns
 
 
 def _folder(options: PlayOptions) -> Path:

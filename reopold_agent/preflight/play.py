@@ -35,9 +35,10 @@ from reopold_agent.preflight.figures import (
 )
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.from_config import make_runner
-from reopold_agent.tracking.statistics import distillation_statistics
+from reopold_agent.tracking.statistics import by_environment, distillation_statistics
 from reopold_agent.train.behaviour import set_behaviour
 from reopold_agent.train.collect import Collector, step_episodes
+from reopold_agent.train.data_order import tasks_of
 from reopold_agent.train.engine import run_objective
 from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.roles import make_roles
@@ -179,15 +180,10 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     roles = make_roles(config, chat, student, teacher)
     scoring = make_scoring(config, objective, roles)
     guard = NonFiniteGuard("skip")
-    runner = make_runner(
-        config,
-        chat,
-        student.vision,
-        max_turns=config.rollout.max_turns,
-        reader=run_reader(config, chat, student, teacher),
-    )
-    count = {config.env.name: tasks["train"]}
-    collector = Collector(config, objective, runner, roles.sampler, roles.teacher, count, guard)
+    reader = run_reader(config, chat, student, teacher)
+    runner = make_runner(config, chat, student.vision, reader=reader)
+    counts = tasks_of(tasks, "train")
+    collector = Collector(config, objective, runner, roles.sampler, roles.teacher, counts, guard)
     clock.lap("start")
     try:
         samples = min(config.batch.samples, episodes) if objective.needs & Needs.OUTCOME else 1
@@ -243,8 +239,9 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     trajectories = trajectories_of(rows)
     device, autocast = compute_device(config.engine)
     floor = FLOOR if objective.floor is None else objective.floor
-    names, unread, why = _answers(config, trajectories)
-    left_out = len(config.data.left_out.get("train", ()))
+    names, unread, why = _all_answers(config, trajectories)
+    members = config.members.values()
+    left_out = sum(len(each.data.left_out.get("train", ())) for each in members)
     logp = [row.behaviour[0] for row in usable]
     statistics = distillation_statistics(
         trajectories_of(usable), logp=logp, entropy=[row.behaviour[1] for row in usable]
@@ -260,7 +257,7 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
         outcome=outcome_of(trajectories),
         tools=tool_use_of(trajectories, names),
         lengths=_lengths(trajectories, chat.image_id),
-        left_out=left_out / (left_out + tasks["train"]),
+        left_out=left_out / (left_out + sum(counts.values())),
         entropy=float(statistics.get("entropy/mean", float("nan"))),
         rewards=token_groups(trajectories_of(usable), logp, floor, chat.raw) if scoring else [],
         floor=floor,
@@ -319,6 +316,21 @@ def _agreement(
         limits=limits,
         prompts=different_prompts(student, teacher),
         template=student.spec.path if given else None,
+    )
+
+
+def _all_answers(
+    config: TrainConfig, trajectories: Sequence[Trajectory]
+) -> tuple[tuple[str, ...] | None, int | None, str]:
+    """Returns the results of `_answers` over all environments; None where one says nothing."""
+    parts = by_environment(trajectories)
+    every = [_answers(member, parts.get(name, ())) for name, member in config.members.items()]
+    tools = [names for names, _, _ in every if names is not None]
+    counts = [unread for _, unread, _ in every if unread is not None]
+    return (
+        tuple(dict.fromkeys(name for names in tools for name in names)) if tools else None,
+        sum(counts) if len(counts) == len(every) else None,
+        next((why for _, _, why in every if why), ""),
     )
 
 

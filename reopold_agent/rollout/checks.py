@@ -28,7 +28,7 @@ _MARKS = 32
 
 def checked_run(
     config: TrainConfig, student: Processing, contexts: Iterable[int | None], report: Path
-) -> tuple[TrainConfig, dict[str, int]]:
+) -> tuple[TrainConfig, dict[str, dict[str, int]]]:
     """Checks chat template and rows of a run.
 
     Args:
@@ -39,42 +39,42 @@ def checked_run(
 
     Returns:
         The configuration with the longest prompt and the tasks to leave out filled in, and the
-        number of the other tasks by split.
+        number of the other tasks by environment and split.
 
     Raises:
         ModelError: the template rewrites earlier turns, and several turns are possible.
         ConfigError, DataError: rows cannot be used, or no prompt fits the models.
     """
-    runner = checked_runner(config, student)
+    runners = {name: checked_runner(each, student) for name, each in config.members.items()}
     context = min((each for each in contexts if each is not None), default=None)
     most = prompt_limit(config, context)
     why = f"at most {most} fit the models' context of {context} beside rollout.max_response_tokens"
     if config.engine.max_prompt_tokens is not None or context is None:
         why = f"engine.max_prompt_tokens is {most}"
-    left_out: dict[str, list[int]] = {}
+    left_out: dict[str, dict[str, list[int]]] = {name: {} for name in runners}
 
-    def examine(env: DataEnv, split: str) -> BadTasks:
-        found = _bad_tasks(env, split, runner, most, why)
-        left_out[split] = sorted(found)
+    def examine(name: str, env: DataEnv, split: str) -> BadTasks:
+        found = _bad_tasks(env, split, runners[name], most, why)
+        if found:
+            left_out[name][split] = sorted(found)
         return found
 
     counts = checked_tasks(config, report, examine)
-    runner.close()
-    data = replace(config.data, left_out={k: v for k, v in left_out.items() if v})
+    for runner in runners.values():
+        runner.close()
     engine = replace(config.engine, max_prompt_tokens=most)
-    return replace(config, data=data, engine=engine), counts
+    return replace(config.leaving_out(left_out), engine=engine), counts
 
 
 def checked_runner(config: TrainConfig, student: Processing) -> RolloutRunner:
-    """Returns a runner whose chat template suits the turns that the run may have.
+    """Returns a runner of one environment whose chat template suits the turns that it may have.
 
     Raises:
         ModelError: the template rewrites earlier turns, and several turns are possible; or the
             student reads text only, and the environment cannot do without pictures.
     """
     chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
-    evaluated = config.evaluation.max_turns if config.evaluation.tasks else 1
-    turns = max(config.rollout.max_turns, evaluated)
+    turns = max(config.max_turns(split) for split in config.splits)
     runner = make_runner(config, chat, student.vision, max_turns=turns)
     runner.check_template()
     runner.check_pictures()

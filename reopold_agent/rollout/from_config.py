@@ -18,25 +18,38 @@ def make_runner(
     chat: ChatRenderer,
     vision: VisionProcessor | None,
     *,
-    max_turns: int,
+    split: str = "train",
+    max_turns: int | None = None,
     concurrency: int | None = None,
     wrap: Callable[[Env], Env] | None = None,
     reader: Reader | None = None,
 ) -> RolloutRunner:
-    """Makes the runner for a run's environment and budgets.
+    """Makes the runner for a run's environment and budgets, or for all those of a mixture.
 
     Args:
         config: the run's.
         chat: renders conversations for the policy's tokenizer.
         vision: encodes pictures; None for text-only models.
-        max_turns: assistant turns; training and evaluation differ.
+        split: whose limit of assistant turns holds, ``train`` or ``eval``.
+        max_turns: assistant turns, in place of that limit.
         concurrency: episodes at once; None takes the configuration's.
         wrap: wraps each environment, for example to record what it shows.
         reader: makes the teacher's form of each episode (`make_reader`).
     """
 
+    turns = config.max_turns(split) if max_turns is None else max_turns
+    members = {}
+    if config.mix is not None:
+        for name, member in config.members.items():
+            stop = member.rollout.stop_at_tool_call
+            own = ChatRenderer(chat.tokenizer, stop_at_tool_call=stop)
+            read = None if reader is None else reader.for_pixels(member.pixels)
+            members[name] = make_runner(
+                member, own, vision, split=split, max_turns=max_turns, reader=read
+            )
+
     def make() -> Env:
-        env = make_env(config, max_turns=max_turns)
+        env = make_env(config, max_turns=turns)
         return env if wrap is None else wrap(env)
 
     return RolloutRunner(
@@ -48,12 +61,13 @@ def make_runner(
         limits=RolloutLimits(
             max_response_tokens=config.rollout.max_response_tokens,
             max_turn_tokens=config.rollout.max_turn_tokens,
-            max_turns=max_turns,
+            max_turns=turns,
             env_seconds=config.rollout.env_seconds,
             concurrency=config.rollout.concurrency if concurrency is None else concurrency,
             max_prompt_tokens=config.engine.max_prompt_tokens,
         ),
         reader=reader,
+        members=members,
     )
 
 

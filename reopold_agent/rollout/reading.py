@@ -109,6 +109,11 @@ class Reader:
         self.observation_pixels = PixelLimits(**vars(own.observation or pixels.observation))
         self.max_tokens = max_tokens
 
+    def for_pixels(self, pixels: PixelsConfig) -> Reader:
+        """Returns the reader for an environment in which the student has these limits."""
+        limit = self.max_tokens
+        return Reader(self.view, self._chat, self._vision, pixels=pixels, max_tokens=limit)
+
     def opening(self, env: gymnasium.Env[Any, Any]) -> Opening:
         """Returns what an environment whose episode has begun knows for the teacher.
 

@@ -45,7 +45,13 @@ def load_config(run: Path) -> TrainConfig:
     if not path.is_file():
         raise DataError(f"{run} has no config.yaml; is it a training run?")
     raw: Any = OmegaConf.to_container(OmegaConf.load(path))
-    return build(TrainConfig, raw)
+    config = build(TrainConfig, raw)
+    if config.mix is not None:
+        raise DataError(
+            f"{run} trained on several environments, and a probe plays one.\n"
+            f"Use `reopold evaluate env=[{','.join(config.members)}] model={run}`."
+        )
+    return config
 
 
 def models_of(run: Path, config: TrainConfig, who: str) -> list[tuple[int, str]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,6 +112,11 @@ def success_figure(history: History) -> Figure | None:
         values = [row["success"] for row in sampled]
         label = "held-out, T 1, 95 % interval"
         top.plot(steps, values, "o-", color=BLUE, lw=2, ms=5, zorder=4, label=label)
+    for env, (dashes, colour) in zip(_environments(sampled), itertools.cycle(_OF_ENVIRONMENTS)):
+        key = f"env/{env}/success"
+        points = [(row["step"], row[key]) for row in sampled if row.get(key) is not None]
+        label = f"held-out, T 1, {env}"
+        top.plot(*zip(*points, strict=True), ls=dashes, color=colour, lw=1.4, label=label)
     if greedy:
         values = [row["success"] for row in greedy]
         style = {"color": GREEN, "lw": 1.4, "ms": 5, "mfc": "white", "zorder": 3}
@@ -143,6 +149,21 @@ def success_figure(history: History) -> Figure | None:
     for axes in (top, bottom):
         _legend(axes, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+_OF_ENVIRONMENTS = (("--", SKY), ("-.", VERMILION), (":", PURPLE), ("--", "#F0E442"))
+"""Line styles and colours of a mixture's environments."""
+
+
+def _environments(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Returns the environments of a mixture in rows of evaluations; none for a run of one."""
+    keys = (key for row in rows for key in row)
+    parts = (key.removeprefix("env/").removesuffix("/success") for key in keys if _of_env(key))
+    return list(dict.fromkeys(parts))
+
+
+def _of_env(key: str) -> bool:
+    return key.startswith("env/") and key.endswith("/success")
 
 
 def reward_figure(history: History) -> Figure | None:

@@ -21,6 +21,9 @@ run, so that they can be added and compared. The outermost bins also count value
 
 ENTROPY_PERCENTILES = (10, 50, 90, 99)
 
+_BY_ENVIRONMENT = ("success", "reward", "tool_rate", "response_tokens", "turns", "episodes")
+"""The keys after ``rollout/`` that a mixture has for each environment."""
+
 
 def reward_histogram(values: npt.ArrayLike) -> dict[str, list[float] | list[int]]:
     """Counts values per bin of `HISTOGRAM_EDGES`.
@@ -146,6 +149,40 @@ def abs_by_decile(reward: npt.ArrayLike, entropy: npt.ArrayLike, groups: int = 1
     _, place, count = np.unique(keys, return_inverse=True, return_counts=True)
     mean_of_ties = np.bincount(place, weights=values, minlength=count.size) / np.maximum(count, 1)
     return [_mean(part) for part in np.array_split(np.repeat(mean_of_ties, count), groups)]
+
+
+def by_environment(trajectories: Sequence[Trajectory]) -> dict[str, list[Trajectory]]:
+    """Returns the trajectories of each environment, by its name, in their order."""
+    found: dict[str, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        found.setdefault(trajectory.env, []).append(trajectory)
+    return found
+
+
+def environment_statistics(
+    trajectories: Sequence[Trajectory], kept: Sequence[float]
+) -> dict[str, float]:
+    """Computes the figures of each environment of a mixture in a step.
+
+    Args:
+        trajectories: of the step, including failed ones.
+        kept: number of tokens of each that the update's loss kept.
+
+    Returns:
+        ``env/NAME/success`` and other figures of `rollout_statistics`, and ``env/NAME/kept_share``,
+        the share of all kept tokens that are this environment's; nothing for one environment.
+    """
+    parts = by_environment(trajectories)
+    if len(parts) < 2:
+        return {}
+    row: dict[str, float] = {}
+    for name, part in parts.items():
+        found = rollout_statistics(part)
+        for key in _BY_ENVIRONMENT:
+            row[f"env/{name}/{key}"] = found[f"rollout/{key}"]
+        own = sum(count for t, count in zip(trajectories, kept, strict=True) if t.env == name)
+        row[f"env/{name}/kept_share"] = own / sum(kept) if sum(kept) else math.nan
+    return row
 
 
 def rollout_statistics(trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -104,8 +104,11 @@ def _table(summary: Mapping[str, Any], pretty: bool) -> Table:
     rows: Sequence[tuple[str, str]] = _ROWS
     if summary.get("steps") == 0:
         rows = (("before", "student"), ("teacher", "teacher"))
-    for name, label in rows:
-        part = _part(summary, name)
+    parts = [(name, label, _part(summary, name)) for name, label in rows]
+    for env in _part(parts[0][2], "envs"):
+        of_env = [(name, _part(_part(part, "envs"), env)) for name, _, part in parts]
+        parts += [(name, f"{env} {name}", part) for name, part in of_env if part]
+    for name, label, part in parts:
         greedy = _part(part, "greedy")
         table.add_row(
             label,

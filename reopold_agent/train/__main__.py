@@ -12,7 +12,9 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from reopold_agent.cli.hydra import run_hydra
+from reopold_agent.cli.groups import check_once
+from reopold_agent.cli.hydra import report_errors, run_hydra
+from reopold_agent.train.mixture import as_typed, mixed_words
 from reopold_agent.train.settings import check_engine, check_student, load_config
 
 
@@ -41,7 +43,7 @@ def started_with() -> list[str]:
     flags = [word for folder in folders for word in ("--config-dir", folder)]
     own = _as_typed(hydra.overrides.hydra)
     own = [word for word in own if word.startswith("hydra.searchpath=")]
-    return [*flags, *own, *_as_typed(hydra.overrides.task)]
+    return [*flags, *own, *as_typed(_as_typed(hydra.overrides.task))]
 
 
 def _as_typed(words: Any) -> list[str]:
@@ -52,6 +54,9 @@ def _as_typed(words: Any) -> list[str]:
 
 def main() -> None:
     """Entry point."""
+    with report_errors(config="train"):
+        check_once(sys.argv[1:])
+        sys.argv[1:] = mixed_words(sys.argv[1:])
     run_hydra(run, "train", sys.argv[1:])
 
 

@@ -16,7 +16,9 @@ from reopold_agent.config import (
     ModelConfig,
     PixelConfig,
     TrainConfig,
+    whole_weights,
 )
+from reopold_agent.envs.from_config import report_keys
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective, Reopold, RunFacts
 from reopold_agent.policies.architecture import find_architecture
@@ -54,7 +56,8 @@ def show_banner(
             f"warning: the chat template {_source(config)} writes other prompts than the own one "
             f"of {student.spec.path}, which that model was trained with"
         )
-    if student.spec.path.startswith("demo:") and (config.data.train or {}).get("path"):
+    paths = [(each.data.train or {}).get("path") for each in config.members.values()]
+    if student.spec.path.startswith("demo:") and any(paths):
         told.append(
             f"warning: {student.spec.path} is made for the embedded tasks and too small for other "
             "data; take model=qwen2_5_vl or model=causal_lm with model.student.path=DIR "
@@ -137,7 +140,7 @@ def banner(
     config: TrainConfig,
     folder: RunFolder,
     student: Processing,
-    tasks: Mapping[str, int],
+    tasks: Mapping[str, Mapping[str, int]],
     *,
     device: str,
     precision: str,
@@ -151,7 +154,7 @@ def banner(
         config: the run's configuration, as the checks before training completed it.
         folder: the run folder, with the report on the rows.
         student: the student's tokenizer and picture processor.
-        tasks: number of tasks by split.
+        tasks: number of tasks by environment and split.
         device: name of the device.
         precision: dtype of the computation.
         objective: the objective made for this run.
@@ -165,6 +168,7 @@ def banner(
         "student": _model(models.student) + (", LoRA" if models.student.lora else ""),
         "teacher": "none",
         "template": _source(config),
+        "mixture": _shares(config),
         "data": _rows(config, "train", tasks, folder.data_report),
         "held out": _rows(config, "eval", tasks, folder.data_report),
         "objective": _objective(config.objective, objective),
@@ -180,9 +184,8 @@ def banner(
     }
     if teacher and models.teacher is not None:
         rows["teacher"] = _model(models.teacher) + (", follows the student" if follows else "")
-    if "eval" in tasks and config.env.takes_data:
-        played = min(config.evaluation.tasks, tasks["eval"])
-        rows["held out"] += f", {played:,} played"
+    if config.mix is None:
+        del rows["mixture"]
     if models.chat_template is None:
         del rows["template"]
     if student.vision is None:
@@ -214,17 +217,33 @@ def _model(spec: ModelConfig) -> str:
     return f"{spec.path}{revision}{size}, {spec.dtype} weights"
 
 
-def _rows(config: TrainConfig, split: str, tasks: Mapping[str, int], report: Path) -> str:
-    if split not in tasks:
+def _shares(config: TrainConfig) -> str:
+    weights = whole_weights(config.weights)
+    total = sum(weights.values())
+    return ", ".join(f"{name} {weight} of {total} draws" for name, weight in weights.items())
+
+
+def _rows(
+    config: TrainConfig, split: str, tasks: Mapping[str, Mapping[str, int]], report: Path
+) -> str:
+    if split not in config.splits:
         return "not played"
-    if not config.env.takes_data:
-        return f"tasks of env={config.env.name}"
-    spec = getattr(config.data, split) or {}
     found: dict[str, Any] = json.loads(report.read_text("utf-8")) if report.is_file() else {}
-    lost = found[split]["rows"] - found[split]["usable"] if split in found else 0
-    left_out = f" ({lost:,} left out)" if lost else ""
-    where = spec.get("path") or f"{spec.get('source')} (embedded)"
-    return f"{_count(tasks[split], 'row')} of {where}{left_out}"
+    told = []
+    for name, member in config.members.items():
+        if not member.env.takes_data:
+            told.append(f"tasks of env={name}")
+            continue
+        spec = getattr(member.data, split) or {}
+        row = found.get(report_keys(config, name)[split])
+        lost = row["rows"] - row["usable"] if row is not None else 0
+        left_out = f" ({lost:,} left out)" if lost else ""
+        where = spec.get("path") or f"{spec.get('source')} (embedded)"
+        count = tasks[name][split]
+        told.append(f"{_count(count, 'row')} of {where}{left_out}")
+        if split == "eval":
+            told[-1] += f", {min(config.evaluation.tasks, count):,} played"
+    return "; ".join(told)
 
 
 def _objective(settings: Mapping[str, Any], objective: Objective) -> str:

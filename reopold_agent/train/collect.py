@@ -188,6 +188,11 @@ def read_demonstrations(config: TrainConfig, objective: Objective) -> list[Demon
     """
     if not objective.needs & Needs.DEMONSTRATIONS or objective.needs & Needs.TEACHER:
         return None
+    if config.mix is not None:
+        raise ConfigError(
+            "recorded demonstrations train in one environment, and this run has several.\n"
+            f"Give one (env={next(iter(config.members))}), or another objective."
+        )
     spec = config.data.specification("demonstrations")
     if spec is None:
         raise ConfigError(

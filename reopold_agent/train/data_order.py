@@ -73,6 +73,11 @@ class TaskOrder:
         return name, self._orders[name][drawn]
 
 
+def tasks_of(tasks: Mapping[str, Mapping[str, int]], split: str) -> dict[str, int]:
+    """Returns the number of tasks of a split by environment; those without the split have none."""
+    return {name: counts.get(split, 0) for name, counts in tasks.items()}
+
+
 def turns(weights: Mapping[str, float]) -> list[str]:
     """Returns one cycle of names with exact shares: smooth weighted round-robin, as in nginx.
 

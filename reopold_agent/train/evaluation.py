@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ from reopold_agent.policies.base import Policy
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.tracking.metrics import MetricsWriter, read_metrics
 from reopold_agent.tracking.progress import Progress
-from reopold_agent.tracking.statistics import rollout_statistics
+from reopold_agent.tracking.statistics import by_environment, rollout_statistics
 from reopold_agent.train.interrupts import EvaluationStoppedError, Interrupts
 from reopold_agent.train.roles import Roles, computing
 from reopold_agent.types import Sampling, Trajectory
@@ -31,7 +31,7 @@ class HeldOutEvaluation:
         config: the run's configuration.
         runner: plays the episodes.
         roles: the policies.
-        tasks: number of held-out tasks there are.
+        tasks: number of held-out tasks of each environment.
         metrics: where rows go; those that are there already are not made again.
         progress: shows rows to the user.
         interrupts: a signal ends an evaluation at once; it is made again on resuming.
@@ -42,7 +42,7 @@ class HeldOutEvaluation:
         config: TrainConfig,
         runner: RolloutRunner,
         roles: Roles,
-        tasks: int,
+        tasks: Mapping[str, int],
         metrics: MetricsWriter,
         progress: Progress,
         interrupts: Interrupts,
@@ -93,10 +93,9 @@ class HeldOutEvaluation:
             result = evaluate_policy(
                 self.runner,
                 policy,
-                tasks=min(settings.curve_tasks if curve else settings.tasks, self._tasks),
+                held_out(self._tasks, settings.curve_tasks if curve else settings.tasks),
                 sampling=sampling,
                 seed=self._config.seed,
-                env=self._config.env.name,
                 on_done=self._stop_if_asked,
             )
         row = evaluation_row(result, who, step, sampling, curve=curve)
@@ -113,7 +112,9 @@ class EvaluationResult:
     """Success over ``n`` held-out tasks, one episode each.
 
     ``low`` and ``high`` bound the success rate with 95 % confidence (Wilson's score interval);
-    ``stops`` has the share of episodes by ``stop/<reason>``.
+    ``stops`` has the share of episodes by ``stop/<reason>``. With several environments each has its
+    own result in ``envs``, and the figures are means over them, in which each counts alike; the
+    interval is that of ``k**2 / sum(1 / n_i)`` tasks of one kind, no narrower than the mean's.
     """
 
     success: float
@@ -123,10 +124,14 @@ class EvaluationResult:
     tool_rate: float
     response_tokens: float
     stops: dict[str, float] = field(default_factory=dict)
+    envs: dict[str, EvaluationResult] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory]) -> EvaluationResult:
         """Returns the result of these episodes, one per task."""
+        parts = by_environment(trajectories)
+        if len(parts) > 1:
+            return cls._mean({name: cls.of(part) for name, part in parts.items()})
         n = len(trajectories)
         successes = sum(t.success for t in trajectories)
         low, high = wilson_interval(successes, n)
@@ -145,30 +150,65 @@ class EvaluationResult:
             },
         )
 
+    @classmethod
+    def _mean(cls, envs: dict[str, EvaluationResult]) -> EvaluationResult:
+        every = list(envs.values())
+
+        def mean(values: Iterable[float]) -> float:
+            return sum(values) / len(every)
+
+        success = mean(each.success for each in every)
+        like = int(len(every) ** 2 / sum(1 / each.n for each in every))
+        low, high = wilson_interval(round(success * like), like)
+        return cls(
+            success=success,
+            low=low,
+            high=high,
+            n=sum(each.n for each in every),
+            tool_rate=mean(each.tool_rate for each in every),
+            response_tokens=mean(each.response_tokens for each in every),
+            stops={name: mean(each.stops[name] for each in every) for name in every[0].stops},
+            envs=envs,
+        )
+
     def row(self) -> dict[str, Any]:
-        """Returns plain values."""
-        return {**{k: v for k, v in vars(self).items() if k != "stops"}, **self.stops}
+        """Returns plain values; those of an environment are ``env/NAME/success`` and so on."""
+        row = {k: v for k, v in vars(self).items() if k not in ("stops", "envs")}
+        for name, result in self.envs.items():
+            row |= {f"env/{name}/{key}": value for key, value in result.row().items()}
+        return {**row, **self.stops}
 
 
 def evaluate_policy(
     runner: RolloutRunner,
     policy: Policy,
+    episodes: Sequence[EpisodeSpec],
     *,
-    tasks: int,
     sampling: Sampling,
     seed: int,
-    split: str = "eval",
-    env: str = "",
     on_done: Callable[[Trajectory], None] | None = None,
 ) -> EvaluationResult:
-    """Plays the first ``tasks`` tasks of a split once each.
+    """Plays episodes (`held_out`) and returns their result.
 
     The same seed gives the same random draws to every policy, so that two policies are compared
     on equal terms.
     """
-    episodes = [EpisodeSpec(split, index, env=env) for index in range(tasks)]
     trajectories = runner.run(policy, episodes, sampling, (seed, 2), on_done=on_done)
     return EvaluationResult.of(trajectories)
+
+
+def held_out(tasks: Mapping[str, int], most: int) -> list[EpisodeSpec]:
+    """Returns an episode of each of the first held-out tasks, at most ``most`` per environment.
+
+    Args:
+        tasks: number of held-out tasks of each environment.
+        most: as said.
+    """
+    return [
+        EpisodeSpec("eval", index, env=name)
+        for name, count in tasks.items()
+        for index in range(min(most, count))
+    ]
 
 
 def ends_due(rows: Sequence[MetricsRow], who: str, step: int, sampling: Sampling) -> list[Sampling]:

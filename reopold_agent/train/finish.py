@@ -74,7 +74,7 @@ def write_summary(
 
 def next_commands(config: TrainConfig, folder: Path, command: Sequence[str]) -> list[str]:
     """Returns commands for after the run, which repeat the words that it was started with."""
-    evaluate = ["python", "-m", "reopold_agent.evaluate", f"env={config.env.name}"]
+    evaluate = ["python", "-m", "reopold_agent.evaluate", _env_word(config)]
     if not config.steps:
         return [again(command, "steps=100"), shlex.join([*evaluate, "model=DIR"])]
     export = ["python", "-m", "reopold_agent.train.export", str(folder), f"{folder}-bf16"]
@@ -85,6 +85,11 @@ def next_commands(config: TrainConfig, folder: Path, command: Sequence[str]) -> 
         again(command, f"steps={2 * config.steps}", f"hydra.run.dir={folder}"),
         shlex.join([*export, "dtype=bfloat16"]),
     ]
+
+
+def _env_word(config: TrainConfig) -> str:
+    names = ",".join(config.members)
+    return f"env={names}" if config.mix is None else f"env=[{names}]"
 
 
 def show_summary(summary: Mapping[str, Any], folder: RunFolder) -> None:
@@ -102,7 +107,18 @@ def summarise(rows: Sequence[MetricsRow], config: TrainConfig, folder: Path) -> 
         found = {kind: {name: row[name] for name in fields} for kind, row in ends.items()}
         if "sampled" not in found:
             return None
-        return {**found["sampled"], "greedy": found.get("greedy")}
+
+        def of_environment(name: str) -> dict[str, Any]:
+            each, greedy = (
+                {field: ends.get(kind, {}).get(f"env/{name}/{field}") for field in fields}
+                for kind in ("sampled", "greedy")
+            )
+            return {**each, "greedy": greedy}
+
+        part = {**found["sampled"], "greedy": found.get("greedy")}
+        if config.mix is not None:
+            part["envs"] = {name: of_environment(name) for name in config.members}
+        return part
 
     # Adds up the rows' seconds, so that a resumed run counts all its steps.
     steps = [row["time/step"] for row in rows if row["kind"] == "train"]

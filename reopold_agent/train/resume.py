@@ -147,7 +147,7 @@ class RunState:
         now = {
             split: {"rows": told["usable"], "sha256": told["sha256"]}
             for split, told in found.items()
-            if split in self._config.splits
+            if split.rpartition("/")[2] in self._config.splits
         }
         if recorded is not None:
             digest = demonstrations_digest(recorded)

@@ -96,6 +96,11 @@ class StepBatch:
         self.chosen = [row for row in self.chosen if row not in dropped]
 
 
+def kept_tokens(row: Row) -> float:
+    """Returns how many tokens of a row the loss of the update kept; 0 without an update."""
+    return 0.0 if row.use is None else float(row.use.kept.sum())
+
+
 def trajectories_of(rows: Sequence[Row]) -> list[Trajectory]:
     """Returns the trajectories of rows, in their order."""
     return [row.trajectory for row in rows]

@@ -19,6 +19,7 @@ from reopold_agent.config import TrainConfig, build, flatten, only_for_verl
 from reopold_agent.errors import ConfigError, ReopoldError
 from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.policies.templates import chat_template
+from reopold_agent.train.mixture import mixed_words
 
 _INTERNAL = ("default_steps", "default_batch", "batches", "size", "sizes", "toy")
 """Defaults of groups for others."""
@@ -159,6 +160,7 @@ def compose_run(words: Sequence[str], *, with_student: bool = False) -> TrainCon
         UnknownNameError: a group has no such option.
     """
     check_once(words)
+    words = mixed_words(words)
     prepare_groups(words)
     GlobalHydra.instance().clear()
     try:

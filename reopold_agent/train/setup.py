@@ -47,6 +47,7 @@ from reopold_agent.train.banner import (
 from reopold_agent.train.behaviour import old_logp_source
 from reopold_agent.train.checkpoint import check_files, load_trainer_state, newest_checkpoint
 from reopold_agent.train.collect import Collector, read_demonstrations
+from reopold_agent.train.data_order import tasks_of
 from reopold_agent.train.engine import (
     Engine,
     effective_importance_cap,
@@ -146,7 +147,7 @@ def compute_device(engine: EngineConfig) -> tuple[torch.device, torch.dtype | No
 
 def prepared(
     config: TrainConfig, objective: Objective, report: Path
-) -> tuple[TrainConfig, dict[str, ModelSpec], dict[str, int]]:
+) -> tuple[TrainConfig, dict[str, ModelSpec], dict[str, dict[str, int]]]:
     """Checks policies, checkpoints, chat template and rows before any model is loaded.
 
     It also sets PyTorch's threads and seeds all random numbers.
@@ -158,7 +159,7 @@ def prepared(
 
     Returns:
         The configuration as `checked_run` completes it, the checkpoints by role, and the number of
-        tasks by split.
+        tasks by environment and split.
 
     Raises:
         ReopoldError: something does not fit; the message says what to do.
@@ -263,7 +264,7 @@ def make_loop(
     folder: RunFolder,
     student: LoadedModel,
     teacher: Processing | None,
-    tasks: Mapping[str, int],
+    tasks: Mapping[str, Mapping[str, int]],
     *,
     progress: Progress,
     interrupts: Interrupts,
@@ -278,7 +279,7 @@ def make_loop(
         folder: the run folder, locked.
         student: the model that learns.
         teacher: a `LoadedModel` if the teacher is in this process; None without a teacher.
-        tasks: number of tasks by split.
+        tasks: number of tasks by environment and split.
         progress: shows the run to the user.
         interrupts: the signals received.
         command: the command line's arguments, for messages.
@@ -292,11 +293,8 @@ def make_loop(
     updater = make_updater(config, objective, roles, guard)
     reader = run_reader(config, chat, student, teacher)
     train_runner, eval_runner = (
-        make_runner(config, chat, student.vision, max_turns=max_turns, reader=read)
-        for max_turns, read in (
-            (config.rollout.max_turns, reader),
-            (config.evaluation.max_turns, None),
-        )
+        make_runner(config, chat, student.vision, split=split, reader=read)
+        for split, read in (("train", reader), ("eval", None))
     )
     collector = Collector(
         config,
@@ -304,7 +302,7 @@ def make_loop(
         train_runner,
         roles.sampler,
         roles.teacher,
-        {config.env.name: tasks["train"]},
+        tasks_of(tasks, "train"),
         guard,
         recorded,
     )
@@ -348,7 +346,7 @@ def make_loop(
         updater=updater,
         following=following,
         evaluation=HeldOutEvaluation(
-            config, eval_runner, roles, tasks.get("eval", 0), log.metrics, progress, interrupts
+            config, eval_runner, roles, tasks_of(tasks, "eval"), log.metrics, progress, interrupts
         ),
         log=log,
         guard=guard,

@@ -12,6 +12,7 @@ from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.statistics import (
     distillation_statistics,
+    environment_statistics,
     gap_statistics,
     importance_statistics,
     rollout_statistics,
@@ -21,7 +22,7 @@ from reopold_agent.train.collect import Collector
 from reopold_agent.train.engine import effective_importance_cap
 from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.roles import Roles
-from reopold_agent.train.rows import Row, StepBatch, trajectories_of
+from reopold_agent.train.rows import Row, StepBatch, kept_tokens, trajectories_of
 from reopold_agent.train.timing import Clock, step_times
 from reopold_agent.train.update import UpdateStats
 from reopold_agent.types import StopReason, Trajectory
@@ -120,6 +121,7 @@ class StepLog:
         row = {
             **training_metrics(self._objective, step, batch.chosen, update, self._importance_cap),
             **self._rollout_metrics(batch.trajectories),
+            **environment_statistics(batch.trajectories, [kept_tokens(row) for row in batch.rows]),
             "rollout/trained_share": len(batch.chosen) / len(batch.rows),
             "perf/padding_share": self._roles.take_passes().padding_share,
             **self._serving_metrics(batch, unscored),

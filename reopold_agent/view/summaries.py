@@ -24,11 +24,13 @@ def train_summary(row: Row) -> dict[str, Any]:
     turns = _list(row.get("turns"))
     calls = [_dict(turn).get("tool_call") for turn in turns]
     stop = _text(row.get("stop_reason"))
+    names = ("kind", "step", "who", "env", "index", "sample")
     return {
-        "key": "/".join(str(row.get(k, "")) for k in ("kind", "step", "who", "index", "sample")),
+        "key": "/".join(str(row.get(k, "")) for k in names if k != "env" or row.get(k)),
         "kind": _text(row.get("kind")),
         "step": _number(row.get("step")),
         "who": _text(row.get("who")),
+        "env": _text(row.get("env")),
         "index": _number(row.get("index")),
         "sample": _number(row.get("sample")),
         "id": _text(row.get("task_id")),

@@ -159,7 +159,7 @@ class VerlEngine(Engine):
         config: TrainConfig,
         composed: Any,
         objective: Objective,
-        tasks: Mapping[str, int],
+        tasks: Mapping[str, Mapping[str, int]],
         device: str,
         with_teacher: bool,
     ) -> None:

@@ -92,7 +92,7 @@ class Player:
         }
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="reopold-episode")
         # One thread at a time uses a runner, whose environment is kept for the next episode.
-        self._idle: dict[int, queue.SimpleQueue[RolloutRunner]] = {}
+        self._idle: dict[str, queue.SimpleQueue[RolloutRunner]] = {}
 
     @property
     def teacher(self) -> Servers | None:
@@ -105,7 +105,6 @@ class Player:
         sampling: Sampling,
         seed: tuple[int, ...],
         *,
-        max_turns: int,
         by_teacher: bool = False,
     ) -> Trajectory:
         """Plays one episode on a thread."""
@@ -114,9 +113,7 @@ class Player:
             raise ModelError("there is no teacher to play an episode")
         policy = VerlPolicy(servers)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._threads, self._play, policy, spec, sampling, seed, max_turns
-        )
+        return await loop.run_in_executor(self._threads, self._play, policy, spec, sampling, seed)
 
     def trajectory(self, row: Mapping[str, Any]) -> Trajectory:
         """Returns the trajectory of a stored row, with its pictures."""
@@ -131,14 +128,13 @@ class Player:
         spec: EpisodeSpec,
         sampling: Sampling,
         seed: tuple[int, ...],
-        max_turns: int,
     ) -> Trajectory:
-        idle = self._idle.setdefault(max_turns, queue.SimpleQueue())
+        idle = self._idle.setdefault(spec.split, queue.SimpleQueue())
         try:
             runner = idle.get_nowait()
         except queue.Empty:
             runner = make_runner(
-                self._config, self._chat, self._vision, max_turns=max_turns, concurrency=1
+                self._config, self._chat, self._vision, split=spec.split, concurrency=1
             )
         try:
             return runner.run(policy, [spec], sampling, seed)[0]
@@ -174,25 +170,16 @@ class RolloutWorker:
 
     async def evaluate(
         self,
-        indices: Sequence[int],
+        episodes: Sequence[EpisodeSpec],
         sampling: Sampling,
         seed: tuple[int, ...],
-        max_turns: int,
         by_teacher: bool,
     ) -> list[Trajectory]:
-        """Plays held-out tasks once each; the trajectories come without pictures."""
-        played = await asyncio.gather(
-            *[
-                self._player.episode(
-                    EpisodeSpec("eval", index),
-                    sampling,
-                    seed,
-                    max_turns=max_turns,
-                    by_teacher=by_teacher,
-                )
-                for index in indices
-            ]
-        )
+        """Plays held-out episodes; the trajectories come without pictures."""
+        playing = [
+            self._player.episode(spec, sampling, seed, by_teacher=by_teacher) for spec in episodes
+        ]
+        played = await asyncio.gather(*playing)
         for trajectory in played:
             self._player.pictures.forget(trajectory.images)
             trajectory.images = []
@@ -206,10 +193,7 @@ class RolloutWorker:
         sample = prompt.first_sample + session
         spec = EpisodeSpec("train", prompt.index, sample, prompt.env)
         trajectory = await self._player.episode(
-            spec,
-            self._sampling,
-            (self._config.seed, 1, prompt.step),
-            max_turns=self._config.rollout.max_turns,
+            spec, self._sampling, (self._config.seed, 1, prompt.step)
         )
         at_once = self._scored_at_once
         if not trajectory.trainable or not await self._usable(trajectory, prompt.step, at_once):
@@ -374,29 +358,28 @@ class RolloutManager:
 
     def evaluate(
         self,
-        tasks: int,
+        episodes: Sequence[EpisodeSpec],
         sampling: Sampling,
         seed: tuple[int, ...],
         *,
-        max_turns: int,
         by_teacher: bool = False,
         check: Callable[[], None] = lambda: None,
     ) -> list[Trajectory]:
-        """Plays the first ``tasks`` held-out tasks once each, in order of their index.
+        """Plays held-out episodes; returns their trajectories in the given order.
 
         ``check`` is called every second while they are played, and may raise to end this.
         """
         count = len(self._workers)
-        parts = [list(range(tasks))[number::count] for number in range(count)]
+        parts = [list(episodes[number::count]) for number in range(count)]
         playing = [
-            worker.evaluate.remote(part, sampling, seed, max_turns, by_teacher)
+            worker.evaluate.remote(part, sampling, seed, by_teacher)
             for worker, part in zip(self._workers, parts, strict=True)
             if part
         ]
         while len(ray.wait(playing, num_returns=len(playing), timeout=1.0)[0]) < len(playing):
             check()
-        played = ray.get(playing)
-        return sorted((t for part in played for t in part), key=lambda t: t.index)
+        played = {(t.group, t.sample): t for part in ray.get(playing) for t in part}
+        return [played[(each.env, each.index), each.sample] for each in episodes]
 
     def _turn(self) -> Any:
         worker = self._workers[self._next % len(self._workers)]

@@ -24,7 +24,11 @@ class TaskRunner:
     """
 
     def __init__(
-        self, config: TrainConfig, objective: Objective, folder: str, tasks: Mapping[str, int]
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        folder: str,
+        tasks: Mapping[str, Mapping[str, int]],
     ) -> None:
         self._config, self._objective = config, objective
         self._folder, self._tasks = Path(folder), dict(tasks)

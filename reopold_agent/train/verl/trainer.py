@@ -36,8 +36,8 @@ from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metric
 from reopold_agent.tracking.statistics import rollout_statistics
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
 from reopold_agent.train.behaviour import invalid_behaviour
-from reopold_agent.train.data_order import TaskOrder
-from reopold_agent.train.evaluation import EvaluationResult, ends_due, evaluation_row
+from reopold_agent.train.data_order import TaskOrder, tasks_of
+from reopold_agent.train.evaluation import EvaluationResult, ends_due, evaluation_row, held_out
 from reopold_agent.train.nonfinite import MAX_STEPS_WITHOUT_UPDATE, describe
 from reopold_agent.train.rows import Row, entropy_threshold, set_advantages, trajectories_of
 from reopold_agent.train.step_log import sampler_gap, training_metrics
@@ -65,7 +65,7 @@ class Trainer(PPOTrainerSync):
         config: ours.
         objective: for this run (`Objective.for_run`).
         folder: the run folder.
-        tasks: number of tasks by split.
+        tasks: number of tasks by environment and split.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Trainer(PPOTrainerSync):
         config: TrainConfig,
         objective: Objective,
         folder: Path,
-        tasks: Mapping[str, int],
+        tasks: Mapping[str, Mapping[str, int]],
     ) -> None:
         self.run_config, self.objective, self.folder = config, objective, folder
         self._without_update = 0  # steps in a row
@@ -99,7 +99,7 @@ class Trainer(PPOTrainerSync):
         """Makes the loader of task draws; verl saves and restores its state."""
         config = self.run_config
         self.train_dataset = StepTasks(
-            TaskOrder({config.env.name: self.task_counts["train"]}, config.seed, config.weights),
+            TaskOrder(tasks_of(self.task_counts, "train"), config.seed, config.weights),
             config.batch.prompts,
             config.batch.samples,
             config.steps,
@@ -436,10 +436,9 @@ class Trainer(PPOTrainerSync):
         wanted = settings.curve_tasks if curve else settings.tasks
         with self._teacher_awake() if swap else nullcontext():
             played = self.rollouts.evaluate(
-                min(wanted, self.task_counts["eval"]),
+                held_out(tasks_of(self.task_counts, "eval"), wanted),
                 sampling,
                 (self.run_config.seed, 2),
-                max_turns=settings.max_turns,
                 by_teacher=by_teacher,
                 # What is missing at the ends is evaluated on resuming, a point of the curve is not.
                 check=(lambda: None) if curve else self._stop.obey,

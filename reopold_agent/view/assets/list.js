@@ -2,7 +2,7 @@
 /* The list of episodes: filters, order, and pairs of episodes if two runs are compared. */
 
 const FIRST_ROWS = 100;
-const FILTER_NAMES = ["from", "to", "who", "benchmark", "category", "verdict", "tools", "stop", "q", "sort"];
+const FILTER_NAMES = ["from", "to", "who", "env", "benchmark", "category", "verdict", "tools", "stop", "q", "sort"];
 
 const TOOL_FILTERS = [["used", "a tool was used"], ["none", "no tool"], ["error", "a tool failed"], ["clean", "used, none failed"]];
 
@@ -38,7 +38,7 @@ function chosenEntries(runs, params) {
   const verdict = params.get("verdict") || "";
   const tests = [
     row => !(isNumber(row.step) && (row.step < from || row.step > to)),
-    row => same(row, "who", params) && same(row, "benchmark", params) && same(row, "category", params) && same(row, "stop", params),
+    row => same(row, "who", params) && same(row, "env", params) && same(row, "benchmark", params) && same(row, "category", params) && same(row, "stop", params),
     row => toolsFit(row, params.get("tools")),
     row => !words || [row.question, row.answer, row.id, row.error].some(text => String(text).toLowerCase().includes(words)),
     row => !verdict || verdict.includes("-") || row.verdict === verdict,
@@ -95,7 +95,7 @@ function filterBar(app, rows) {
   }));
   return el("form.filters", { role: "search", onsubmit: event => event.preventDefault() },
     rows.some(row => isNumber(row.step)) ? [step("from", "from step"), step("to", "to step")] : null,
-    select("who", "who", values("who"), "all"), select("benchmark", "benchmark", values("benchmark"), "all"),
+    select("who", "who", values("who"), "all"), select("env", "environment", values("env"), "all"), select("benchmark", "benchmark", values("benchmark"), "all"),
     select("category", "category", values("category"), "all"), select("verdict", "outcome", verdicts, "all"),
     select("tools", "tools", TOOL_FILTERS, "all"), select("stop", "ended by", values("stop"), "all"), search,
     select("sort", "order", Object.entries(ORDERS).map(([value, [text]]) => [value, text]), null),

@@ -75,13 +75,26 @@ function summaryTable(run) {
     : [["student before", "before"], ["student after", "after"], ["teacher", "teacher"]];
   const parts = run.facts.summary || partsSoFar(run);
   const cell = part => (isNumber(part.low) ? `${show3(part.success)} (${show3(part.low)} to ${show3(part.high)})` : show3(part.success));
-  const rows = names.filter(([, key]) => parts[key] && typeof parts[key] === "object");
+  const whole = names.filter(([, key]) => parts[key] && typeof parts[key] === "object").map(([label, key]) => [label, key, parts[key]]);
+  const rows = whole.concat(environmentsOf(run).flatMap(env => whole.map(([, key, part]) => [`${env}: ${key}`, "", environmentPart(part, env)])));
   if (!rows.length) return el("p.quiet", null, (config.evaluation || {}).tasks === 0 ? "No held-out evaluation." : "No evaluation yet.");
   return el("table.figures", null,
     el("thead", null, el("tr", null, ["held-out success", "sampled (95 %)", "greedy", "tools", "tasks"].map(text => el("th", { scope: "col" }, text)))),
-    el("tbody", null, rows.map(([label, key]) => el(key === "after" ? "tr.strong" : "tr", null, el("th", { scope: "row" }, label),
-      el("td", null, cell(parts[key])), el("td", null, show3((parts[key].greedy || {}).success)),
-      el("td", null, show3(parts[key].tool_rate)), el("td", null, show(parts[key].n))))));
+    el("tbody", null, rows.map(([label, key, part]) => el(key === "after" ? "tr.strong" : "tr", null, el("th", { scope: "row" }, label),
+      el("td", null, cell(part)), el("td", null, show3((part.greedy || {}).success)),
+      el("td", null, show3(part.tool_rate)), el("td", null, show(part.n))))));
+}
+
+/** Returns the names of a mixture's environments; none for a run of one. */
+function environmentsOf(run) {
+  return Object.keys(((run.facts.config || {}).mix || {}).envs || {});
+}
+
+/** Returns an environment's part of a summary's part, or of a row of metrics. */
+function environmentPart(part, env) {
+  if (part.envs) return part.envs[env] || {};
+  const of = row => Object.fromEntries(["success", "low", "high", "n", "tool_rate"].map(key => [key, (row || {})[`env/${env}/${key}`]]));
+  return { ...of(part), greedy: of(part.greedy) };
 }
 
 function partsSoFar(run) {
@@ -122,7 +135,7 @@ function fixed(value) {
 
 function allCharts(app) {
   const chosen = app.extraCurves;
-  return [successChart(app), ...CURVES.map(curve => keyChart(app, curve)), timeChart(app),
+  return [successChart(app), ...environmentCharts(app), ...CURVES.map(curve => keyChart(app, curve)), timeChart(app),
     ...[...chosen].sort().map(key => keyChart(app, { title: key, keys: [key], always: true }))].filter(Boolean);
 }
 
@@ -142,6 +155,18 @@ function successChart(app) {
     return { ...styled(app, i, k, `${who}, ${sampling}`), points, level: who === "teacher" };
   }));
   return series.some(one => one.points.length) ? lineChart(series, { title: "Held-out success", note: "with 95 % interval", legend: true }) : null;
+}
+
+/** Draws what a mixture's environments have in held-out success and in the update, one series for each. */
+function environmentCharts(app) {
+  const chart = (title, note, key, fits) => {
+    const series = app.runs.flatMap((run, i) => environmentsOf(run).map((env, k) => ({
+      ...styled(app, i, k, env), points: run.metrics.filter(fits).map(row => ({ x: row.step, y: row[`env/${env}/${key}`] })),
+    })));
+    return series.some(one => one.points.some(p => isNumber(p.y))) ? lineChart(series, { title, note, legend: true }) : null;
+  };
+  return [chart("Held-out success by environment", "student, sampled", "success", row => row.kind === "eval" && row.who === "student" && row.sampling === "sampled"),
+    chart("Kept tokens by environment", "share of all kept tokens", "kept_share", row => row.kind === "train")];
 }
 
 function keyChart(app, { title, note, keys, always }) {
