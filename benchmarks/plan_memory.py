@@ -35,6 +35,8 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -160,10 +162,7 @@ class _Student(nn.Module):
     def __init__(self, update: Update) -> None:
         super().__init__()
         self.update = update
-        config = as_config(update.student)
-        sees = update.student.vision is not None
-        kind: Any = Qwen2_5_VLForConditionalGeneration if sees else Qwen2ForCausalLM
-        model = kind(config)
+        model = build(update.student)
         for part in (model.config, *(m.config for m in model.modules() if hasattr(m, "config"))):
             part._attn_implementation = ATTENTION
         if update.checkpointing:
@@ -219,9 +218,9 @@ class _Student(nn.Module):
         return seen
 
 
-def as_config(shape: Architecture) -> Qwen2Config | Qwen2_5_VLConfig:
-    """Returns a checkpoint's shapes as transformers' configuration."""
-    text = shape.text
+def build(shape: Architecture, attention: str | None = None) -> Any:
+    """Returns transformers' model with a checkpoint's shapes: Qwen2, Qwen2.5-VL or Qwen3-VL."""
+    text, vision = shape.text, shape.vision
     entries: dict[str, Any] = {
         "hidden_size": text.hidden,
         "num_hidden_layers": text.layers,
@@ -230,21 +229,34 @@ def as_config(shape: Architecture) -> Qwen2Config | Qwen2_5_VLConfig:
         "intermediate_size": text.mlp,
         "vocab_size": text.vocab,
     }
-    if shape.vision is None:
-        return Qwen2Config(**entries, tie_word_embeddings=text.tied)
-    vision = {
-        "depth": shape.vision.depth,
-        "hidden_size": shape.vision.width,
-        "num_heads": shape.vision.heads,
-        "intermediate_size": shape.vision.mlp,
-        "out_hidden_size": shape.vision.out,
+    config: Any
+    if vision is None:
+        config = Qwen2Config(**entries, tie_word_embeddings=text.tied)
+    else:
+        tower = {
+            "depth": vision.depth,
+            "hidden_size": vision.width,
+            "num_heads": vision.heads,
+            "intermediate_size": vision.mlp,
+            "out_hidden_size": vision.out,
+        }
+        sections = [text.head_dim // 8, *[text.head_dim * 3 // 16] * 2]
+        rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+        entries["rope_parameters"] = rope
+        kind: Any = Qwen2_5_VLConfig
+        if text.head_norms:
+            kind = Qwen3VLConfig
+            entries["head_dim"] = text.head_dim
+            features = list(range(vision.mergers - 1))
+            tower |= {"deepstack_visual_indexes": features}  # type: ignore[dict-item]
+        config = kind(text_config=entries, vision_config=tower, tie_word_embeddings=text.tied)
+    config._attn_implementation = attention
+    classes: dict[type, Any] = {
+        Qwen2Config: Qwen2ForCausalLM,
+        Qwen2_5_VLConfig: Qwen2_5_VLForConditionalGeneration,
+        Qwen3VLConfig: Qwen3VLForConditionalGeneration,
     }
-    sections = [text.head_dim // 8, *[text.head_dim * 3 // 16] * 2]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    entries["rope_parameters"] = rope
-    return Qwen2_5_VLConfig(
-        text_config=entries, vision_config=vision, tie_word_embeddings=text.tied
-    )
+    return classes[type(config)](config)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import SEEING, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from running import train, train_rows
@@ -24,8 +25,6 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2VLConfig,
-    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
@@ -46,7 +45,8 @@ from reopold_agent.train import finish
 from reopold_agent.types import EncodedImage, Trajectory
 
 KINDS = [
-    *("qwen2_5_vl", "qwen2_5_vl sliding", "qwen2_5_vl checkpointed", "qwen2_vl"),
+    *("qwen2_5_vl", "qwen2_5_vl sliding", "qwen2_5_vl checkpointed"),
+    *("qwen2_vl", "qwen3_vl", "qwen3_vl checkpointed"),
     *("qwen2", "qwen2 sliding", "qwen3", "llama", "mistral"),
 ]
 
@@ -66,7 +66,7 @@ def rows(
     ]
 
 
-def tiny(kind: str, make_model: Callable[..., Any], seed: int = 0) -> Any:
+def tiny(kind: str, make_model: Callable[..., Any], tokenizer: Any, seed: int = 0) -> Any:
     """A random model of a kind whose pictures, if it sees any, are those of ``make_model``."""
     name, _, variant = kind.partition(" ")
     seeing = make_model(
@@ -78,28 +78,24 @@ def tiny(kind: str, make_model: Callable[..., Any], seed: int = 0) -> Any:
     config = seeing.config
     if name == "qwen2_5_vl":
         model = seeing
+    elif name in SEEING:
+        model = tiny_model(tiny_config(name, tokenizer, {"patch_size": 14}), seed)
     else:
         text = {**config.text_config.to_dict(), "tie_word_embeddings": False}
-        tokens = {k: v for k, v in vars(config).items() if k.endswith("_token_id")}
         kinds: dict[str, tuple[Any, Any]] = {
             "qwen2": (Qwen2Config, Qwen2ForCausalLM),
             "qwen3": (Qwen3Config, Qwen3ForCausalLM),
             "llama": (LlamaConfig, LlamaForCausalLM),
             "mistral": (MistralConfig, MistralForCausalLM),
-            "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
         }
         config_class, model_class = kinds[name]
         for key in ("model_type", "layer_types", "dtype", "architectures"):
             text.pop(key, None)
-        if name == "qwen2_vl":
-            vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
-            made = config_class(text_config=text, vision_config=vision, **tokens)
-        else:
-            text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-            text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10.0}
-            if name == "mistral":
-                text["sliding_window"] = 16
-            made = config_class(**text)
+        text |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10.0}
+        if name == "mistral":
+            text["sliding_window"] = 16
+        made = config_class(**text)
         made._attn_implementation = "sdpa"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -133,7 +129,7 @@ def make_pair(
     """``make_pair(kind, seed=0)``: policies of a model, with padded and with packed rows."""
 
     def make(kind: str, seed: int = 0, kernel: str = "sdpa") -> tuple[Any, Any]:
-        model = tiny(kind, make_model, seed)
+        model = tiny(kind, make_model, chat.tokenizer, seed)
         policies = make_policy(model), make_policy(twin(model, kernel))
         if not hasattr(model.model, "get_rope_index"):
             for policy in policies:

@@ -118,7 +118,7 @@ def plan(*words: str, gpu: str = "h100_80gb", **changes: Any) -> Plan:
     config, _ = composed(*words)
     student = find_architecture(config.model.student.path)
     teacher = find_architecture(config.model.teacher.path) if config.model.teacher else None
-    made = assumed_workload(config, student.vision is not None, {})
+    made = assumed_workload(config, student.vision and student.vision.pixels_per_token, {})
     card = find_gpu(gpu)
     schedule = changes.pop("schedule", None)
     return make_plan(

@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from families import SEEING, tiny_config, tiny_model
 from running import composed, load_script
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2ForCausalLM,
-)
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2ForCausalLM
 
 from reopold_agent.errors import ConfigError
 from reopold_agent.plan import flops
@@ -46,7 +43,7 @@ WEIGHTS = Path(architecture.__file__).parents[1] / "demo" / "weights"
 # Shapes
 
 
-as_config = load_script(Path(__file__).parents[1] / "benchmarks" / "plan_memory.py").as_config
+build = load_script(Path(__file__).parents[1] / "benchmarks" / "plan_memory.py").build
 
 
 @pytest.mark.parametrize(
@@ -55,6 +52,10 @@ as_config = load_script(Path(__file__).parents[1] / "benchmarks" / "plan_memory.
         ("Qwen/Qwen2.5-VL-3B-Instruct", 3.75),
         ("Qwen/Qwen2.5-VL-7B-Instruct", 8.29),
         ("Qwen/Qwen2.5-VL-32B-Instruct", 33.5),
+        ("Qwen/Qwen3-VL-2B-Thinking", 2.127_532_032),
+        ("Qwen/Qwen3-VL-4B-Instruct", 4.437_815_808),
+        ("Qwen/Qwen3-VL-8B-Instruct", 8.767_123_696),
+        ("Qwen/Qwen3-VL-32B-Instruct", 33.4),
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 1.78),
         ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.62),
         ("Skywork/Skywork-OR1-32B-Preview", 32.8),
@@ -66,10 +67,8 @@ def test_parameters_of_the_published_sizes(
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     shape = find_architecture(path)
     assert shape.parameters / 1e9 == pytest.approx(billions, rel=0.004)
-    config = as_config(shape)
-    kind: Any = Qwen2ForCausalLM if shape.vision is None else Qwen2_5_VLForConditionalGeneration
     with torch.device("meta"):
-        model = kind(config)
+        model = build(shape)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -111,6 +110,8 @@ def test_models_of_other_families_are_counted_or_refused() -> None:
     layer = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128 + 2 * 64
     assert llama.parameters == 2 * 100 * 64 + 2 * layer + 64
     assert unknown.parameters == llama.parameters + 2 * (64 + 32 + 32)  # counted as Qwen2: biases
+    with pytest.raises(ConfigError, match=r"'x' is a mixtral model.*\nTake one of"):
+        from_config("x", {**config, "model_type": "mixtral"}, "x/config.json")
     with pytest.raises(ConfigError, match=r"cannot build the model of x/config\.json"):
         from_config("x", {**config, "model_type": "llama", "hidden_act": "none"}, "x/config.json")
 
@@ -155,11 +156,9 @@ def test_the_table_covers_the_recipes() -> None:
 TEXT = TextShape(48, 3, 4, 2, 12, 80, 160, False, parameters=70_000)
 
 
-def tiny_text() -> Qwen2ForCausalLM:
-    shape = Architecture("tiny", TEXT, None, "test")
-    config = as_config(shape)
-    config._attn_implementation = "eager"  # matrix products that the counter sees as they are
-    return Qwen2ForCausalLM(config)
+def tiny_text() -> Any:
+    # With eager attention, matrix products that the counter sees as they are.
+    return build(Architecture("tiny", TEXT, None, "test"), "eager")
 
 
 def test_forward_flops_equal_the_counters() -> None:
@@ -186,29 +185,21 @@ def test_a_backward_pass_costs_two_forwards() -> None:
     assert both.get_total_flops() == pytest.approx(3 * forward.get_total_flops(), rel=1e-3)
 
 
-def test_vision_flops_equal_the_counters() -> None:
-    config = Qwen2_5_VLConfig(
-        text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-        vision_config={
-            "depth": 3,
-            "hidden_size": 48,
-            "num_heads": 4,
-            "intermediate_size": 68,
-            "out_hidden_size": 32,
-            "fullatt_block_indexes": [1],
-        },
-    )
-    shape = from_config("tiny", {"model_type": "qwen2_5_vl", **config.to_dict()}, "test")
+@pytest.mark.parametrize("kind", SEEING)
+def test_vision_flops_and_parameters_equal_the_counters(kind: str, tokenizer: Any) -> None:
+    more = {"fullatt_block_indexes": [1], "depth": 3} if kind == "qwen2_5_vl" else {"depth": 3}
+    config = tiny_config(kind, tokenizer, vision={**more, "num_heads": 4})
+    shape = from_config("tiny", config.to_dict(), "test")
     assert shape.vision is not None
-    assert (shape.vision.depth, shape.vision.full_blocks) == (3, 1)
-    with torch.device("cpu"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
-            config, attn_implementation="eager"
-        ).model.visual
+    blocks = (3, 1) if kind == "qwen2_5_vl" else (3, 3)
+    assert (shape.vision.depth, shape.vision.full_blocks) == blocks
+    assert shape.vision.mergers == (3 if kind == "qwen3_vl" else 1)
+    model = tiny_model(config, attention="eager")
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
     rows, columns = 16, 24  # patches: two by three whole windows of 8 x 8
     pixels = torch.zeros(rows * columns, shape.vision.patch_values)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(pixels, grid_thw=torch.tensor([[1, rows, columns]]))
+        model.model.visual(pixels, grid_thw=torch.tensor([[1, rows, columns]]))
     expected = flops.vision_forward(shape.vision, [rows * columns / 4])
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.002)  # rotary angles
 
@@ -342,16 +333,17 @@ def test_spread_keeps_every_response() -> None:
 
 def test_assumptions_scale_with_the_task() -> None:
     config, _ = composed("recipe=paper_math_1_5b")
-    made = assumed_workload(config, has_vision=False, given={})
+    made = assumed_workload(config, None, given={})
     assert (made.response, made.prompt_pictures.total, made.observation) == (5500, 0, 0)
     config, _ = composed("recipe=paper_agentic")
-    made = assumed_workload(config, has_vision=True, given={})
+    made = assumed_workload(config, 784, given={})
     assert made.prompt_pictures == PictureLoad(1, 1250)
     assert made.observation > 0
+    assert assumed_workload(config, 1024, {}).prompt_pictures.tokens == 1250 * 784 / 1024
     config, _ = composed()  # the embedded task: pictures of 16 tokens
-    made = assumed_workload(config, has_vision=True, given={"response": 20, "prompt": 50})
+    made = assumed_workload(config, 784, given={"response": 20, "prompt": 50})
     assert made.prompt_pictures == PictureLoad(1, 16)
     assert (made.response, made.prompt_text) == (20, 50)
     assert made.sources["response"] == "given"
     with pytest.raises(ConfigError, match=r"\(0, 256\].*got 300"):
-        assumed_workload(config, has_vision=True, given={"response": 300})
+        assumed_workload(config, 784, given={"response": 300})

@@ -15,7 +15,10 @@ from hydra import compose, initialize_config_module
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+    Qwen2VLImageProcessorPil,
+    smart_resize,
+)
 
 from examples.embedded_models.digits.prompts import make_env as demo_env
 from reopold_agent.common.pixels import MAX_ASPECT, PixelLimits, ShownSizes, padded
@@ -279,9 +282,13 @@ class Scripted:
     def release(self, key: int) -> None: ...
 
 
+@pytest.mark.parametrize(
+    ("patch", "seen", "cut"), [(14, (1148, 840), (420, 336)), (16, (1152, 864), (416, 320))]
+)
 def test_a_rollout_tells_its_environments_the_models_own_rule(
-    chat: ChatRenderer, vision: VisionProcessor
+    chat: ChatRenderer, patch: int, seen: tuple[int, int], cut: tuple[int, int]
 ) -> None:
+    vision = VisionProcessor(Qwen2VLImageProcessorPil(patch_size=patch))
     env, _ = made(picture(4032, 3024, *PATCH), sizes=ShownSizes())
     runner = RolloutRunner(
         lambda: env,
@@ -291,7 +298,8 @@ def test_a_rollout_tells_its_environments_the_models_own_rule(
         observation_pixels=OBSERVATION,
         limits=RolloutLimits(),
     )
-    look = call("crop_image", bbox_2d=[574, 420, 697, 510], target_image=1)
+    box = [int(side + 1e-6) for side in in_shown_pixels(PATCH, (4032, 3024), seen)]
+    look = call("crop_image", bbox_2d=box, target_image=1)
     (trajectory,) = runner.run(
         Scripted(chat, look, "\\boxed{7}"),  # type: ignore[arg-type]
         [EpisodeSpec("train", 0)],
@@ -299,8 +307,9 @@ def test_a_rollout_tells_its_environments_the_models_own_rule(
         (0,),
     )
     assert env.sizes == ShownSizes(PROMPT, OBSERVATION, vision.factor)
-    assert [image.pixels.shape[:2] for image in trajectory.images] == [(840, 1148), (336, 420)]
-    assert "(Image Size: 420x336)" in trajectory.turns[0].observation
+    assert [image.pixels.shape[1::-1] for image in trajectory.images] == [seen, cut]
+    assert trajectory.images[0].grid == (1, seen[1] // patch, seen[0] // patch)
+    assert f"(Image Size: {cut[0]}x{cut[1]})" in trajectory.turns[0].observation
     assert bool((trajectory.images[1].pixels == RED).all())
 
 

@@ -265,7 +265,8 @@ def _plan(
         gpu, numbers.get("mfu"), numbers.get("bandwidth"), numbers.get("overhead")
     )
     given = {key: numbers[key] for key in NUMBERS[3:] if key in numbers}
-    work = assumed_workload(config, student.vision is not None, given)
+    pixels_per_token = student.vision.pixels_per_token if student.vision else None
+    work = assumed_workload(config, pixels_per_token, given)
     if "measured" in names:
         rates, measured = _measure(Path(names["measured"]), names, rates)
         if measured.config.env.name == config.env.name and not given:

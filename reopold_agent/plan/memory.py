@@ -89,9 +89,9 @@ class TrainerMemory:
         live = 4 * text.hidden + 3 * text.mlp
         seen = 0.0
         if model.vision is not None:
-            seen = (
-                pictures * model.vision.merge**2 * (4 * model.vision.width + 3 * model.vision.mlp)
-            )
+            tower = model.vision
+            values = 4 * tower.width + tower.mlp_matrices * tower.mlp
+            seen = pictures * tower.merge**2 * values
         # The layer that computes, the next, and the buffer in which it arrives.
         layers = 3 * width * text.layer_weights
         return {
@@ -163,8 +163,10 @@ class TrainerMemory:
 
     def _vision_values(self, vision: VisionShape) -> tuple[float, float]:
         """Returns the values per patch of the block that computes, and of all others."""
-        kept = 14 * vision.width + 4 * vision.mlp
-        live = kept + 2 * vision.mlp + vision.width
+        # The results of the first matrices, and as many of what is made of them.
+        inner = (vision.mlp_matrices - 1) * vision.mlp
+        kept = 14 * vision.width + 2 * inner
+        live = kept + inner + vision.width
         if self.checkpointing:
             return live, vision.width * vision.depth
         return live, kept * (vision.depth - 1)

@@ -12,8 +12,8 @@ from typing import Any
 from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ConfigError
 
-PIXELS_PER_TOKEN = 784
-"""Qwen2.5-VL: one token per 28 x 28 pixels."""
+_ASSUMED_FOR = 784
+"""Pixels of a token in `_ASSUMED`: Qwen2.5-VL has one per 28 x 28 pixels."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,12 @@ def _scale(mean: float, most: float) -> float:
 
 @dataclass(frozen=True)
 class _Assumed:
-    """Assumptions for an environment; ``response`` is a share of the budget."""
+    """Assumptions for an environment.
+
+    Attributes:
+        picture, observed_picture: tokens of Qwen2.5-VL.
+        response: share of the budget.
+    """
 
     prompt_text: float
     picture: float
@@ -158,12 +163,14 @@ _OTHER = _Assumed(
 )
 
 
-def assumed_workload(config: TrainConfig, has_vision: bool, given: Mapping[str, float]) -> Workload:
+def assumed_workload(
+    config: TrainConfig, pixels_per_token: int | None, given: Mapping[str, float]
+) -> Workload:
     """Returns the assumed episodes of a step.
 
     Args:
         config: the run's configuration.
-        has_vision: whether the student sees pictures.
+        pixels_per_token: of the student's pictures; None if it sees none.
         given: values that replace assumptions: ``prompt`` (tokens of text), ``pictures`` (in the
             prompt), ``response`` and ``observation`` (tokens in all).
     """
@@ -177,12 +184,13 @@ def assumed_workload(config: TrainConfig, has_vision: bool, given: Mapping[str, 
     most = config.rollout.max_response_tokens
     limits = config.pixels.prompt, config.pixels.observation
     tokens, observed = (
-        min(max(wanted, limit.min_pixels / PIXELS_PER_TOKEN), limit.max_pixels / PIXELS_PER_TOKEN)
+        min(max(wanted * _ASSUMED_FOR, limit.min_pixels), limit.max_pixels)
+        / (pixels_per_token or _ASSUMED_FOR)
         for wanted, limit in zip((assumed.picture, assumed.observed_picture), limits, strict=True)
     )
-    pictures = given.get("pictures", 1.0 if has_vision and assumed.picture else 0.0)
+    pictures = given.get("pictures", 1.0 if pixels_per_token and assumed.picture else 0.0)
     several = config.rollout.max_turns > 1
-    seen = assumed.observed_pictures if has_vision and several else 0.0
+    seen = assumed.observed_pictures if pixels_per_token and several else 0.0
     text = assumed.observation_text if several else 0.0
     if "observation" in given:
         seen, text = 0.0, given["observation"]

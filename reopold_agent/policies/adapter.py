@@ -23,8 +23,7 @@ class ModelAdapter:
     """A model with its picture processor.
 
     Args:
-        model: `Qwen2_5_VLForConditionalGeneration`, a text-only causal model of Hugging Face, or
-            either wrapped by peft.
+        model: of one of `architecture.FAMILIES`, as Hugging Face builds it, or wrapped by peft.
         vision: needed when pictures occur.
         image_token_id: id of the image placeholder; None for text-only models.
         autocast: dtype of the computation if it differs from the weights' dtype.
@@ -89,8 +88,8 @@ class ModelAdapter:
     def positions(self, ids: Sequence[int] | IntArray, images: Sequence[EncodedImage]) -> Tensor:
         """Returns the position ids of a whole sequence, (3, length) int64, by the model's own rule.
 
-        Qwen2.5-VL: multimodal RoPE from the grids (`get_rope_index`). Text models: 0, 1, 2 ...
-        three times, of which one is used.
+        Models that see pictures: multimodal RoPE from the grids (`get_rope_index`). Text models:
+        0, 1, 2 ... three times, of which one is used.
 
         Raises:
             ModelError: placeholders and pictures do not match.

@@ -1,4 +1,7 @@
-"""Reads the shapes of a checkpoint from its ``config.json``, or from a table of published sizes."""
+"""The architectures that are known here, and the shapes of a checkpoint.
+
+Shapes come from its ``config.json``, or from a table of published sizes.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,124 @@ from reopold_agent.errors import ConfigError, first_line
 
 
 @dataclass(frozen=True)
+class TowerKind:
+    """How the vision tower of a family is built.
+
+    Attributes:
+        gated: its feed-forward layers are SwiGLU, with three matrices; otherwise they have two.
+        norm_vectors: vectors of a norm: 1 for RMS norms, 2 for layer norms (with a bias).
+        patch_bias: whether the patches' embedding has a bias.
+        width, out: entries of ``vision_config`` with the tower's width and the merger's.
+        defaults: what its files may leave out.
+    """
+
+    gated: bool
+    norm_vectors: int
+    patch_bias: bool
+    width: str
+    out: str
+    defaults: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """An architecture that is known here: what tells it apart from the others.
+
+    All are decoders with grouped-query attention and SwiGLU that transformers can build. How
+    positions and pictures enter is asked of the model itself (`ModelAdapter`).
+
+    Attributes:
+        name: what its users call it.
+        biases: whether queries, keys and values have biases.
+        head_norms: whether the queries and keys of each head are normalised.
+        tower: the vision tower; None for text-only models.
+        option: the option of ``model`` with settings for any of its checkpoints.
+    """
+
+    name: str
+    biases: bool = False
+    head_norms: bool = False
+    tower: TowerKind | None = None
+    option: str = "causal_lm"
+
+
+_TOWER = {
+    "num_heads": 16,
+    "in_channels": 3,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "patch_size": 14,
+}
+_QWEN2_TOWER = TowerKind(
+    gated=False,
+    norm_vectors=2,
+    patch_bias=False,
+    width="embed_dim",
+    out="hidden_size",
+    defaults={**_TOWER, "depth": 32, "embed_dim": 1280, "mlp_ratio": 4},
+)
+_QWEN2_5_TOWER = TowerKind(
+    gated=True,
+    norm_vectors=1,
+    patch_bias=False,
+    width="hidden_size",
+    out="out_hidden_size",
+    defaults={
+        **_TOWER,
+        "depth": 32,
+        "window_size": 112,
+        "fullatt_block_indexes": (7, 15, 23, 31),
+    },
+)
+_QWEN3_TOWER = TowerKind(
+    gated=False,
+    norm_vectors=2,
+    patch_bias=True,
+    width="hidden_size",
+    out="out_hidden_size",
+    defaults={
+        **_TOWER,
+        "depth": 27,
+        "patch_size": 16,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": (8, 16, 24),
+    },
+)
+
+FAMILIES: Mapping[str, Family] = {
+    "qwen2": Family("Qwen2 and Qwen2.5", biases=True),
+    "qwen3": Family("Qwen3", head_norms=True),
+    "llama": Family("Llama"),
+    "mistral": Family("Mistral"),
+    "qwen2_vl": Family("Qwen2-VL", biases=True, tower=_QWEN2_TOWER, option="qwen2_5_vl"),
+    "qwen2_5_vl": Family("Qwen2.5-VL", biases=True, tower=_QWEN2_5_TOWER, option="qwen2_5_vl"),
+    "qwen3_vl": Family("Qwen3-VL", head_norms=True, tower=_QWEN3_TOWER, option="qwen3_vl"),
+}
+"""By ``model_type`` of ``config.json``. What was tested with each is in docs/models.md."""
+
+
+def unknown_family(who: str, model_type: str) -> str:
+    """Returns the message about a model of none of `FAMILIES`; ``who`` names it."""
+    seeing, text = (
+        ", ".join(each.name for each in FAMILIES.values() if (each.tower is not None) == sees)
+        for sees in (True, False)
+    )
+    return (
+        f"{who} is a {model_type} model, which is not supported.\nTake one of {seeing} (with "
+        f"pictures), {text} (text only); docs/models.md says what was tested."
+    )
+
+
+@dataclass(frozen=True)
 class TextShape:
-    """A decoder of the Qwen2 family: grouped-query attention and SwiGLU.
+    """A decoder with grouped-query attention and SwiGLU.
 
     Attributes:
         hidden: width of the residual stream.
         mlp: width of the feed-forward layer.
         tied: whether the output embedding is the input's.
         parameters: all parameters, a tied embedding once.
+        biases, head_norms: as in `Family`.
     """
 
     hidden: int
@@ -33,6 +146,8 @@ class TextShape:
     vocab: int
     tied: bool
     parameters: int
+    biases: bool = True
+    head_norms: bool = False
 
     @property
     def layer_weights(self) -> int:
@@ -47,13 +162,15 @@ class TextShape:
 
 @dataclass(frozen=True)
 class VisionShape:
-    """Qwen2.5-VL's vision tower.
+    """A vision tower of the Qwen-VL models.
 
     Attributes:
-        out: width that the merger hands to the decoder; one token per merge x merge patches.
+        out: width that the mergers hand to the decoder; one token per merge x merge patches.
         full_blocks: blocks that attend to the whole picture; the others attend within windows.
         parameters: all parameters of the tower.
         window: side of an attention window in pixels.
+        mergers: one, and one for each DeepStack feature, which early layers of the decoder add.
+        places: learned position embeddings.
     """
 
     depth: int
@@ -68,6 +185,19 @@ class VisionShape:
     temporal: int = 2
     channels: int = 3
     window: int = 112
+    mergers: int = 1
+    places: int = 0
+    kind: TowerKind = _QWEN2_5_TOWER
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Pixels of a token of the decoder."""
+        return (self.patch * self.merge) ** 2
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of a feed-forward layer."""
+        return 3 if self.kind.gated else 2
 
     @property
     def patch_values(self) -> int:
@@ -77,13 +207,13 @@ class VisionShape:
     @property
     def block_weights(self) -> int:
         """Number of weights in the matrices of one block."""
-        return 4 * self.width**2 + 3 * self.width * self.mlp
+        return 4 * self.width**2 + self.mlp_matrices * self.width * self.mlp
 
     @property
     def merger_weights(self) -> int:
-        """Number of weights in the merger's matrices; it runs once per token."""
+        """Number of weights in the mergers' matrices; each runs once per token."""
         wide = self.merge**2 * self.width
-        return wide * wide + wide * self.out
+        return self.mergers * (wide * wide + wide * self.out)
 
     @property
     def window_patches(self) -> int:
@@ -128,7 +258,14 @@ class Architecture:
 _VOCAB_BLOCK = 64
 """vLLM fills embeddings up to a multiple of this (``DEFAULT_VOCAB_PADDING_SIZE``)."""
 
-_VISION = {"depth": 32, "width": 1280, "heads": 16, "full_blocks": 4}
+_VISION: dict[str, Any] = {"depth": 32, "width": 1280, "heads": 16, "full_blocks": 4}
+_VISION_3: dict[str, Any] = {
+    "kind": _QWEN3_TOWER,
+    "patch": 16,
+    "window": 0,
+    "mergers": 4,
+    "places": 2304,
+}
 _TEXT_7B = TextShape(3584, 28, 28, 4, 128, 18944, 152064, False, 7_615_616_512)
 _TEXT_32B = TextShape(5120, 64, 40, 8, 128, 27648, 152064, False, 32_763_876_352)
 _SIZES: Mapping[str, tuple[TextShape, VisionShape | None]] = {
@@ -144,6 +281,22 @@ _SIZES: Mapping[str, tuple[TextShape, VisionShape | None]] = {
         _TEXT_32B,
         VisionShape(mlp=3456, out=5120, parameters=688_841_984, **_VISION),
     ),
+    "Qwen3-VL-2B": (
+        TextShape(2048, 28, 16, 8, 128, 6144, 151936, True, 1_720_574_976, False, True),
+        VisionShape(24, 1024, 16, 4096, 2048, 24, 406_957_056, **_VISION_3),
+    ),
+    "Qwen3-VL-4B": (
+        TextShape(2560, 36, 32, 8, 128, 9728, 151936, True, 4_022_468_096, False, True),
+        VisionShape(24, 1024, 16, 4096, 2560, 24, 415_347_712, **_VISION_3),
+    ),
+    "Qwen3-VL-8B": (
+        TextShape(4096, 36, 32, 8, 128, 12288, 151936, False, 8_190_735_360, False, True),
+        VisionShape(27, 1152, 16, 4304, 4096, 27, 576_388_336, **_VISION_3),
+    ),
+    "Qwen3-VL-32B": (
+        TextShape(5120, 64, 64, 8, 128, 25600, 151936, False, 32_762_123_264, False, True),
+        VisionShape(27, 1152, 16, 4304, 5120, 27, 595_266_800, **_VISION_3),
+    ),
     "R1-Distill-Qwen-1.5B": (
         TextShape(1536, 28, 12, 2, 128, 8960, 151936, False, 1_777_088_000),
         None,
@@ -152,13 +305,19 @@ _SIZES: Mapping[str, tuple[TextShape, VisionShape | None]] = {
     "R1-Distill-Qwen-32B": (_TEXT_32B, None),
 }
 """From the ``config.json`` of each size's first release. Parameters are those of the model built
-from it, which a test repeats; the totals agree with the model cards (3.75, 8.29, 33.5, 1.78, 7.62
-and 32.8 billion). They are written down so that plans of these sizes start without PyTorch."""
+from it, which a test repeats; the totals agree with the model cards (3.75, 8.29, 33.5, 2.13, 4.44,
+8.77, 33.4, 1.78, 7.62 and 32.8 billion). They are written down so that plans of these sizes start
+without PyTorch."""
 
 PUBLISHED: Mapping[str, str] = {
     "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen2.5-VL-3B",
     "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen2.5-VL-7B",
     "Qwen/Qwen2.5-VL-32B-Instruct": "Qwen2.5-VL-32B",
+    **{
+        f"Qwen/Qwen3-VL-{size}-{kind}": f"Qwen3-VL-{size}"
+        for size in ("2B", "4B", "8B", "32B")
+        for kind in ("Instruct", "Thinking")
+    },
     "VerlTool/pixel-reaoner-qwen2-5vl-3b-sft": "Qwen2.5-VL-3B",
     "TIGER-Lab/PixelReasoner-RL-v1": "Qwen2.5-VL-7B",
     "TIGER-Lab/PixelReasoner-WarmStart": "Qwen2.5-VL-7B",
@@ -200,15 +359,16 @@ def find_architecture(path: str) -> Architecture:
 
 
 def from_config(name: str, values: Mapping[str, Any], source: str) -> Architecture:
-    """Reads shapes from a ``config.json`` of Qwen2, Qwen2.5-VL or a decoder of the same structure.
+    """Reads shapes from a ``config.json`` of `FAMILIES`, or of a checkpoint with its own code.
 
     Raises:
-        ConfigError: a needed entry is missing, or transformers cannot build the model.
+        ConfigError: the model is of another family, a needed entry is missing, or transformers
+            cannot build the model.
     """
     text = values.get("text_config") or values
-    sees = values.get("model_type") == "qwen2_5_vl"
-    # Qwen2.5-VL ties embeddings by its outer entry alone.
-    ties = values if sees else {**text, **values}
+    family = FAMILIES.get(str(values.get("model_type")), Family("", biases=True))
+    # Models that see pictures tie embeddings by the outer entry alone.
+    ties = values if family.tower is not None else {**text, **values}
     try:
         heads = int(text["num_attention_heads"])
         shape = TextShape(
@@ -221,80 +381,98 @@ def from_config(name: str, values: Mapping[str, Any], source: str) -> Architectu
             vocab=int(text["vocab_size"]),
             tied=bool(ties.get("tie_word_embeddings", False)),
             parameters=0,
+            biases=family.biases,
+            head_norms=family.head_norms,
         )
-        vision = values.get("vision_config")
         tower = None
-        if vision and sees:
-            # Files of the first release leave out defaults of the class.
-            tower = VisionShape(
-                depth=int(vision.get("depth", 32)),
-                width=int(vision["hidden_size"]),
-                heads=int(vision.get("num_heads", 16)),
-                mlp=int(vision["intermediate_size"]),
-                out=int(vision.get("out_hidden_size", shape.hidden)),
-                full_blocks=len(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
-                patch=int(vision.get("patch_size", 14)),
-                merge=int(vision.get("spatial_merge_size", 2)),
-                temporal=int(vision.get("temporal_patch_size", 2)),
-                channels=int(vision.get("in_channels", vision.get("in_chans", 3))),
-                window=int(vision.get("window_size", 112)),
-                parameters=0,
-            )
+        if family.tower is not None:
+            tower = _tower(family.tower, values["vision_config"], shape.hidden)
     except KeyError as error:
         raise ConfigError(f"{source} has no entry {error} that a plan needs") from error
-    if sees or values.get("model_type") == "qwen2":
+    if family.tower is not None or values.get("model_type") in ("qwen2", "qwen3"):
         parameters = decoder_parameters(shape)
     else:
         try:
-            parameters = _count_parameters(values)
+            parameters = _count_parameters(name, values)
+        except ConfigError:
+            raise
         except Exception as error:  # any kind: transformers checks the user's file
             reason = first_line(error)
             message = f"transformers cannot build the model of {source}: {reason}"
             raise ConfigError(message) from error
     shape = replace(shape, parameters=parameters)
-    if tower is not None:
-        tower = replace(tower, parameters=tower_parameters(tower))
     return Architecture(name, shape, tower, source, values.get("image_token_id"))
 
 
+def _tower(kind: TowerKind, given: Mapping[str, Any], hidden: int) -> VisionShape:
+    """Reads a tower from ``vision_config``; ``hidden`` is the decoder's width."""
+    entries = {**kind.defaults, **given}
+    depth, width = int(entries["depth"]), int(entries[kind.width])
+    mlp = entries["mlp_ratio"] * width if "mlp_ratio" in entries else entries["intermediate_size"]
+    shape = VisionShape(
+        depth=depth,
+        width=width,
+        heads=int(entries["num_heads"]),
+        mlp=int(mlp),
+        out=int(entries.get(kind.out, hidden)),
+        full_blocks=len(entries.get("fullatt_block_indexes", range(depth))),
+        patch=int(entries["patch_size"]),
+        merge=int(entries["spatial_merge_size"]),
+        temporal=int(entries["temporal_patch_size"]),
+        channels=int(entries.get("in_chans", entries["in_channels"])),
+        window=int(entries.get("window_size", 0)),
+        parameters=0,
+        mergers=1 + len(entries.get("deepstack_visual_indexes", ())),
+        places=int(entries.get("num_position_embeddings", 0)),
+        kind=kind,
+    )
+    return replace(shape, parameters=tower_parameters(shape))
+
+
 def decoder_parameters(text: TextShape) -> int:
-    """Counts the parameters of a Qwen2 decoder: embeddings, matrices, biases and norms."""
-    biases = (text.heads + 2 * text.kv_heads) * text.head_dim
-    layer = text.layer_weights + biases + 2 * text.hidden
+    """Counts the parameters of a decoder: embeddings, matrices, biases and norms."""
+    biases = (text.heads + 2 * text.kv_heads) * text.head_dim if text.biases else 0
+    norms = 2 * text.hidden + (2 * text.head_dim if text.head_norms else 0)
+    layer = text.layer_weights + biases + norms
     embeddings = (1 if text.tied else 2) * text.vocab * text.hidden
     return embeddings + text.layers * layer + text.hidden
 
 
 def tower_parameters(tower: VisionShape) -> int:
-    """Counts the parameters of Qwen2.5-VL's vision tower: matrices, biases and norms."""
-    block = tower.block_weights + 7 * tower.width + 2 * tower.mlp
-    merger = tower.merger_weights + (tower.merge**2 + 1) * tower.width + tower.out
-    return tower.patch_values * tower.width + tower.depth * block + merger
+    """Counts the parameters of a vision tower: matrices, biases and norms."""
+    kind, width, wide = tower.kind, tower.width, tower.merge**2 * tower.width
+    # Biases of q, k and v, of the output and of the feed-forward layer; two norms.
+    block = tower.block_weights + 5 * width + (tower.mlp_matrices - 1) * tower.mlp
+    block += 2 * kind.norm_vectors * width
+    # The first merger normalises patches, DeepStack's normalise what they have joined.
+    norms = kind.norm_vectors * (width + (tower.mergers - 1) * wide)
+    mergers = tower.merger_weights + tower.mergers * (wide + tower.out) + norms
+    patches = (tower.patch_values + kind.patch_bias + tower.places) * width
+    return patches + tower.depth * block + mergers
 
 
-def _count_parameters(values: Mapping[str, Any]) -> int:
-    """Counts the parameters of the model that transformers builds, on the meta device.
+def _count_parameters(name: str, values: Mapping[str, Any]) -> int:
+    """Counts the parameters of the text model that transformers builds, on the meta device.
 
     A model type that transformers does not know (its code comes with the checkpoint, and is not
     run) counts as Qwen2.
+
+    Raises:
+        ConfigError: transformers knows the model type, and this package does not.
     """
     # Imported here because it takes seconds: a model class loads torch._dynamo and scikit-learn.
-    # Qwen2 and Qwen2.5-VL are counted without it.
+    # Qwen's models are counted without it.
     import torch
-    from transformers import (
-        CONFIG_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-    )
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
         kind = "qwen2"
         values = {"num_key_value_heads": values["num_attention_heads"], **values}
+    elif kind not in FAMILIES:
+        raise ConfigError(unknown_family(f"'{name}'", kind))
     config = CONFIG_MAPPING[kind](**values)
-    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    auto: Any = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    auto: Any = AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config, attn_implementation="eager")
     return sum(parameter.numel() for parameter in model.parameters())

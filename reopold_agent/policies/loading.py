@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedTokenizerBase,
-    Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as hf_logging
@@ -34,6 +35,7 @@ from reopold_agent.errors import (
     first_line,
 )
 from reopold_agent.policies.adapter import ModelAdapter
+from reopold_agent.policies.architecture import FAMILIES, unknown_family
 from reopold_agent.policies.attention import attend_by_rows
 from reopold_agent.policies.merging import merge_adapter
 from reopold_agent.policies.templates import ChatTemplate, chat_template
@@ -43,7 +45,6 @@ from reopold_agent.policies.vision import VisionProcessor
 _log = logging.getLogger(__name__)
 
 DEMO_PREFIX = "demo:"
-_MULTIMODAL = ("qwen2_5_vl",)
 _UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 """Raised for truncated files, files missing in the hub's cache, and shapes that do not fit."""
 
@@ -212,7 +213,8 @@ def final_student(run: Path, *, has_checkpoint: bool) -> Path | None:
 
 def sees_pictures(config: Any) -> bool:
     """Returns whether a checkpoint with this configuration (`check_available`) takes pictures."""
-    return config.model_type in _MULTIMODAL
+    family = FAMILIES.get(config.model_type)
+    return family is not None and family.tower is not None
 
 
 def context_length(config: Any) -> int | None:
@@ -268,6 +270,9 @@ def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
                 f"the {role} '{path}' contains Python code, which is not run by default. Read it, "
                 f"then set {_setting_key(role, 'trust_remote_code')}=true if you trust it"
             ) from error
+        unknown = re.search(r"model type `([^`]+)` but Transformers does not", str(error))
+        if unknown is not None:
+            raise ModelError(unknown_family(f"the {role} '{path}'", unknown[1])) from error
         if looks_local:
             raise ModelError(f"cannot read the {role} in '{folder}': {error}") from error
         local = re.sub(r"[^\w.-]", "_", path.rsplit("/", 1)[-1])
@@ -277,11 +282,7 @@ def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
             f"  hf download {path} --local-dir models/{local}\n"
             f"and set {_setting_key(role, 'path')}=models/{local}"
         ) from error
-    if getattr(config, "vision_config", None) is not None and config.model_type not in _MULTIMODAL:
-        raise ModelError(
-            f"the {role} '{spec.path}' is a {config.model_type} model; of the vision-language "
-            f"models, {', '.join(_MULTIMODAL)} is supported"
-        )
+    _check_family(config, spec, role, weights)
     # Hugging Face also takes the one that a processor's own file holds.
     pictures = ("preprocessor_config.json", "processor_config.json")
     if looks_local and sees_pictures(config) and not any((folder / p).is_file() for p in pictures):
@@ -289,6 +290,21 @@ def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:
             f"the {role}'s folder '{folder}' lacks a picture processor ({pictures[0]})"
         )
     return config
+
+
+def _check_family(config: Any, spec: ModelSpec, role: str, weights: bool) -> None:
+    """Checks that the model is of a known family, or a text model whose code is its checkpoint's.
+
+    Text models on a server (``weights`` is false) only have to share the tokenizer.
+
+    Raises:
+        ModelError: it is of another family.
+    """
+    kind = config.model_type
+    text_only = getattr(config, "vision_config", None) is None
+    if kind in FAMILIES or (text_only and (kind not in CONFIG_MAPPING or not weights)):
+        return
+    raise ModelError(unknown_family(f"the {role} '{spec.path}'", kind))
 
 
 def load_model(
@@ -323,7 +339,7 @@ def load_model(
     has_vision = processing.vision is not None
     path = _weights_path(spec, saved)
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run has its own
-    model_class: Any = Qwen2_5_VLForConditionalGeneration if has_vision else AutoModelForCausalLM
+    model_class: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
     try:
         model, report = model_class.from_pretrained(
             path,
@@ -412,6 +428,8 @@ def load_processing(
             vision = VisionProcessor(processor)
     except _UNREADABLE as error:
         raise ModelError(f"cannot load the {role} from '{path}': {error}") from error
+    if vision is not None:
+        _check_patches(vision, config.vision_config, f"the {role} '{spec.path}'")
     if given is not None:
         own = tokenizer.chat_template
         own = own if isinstance(own, str) else None  # some tokenizers have several
@@ -464,12 +482,34 @@ def check_vocabularies(student: Processing, teacher: Processing) -> None:
 
 
 def _check_processors(student: VisionProcessor, teacher: VisionProcessor) -> None:
+    differing = []
     for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"):
         values = [getattr(each.processor, name) for each in (student, teacher)]
         if not np.array_equal(values[0], values[1]):
+            differing.append(f"{name} is {values[0]} and {values[1]}")
+    if differing:
+        raise ModelError(
+            f"student and teacher prepare pictures differently: {', '.join(differing)}.\nUse a "
+            "teacher of the student's family, for which a picture has the same tokens."
+        )
+
+
+def _check_patches(vision: VisionProcessor, config: Any, who: str) -> None:
+    """Checks that a picture processor makes the patches that the model takes.
+
+    Raises:
+        ModelError: it is that of another model.
+    """
+    for name, other in (
+        ("patch_size", "patch_size"),
+        ("temporal_patch_size", "temporal_patch_size"),
+        ("merge_size", "spatial_merge_size"),
+    ):
+        made, taken = getattr(vision.processor, name), getattr(config, other)
+        if made != taken:
             raise ModelError(
-                f"student and teacher prepare pictures differently: {name} is {values[0]} and "
-                f"{values[1]}"
+                f"{who} takes pictures with {name} {taken}, and its preprocessor_config.json has "
+                f"{made}.\nPut the file of the model's own checkpoint there."
             )
 
 
