@@ -206,13 +206,21 @@ class _Student(nn.Module):
         assert shape is not None
         assert self.vision is not None
         patches = tokens * shape.merge**2
+        places = {
+            "window_index": torch.zeros(tokens, dtype=torch.int64),
+            "cu_window_seqlens": torch.zeros(count + 1, dtype=torch.int32),
+        }
+        if shape.places:  # learned ones, of which four are mixed
+            places = {
+                "bilinear_indices": torch.zeros(4, patches, dtype=torch.int64),
+                "bilinear_weights": torch.zeros(4, patches),
+            }
         output = self.vision(
             torch.zeros(patches, shape.patch_values),
             torch.ones(count, 3, dtype=torch.int64),
             position_ids=torch.zeros(patches, 2, dtype=torch.int64),
             cu_seqlens=torch.zeros(count + 1, dtype=torch.int32),
-            window_index=torch.zeros(tokens, dtype=torch.int64),
-            cu_window_seqlens=torch.zeros(count + 1, dtype=torch.int32),
+            **places,
         )
         seen: Tensor = output.pooler_output
         return seen

@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import random_picture
 from families import SEEING, picture_processor, save_checkpoint, tiny_config, tiny_model
+from hydra import compose, initialize_config_module
 from PIL import Image
 from running import assert_same_weights, train, train_rows
 from test_policy import T1, Talk, assert_equals_full_pass, play
 from transformers import ProcessorMixin, Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 
 from reopold_agent.common.pixels import PixelLimits
-from reopold_agent.errors import ModelError, VocabularyMismatchError
+from reopold_agent.errors import ConfigError, ModelError, VocabularyMismatchError
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.attention import attend_by_rows
 from reopold_agent.policies.batch import TrajectoryBatch
@@ -36,6 +37,7 @@ from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.train import finish
+from reopold_agent.train.settings import check_student, load_config
 from reopold_agent.types import EncodedImage, Message, Trajectory, Turn
 
 PROCESSORS: dict[str, Any] = {
@@ -144,6 +146,32 @@ def test_inputs_are_the_processors_own(episode: dict[str, Any]) -> None:
         inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
     )
     assert torch.equal(adapter.positions(trajectory.ids, trajectory.images), expected[:, 0])
+
+
+def test_prompts_in_the_real_vocabulary(
+    qwen_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen3's vocabulary is Qwen2.5's with four more tokens, which are not special."""
+    tokenizer = copy.deepcopy(qwen_tokenizer)
+    tokenizer.add_tokens(["<tool_response>", "</tool_response>", "<think>", "</think>"])
+    tokenizer.chat_template = str(chat_template("qwen3_vl_thinking"))
+    chat, vision = ChatRenderer(tokenizer), VisionProcessor(picture_processor("qwen3_vl"))
+    pictures = [random_picture(i, *size) for i, size in enumerate(SIZES)]
+    seen = [vision.encode(each, limits(vision)) for each in pictures]
+    text = "Größe in ℝ², 質問: 3.14\n\n\tor 1,000?  "
+    ids, images = chat.prompt(
+        [
+            Message("system", ("You may call <tools>{}</tools>.",)),
+            Message("user", (text, *seen[:3], "and", seen[3], text)),
+        ]
+    )
+    words = chat.raw(ids)
+    for image in images:
+        words = words.replace("<|image_pad|>" * image.tokens, "<image>", 1)
+    assert words.endswith("<|im_start|>assistant\n<think>\n")
+    words = words.replace("<image>", "<|image_pad|>")
+    inputs = own_inputs("qwen3_vl", chat, words, pictures, monkeypatch)
+    assert inputs["input_ids"][0].tolist() == ids
 
 
 def test_scores_are_those_of_the_models_own_logits(episode: dict[str, Any]) -> None:
@@ -275,6 +303,20 @@ def test_trains_and_goes_on(
     for row in train_rows(tmp_path / "whole"):
         assert np.isfinite([row["loss"], row["reward/mean"]]).all()
         assert row["grad_norm"] > 0
+
+
+def test_settings_are_those_of_the_family(tmp_path: Path, chat: ChatRenderer) -> None:
+    folder = save_checkpoint(tmp_path / "model", "qwen3_vl", chat.tokenizer)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    config["text_config"]["intermediate_size"] = 200_000  # no longer a toy
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    words = [f"model.{role}.path={folder}" for role in ("student", "teacher")]
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        with pytest.raises(ConfigError, match=r"\nAdd model=qwen3_vl, or"):
+            check_student(compose("train", words))
+        made, _ = load_config(compose("train", ["model=qwen3_vl", "data=none", *words]))
+    for given in (made.pixels.prompt, made.pixels.observation):
+        assert given.min_pixels % 1024 == given.max_pixels % 1024 == 0
 
 
 # What is refused

@@ -106,11 +106,14 @@ def test_one_long_row_is_a_micro_batch() -> None:
     [
         ("3B, packed, all weights", "update"),
         ("7B, padded, LoRA", "update"),
+        ("Qwen3-VL", "update"),
     ],
 )
 def test_memory_is_what_pytorch_counts(case: str, phase: str) -> None:
     """With one layer of the real widths; `benchmarks/plan_memory.py` does it with all layers."""
-    line = plan_memory.compare(case, plan_memory.CASES[case], phase, layers=1)
+    student = "model.student.path=Qwen/Qwen3-VL-2B-Instruct"
+    words = plan_memory.CASES.get(case, ("recipe=paper_agentic", "engine.packed=true", student))
+    line = plan_memory.compare(case, words, phase, layers=1)
     assert line.planned == pytest.approx(line.tracked, rel=0.15)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import tiny_config, tiny_model
 from running import environment
 from step_rows import rows_of, update_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -37,7 +38,7 @@ WORLD = 2
 def models(
     tokenizer: Any, vision: Any, make_model: Callable[..., Any]
 ) -> dict[str, torch.nn.Module]:
-    """A Qwen2.5-VL with tied embeddings, and a text model with an output embedding of its own."""
+    """Qwen2.5-VL and Qwen3-VL with tied embeddings, and a text model whose are not."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         config = Qwen2Config(
@@ -51,7 +52,8 @@ def models(
             tie_word_embeddings=False,
         )
         text = Qwen2ForCausalLM(config).eval()
-    return {"pictures": make_model(seed=1), "text": text}
+    deep = tiny_model(tiny_config("qwen3_vl", tokenizer, {"patch_size": 14}), 1)
+    return {"pictures": make_model(seed=1), "deepstack": deep, "text": text}
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +73,13 @@ def cases(
         random_trajectory(3, [encode(4)]),
     ]
     plain = [random_trajectory(seed, turns=1 + seed % 3, turn_tokens=20) for seed in range(4, 10)]
-    rows = {"pictures": [shown, plain[:3]], "text": [plain[:3], plain[3:]]}
+    seeing = [shown, plain[:3]]
+    rows = {"pictures": seeing, "deepstack": seeing, "text": [plain[:3], plain[3:]]}
     for name, model in models.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    vision.processor.save_pretrained(folder / "pictures")
+        if hasattr(model.config, "vision_config"):
+            vision.processor.save_pretrained(folder / name)
     lengths = [len(t.ids) for each in rows.values() for part in each for t in part]
     # Several micro-batches on each rank; single rows are longer than what is allowed.
     tokens = max(lengths) - 5
@@ -116,7 +120,7 @@ def results(
     }
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, 1, 2])
 def test_the_export_is_a_checkpoint(
     index: int, cases: list[Case], models: dict[str, Any], results: dict[str, Any]
 ) -> None:
@@ -128,7 +132,7 @@ def test_the_export_is_a_checkpoint(
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
 
-@pytest.fixture(params=[0, 1])
+@pytest.fixture(params=[0, 1, 2])
 def case(request: pytest.FixtureRequest, cases: list[Case]) -> Case:
     return cases[request.param]
 

@@ -112,6 +112,9 @@ FAMILIES: Mapping[str, Family] = {
 }
 """By ``model_type`` of ``config.json``. What was tested with each is in docs/models.md."""
 
+OWN_CODE = Family("a model with code of its own", biases=True)
+"""What is taken for the family of text models that transformers does not know."""
+
 
 def unknown_family(who: str, model_type: str) -> str:
     """Returns the message about a model of none of `FAMILIES`; ``who`` names it."""
@@ -366,7 +369,7 @@ def from_config(name: str, values: Mapping[str, Any], source: str) -> Architectu
             cannot build the model.
     """
     text = values.get("text_config") or values
-    family = FAMILIES.get(str(values.get("model_type")), Family("", biases=True))
+    family = FAMILIES.get(str(values.get("model_type")), OWN_CODE)
     # Models that see pictures tie embeddings by the outer entry alone.
     ties = values if family.tower is not None else {**text, **values}
     try:

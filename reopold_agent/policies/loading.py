@@ -35,7 +35,7 @@ from reopold_agent.errors import (
     first_line,
 )
 from reopold_agent.policies.adapter import ModelAdapter
-from reopold_agent.policies.architecture import FAMILIES, unknown_family
+from reopold_agent.policies.architecture import FAMILIES, OWN_CODE, Family, unknown_family
 from reopold_agent.policies.attention import attend_by_rows
 from reopold_agent.policies.merging import merge_adapter
 from reopold_agent.policies.templates import ChatTemplate, chat_template
@@ -213,8 +213,12 @@ def final_student(run: Path, *, has_checkpoint: bool) -> Path | None:
 
 def sees_pictures(config: Any) -> bool:
     """Returns whether a checkpoint with this configuration (`check_available`) takes pictures."""
-    family = FAMILIES.get(config.model_type)
-    return family is not None and family.tower is not None
+    return family(config).tower is not None
+
+
+def family(config: Any) -> Family:
+    """Returns the family of a checkpoint with this configuration (`check_available`)."""
+    return FAMILIES.get(config.model_type, OWN_CODE)
 
 
 def context_length(config: Any) -> int | None:

@@ -60,8 +60,8 @@ def show_banner(
     if student.spec.path.startswith("demo:") and any(paths):
         told.append(
             f"warning: {student.spec.path} is made for the embedded tasks and too small for other "
-            "data; take model=qwen2_5_vl or model=causal_lm with model.student.path=DIR "
-            "model.teacher.path=DIR"
+            "data; take model=qwen2_5_vl, model=qwen3_vl or model=causal_lm with "
+            "model.student.path=DIR model.teacher.path=DIR"
         )
     for text in told:
         progress.lines(textwrap.wrap(text, _WIDTH, subsequent_indent="  "))

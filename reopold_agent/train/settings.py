@@ -25,7 +25,7 @@ _INTERNAL = ("default_steps", "default_batch", "batches", "size", "sizes", "toy"
 """Defaults of groups for others."""
 
 _SIZES = {"small": 1.0, "medium": 5.0}
-"""Upper bounds of the sizes of ``model=qwen2_5_vl`` and ``model=causal_lm``, in 1e9 parameters."""
+"""Upper bounds of the sizes of ``model=qwen2_5_vl`` and the like, in 1e9 parameters."""
 
 TOY_PARAMETERS = 20_000_000
 """Models with fewer parameters may be trained with the settings of the embedded ones."""
@@ -99,24 +99,19 @@ def check_student(composed: DictConfig, words: Sequence[str] = ()) -> None:
     if path is None or path.startswith("demo:") or not (found or "size" in composed):
         return
     # Imported here so that other configuration errors do not wait for PyTorch.
-    from reopold_agent.policies.loading import (
-        ModelSpec,
-        check_available,
-        resolve_path,
-        sees_pictures,
-    )
+    from reopold_agent.policies.loading import ModelSpec, check_available, family, resolve_path
 
     spec = ModelSpec(path, student.revision, trust_remote_code=student.trust_remote_code)
-    sees = sees_pictures(check_available(spec, "student", weights=False))
+    kind = family(check_available(spec, "student", weights=False))
     parameters = find_architecture(resolve_path(spec.path)).parameters
-    keys = [key for key in found if sees or not key.startswith("pixels.")]
+    keys = [key for key in found if kind.tower or not key.startswith("pixels.")]
     if parameters < TOY_PARAMETERS or not keys:
         return
     listed = ", ".join(f"{key}={OmegaConf.select(composed, key)}" for key in keys)
     raise ConfigError(
         f"the student {spec.path} has {billions(parameters)} parameters, but {listed} are settings "
-        f"of the embedded models.\nAdd model={'qwen2_5_vl' if sees else 'causal_lm'}, or set these "
-        "to the values that you want."
+        f"of the embedded models.\nAdd model={kind.option}, or set these to the values that you "
+        "want."
     )
 
 

@@ -59,9 +59,14 @@ class FsdpEngine(FSDPEngineWithLMHead):
             processor = Qwen2VLImageProcessorPil.from_pretrained(self.model_config.local_path)
             self._vision = VisionProcessor(processor, cache_bytes=0)  # each is seen once
             # verl shows a blank picture, times 0, to a micro-batch without any, so that all ranks
-            # gather the tower's weights; but it takes the tower's result for a tensor.
+            # gather the tower's weights; but it takes the result for a tensor where there are no
+            # DeepStack features.
             self.module.model.visual.register_forward_hook(
-                lambda tower, inputs, output: getattr(output, "pooler_output", output)
+                lambda tower, inputs, output: (
+                    output
+                    if hasattr(output, "deepstack_features")
+                    else getattr(output, "pooler_output", output)
+                )
             )
 
     def _build_module(self) -> Any:
