@@ -21,8 +21,9 @@ class PixelLimits:
     """Bounds on height x width after the resize, in pixels.
 
     Qwen2.5-VL spends one token per 28 x 28 pixels, so ``tokens = pixels / 784`` (Qwen3-VL: 32 and
-    1024). Sides are multiples of 28 and at least 28. So two kinds of pictures exceed ``max_pixels``: thin ones, if
-    it is less than 190 tokens, and enlarged ones, if both limits are close together.
+    1024). Sides are multiples of 28 and at least 28. So two kinds of pictures exceed
+    ``max_pixels``: thin ones, if it is less than 190 tokens, and enlarged ones, if both limits are
+    close together.
     """
 
     min_pixels: int
