@@ -176,7 +176,7 @@ def assumed_workload(
     """
     if config.mix is not None:
         parts = {
-            name: assumed_workload(member, has_vision, given)
+            name: assumed_workload(member, pixels_per_token, given)
             for name, member in config.members.items()
         }
         return _mean_workload(parts, config.weights)
