@@ -72,7 +72,7 @@ def demo_loop(config: TrainConfig, folder: Path) -> TrainingLoop:
         objective,
         run,
         student,
-        taught,
+        {"teacher": taught},
         tasks,
         progress=Progress(config.steps),
         interrupts=Interrupts(),

@@ -619,27 +619,52 @@ class ModelsConfig:
 
     Attributes:
         student, teacher: the checkpoints.
+        teachers: in place of ``teacher``, several by name: a path, or the settings of ``teacher``.
+            The name is an environment's, a value of ``teacher_key``, or ``default`` for all others.
+        teacher_key: column of the rows that names the teacher of a task; null: the environment's
+            name does.
         chat_template: a shipped template's name or a Jinja file, in place of the student's own
             template; null keeps that. The teacher scores the same ids, whatever its template.
     """
 
     student: ModelConfig
     teacher: TeacherConfig | None = None
+    teachers: dict[str, Any] | None = None
+    teacher_key: str | None = None
     chat_template: str | None = None
 
+    @property
+    def all_teachers(self) -> dict[str, TeacherConfig]:
+        """The teachers by name; that of ``model.teacher`` alone is the `DEFAULT_TEACHER`."""
+        if self.teachers is not None:
+            return self.teachers
+        return {} if self.teacher is None else {DEFAULT_TEACHER: self.teacher}
+
     def __post_init__(self) -> None:
-        teacher = self.teacher
-        if teacher is None:
-            return
-        if teacher.path == SELF:
-            own = self.student
-            teacher = replace(
-                teacher,
-                path=own.path,
-                revision=own.revision,
-                trust_remote_code=own.trust_remote_code,
+        if self.teachers is not None:
+            if self.teacher is not None:
+                raise ConfigError(
+                    "model.teachers gives each environment its teacher, and model.teacher gives "
+                    f"all of them another one, {self.teacher.path}.\nSet one of the two to null."
+                )
+            made = {str(key): _teacher(str(key), value) for key, value in self.teachers.items()}
+            for name, each in made.items():
+                if each.follow is not None:
+                    raise ConfigError(
+                        f"model.teachers.{name}.follow: only model.teacher can follow the student, "
+                        "alone.\nLeave out follow, or set model.teachers=null and model.teacher."
+                    )
+                made[name] = self._itself(each)
+            object.__setattr__(self, "teachers", made or None)
+        if self.teacher_key is not None and self.teachers is None:
+            raise ConfigError(
+                f"model.teacher_key={self.teacher_key} chooses among model.teachers, and there are "
+                "none.\nGive model.teachers={VALUE: PATH, ...}, or leave out model.teacher_key."
             )
-            object.__setattr__(self, "teacher", teacher)
+        if self.teacher is None:
+            return
+        teacher = self._itself(self.teacher)
+        object.__setattr__(self, "teacher", teacher)
         if teacher.follow is not None and self.student.lora is not None:
             raise ConfigError(
                 "model.teacher.follow averages all weights; it cannot follow a LoRA adapter"
@@ -652,11 +677,40 @@ class ModelsConfig:
                 "model.teacher.path or model.teacher.follow."
             )
 
+    def _itself(self, teacher: TeacherConfig) -> TeacherConfig:
+        """Returns a teacher with the student's own checkpoint in place of `SELF`."""
+        if teacher.path != SELF:
+            return teacher
+        own = self.student
+        return replace(
+            teacher,
+            path=own.path,
+            revision=own.revision,
+            trust_remote_code=own.trust_remote_code,
+        )
+
     @property
     def self_taught(self) -> bool:
         """Whether the teacher starts from the student's own checkpoint."""
         mine, teacher = (self.student.path, self.student.revision), self.teacher
         return teacher is not None and (teacher.path, teacher.revision) == mine
+
+
+DEFAULT_TEACHER = "default"
+"""Name in ``model.teachers`` of the teacher of all that has none of its own."""
+
+
+def model_key(role: str, name: str) -> str:
+    """Returns the key of a setting of a model: ``student``, ``teacher`` or ``teacher NAME``."""
+    return f"model.{role.replace('teacher ', 'teachers.')}.{name}"
+
+
+def _teacher(name: str, value: Any) -> TeacherConfig:
+    """Returns a teacher of ``model.teachers``, given as a path or as settings."""
+    values = {"path": value} if isinstance(value, str) else value
+    made = _convert(TeacherConfig, values, f"model.teachers.{name}")
+    assert isinstance(made, TeacherConfig)
+    return made
 
 
 @dataclass(frozen=True)
@@ -666,15 +720,36 @@ class PolicyConfig:
     Attributes:
         student, teacher: ``name`` of the kind of policy (``transformers``, ``vllm``, ``server``
             or a plugin's, see `reopold_agent.policies.registry`) and its settings.
+        teachers: settings by the name of a teacher of ``model.teachers`` that differ from those of
+            ``teacher``; all of them, if its ``name`` is another.
     """
 
     student: dict[str, Any] = field(default_factory=lambda: {"name": "transformers"})
     teacher: dict[str, Any] = field(default_factory=lambda: {"name": "transformers"})
+    teachers: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for role in ("student", "teacher"):
             if not isinstance(getattr(self, role).get("name"), str):
                 raise ConfigError(f"policy.{role}.name must be set, e.g. policy=transformers")
+        for name, settings in (self.teachers or {}).items():
+            if not isinstance(settings, Mapping):
+                raise ConfigError(
+                    f"'policy.teachers.{name}' must be a group of settings, got {settings!r}"
+                )
+
+    @property
+    def names(self) -> set[str]:
+        """The kinds of policies of all roles."""
+        teachers = [self.of_teacher(name)["name"] for name in self.teachers or ()]
+        return {self.student["name"], self.teacher["name"], *teachers}
+
+    def of_teacher(self, name: str) -> dict[str, Any]:
+        """Returns the settings of the teacher with this name."""
+        own = dict((self.teachers or {}).get(name, {}))
+        if own.get("name", self.teacher["name"]) != self.teacher["name"]:
+            return own
+        return {**self.teacher, **own}
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from reopold_agent.tracking.plots import make_plots
 from reopold_agent.train import finish, resume
 from reopold_agent.train.rows import trajectories_of
 from reopold_agent.train.step_log import StepLog
+from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.update import Updater, UpdateStats
 from reopold_agent.types import IMAGE_MARK, Task, Trajectory
 
@@ -633,7 +634,9 @@ def test_micro_batches_do_not_change_the_update(
 
     def updated(trajectories: list[Trajectory], most: int) -> tuple[torch.Tensor, UpdateStats]:
         policy, teacher = make_policy(make_model(seed=1)), make_policy(make_model(seed=2))
-        updater = Updater(policy, objective, linear(), max_tokens=most, teacher=teacher)
+        updater = Updater(
+            policy, objective, linear(), max_tokens=most, teachers=Teachers({"default": teacher})
+        )
         stats = make_updates(updater, [trajectories], 0)
         assert all(p.grad is None for p in teacher.adapter.model.parameters())
         flat = [p.detach().flatten() for p in policy.adapter.model.parameters()]
@@ -710,7 +713,9 @@ def test_the_loss_of_gkd_by_hand(
             else:
                 each = beta * kl(his, middle) + (1 - beta) * kl(own, middle)
             total, count = total + float(each.sum()), count + t.response_tokens
-    updater = Updater(student, GKD(beta=beta), linear(), max_tokens=60, teacher=teacher)
+    updater = Updater(
+        student, GKD(beta=beta), linear(), max_tokens=60, teachers=Teachers({"default": teacher})
+    )
     stats = make_updates(updater, [batch], 0)
     assert stats.loss == pytest.approx(total / count, rel=1e-4)
 

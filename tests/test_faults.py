@@ -504,7 +504,7 @@ def test_a_signal_in_an_evaluation_loses_no_step(
     settings = (*SHORT, "evaluation.every=2", "evaluation.curve_tasks=3")
     train(tmp_path / "whole", *settings)
     folder = tmp_path / "run"
-    original = evaluation.evaluate_policy
+    original = evaluation.play_held_out
     played: list[int] = []
 
     def interrupted(*arguments: Any, on_done: Callable[[Any], None], **others: Any) -> Any:
@@ -517,7 +517,7 @@ def test_a_signal_in_an_evaluation_loses_no_step(
         return original(*arguments, on_done=count, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate_policy", interrupted)
+        patch.setattr(evaluation, "play_held_out", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(folder, *settings)
     curve = [r for r in lines(folder / "metrics.jsonl") if r["kind"] == "eval" and r["curve"]]

@@ -222,7 +222,7 @@ def test_words_with_spaces_and_plus_are_repeated_as_they_must_be_typed() -> None
 def test_ctrl_c_in_an_evaluation_says_how_to_go_on(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original = evaluation.evaluate_policy
+    original = evaluation.play_held_out
 
     def interrupted(*arguments: Any, **others: Any) -> Any:
         trained = newest_checkpoint(tmp_path / "run/checkpoints") is not None
@@ -231,7 +231,7 @@ def test_ctrl_c_in_an_evaluation_says_how_to_go_on(
         return original(*arguments, **others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "evaluate_policy", interrupted)
+        patch.setattr(evaluation, "play_held_out", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "run", *SHORT, "steps=1")
     said = capsys.readouterr().err

@@ -525,9 +525,9 @@ def test_nothing_is_updated(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[LoadedModel] = []
 
     def load(*arguments: Any, **settings: Any) -> Any:
-        student, teacher = load_models(*arguments, **settings)
+        student, teachers = load_models(*arguments, **settings)
         loaded.append(student)
-        return student, teacher
+        return student, teachers
 
     monkeypatch.setattr(playing, "load_models", load)
     played, _ = flight("env=math", episodes=2)

@@ -85,7 +85,7 @@ def pair(*overrides: str) -> Iterator[Pair]:
         ),
     )
     processing = {k: v for k, v in vars(teacher).items() if k != "adapter"}
-    roles = make_roles(config, chat, student, Processing(**processing))
+    roles = make_roles(config, chat, student, {"teacher": Processing(**processing)})
     kinds = {"forbidden_ids": chat.forbidden_ids, "stop_ids": chat.stop_ids}
     try:
         yield Pair(roles, student, teacher.policy(**kinds, max_tokens_per_pass=16384), runner, chat)

@@ -200,4 +200,4 @@ def torchvision(config: TrainConfig | None) -> Iterator[Finding]:
 
 
 def _uses_vllm(config: TrainConfig) -> bool:
-    return "vllm" in (config.policy.student["name"], config.policy.teacher["name"])
+    return "vllm" in config.policy.names

@@ -49,7 +49,7 @@ def _shared_memory(config: TrainConfig) -> Iterator[Finding]:
     if not folder.is_dir():
         return
     size = shutil.disk_usage(folder).total
-    names = {config.policy.student["name"], config.policy.teacher["name"]}
+    names = config.policy.names
     needed = config.engine.name == "verl" or "vllm" in names
     text = f"/dev/shm has {_size(size)}"
     if size >= _SHARED_MEMORY:

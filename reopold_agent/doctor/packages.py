@@ -199,7 +199,7 @@ def _needed_extras(config: TrainConfig) -> dict[str, str]:
     needed = {}
     if config.engine.name == "verl":
         needed["verl"] = "engine=verl"
-    if "vllm" in (config.policy.student["name"], config.policy.teacher["name"]):
+    if "vllm" in config.policy.names:
         needed["vllm"] = "policy=vllm"
     if config.model.student.lora is not None:
         needed["lora"] = "model.student.lora"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from reopold_agent.config import ModelConfig, TrainConfig
+from reopold_agent.config import ModelConfig, TrainConfig, model_key
 from reopold_agent.doctor.base import Finding, Status
 from reopold_agent.doctor.hub import cached, hub_token, is_hub_id, is_offline, reach
 from reopold_agent.doctor.machine import cannot_connect
@@ -21,6 +21,7 @@ from reopold_agent.envs.spaces import parts_of
 from reopold_agent.errors import ConfigError, ReopoldError
 from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.registry import Registry
+from reopold_agent.train.teachers import run_teachers
 
 REGISTRIES = {
     "envs": "reopold_agent.envs:ENVS",
@@ -81,9 +82,7 @@ def _rejection(group: str, name: str) -> str:
 def models_of(config: TrainConfig) -> dict[str, ModelConfig]:
     """Returns the models that the run reads, by role."""
     found: dict[str, ModelConfig] = {"student": config.model.student}
-    if config.model.teacher is not None:
-        found["teacher"] = config.model.teacher
-    return found
+    return {**found, **{teacher.role: teacher.model for teacher in run_teachers(config)}}
 
 
 def downloads(config: TrainConfig) -> list[tuple[str, float]]:
@@ -126,6 +125,7 @@ def _read_models(config: TrainConfig, here: dict[str, str]) -> Iterator[Finding]
     from reopold_agent.rollout.checks import checked_runner
 
     ready: dict[str, Processing] = {}
+    served = {each.role for each in run_teachers(config) if not reads_weights(each.policy)}
     for role, path in here.items():
         spec = models_of(config)[role]
         plain = ModelSpec(
@@ -133,13 +133,12 @@ def _read_models(config: TrainConfig, here: dict[str, str]) -> Iterator[Finding]
             trust_remote_code=spec.trust_remote_code,
             chat_template=config.model.chat_template if role == "student" else None,
         )
-        weights = role == "student" or reads_weights(config.policy.teacher)
         try:
-            ready[role] = load_processing(plain, role, weights=weights)
+            ready[role] = load_processing(plain, role, weights=role not in served)
         except ReopoldError as error:
             first, _, advice = str(error).partition("\n")
             if path != spec.path:
-                advice = _download(spec.path, "models", f"model.{role}.path")
+                advice = _download(spec.path, "models", model_key(role, "path"))
             yield Finding("models", "problem", first, advice)
             continue
         tokens = len(ready[role].tokenizer)
@@ -152,15 +151,20 @@ def _read_models(config: TrainConfig, here: dict[str, str]) -> Iterator[Finding]
         except ReopoldError as error:
             first, _, advice = str(error).partition("\n")
             yield Finding("models", "problem", first, advice)
-    if len(ready) == 2:
-        check_vocabularies(ready["student"], ready["teacher"])
-        yield Finding("models", "ok", "student and teacher map the same ids to the same tokens")
+    for role in ready if "student" in ready else ():
+        if role == "student":
+            continue
+        check_vocabularies(ready["student"], ready[role], role)
+        yield Finding("models", "ok", f"student and {role} map the same ids to the same tokens")
 
 
 def servers(config: TrainConfig) -> Iterator[Finding]:
     """Checks that the servers of remote models answer."""
-    for role in ("student", "teacher"):
-        settings: dict[str, Any] = getattr(config.policy, role)
+    policies = {"student": config.policy.student, "teacher": config.policy.teacher}
+    policies.update({each.role: each.policy for each in run_teachers(config)})
+    if config.model.teachers is not None:
+        del policies["teacher"]
+    for role, settings in policies.items():
         for address in settings.get("urls") or ():
             parts = urlsplit(str(address))
             port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -168,7 +172,7 @@ def servers(config: TrainConfig) -> Iterator[Finding]:
             if error := cannot_connect(parts.hostname or "", port):
                 yield Finding("servers", "problem", f"{text} does not answer: {error}",
                               "Start it there: python -m reopold_agent.serve model=DIR, or change "
-                              f"policy.{role}.urls")  # fmt: skip
+                              f"policy.{role.replace('teacher ', 'teachers.')}.urls")  # fmt: skip
             else:
                 yield Finding("servers", "ok", f"{text} answers")
 
@@ -261,7 +265,7 @@ def _not_cached(who: str, name: str, kind: str, revision: str | None) -> Finding
     """Reports whether a hub repository that is not cached can be downloaded."""
     models = kind == "models"
     area = "models" if models else "data"
-    setting = f"model.{who}.path" if models else f"data.{who}.path"
+    setting = model_key(who, "path") if models else f"data.{who}.path"
     if is_offline():
         text = f"{who} {name}: not in the cache, and HF_HUB_OFFLINE forbids downloading it"
         return Finding(area, "problem", text, _download(name, kind, setting))

@@ -133,7 +133,7 @@ def environment_questions(name: str, config: TrainConfig, *, samples: int, seed:
         count=count,
         samples=samples,
         sampling=sampling,
-        seed=(seed, 2),  # that of train.evaluation.evaluate_policy
+        seed=(seed, 2),  # that of train.evaluation.play_held_out
         make_runner=runner,
         row_of=lambda trajectory: _row(trajectory, shown.get(trajectory.index)),
         has_pictures=needed,

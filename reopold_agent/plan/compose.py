@@ -312,14 +312,16 @@ def _division(config: TrainConfig, gpus: int, chosen: set[str]) -> list[str]:
 
 
 def _taught(config: TrainConfig) -> bool:
-    return config.model.teacher is not None and config.objective["name"] != "grpo"
+    return bool(config.model.all_teachers) and config.objective["name"] != "grpo"
 
 
 def _models(config: TrainConfig) -> tuple[Architecture, Architecture | None]:
     student = find_architecture(config.model.student.path)
-    if not _taught(config) or config.model.teacher is None:
+    if not _taught(config):
         return student, None
-    return student, find_architecture(config.model.teacher.path)
+    # Of several, the largest: each server holds one, and each episode is scored by one.
+    teachers = [find_architecture(each.path) for each in config.model.all_teachers.values()]
+    return student, max(teachers, key=lambda each: each.parameters)
 
 
 def _measure(run: Path, names: Mapping[str, str], rates: Rates) -> tuple[Rates, Plan]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from reopold_agent.config import ServerConfig, TrainConfig
+from reopold_agent.config import ModelConfig, ServerConfig, TrainConfig
 from reopold_agent.errors import ConfigError
 from reopold_agent.plan.advice import warnings_for
 from reopold_agent.plan.hardware import Gpu, Rates
@@ -36,8 +36,9 @@ from reopold_agent.plan.timing import (
     step_flops,
 )
 from reopold_agent.plan.workload import Workload
-from reopold_agent.policies.architecture import Architecture
+from reopold_agent.policies.architecture import Architecture, find_architecture
 from reopold_agent.rollout.lengths import episode_limit
+from reopold_agent.train.teachers import run_teachers
 from reopold_agent.train.verl.supported import check_tensor_parallel, student_gpus
 
 _TEACHER_TOKENS = 4096
@@ -115,7 +116,7 @@ def make_plan(
         models = (
             {"student": student} if teacher is None else {"student": student, "teacher": teacher}
         )
-        check_tensor_parallel(config.engine, models)
+        check_tensor_parallel(config.engine, models.items())
     half = _compute_bytes(config) == 2
     counts = _gpu_counts(config, schedule, teacher is not None)
     server, room = _student_server(config, schedule, counts, student, work, gpu)
@@ -328,10 +329,10 @@ def _memory(
         else:
             cache = student.text.kv_bytes(_compute_bytes(config)) * work.length * server.slots
             phases = {"rollout": {**resident, "KV cache": cache}, **phases}
-        if teacher is None or config.policy.teacher["name"] == "server":
+        here = [each for each in run_teachers(config) if each.policy["name"] != "server"]
+        if teacher is None or not here:
             return (GpuMemory("student", 1, phases),)
-        stored = 4 if config.model.teacher and config.model.teacher.dtype == "float32" else 2
-        held = {"teacher": float(stored * teacher.parameters)}
+        held = {"teacher": sum(_weights(each.model, teacher, len(here)) for each in here)}
         both = {name: {**parts, **held} for name, parts in phases.items()}
         return (GpuMemory("student and teacher", 1, both),)
     shares = layout.schedule == "shared" and teacher is not None
@@ -377,6 +378,12 @@ def _server_parts(model: Architecture, budget: float, gpus: int) -> dict[str, fl
         "server weights": weights,
         "server cache and room": max(0.0, budget - weights),
     }
+
+
+def _weights(spec: ModelConfig, largest: Architecture, teachers: int) -> float:
+    """Returns the bytes of a teacher's weights; ``largest`` are the shapes of the largest."""
+    size = largest if teachers == 1 else find_architecture(spec.path)
+    return float((4 if spec.dtype == "float32" else 2) * size.parameters)
 
 
 def _longest(config: TrainConfig, work: Workload) -> float:

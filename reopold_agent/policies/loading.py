@@ -26,7 +26,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as hf_logging
 
-from reopold_agent.config import ModelsConfig
+from reopold_agent.config import ModelsConfig, model_key
 from reopold_agent.errors import (
     ConfigError,
     MissingExtraError,
@@ -446,11 +446,16 @@ def _weights_path(spec: ModelSpec, saved: Path | None) -> str:
     return str(saved) if saved is not None and spec.lora is None else resolve_path(spec.path)
 
 
-def check_vocabularies(student: Processing, teacher: Processing) -> None:
+def check_vocabularies(student: Processing, teacher: Processing, role: str = "teacher") -> None:
     """Checks that each token id means the same to student and teacher.
 
     The models may be padded to different widths (Qwen2.5-VL: 151,936 and 152,064 rows); the
     tokenizers must agree on every id that can occur.
+
+    Args:
+        student: of the student.
+        teacher: of the teacher.
+        role: what messages call the teacher.
 
     Raises:
         VocabularyMismatchError: they differ; the message shows the first ids.
@@ -466,7 +471,7 @@ def check_vocabularies(student: Processing, teacher: Processing) -> None:
             for i in differing[:5]
         )
         raise VocabularyMismatchError(
-            f"student '{student.spec.path}' and teacher '{teacher.spec.path}' disagree on "
+            f"student '{student.spec.path}' and {role} '{teacher.spec.path}' disagree on "
             f"{len(differing)} token ids, so the teacher would score other text than the student "
             f"wrote. The first:\n{shown}\nUse a teacher with the student's tokenizer."
         )
@@ -474,18 +479,18 @@ def check_vocabularies(student: Processing, teacher: Processing) -> None:
     if student_id is not None and teacher_id is not None and student_id != teacher_id:
         raise VocabularyMismatchError(
             f"the image placeholder is id {student_id} for the student and {teacher_id} for the "
-            "teacher"
+            f"{role}"
         )
     if student.vision is not None and teacher.vision is None:
         raise ModelError(
-            f"the teacher '{teacher.spec.path}' reads text only, but the student sees pictures; "
+            f"the {role} '{teacher.spec.path}' reads text only, but the student sees pictures; "
             "it would score without them"
         )
     if student.vision is not None and teacher.vision is not None:
-        _check_processors(student.vision, teacher.vision)
+        _check_processors(student.vision, teacher.vision, role)
 
 
-def _check_processors(student: VisionProcessor, teacher: VisionProcessor) -> None:
+def _check_processors(student: VisionProcessor, teacher: VisionProcessor, role: str) -> None:
     differing = []
     for name in ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std"):
         values = [getattr(each.processor, name) for each in (student, teacher)]
@@ -493,7 +498,7 @@ def _check_processors(student: VisionProcessor, teacher: VisionProcessor) -> Non
             differing.append(f"{name} is {values[0]} and {values[1]}")
     if differing:
         raise ModelError(
-            f"student and teacher prepare pictures differently: {', '.join(differing)}.\nUse a "
+            f"student and {role} prepare pictures differently: {', '.join(differing)}.\nUse a "
             "teacher of the student's family, for which a picture has the same tokens."
         )
 
@@ -520,7 +525,7 @@ def _check_patches(vision: VisionProcessor, config: Any, who: str) -> None:
 def _setting_key(role: str, name: str) -> str:
     """Returns a setting's key on the command line; `evaluate` and `serve` have just one model."""
     if role != "model":
-        return f"model.{role}.{name}"
+        return model_key(role, name)
     return "model" if name == "path" else name
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 from reopold_agent.common.statistics import wilson_interval
 from reopold_agent.plan.estimate import Plan
 from reopold_agent.preflight.figures import ALL, CALLS, END, MARKS, OPENING
-from reopold_agent.preflight.play import Played
+from reopold_agent.preflight.play import Agreement, Played
 from reopold_agent.tools.parse import OPEN
 
 REJECTED = -1.0
@@ -100,24 +100,28 @@ def _failures(played: Played) -> Iterator[Finding]:
 
 
 def _models(played: Played) -> Iterator[Finding]:
-    differ = played.agreement
+    found = (finding for each in played.agreements for finding in _agrees(each))
+    yield from dict.fromkeys(found)  # what concerns the student is found with each teacher
+
+
+def _agrees(differ: Agreement) -> Iterator[Finding]:
     if differ.ids is not None:
         yield Finding(
             "problem",
-            f"student and teacher cut text into other ids: {differ.ids}",
+            f"student and {differ.role} cut text into other ids: {differ.ids}",
             "Use a teacher with the student's tokenizer: all of tokenizer.json must agree.",
         )
     if differ.pictures is not None:
         yield Finding(
             "problem",
-            f"student and teacher size pictures differently: {differ.pictures}",
+            f"student and {differ.role} size pictures differently: {differ.pictures}",
             "Set pixels.prompt and pixels.observation within the limits of both processors "
             "(preprocessor_config.json), or make these equal.",
         )
     elif differ.limits is not None:
         yield Finding(
             "warning",
-            f"the processors of student and teacher have other limits: {differ.limits}",
+            f"the processors of student and {differ.role} have other limits: {differ.limits}",
             "No picture here exceeds them; keep pixels.* within both.",
         )
     if differ.template is not None:
@@ -129,7 +133,8 @@ def _models(played: Played) -> Iterator[Finding]:
     if differ.prompts is not None:
         yield Finding(
             "warning",
-            f"the teacher's own chat template writes other prompts; it scores {differ.prompts}",
+            f"the {differ.role}'s own chat template writes other prompts; it scores "
+            f"{differ.prompts}",
             "Use the template that the teacher knows for both (model.chat_template=FILE), or "
             "another teacher.",
         )

@@ -57,6 +57,7 @@ from reopold_agent.train.setup import (
     prepared,
     run_reader,
 )
+from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.timing import Clock
 from reopold_agent.train.verl.compose import check_supported
 from reopold_agent.types import StopReason, Trajectory
@@ -75,6 +76,7 @@ class Agreement:
         limits: other limits of their processors, which no picture here exceeds.
         prompts: another chat template of the teacher's.
         template: another chat template than the student's own, given by a setting.
+        role: what messages call the teacher.
     """
 
     ids: str | None = None
@@ -82,6 +84,7 @@ class Agreement:
     limits: str | None = None
     prompts: str | None = None
     template: str | None = None
+    role: str = "teacher"
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ class Played:
         rewards: R by kind of token; empty without a teacher.
         floor: reward below which tokens are counted.
         gap: between sampler and trainer; None without a usable episode.
-        agreement: of student and teacher.
+        agreements: of the student and each teacher.
         invalid: why numbers cannot be trained on; "" if they can.
         uninformative: whether an objective that compares outcomes finds no difference.
         unread: number of answers that no rule can read; None if rules do not decide.
@@ -137,7 +140,7 @@ class Played:
     rewards: list[TokenGroup]
     floor: float
     gap: Gap | None
-    agreement: Agreement
+    agreements: list[Agreement]
     invalid: str
     uninformative: bool
     unread: int | None
@@ -175,12 +178,12 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
         config, specs, tasks = prepared(config, objective, Path(folder) / "data_report.json")
     clock = Clock()
     tell("loading the models")
-    student, teacher = load_models(config, specs)
+    student, teachers = load_models(config, specs)
     chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
-    roles = make_roles(config, chat, student, teacher)
+    roles = make_roles(config, chat, student, teachers)
     scoring = make_scoring(config, objective, roles)
     guard = NonFiniteGuard("skip")
-    reader = run_reader(config, chat, student, teacher)
+    reader = run_reader(config, chat, student, teachers)
     runner = make_runner(config, chat, student.vision, reader=reader)
     counts = tasks_of(tasks, "train")
     collector = Collector(config, objective, runner, roles.sampler, roles.teacher, counts, guard)
@@ -246,7 +249,12 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     statistics = distillation_statistics(
         trajectories_of(usable), logp=logp, entropy=[row.behaviour[1] for row in usable]
     )
-    agreement = _agreement(student, teacher, chat, trajectories) if scoring else Agreement()
+    agreements = [
+        _agreement(student, teachers[role], role, chat, [trajectories[i] for i in places])
+        for role, places in Teachers.of_run(config, {role: role for role in teachers}).parts(
+            trajectories if scoring else []
+        )
+    ]
     generate = batch.stats.generate_seconds
     laps = clock.laps
     return Played(
@@ -262,7 +270,7 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
         rewards=token_groups(trajectories_of(usable), logp, floor, chat.raw) if scoring else [],
         floor=floor,
         gap=gap_of(trajectories_of(usable), logp),
-        agreement=agreement,
+        agreements=agreements,
         invalid=wrong,
         uninformative=uninformative,
         unread=unread,
@@ -292,12 +300,11 @@ def _memory(device: torch.device) -> float:
 
 def _agreement(
     student: Processing,
-    teacher: Processing | None,
+    teacher: Processing,
+    role: str,
     chat: ChatRenderer,
     trajectories: Sequence[Trajectory],
 ) -> Agreement:
-    if teacher is None:
-        return Agreement()
     texts = [
         text
         for t in trajectories
@@ -316,6 +323,7 @@ def _agreement(
         limits=limits,
         prompts=different_prompts(student, teacher),
         template=student.spec.path if given else None,
+        role=role,
     )
 
 

@@ -34,8 +34,9 @@ def lines_of(played: Played, projection: Projection, paper: Mapping[str, Any] | 
     config, outcome, tools = played.config, played.outcome, played.tools
     lengths = played.lengths
     models = config.model.student.path
-    if played.rewards and config.model.teacher is not None:
-        models += f" from {config.model.teacher.path}"
+    if played.rewards and config.model.all_teachers:
+        paths = dict.fromkeys(each.path for each in config.model.all_teachers.values())
+        models += f" from {', '.join(paths)}"
     rows = [
         (
             "preflight",
@@ -164,11 +165,12 @@ def as_values(
     """Returns all figures as plain values; nats, tokens, seconds and bytes. NaN becomes None."""
     plan = projection.plan
     steps = played.config.steps
-    names = ("outcome", "tools", "lengths", "agreement")
+    names = ("outcome", "tools", "lengths")
     values = {
         "status": next((each.status for each in found), "ok"),
         "findings": [asdict(each) for each in found],
         **{name: asdict(getattr(played, name)) for name in names},
+        "agreements": [asdict(each) for each in played.agreements],
         "entropy": played.entropy,
         "floor": played.floor,
         "rewards": [asdict(group) for group in played.rewards],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.config import TeacherConfig, TrainConfig
@@ -22,7 +22,7 @@ def make_runner(
     max_turns: int | None = None,
     concurrency: int | None = None,
     wrap: Callable[[Env], Env] | None = None,
-    reader: Reader | None = None,
+    reader: Reader | Mapping[str, Reader | None] | None = None,
 ) -> RolloutRunner:
     """Makes the runner for a run's environment and budgets, or for all those of a mixture.
 
@@ -34,7 +34,8 @@ def make_runner(
         max_turns: assistant turns, in place of that limit.
         concurrency: episodes at once; None takes the configuration's.
         wrap: wraps each environment, for example to record what it shows.
-        reader: makes the teacher's form of each episode (`make_reader`).
+        reader: makes the teacher's form of each episode (`make_reader`); several teachers have
+            one for each environment.
     """
 
     turns = config.max_turns(split) if max_turns is None else max_turns
@@ -43,7 +44,10 @@ def make_runner(
         for name, member in config.members.items():
             stop = member.rollout.stop_at_tool_call
             own = ChatRenderer(chat.tokenizer, stop_at_tool_call=stop)
-            read = None if reader is None else reader.for_pixels(member.pixels)
+            if isinstance(reader, Mapping):
+                read = reader[name]
+            else:
+                read = None if reader is None else reader.for_pixels(member.pixels)
             members[name] = make_runner(
                 member, own, vision, split=split, max_turns=max_turns, reader=read
             )
@@ -66,7 +70,7 @@ def make_runner(
             concurrency=config.rollout.concurrency if concurrency is None else concurrency,
             max_prompt_tokens=config.engine.max_prompt_tokens,
         ),
-        reader=reader,
+        reader=None if isinstance(reader, Mapping) else reader,
         members=members,
     )
 

@@ -28,6 +28,7 @@ from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train.settings import billions
+from reopold_agent.train.teachers import TeacherSettings, run_teachers
 
 _log = logging.getLogger(__name__)
 
@@ -163,7 +164,6 @@ def banner(
     """
     models, batch, engine = config.model, config.batch, config.engine
     updates = batch.prompts // batch.mini_batch
-    follows = models.teacher is not None and models.teacher.follow is not None
     rows = {
         "student": _model(models.student) + (", LoRA" if models.student.lora else ""),
         "teacher": "none",
@@ -182,8 +182,8 @@ def banner(
         + ("" if kernel is None else f", rows packed by {kernel}"),
         "run": str(folder.path),
     }
-    if teacher and models.teacher is not None:
-        rows["teacher"] = _model(models.teacher) + (", follows the student" if follows else "")
+    if teacher:
+        rows["teacher"] = "; ".join(_teacher(each) for each in run_teachers(config))
     if config.mix is None:
         del rows["mixture"]
     if models.chat_template is None:
@@ -215,6 +215,12 @@ def _model(spec: ModelConfig) -> str:
         size = ""
     revision = "" if spec.revision is None else f" at {spec.revision}"
     return f"{spec.path}{revision}{size}, {spec.dtype} weights"
+
+
+def _teacher(teacher: TeacherSettings) -> str:
+    names = "" if teacher.role == "teacher" else f"{', '.join(teacher.names)}: "
+    follows = ", follows the student" if teacher.model.follow is not None else ""
+    return names + _model(teacher.model) + follows
 
 
 def _shares(config: TrainConfig) -> str:

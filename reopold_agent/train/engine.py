@@ -19,6 +19,7 @@ from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.trackers import follow_run
 from reopold_agent.train.interrupts import resume_command
 from reopold_agent.train.resume import RunState, filled_in
+from reopold_agent.train.teachers import run_teachers
 
 
 class Engine(ABC):
@@ -113,7 +114,9 @@ def effective_importance_cap(config: TrainConfig, objective: Objective) -> float
 
 
 def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpec]:
-    """Returns the checkpoints that a run needs, by role; ``teacher`` only where one is used.
+    """Returns the checkpoints that a run needs, by role; teachers only where they are used.
+
+    The roles are ``student`` and those of `run_teachers`.
 
     Raises:
         ConfigError: a teacher is needed, but none is configured.
@@ -122,7 +125,8 @@ def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpe
     specs = {"student": student_spec(models)}
     if not needs_teacher(config, objective):
         return specs
-    if models.teacher is None:
+    teachers = run_teachers(config)
+    if not teachers:
         name = config.objective["name"]
         if objective.needs & Needs.TEACHER:
             raise ConfigError(f"objective={name} needs model.teacher, which is null")
@@ -130,7 +134,8 @@ def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpe
             f"model.teacher is null, which suits objective={name}; set "
             "evaluation.teacher=false too, since there is no teacher to evaluate"
         )
-    values = vars(models.teacher)
     own = {each.name for each in fields(ModelConfig)}
-    plain = {key: values[key] for key in values if key in own}
-    return {**specs, "teacher": ModelSpec(**plain)}
+    for teacher in teachers:
+        values = vars(teacher.model)
+        specs[teacher.role] = ModelSpec(**{key: values[key] for key in values if key in own})
+    return specs

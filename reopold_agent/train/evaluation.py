@@ -87,18 +87,23 @@ class HeldOutEvaluation:
                 raise self._interrupts.error() from None
 
     def _evaluate(self, who: str, step: int, sampling: Sampling, *, curve: bool) -> None:
-        policy = self._roles.sampler if who == "student" else self._roles.required_teacher()
         settings = self._config.evaluation
-        with computing(policy):
-            result = evaluate_policy(
-                self.runner,
-                policy,
-                held_out(self._tasks, settings.curve_tasks if curve else settings.tasks),
-                sampling=sampling,
-                seed=self._config.seed,
-                on_done=self._stop_if_asked,
-            )
-        row = evaluation_row(result, who, step, sampling, curve=curve)
+        episodes = held_out(self._tasks, settings.curve_tasks if curve else settings.tasks)
+        parts = [(self._roles.sampler, list(range(len(episodes))))]
+        if who == "teacher":  # each in its own environments
+            parts = self._roles.teachers.parts(episodes)
+        played: list[Trajectory] = []
+        for policy, places in parts:
+            with computing(policy):
+                played += play_held_out(
+                    self.runner,
+                    policy,
+                    [episodes[place] for place in places],
+                    sampling=sampling,
+                    seed=self._config.seed,
+                    on_done=self._stop_if_asked,
+                )
+        row = evaluation_row(EvaluationResult.of(played), who, step, sampling, curve=curve)
         self._metrics.write(row)
         self._progress.evaluation(row)
 
@@ -179,7 +184,7 @@ class EvaluationResult:
         return {**row, **self.stops}
 
 
-def evaluate_policy(
+def play_held_out(
     runner: RolloutRunner,
     policy: Policy,
     episodes: Sequence[EpisodeSpec],
@@ -187,14 +192,13 @@ def evaluate_policy(
     sampling: Sampling,
     seed: int,
     on_done: Callable[[Trajectory], None] | None = None,
-) -> EvaluationResult:
-    """Plays episodes (`held_out`) and returns their result.
+) -> list[Trajectory]:
+    """Plays episodes (`held_out`).
 
     The same seed gives the same random draws to every policy, so that two policies are compared
     on equal terms.
     """
-    trajectories = runner.run(policy, episodes, sampling, (seed, 2), on_done=on_done)
-    return EvaluationResult.of(trajectories)
+    return runner.run(policy, episodes, sampling, (seed, 2), on_done=on_done)
 
 
 def held_out(tasks: Mapping[str, int], most: int) -> list[EpisodeSpec]:

@@ -26,7 +26,7 @@ from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.recovery import Recovery
 from reopold_agent.train.roles import Roles
 from reopold_agent.train.rows import StepBatch, entropy_threshold
-from reopold_agent.train.scoring import Scoring, use_sampled_as_teacher
+from reopold_agent.train.scoring import Scoring, ScoringByTeacher, use_sampled_as_teacher
 from reopold_agent.train.step_log import StepLog
 from reopold_agent.train.timing import Clock
 from reopold_agent.train.update import Updater, UpdateStats
@@ -43,7 +43,7 @@ class TrainingLoop:
         collector: rolls out, or reads, the trajectories of a step.
         behaviour_source: the source of log-probs before the update: `behaviour.old_logp_source`.
         importance_cap: the largest importance weight of a token; None: no weights.
-        scoring: the teacher's scoring; None for objectives that need none.
+        scoring: the scoring by the teachers; None for objectives that need none.
         updater: makes the updates; owns the optimizer.
         following: updates a teacher that follows its student; else None.
         evaluation: held-out evaluations.
@@ -59,7 +59,7 @@ class TrainingLoop:
     collector: Collector
     behaviour_source: str
     importance_cap: float | None
-    scoring: Scoring | None
+    scoring: Scoring | ScoringByTeacher | None
     updater: Updater
     following: FollowingTeacher | None
     evaluation: HeldOutEvaluation

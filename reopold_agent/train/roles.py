@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from reopold_agent.policies.loading import LoadedModel, Processing
 from reopold_agent.policies.registry import POLICIES, TRANSFORMERS, is_trainers_own, make_policy
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.train.teachers import Teachers, run_teachers
 
 
 @dataclass
@@ -28,12 +30,12 @@ class Roles:
         trainer: the student that learns, in this process.
         sampler: generates the student's episodes: the trainer itself, or a copy that is
             synchronised after every update.
-        teacher: scores (and, for demonstrations, generates); None for objectives without one.
+        teachers: score (and, for demonstrations, generate); empty for objectives without one.
     """
 
     trainer: TransformersPolicy
     sampler: Policy
-    teacher: Policy | None
+    teachers: Teachers[Policy]
 
     @property
     def separate(self) -> bool:
@@ -41,28 +43,32 @@ class Roles:
         return self.sampler is not self.trainer
 
     @property
-    def own_teacher(self) -> TransformersPolicy | None:
-        """The teacher if it is a model in this process, which gives whole distributions."""
-        return self.teacher if isinstance(self.teacher, TransformersPolicy) else None
+    def teacher(self) -> Policy | None:
+        """The teacher of all episodes; None with none, or with several."""
+        return self.teachers.only
+
+    @property
+    def own_teachers(self) -> list[TransformersPolicy]:
+        """The teachers that are models in this process, which give whole distributions."""
+        return [each for each in self.teachers.distinct if isinstance(each, TransformersPolicy)]
 
     def take_passes(self) -> PassTokens:
         """Returns the tokens of the passes since the last call, of the models in this process."""
         total = PassTokens()
-        for policy in (self.trainer, self.own_teacher):
-            if policy is not None:
-                total += policy.passes
-                policy.passes = PassTokens()
+        for policy in (self.trainer, *self.own_teachers):
+            total += policy.passes
+            policy.passes = PassTokens()
         return total
 
-    def required_teacher(self) -> Policy:
-        """Returns the teacher.
+    def teacher_of(self, env: str) -> Policy:
+        """Returns the teacher of an environment.
 
         Raises:
             ConfigError: the run has none.
         """
-        if self.teacher is None:
+        if not self.teachers.distinct:
             raise ConfigError("this run needs a teacher, but model.teacher is null")
-        return self.teacher
+        return self.teachers.named(env)
 
     def sync(self) -> None:
         """Gives the sampler the trainer's weights."""
@@ -82,7 +88,7 @@ class Roles:
 
     def close(self) -> None:
         """Ends processes and connections."""
-        for policy in (self.sampler, self.teacher):
+        for policy in (self.sampler, *self.teachers.distinct):
             if isinstance(policy, Closeable):
                 policy.close()
 
@@ -95,35 +101,49 @@ def check_roles(config: TrainConfig, objective: Objective) -> None:
         ConfigError: this kind cannot do what the run needs; the message says what to set.
         MissingExtraError: its package is not installed.
     """
-    student, teacher = config.policy.student, config.policy.teacher
-    for settings in (student, teacher):
+    student = config.policy.student
+    teachers = run_teachers(config)
+    policies = [each.policy for each in teachers] or [config.policy.teacher]
+    for settings in (student, *policies):
         if not is_trainers_own(settings):
             package = POLICIES.get(settings["name"]).package
             if package is not None and find_spec(package) is None:
                 raise MissingExtraError(package, package, f"policy {settings['name']}")
+    if objective.needs & Needs.DEMONSTRATIONS and len(teachers) > 1:
+        raise ConfigError(
+            f"objective={config.objective['name']} learns from episodes that one teacher plays, "
+            f"and model.teachers has {len(teachers)}.\nSet model.teachers=null and model.teacher, "
+            "or another objective."
+        )
     if not is_trainers_own(student) and config.engine.old_logp == "rollout":
         raise ConfigError(
             f"engine.old_logp=rollout needs entropies with the samples, and "
             f"policy.student.name={student['name']} gives none; use engine.old_logp=recompute "
             "(or auto)"
         )
-    if config.model.teacher is None or is_trainers_own(teacher):
-        return
-    if objective.needs & Needs.DISTRIBUTIONS:
-        raise ConfigError(
-            f"objective={config.objective['name']} compares whole distributions, which "
-            f"policy.teacher.name={teacher['name']} does not give; use "
-            f"policy.teacher.name={TRANSFORMERS}"
-        )
-    if config.model.teacher.follow is not None:
-        raise ConfigError(
-            "model.teacher.follow changes the teacher's weights in the run; use "
-            f"policy.teacher.name={TRANSFORMERS}"
-        )
+    for teacher in teachers:
+        if is_trainers_own(teacher.policy):
+            continue
+        key = "policy.teacher"
+        if teacher.names[0] in (config.policy.teachers or {}):
+            key = f"policy.teachers.{teacher.names[0]}"
+        if objective.needs & Needs.DISTRIBUTIONS:
+            raise ConfigError(
+                f"objective={config.objective['name']} compares whole distributions, which "
+                f"{key}.name={teacher.policy['name']} does not give; use {key}.name={TRANSFORMERS}"
+            )
+        if teacher.model.follow is not None:
+            raise ConfigError(
+                "model.teacher.follow changes the teacher's weights in the run; use "
+                f"{key}.name={TRANSFORMERS}"
+            )
 
 
 def make_roles(
-    config: TrainConfig, chat: ChatRenderer, student: LoadedModel, teacher: Processing | None
+    config: TrainConfig,
+    chat: ChatRenderer,
+    student: LoadedModel,
+    teachers: Mapping[str, Processing],
 ) -> Roles:
     """Makes the policies, and gives the sampler the trainer's weights.
 
@@ -131,26 +151,32 @@ def make_roles(
         config: the run's configuration.
         chat: gives the ids that are forbidden and those that end a turn.
         student: the model that learns.
-        teacher: a `LoadedModel` if the teacher is in this process.
+        teachers: by role (`run_teachers`); a `LoadedModel` if the teacher is in this process.
 
     Raises:
         ReopoldError: a policy cannot be made; processes that were started are ended.
     """
     trainer = _own(config, chat, student)
-    roles = Roles(trainer, trainer, None)
+    roles = Roles(trainer, trainer, Teachers({}))
     try:
         if not is_trainers_own(config.policy.student):
-            roles.sampler = _made(config, "student", chat, student)
+            roles.sampler = _made(config, "student", config.policy.student, chat, student)
             if not isinstance(roles.sampler, TakesWeights):
                 raise ConfigError(
                     f"policy.student.name={config.policy.student['name']} cannot take the "
                     f"trainer's weights; use {TRANSFORMERS} or vllm"
                 )
             roles.sync()
-        if isinstance(teacher, LoadedModel):
-            roles.teacher = _own(config, chat, teacher)
-        elif teacher is not None:
-            roles.teacher = _made(config, "teacher", chat, teacher)
+        made: dict[str, Policy] = {}
+        for teacher in run_teachers(config) if teachers else ():
+            model = teachers[teacher.role]
+            if isinstance(model, LoadedModel):
+                policy: Policy = _own(config, chat, model)
+            else:
+                policy = _made(config, "teacher", teacher.policy, chat, model)
+            made[teacher.role] = policy
+            # At once, to be closed if another one fails.
+            roles.teachers = Teachers.of_run(config, made)
     except BaseException:
         roles.close()
         raise
@@ -170,21 +196,21 @@ def _own(config: TrainConfig, chat: ChatRenderer, model: LoadedModel) -> Transfo
     )
 
 
-def _made(config: TrainConfig, role: str, chat: ChatRenderer, processing: Processing) -> Policy:
+def _made(
+    config: TrainConfig,
+    role: str,
+    settings: Mapping[str, Any],
+    chat: ChatRenderer,
+    processing: Processing,
+) -> Policy:
     precision = config.engine.precision
     if precision == "auto":
         precision = "bfloat16" if torch.cuda.is_available() else "float32"
     return make_policy(
         role,
-        getattr(config.policy, role),
+        settings,
         processing,
         dtype=precision,
         forbidden_ids=chat.forbidden_ids,
         stop_ids=chat.stop_ids,
     )
-
-
-def teacher_name(config: TrainConfig) -> str:
-    """Returns the name of the run's teacher in messages."""
-    path = "" if config.model.teacher is None else f", {config.model.teacher.path}"
-    return f"{config.policy.teacher['name']}{path}"

@@ -14,7 +14,8 @@ from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError, S
 from reopold_agent.policies.base import Policy, ScoresBeside
 from reopold_agent.train.nonfinite import Finding, invalid_logp
 from reopold_agent.train.roles import computing
-from reopold_agent.train.rows import Row
+from reopold_agent.train.rows import Row, trajectories_of
+from reopold_agent.train.teachers import Teachers
 
 _log = logging.getLogger(__name__)
 
@@ -147,6 +148,40 @@ class Scoring:
 def _unreadable(row: Row) -> str | None:
     reading = row.trajectory.reading
     return None if reading is None else reading.error
+
+
+class ScoringByTeacher:
+    """Scores each row with the teacher of its episode.
+
+    Args:
+        scorings: the scoring by each teacher.
+    """
+
+    def __init__(self, scorings: Teachers[Scoring]) -> None:
+        self._scorings = scorings
+
+    def begin(self, row: Row) -> None:
+        """Starts to score a row whose episode has ended, if its teacher can do so now."""
+        self._scorings.of(row.trajectory).begin(row)
+
+    def finish(self, rows: Sequence[Row], step: int) -> ScoringProblems:
+        """Sets ``teacher_logp`` of all rows, as `Scoring.finish` does for each teacher's.
+
+        Raises:
+            ModelServerError: one teacher scored none of its rows.
+            ReopoldError: as `Scoring.finish`.
+        """
+        problems = ScoringProblems()
+        for scoring, places in self._scorings.parts(trajectories_of(rows)):
+            found = scoring.finish([rows[place] for place in places], step)
+            problems.failed += found.failed
+            problems.invalid += found.invalid
+        return problems
+
+    def close(self) -> None:
+        """Cancels the requests that have not been sent yet."""
+        for scoring in self._scorings.distinct:
+            scoring.close()
 
 
 def use_sampled_as_teacher(rows: Sequence[Row]) -> None:

@@ -20,6 +20,7 @@ from reopold_agent.errors import ConfigError, ReopoldError
 from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.policies.templates import chat_template
 from reopold_agent.train.mixture import mixed_words
+from reopold_agent.train.teachers import check_teachers
 
 _INTERNAL = ("default_steps", "default_batch", "batches", "size", "sizes", "toy")
 """Defaults of groups for others."""
@@ -50,6 +51,7 @@ def load_config(composed: DictConfig) -> tuple[TrainConfig, dict[str, Any]]:
     for name in _INTERNAL:
         values.pop(name, None)
     config = build(TrainConfig, values)
+    check_teachers(config)
     if config.model.chat_template is not None:  # read once: workers elsewhere lack the file
         template = chat_template(config.model.chat_template)
         config = replace(config, model=replace(config.model, chat_template=template))

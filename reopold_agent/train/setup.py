@@ -61,9 +61,10 @@ from reopold_agent.train.interrupts import Interrupts
 from reopold_agent.train.loop import TrainingLoop
 from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.recovery import Recovery
-from reopold_agent.train.roles import Roles, check_roles, make_roles, teacher_name
-from reopold_agent.train.scoring import Scoring
+from reopold_agent.train.roles import Roles, check_roles, make_roles
+from reopold_agent.train.scoring import Scoring, ScoringByTeacher
 from reopold_agent.train.step_log import StepLog
+from reopold_agent.train.teachers import Teachers, TeacherSettings, run_teachers
 from reopold_agent.train.update import Updater
 
 
@@ -89,7 +90,7 @@ class LocalEngine(Engine):
             preflight_note(config, objective, checkpoint is not None),
         ]
         device, autocast = compute_device(config.engine)
-        student, teacher = load_models(
+        student, teachers = load_models(
             config,
             specs,
             saved_student=checkpoint / "model" if checkpoint else None,
@@ -107,7 +108,7 @@ class LocalEngine(Engine):
                 device=device_name(device),
                 precision=str(autocast or torch.float32).removeprefix("torch."),
                 objective=objective,
-                teacher=teacher is not None,
+                teacher=bool(teachers),
                 kernel=packed_kernel(config.engine, device.type),
             )
             show_banner(progress, lines, config, student, notes)
@@ -116,7 +117,7 @@ class LocalEngine(Engine):
                 objective,
                 self.folder,
                 student,
-                teacher,
+                teachers,
                 tasks,
                 progress=progress,
                 interrupts=interrupts,
@@ -166,9 +167,9 @@ def prepared(
     """
     check_roles(config, objective)
     specs = model_specs(config, objective)
-    weights = reads_weights(config.policy.teacher)
+    served = {t.role for t in run_teachers(config) if not reads_weights(t.policy)}
     contexts = [
-        context_length(check_available(spec, role, weights=role == "student" or weights))
+        context_length(check_available(spec, role, weights=role not in served))
         for role, spec in specs.items()
     ]
     device, _ = compute_device(config.engine)  # refuses a GPU that there is not
@@ -189,14 +190,17 @@ def load_models(
     *,
     saved_student: Path | None = None,
     saved_teacher: Path | None = None,
-) -> tuple[LoadedModel, Processing | None]:
-    """Loads the student, and the teacher unless another process serves it.
+) -> tuple[LoadedModel, dict[str, Processing]]:
+    """Loads the student, and each teacher unless another process serves it.
 
     Args:
         config: the run's configuration.
         specs: the checkpoints by role.
         saved_student, saved_teacher: folders of a checkpoint of the run, whose weights replace
             those of ``specs``.
+
+    Returns:
+        The student, and the teachers by role.
 
     Raises:
         ModelError: a model cannot be loaded, or they do not fit each other.
@@ -207,41 +211,64 @@ def load_models(
         "kernel": packed_kernel(config.engine, device.type),
     }
     student = load_model(specs["student"], "student", device, saved=saved_student, **how)
-    teacher: Processing | None = None
-    if "teacher" in specs and is_trainers_own(config.policy.teacher):
-        model = load_model(specs["teacher"], "teacher", device, saved=saved_teacher, **how)
-        model.adapter.model.requires_grad_(False)
-        teacher = model
-    elif "teacher" in specs:
-        weights = reads_weights(config.policy.teacher)
-        teacher = load_processing(specs["teacher"], "teacher", weights=weights)
-    if teacher is not None:
-        check_vocabularies(student, teacher)
-    return student, teacher
+    teachers: dict[str, Processing] = {}
+    for teacher in run_teachers(config):
+        role = teacher.role
+        if role not in specs:
+            continue
+        if is_trainers_own(teacher.policy):
+            model = load_model(specs[role], role, device, saved=saved_teacher, **how)
+            model.adapter.model.requires_grad_(False)
+            teachers[role] = model
+        else:
+            weights = reads_weights(teacher.policy)
+            teachers[role] = load_processing(specs[role], role, weights=weights)
+        check_vocabularies(student, teachers[role], role)
+    return student, teachers
 
 
 def run_reader(
-    config: TrainConfig, chat: ChatRenderer, student: Processing, teacher: Processing | None
-) -> Reader | None:
-    """Returns what gives the run's teacher its form of the episodes; None if it reads them as is.
+    config: TrainConfig,
+    chat: ChatRenderer,
+    student: Processing,
+    teachers: Mapping[str, Processing],
+) -> Reader | Mapping[str, Reader | None] | None:
+    """Returns what gives teachers their form of the episodes; None if they read them as they are.
+
+    With several teachers there is one for each environment.
 
     Args:
         config: the run's configuration.
         chat: renders the student's conversations.
         student: its pictures are the teacher's, too.
-        teacher: None in runs without one.
+        teachers: by role; empty in runs without one.
     """
-    if teacher is None:
-        return None
-    context = context_length(teacher.config)
-    return make_reader(config, config.model.teacher, chat, student.vision, context)
+    here = {each.role: each for each in run_teachers(config) if each.role in teachers}
+    known = Teachers.of_run(config, here)
+
+    def made(teacher: TeacherSettings, member: TrainConfig) -> Reader | None:
+        context = context_length(teachers[teacher.role].config)
+        return make_reader(member, teacher.model, chat, student.vision, context)
+
+    if len(here) < 2:
+        return None if known.only is None else made(known.only, config)
+    return {name: made(known.named(name), each) for name, each in config.members.items()}
 
 
-def make_scoring(config: TrainConfig, objective: Objective, roles: Roles) -> Scoring | None:
-    """Returns the teacher's scoring; None for objectives that need none."""
+def make_scoring(
+    config: TrainConfig, objective: Objective, roles: Roles
+) -> Scoring | ScoringByTeacher | None:
+    """Returns the scoring by the teachers; None for objectives that need none."""
     if not objective.needs & Needs.TEACHER or objective.needs & Needs.DEMONSTRATIONS:
         return None
-    return Scoring(roles.required_teacher(), teacher_name(config))
+    scorings = Teachers.of_run(
+        config,
+        {
+            each.role: Scoring(roles.teacher_of(each.names[0]), each.label)
+            for each in run_teachers(config)
+        },
+    )
+    return ScoringByTeacher(scorings) if scorings.only is None else scorings.only
 
 
 def make_updater(
@@ -253,7 +280,7 @@ def make_updater(
         objective,
         config.optimizer,
         max_tokens=config.engine.max_tokens_per_micro_batch,
-        teacher=roles.own_teacher,
+        teachers=roles.teachers,
         skip_nonfinite=guard.skips,
     )
 
@@ -263,7 +290,7 @@ def make_loop(
     objective: Objective,
     folder: RunFolder,
     student: LoadedModel,
-    teacher: Processing | None,
+    teachers: Mapping[str, Processing],
     tasks: Mapping[str, Mapping[str, int]],
     *,
     progress: Progress,
@@ -278,7 +305,7 @@ def make_loop(
         objective: the objective made for this run.
         folder: the run folder, locked.
         student: the model that learns.
-        teacher: a `LoadedModel` if the teacher is in this process; None without a teacher.
+        teachers: by role; a `LoadedModel` if the teacher is in this process.
         tasks: number of tasks by environment and split.
         progress: shows the run to the user.
         interrupts: the signals received.
@@ -286,12 +313,12 @@ def make_loop(
         recorded: the conversations that the objective trains on: `read_demonstrations`.
     """
     chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
-    following = following_teacher(config.model.teacher, teacher, student)
-    roles = make_roles(config, chat, student, teacher)
+    following = following_teacher(config.model.teacher, teachers.get("teacher"), student)
+    roles = make_roles(config, chat, student, teachers)
     scoring = make_scoring(config, objective, roles)
     guard = NonFiniteGuard(config.on_nonfinite)
     updater = make_updater(config, objective, roles, guard)
-    reader = run_reader(config, chat, student, teacher)
+    reader = run_reader(config, chat, student, teachers)
     train_runner, eval_runner = (
         make_runner(config, chat, student.vision, split=split, reader=read)
         for split, read in (("train", reader), ("eval", None))

@@ -169,7 +169,7 @@ class StepLog:
     def _serving_metrics(self, batch: StepBatch, unscored: int) -> dict[str, float]:
         """Returns failures of other processes that generate or score, and the sampler's gap."""
         row: dict[str, float] = {}
-        if self._roles.teacher is not None and self._roles.own_teacher is None:
+        if len(self._roles.own_teachers) < len(self._roles.teachers.distinct):
             row["teacher/dropped"] = float(unscored)
         if not self._roles.separate or self._collector.actor != "student":
             return row

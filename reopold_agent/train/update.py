@@ -13,15 +13,17 @@ from reopold_agent.config import OptimizerConfig
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.objectives import Needs, Objective, TokenBatch
 from reopold_agent.objectives.pieces import scale_gradient
+from reopold_agent.policies.base import Policy
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.tracking.trajectories import TokenUse
 from reopold_agent.train.nonfinite import Finding, describe
 from reopold_agent.train.rows import Row, trajectories_of
+from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.token_use import token_uses
 from reopold_agent.train.totals import TokenTotals
-from reopold_agent.types import FloatArray
+from reopold_agent.types import FloatArray, Trajectory
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Updater:
         policy: the student.
         objective: the loss.
         config: AdamW's settings.
-        teacher: the teacher, for objectives on whole distributions.
+        teachers: for objectives on whole distributions.
         max_tokens: tokens of one micro-batch, counted as `split_by_tokens` does; any value gives
             the same gradient.
         skip_nonfinite: leave out mini-batches whose loss or gradient is not finite.
@@ -122,10 +124,11 @@ class Updater:
         config: OptimizerConfig,
         *,
         max_tokens: int,
-        teacher: TransformersPolicy | None = None,
+        teachers: Teachers[Policy] | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
-        self.policy, self.objective, self.teacher = policy, objective, teacher
+        self.policy, self.objective = policy, objective
+        self._teachers = Teachers({}) if teachers is None else teachers
         self._config, self._max_tokens, self._skip = config, max_tokens, skip_nonfinite
         self.updates = 0
         self.rejected: list[Finding] = []
@@ -251,6 +254,22 @@ class Updater:
             return [(row, f"the gradient norm of its mini-batch is {norm}") for row in batch]
         return _Gradient(counts, norm, uses)
 
+    def _divergence(self, trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor]:
+        """Returns the divergence from each trajectory's teacher, and the log-probs, both (N,)."""
+        pieces: dict[int, tuple[Tensor, Tensor]] = {}
+        for teacher, places in self._teachers.parts(trajectories):
+            if not isinstance(teacher, TransformersPolicy):
+                raise ValueError("an objective on whole distributions needs the teacher's model")
+            chosen = [trajectories[place] for place in places]
+            pair = self.policy.divergence(chosen, teacher, self.objective.divergence)
+            if len(chosen) == len(trajectories):
+                return pair
+            sizes = [t.response_tokens for t in chosen]
+            divided = zip(*(torch.split(each, sizes) for each in pair), strict=True)
+            pieces.update(zip(places, divided, strict=True))
+        divergences, logps = zip(*(pieces[place] for place in sorted(pieces)), strict=True)
+        return torch.cat(divergences), torch.cat(logps)
+
     def _token_batch(self, rows: Sequence[Row]) -> TokenBatch:
         """Returns the loss tokens of a micro-batch, one after the other: (1, N)."""
         trajectories = trajectories_of(rows)
@@ -258,11 +277,7 @@ class Updater:
         adapter, objective = self.policy.adapter, self.objective
         divergence_N = None
         if objective.needs & Needs.DISTRIBUTIONS:
-            if self.teacher is None:
-                raise ValueError("an objective on whole distributions needs the teacher")
-            divergence_N, logp_N = self.policy.divergence(
-                trajectories, self.teacher, objective.divergence
-            )
+            divergence_N, logp_N = self._divergence(trajectories)
         else:
             logp_N, _ = self.policy.logprobs(TrajectoryBatch.build(adapter, trajectories))
 

@@ -23,12 +23,14 @@ from reopold_agent.policies.attention import IMPLEMENTATION, packed_kernel
 from reopold_agent.policies.loading import check_attention, resolve_path
 from reopold_agent.rollout.lengths import episode_limit, prompt_limit
 from reopold_agent.train.engine import needs_teacher
+from reopold_agent.train.teachers import TeacherSettings, run_teachers
 from reopold_agent.train.verl.supported import (
     check_objective,
     check_settings,
     check_tensor_parallel,
     student_gpus,
     teacher_gpus,
+    teacher_replicas,
 )
 
 TEACHER_TOKENS_PER_PASS = 4096
@@ -50,13 +52,15 @@ def check_supported(config: TrainConfig, objective: Objective) -> None:
     run_device(config.engine)
     taught = needs_teacher(config, objective)
     student_gpus(config.engine, taught)
-    models = {"student": config.model.student, "teacher": config.model.teacher if taught else None}
-    shapes = {}
-    for role, spec in models.items():
-        if spec is not None:
-            # Of a checkpoint that is not there, or of another family, others tell.
-            with suppress(ConfigError):
-                shapes[role] = find_architecture(spec.path)
+    teachers = run_teachers(config) if taught else []
+    if teachers:
+        teacher_replicas(config.engine, len(teachers))
+    models = [("student", config.model.student), *(("teacher", each.model) for each in teachers)]
+    shapes = []
+    for role, spec in models:
+        # Of a checkpoint that is not there, or of another family, others tell.
+        with suppress(ConfigError):
+            shapes.append((role, find_architecture(spec.path)))
     check_tensor_parallel(config.engine, shapes)
 
 
@@ -132,7 +136,17 @@ def verl_config(
         **_optimizer(config),
     }
     if with_teacher:
-        settings.update(_teacher(config, device, min(contexts.values())))
+        entries = _teacher_entries(config)
+        shape = OmegaConf.to_container(composed.distillation.teacher_models.teacher_model)
+        for entry in entries:
+            OmegaConf.update(composed, f"distillation.teacher_models.{entry}", shape)
+        for entry, teacher in entries.items():
+            settings.update(_teacher(config, teacher.model, entry, device, min(contexts.values())))
+            if len(entries) > 1:  # for one, verl fills in both
+                replicas = teacher_replicas(config.engine, len(entries))
+                where = f"distillation.teacher_models.{entry}"
+                settings.update({f"{where}.key": teacher.names[0]})
+                settings.update({f"{where}.num_replicas": replicas})
     for key, value in settings.items():
         OmegaConf.update(composed, key, value, merge=False, force_add=True)
     for key, value in config.engine.overrides.items():
@@ -254,12 +268,25 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
     }
 
 
-def _teacher(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
-    engine, spec = config.engine, config.model.teacher
-    if spec is None:
+def _teacher_entries(config: TrainConfig) -> dict[str, TeacherSettings]:
+    """Returns the teachers by their entries in verl's ``teacher_models``.
+
+    verl drops the entry ``teacher_model`` where there are others, so several have other names.
+    """
+    teachers = run_teachers(config)
+    if not teachers:
         raise ConfigError("a teacher is needed, but model.teacher is null")
+    if len(teachers) == 1:
+        return {"teacher_model": teachers[0]}
+    return {f"teacher_{number}": teacher for number, teacher in enumerate(teachers)}
+
+
+def _teacher(
+    config: TrainConfig, spec: ModelConfig, entry: str, device: str, context: int
+) -> dict[str, Any]:
+    engine = config.engine
     prompt, length = lengths(config, context)
-    teacher = "distillation.teacher_models.teacher_model"
+    teacher = f"distillation.teacher_models.{entry}"
     inference = f"{teacher}.inference"
     loss = "distillation.distillation_loss"
     return {

@@ -92,7 +92,7 @@ class VerlEngine(Engine):
         specs = model_specs(config, objective)
         _require_verl()  # after what a machine without verl can tell
         os.environ.update(_environment(device))  # before anything of verl is imported here
-        with_teacher = "teacher" in specs
+        with_teacher = len(specs) > 1
         student, contexts = self._check_models(specs)
         config, tasks = checked_run(config, student, contexts.values(), self.folder.data_report)
         if config.engine.seeded_requests is None:
@@ -150,8 +150,9 @@ class VerlEngine(Engine):
             found = check_available(spec, role)
             contexts[role] = int(found.get_text_config().max_position_embeddings)
         student = load_processing(specs["student"], "student")
-        if "teacher" in specs:
-            check_vocabularies(student, load_processing(specs["teacher"], "teacher"))
+        for role, spec in specs.items():
+            if role != "student":
+                check_vocabularies(student, load_processing(spec, role), role)
         return student, contexts
 
     def _train(

@@ -27,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.errors import ModelError, ModelServerError, NonFiniteError, ServerStalledError
+from reopold_agent.errors import ModelServerError, NonFiniteError, ServerStalledError
 from reopold_agent.objectives import Needs
 from reopold_agent.policies.loading import load_processing, student_spec
 from reopold_agent.rollout.chat import ChatRenderer
@@ -36,6 +36,7 @@ from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.train.engine import run_objective
 from reopold_agent.train.nonfinite import describe, invalid_logp, invalid_outcome
 from reopold_agent.train.rows import Row
+from reopold_agent.train.teachers import Teachers, run_teachers
 from reopold_agent.train.verl.client import Servers, SharedPictures, VerlPolicy, score
 from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, plain_rows, to_row
 from reopold_agent.types import Sampling, Trajectory
@@ -87,17 +88,15 @@ class Player:
 
         self.student = servers(student, "student", engine.student_server.stall_seconds)
         limit = engine.teacher_server.stall_seconds
-        self._teachers = {
-            name: servers(client, "teacher", limit) for name, client in teachers.items()
-        }
+        made = {}
+        for each in run_teachers(config) if teachers else ():
+            only = next(iter(teachers.values()))  # which verl names itself
+            client = teachers[each.names[0]] if len(teachers) > 1 else only
+            made[each.role] = servers(client, "teacher", limit)
+        self.teachers = Teachers.of_run(config, made)
         self._threads = ThreadPoolExecutor(concurrency, thread_name_prefix="reopold-episode")
         # One thread at a time uses a runner, whose environment is kept for the next episode.
         self._idle: dict[str, queue.SimpleQueue[RolloutRunner]] = {}
-
-    @property
-    def teacher(self) -> Servers | None:
-        """The servers of the teacher of all tasks (verl has one, named ``default``)."""
-        return next(iter(self._teachers.values()), None)
 
     async def episode(
         self,
@@ -108,9 +107,7 @@ class Player:
         by_teacher: bool = False,
     ) -> Trajectory:
         """Plays one episode on a thread."""
-        servers = self.teacher if by_teacher else self.student
-        if servers is None:
-            raise ModelError("there is no teacher to play an episode")
+        servers = self.teachers.named(spec.env) if by_teacher else self.student
         policy = VerlPolicy(servers)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._play, policy, spec, sampling, seed)
@@ -256,8 +253,10 @@ class RolloutWorker:
             NonFiniteError: numbers are not finite, and ``on_nonfinite=fail``.
         """
         try:
-            if scored and self._player.teacher is not None:
-                trajectory.teacher_logp = await score(self._player.teacher, trajectory)
+            if scored and self._player.teachers.distinct:
+                trajectory.teacher_logp = await score(
+                    self._player.teachers.of(trajectory), trajectory
+                )
             wrong = self._invalid(trajectory)
             if wrong is not None:
                 raise NonFiniteError(describe(step, [(Row(trajectory), wrong)]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from reopold_agent.config import EngineConfig, TrainConfig
@@ -51,6 +51,8 @@ def check_settings(config: TrainConfig) -> None:
     if teacher is not None and teacher.follow is not None:
         raise ConfigError("engine=verl does not support model.teacher.follow.\nUse engine=local.")
     others = [role for role in ("student", "teacher") if _policy(config, role) != "transformers"]
+    if config.policy.teachers:
+        others.append("teachers")
     if others:
         raise ConfigError(
             f"engine=verl starts vLLM servers for both roles, so it takes no policy.{others[0]}.\n"
@@ -96,17 +98,17 @@ def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
     return rest
 
 
-def check_tensor_parallel(engine: EngineConfig, models: Mapping[str, Architecture]) -> None:
+def check_tensor_parallel(engine: EngineConfig, models: Iterable[tuple[str, Architecture]]) -> None:
     """Refuses servers whose GPUs cannot share their model out evenly.
 
     Args:
         engine: the settings of the servers.
-        models: shapes of the models, by role.
+        models: ``student`` or ``teacher``, and the shapes of such a model.
 
     Raises:
         ConfigError: names the setting, and the values that divide the model.
     """
-    for role, model in models.items():
+    for role, model in models:
         parts = getattr(engine, f"{role}_server").tensor_parallel
         what = model.undivided(parts)
         if what is not None:
@@ -116,6 +118,28 @@ def check_tensor_parallel(engine: EngineConfig, models: Mapping[str, Architectur
                 f"{model.name}.\nChoose a number of GPUs that vLLM can share it out among: "
                 f"{', '.join(good)}."
             )
+
+
+def teacher_replicas(engine: EngineConfig, teachers: int) -> int:
+    """Returns the number of servers of each teacher: the GPUs are divided evenly among teachers.
+
+    Args:
+        engine: the engine's settings.
+        teachers: number of distinct teachers.
+
+    Raises:
+        ConfigError: the GPUs cannot be divided so.
+    """
+    gpus = engine.nodes * teacher_gpus(engine)
+    each = engine.teacher_server.tensor_parallel
+    if gpus % (max(1, teachers) * each):
+        which = "engine.gpus_per_node" if engine.shares_gpus else "engine.teacher_gpus_per_node"
+        raise ConfigError(
+            f"{teachers} teachers, each on {each} or a multiple of it, cannot divide {gpus} GPUs "
+            f"evenly.\nSet {which} so that they are a multiple of {teachers * each}, or give fewer "
+            "teachers."
+        )
+    return gpus // (max(1, teachers) * each)
 
 
 def teacher_gpus(engine: EngineConfig) -> int:

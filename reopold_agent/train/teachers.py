@@ -1,0 +1,151 @@
+"""Says which of a run's teachers teaches which episode.
+
+With ``model.teacher`` there is one. With ``model.teachers`` there is one for each environment (or
+for each value of a column of the rows), of which some may be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from reopold_agent.config import DEFAULT_TEACHER, TeacherConfig, TrainConfig
+from reopold_agent.errors import ConfigError
+
+if TYPE_CHECKING:
+    from reopold_agent.rollout.runner import EpisodeSpec
+    from reopold_agent.types import Trajectory
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """One teacher of a run, for all of its names.
+
+    Attributes:
+        names: those in ``model.teachers``; only `DEFAULT_TEACHER` for ``model.teacher``.
+        role: what messages call it: ``teacher``, and ``teacher NAME`` where there are several.
+        model: its checkpoint.
+        policy: its kind of policy, with that kind's settings.
+    """
+
+    names: tuple[str, ...]
+    role: str
+    model: TeacherConfig
+    policy: dict[str, Any]
+
+    @property
+    def label(self) -> str:
+        """Names the policy and the checkpoint, for messages."""
+        return f"{self.policy['name']}, {self.model.path}"
+
+
+def run_teachers(config: TrainConfig) -> list[TeacherSettings]:
+    """Returns the distinct teachers of a run: names with equal settings share one."""
+    found: list[TeacherSettings] = []
+    for name, model in config.model.all_teachers.items():
+        policy = config.policy.of_teacher(name)
+        for number, other in enumerate(found):
+            if (other.model, other.policy) == (model, policy):
+                found[number] = TeacherSettings((*other.names, name), other.role, model, policy)
+                break
+        else:
+            role = "teacher" if config.model.teachers is None else f"teacher {name}"
+            found.append(TeacherSettings((name,), role, model, policy))
+    return found
+
+
+def check_teachers(config: TrainConfig) -> None:
+    """Checks that each environment of a run has a teacher, and each teacher an environment.
+
+    Raises:
+        ConfigError: names the setting and the way out.
+    """
+    teachers = config.model.teachers or {}
+    strangers = sorted(set(config.policy.teachers or ()) - set(teachers))
+    if strangers:
+        raise ConfigError(
+            f"policy.teachers.{strangers[0]} is for a teacher that model.teachers lacks.\nLeave it "
+            f"out, or add model.teachers.{strangers[0]}=PATH."
+        )
+    if not teachers or config.model.teacher_key is not None:
+        return
+    envs = list(config.weights)
+    unused = sorted(set(teachers) - {DEFAULT_TEACHER, *envs})
+    if unused:
+        raise ConfigError(
+            f"model.teachers.{unused[0]} is the teacher of an environment that is not in the run, "
+            f"which has {', '.join(envs)}.\nLeave it out with '~model.teachers.{unused[0]}', or "
+            "add the environment to env=[...]."
+        )
+    missing = [name for name in envs if name not in teachers]
+    if missing and DEFAULT_TEACHER not in teachers:
+        raise ConfigError(
+            f"model.teachers has no teacher for env={missing[0]}.\nAdd "
+            f"+model.teachers.{missing[0]}=PATH, or +model.teachers.{DEFAULT_TEACHER}=PATH for all "
+            "environments without one of their own."
+        )
+
+
+def teacher_key(episode: Trajectory | EpisodeSpec) -> str:
+    """Returns the name under which an episode's teacher is looked up: its environment's."""
+    return episode.env
+
+
+class Teachers(Generic[T]):
+    """Something that each teacher of a run has, such as its policy, and which one an episode needs.
+
+    Args:
+        by_name: the things by the names in ``model.teachers``; empty without a teacher.
+    """
+
+    def __init__(self, by_name: Mapping[str, T]) -> None:
+        self._by_name = dict(by_name)
+
+    @classmethod
+    def of_run(cls, config: TrainConfig, by_role: Mapping[str, T]) -> Teachers[T]:
+        """Returns those of a run, given by role (`run_teachers`); roles may be missing."""
+        return cls(
+            {
+                name: by_role[each.role]
+                for each in run_teachers(config)
+                if each.role in by_role
+                for name in each.names
+            }
+        )
+
+    @property
+    def distinct(self) -> list[T]:
+        """Each once, in the order of the settings."""
+        return list({id(each): each for each in self._by_name.values()}.values())
+
+    @property
+    def only(self) -> T | None:
+        """The one that teaches every episode; None with none, or with several."""
+        found = self.distinct
+        return found[0] if len(found) == 1 else None
+
+    def named(self, name: str) -> T:
+        """Returns that of an environment, or of a value of ``model.teacher_key``.
+
+        Raises:
+            ValueError: there is none, which the checks before a run exclude.
+        """
+        found = self._by_name.get(name, self._by_name.get(DEFAULT_TEACHER))
+        if found is None:
+            raise ValueError(f"an episode of '{name}' needs the teacher, and there is none")
+        return found
+
+    def of(self, episode: Trajectory | EpisodeSpec) -> T:
+        """Returns that of an episode."""
+        return self.named(teacher_key(episode))
+
+    def parts(self, episodes: Sequence[Trajectory | EpisodeSpec]) -> list[tuple[T, list[int]]]:
+        """Returns each that some of the episodes need, with their positions."""
+        found: dict[int, tuple[T, list[int]]] = {}
+        for position, episode in enumerate(episodes):
+            one = self.of(episode)
+            found.setdefault(id(one), (one, []))[1].append(position)
+        return list(found.values())

@@ -1,0 +1,291 @@
+"""Several teachers in one run: which teaches what, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from running import composed, results, train
+
+from reopold_agent.config import TeacherConfig
+from reopold_agent.errors import ConfigError, ModelServerError, VocabularyMismatchError
+from reopold_agent.objectives import GKD
+from reopold_agent.plan.compose import plan_run
+from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.train import finish
+from reopold_agent.train.engine import run_objective
+from reopold_agent.train.roles import check_roles
+from reopold_agent.train.rows import Row
+from reopold_agent.train.scoring import Scoring, ScoringByTeacher
+from reopold_agent.train.teachers import Teachers, run_teachers
+from reopold_agent.train.update import Updater
+from reopold_agent.train.verl.supported import check_settings, teacher_replicas
+from reopold_agent.types import TokenScores, Trajectory
+
+NONE = "model.teacher=null"
+TINY = (
+    "steps=2",
+    "evaluation.tasks=2",
+    "evaluation.every=0",
+    "batch.prompts=2",
+    "batch.mini_batch=2",
+)
+
+
+def of(env: str, made: Trajectory) -> Trajectory:
+    made.env, made.teacher_logp = env, None
+    return made
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("model.teachers={default: DIR}",),
+            r"model\.teacher gives all of them another one, demo:teacher\.\n"
+            r"Set one of the two to null",
+        ),
+        (
+            (NONE, "model.teachers={math: DIR}"),
+            r"model\.teachers\.math is the teacher of an environment that is not in the run, which "
+            r"has pixel_reasoner\.\nLeave it out with '~model\.teachers\.math', or add",
+        ),
+        (
+            (NONE, "model.teachers={default: {pth: DIR}}"),
+            r"unknown setting 'model\.teachers\.default\.pth'\. Did you mean 'model\.teachers",
+        ),
+        ((NONE, "model.teachers={default: 3}"), r"'model\.teachers\.default' must be a group"),
+        (
+            (NONE, "model.teachers={default: {path: DIR, follow: 0.5}}"),
+            r"model\.teachers\.default\.follow: only model\.teacher can follow the student, alone",
+        ),
+        (("model.teacher_key=kind",), r"model\.teacher_key=kind chooses among model\.teachers"),
+        (
+            ("policy.teachers={math: {name: server}}",),
+            r"policy\.teachers\.math is for a teacher that model\.teachers lacks\.\nLeave it out",
+        ),
+        (
+            (NONE, "model.teachers={default: DIR}", "policy.teachers={default: server}"),
+            r"'policy\.teachers\.default' must be a group of settings, got 'server'",
+        ),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_in_two_lines(
+    words: tuple[str, ...], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        composed("env=pixel_reasoner", *words)
+    assert str(caught.value).count("\n") <= 1
+
+
+def test_a_path_or_settings_and_names_that_share_a_teacher() -> None:
+    config, _ = composed(
+        NONE,
+        "model.teachers={pixel_reasoner: A, default: {path: B, dtype: bfloat16}}",
+        "policy.teachers={default: {name: server, urls: [http://one:1]}}",
+    )
+    first, second = run_teachers(config)
+    assert (first.names, first.role) == (("pixel_reasoner",), "teacher pixel_reasoner")
+    assert first.model == TeacherConfig("A")
+    assert first.policy == {"name": "transformers"}
+    assert (second.names, second.model) == (("default",), TeacherConfig("B", dtype="bfloat16"))
+    assert second.policy == {"name": "server", "urls": ["http://one:1"]}
+    config, _ = composed(NONE, "model.teachers={pixel_reasoner: A, default: {path: A}}")
+    (shared,) = run_teachers(config)
+    assert shared.names == ("pixel_reasoner", "default")
+    (alone,) = run_teachers(composed()[0])
+    assert (alone.names, alone.role) == (("default",), "teacher")
+
+
+def test_settings_of_the_policy_are_merged_by_kind() -> None:
+    config, _ = composed(
+        NONE,
+        "model.teachers={default: A, pixel_reasoner: B}",
+        "policy=server",
+        "policy.teachers={pixel_reasoner: {urls: [http://b:1]}}",
+    )
+    usual, other = run_teachers(config)
+    assert usual.policy == config.policy.teacher
+    assert other.policy == {**config.policy.teacher, "urls": ["http://b:1"]}
+    assert config.policy.names == {"transformers", "server"}
+
+
+@pytest.mark.parametrize(
+    ("objective", "told"),
+    [
+        (
+            ("objective=gkd", "policy.teachers={default: {name: server}}"),
+            r"objective=gkd compares whole distributions, which policy\.teachers\.default\.name="
+            r"server does not give",
+        ),
+        (("objective=sft",), r"learns from episodes that one teacher plays, and model\.teachers"),
+    ],
+)
+def test_objectives_that_several_teachers_cannot_serve(
+    objective: tuple[str, ...], told: str
+) -> None:
+    config, _ = composed(NONE, "model.teachers={pixel_reasoner: A, default: B}", *objective)
+    with pytest.raises(ConfigError, match=told):
+        check_roles(config, run_objective(config))
+
+
+def test_a_vocabulary_that_differs_names_its_teacher(tmp_path: Path) -> None:
+    teachers = "{pixel_reasoner: demo:teacher, default: demo:figures_teacher}"
+    with pytest.raises(VocabularyMismatchError, match="and teacher default 'demo:figures_teacher'"):
+        train(tmp_path, NONE, f"model.teachers={teachers}")
+
+
+# Which teaches what
+
+
+def test_an_episode_s_teacher_is_its_environment_s_or_the_default(random_trajectory: Any) -> None:
+    a, b = object(), object()
+    teachers = Teachers({"math": a, "geometry": b, "default": a})
+    trajectories = [
+        of(env, random_trajectory(n)) for n, env in enumerate(("geometry", "", "math", "geometry"))
+    ]
+    assert [teachers.of(t) for t in trajectories] == [b, a, a, b]
+    assert teachers.parts(trajectories) == [(b, [0, 3]), (a, [1, 2])]
+    assert teachers.distinct == [a, b]
+    assert teachers.only is None
+    assert Teachers({"math": a, "default": a}).only is a
+    assert Teachers({}).only is None
+    with pytest.raises(ValueError, match="an episode of 'math' needs the teacher"):
+        Teachers({"geometry": b}).named("math")
+
+
+class Recorder:
+    """Scores with its own value, and notes what it was asked."""
+
+    def __init__(self, value: float, fault: bool = False) -> None:
+        self.value, self.fault = value, fault
+        self.asked: list[list[int]] = []
+
+    def score(self, trajectories: Sequence[Trajectory], **_: Any) -> list[TokenScores]:
+        self.asked.append([t.index for t in trajectories])
+        if self.fault:
+            raise ModelServerError("http://b:1 does not answer")
+        return [
+            TokenScores(
+                np.where(t.loss_mask, self.value, 0.0).astype(np.float32), np.zeros_like(t.logp)
+            )
+            for t in trajectories
+        ]
+
+
+class Beside(Recorder):
+    """Scores while others generate."""
+
+    scoring_threads = 2
+
+
+def by_teacher(**teachers: Any) -> ScoringByTeacher:
+    return ScoringByTeacher(Teachers({name: Scoring(each) for name, each in teachers.items()}))
+
+
+def test_each_row_is_scored_by_its_teacher_and_each_teacher_here_in_one_batch(
+    random_trajectory: Any,
+) -> None:
+    math, geometry, served = Recorder(-1.0), Recorder(-2.0), Beside(-3.0)
+    scoring = by_teacher(math=math, geometry=geometry, digits=served)
+    envs = ["geometry", "math", "digits", "math", "geometry", "digits"]
+    rows = [Row(of(env, random_trajectory(n))) for n, env in enumerate(envs)]
+    for row in rows:
+        scoring.begin(row)
+    problems = scoring.finish(rows, 0)
+    scoring.close()
+    assert not problems.failed
+    assert not problems.invalid
+    assert (math.asked, geometry.asked) == ([[1, 3]], [[0, 4]])
+    assert sorted(served.asked) == [[2], [5]]
+    expected = {"math": -1.0, "geometry": -2.0, "digits": -3.0}
+    for row in rows:
+        t = row.trajectory
+        assert t.teacher_logp is not None
+        assert set(t.teacher_logp[t.loss_mask]) == {expected[t.env]}
+
+
+def test_a_teacher_that_scores_none_of_its_rows_ends_the_step(random_trajectory: Any) -> None:
+    scoring = by_teacher(math=Recorder(-1.0), geometry=Beside(-2.0, fault=True))
+    rows = [Row(of(env, random_trajectory(n))) for n, env in enumerate(("math", "geometry"))]
+    with pytest.raises(ModelServerError, match="step 3: the teacher scored nothing; http://b:1"):
+        scoring.finish(rows, 3)
+    scoring.close()
+
+
+def test_the_divergence_of_each_row_is_from_its_teacher(
+    random_trajectory: Callable[..., Trajectory],
+    make_policy: Callable[..., TransformersPolicy],
+    make_model: Callable[..., Any],
+) -> None:
+    student, one, other = (make_policy(make_model(seed=n)) for n in (1, 2, 3))
+    config = composed()[0].optimizer
+    rows = [of(("math", "geometry", "math")[n], random_trajectory(n)) for n in range(3)]
+
+    def divergence(teachers: dict[str, Any], chosen: list[Trajectory]) -> list[torch.Tensor]:
+        updater = Updater(student, GKD(), config, max_tokens=999, teachers=Teachers(teachers))
+        with torch.no_grad():
+            pair = updater._divergence(chosen)
+        return [each.split([t.response_tokens for t in chosen]) for each in pair]
+
+    both, logp = divergence({"math": one, "geometry": other}, rows)
+    for n, row in enumerate(rows):
+        ((alone,), (own,)) = divergence({"default": one if n != 1 else other}, [row])
+        torch.testing.assert_close(both[n], alone)
+        torch.testing.assert_close(logp[n], own)
+    ((wrong,), _) = divergence({"default": other}, [rows[0]])
+    assert (wrong - both[0]).abs().max() > 1e-3
+
+
+def test_a_default_teacher_gives_the_run_of_a_single_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    with torch.random.fork_rng(devices=[]):
+        train(tmp_path / "one", *TINY)
+        train(tmp_path / "named", *TINY, NONE, "model.teachers={pixel_reasoner: demo:teacher}")
+    assert results(tmp_path / "one") == results(tmp_path / "named")
+
+
+# Commands beside training
+
+
+def test_the_plan_holds_the_weights_of_all_teachers() -> None:
+    same = ("env=math", "engine.precision=float32", NONE)
+    one = plan_run([*same, "model.teachers={default: demo:arithmetic_teacher}"])
+    two = plan_run(
+        [*same, "model.teachers={math: demo:arithmetic_teacher, default: demo:arithmetic_far}"],
+    )
+    held = [plan.memory[0].phases["update"]["teacher"] for plan in (one, two)]
+    assert held[1] == 2 * held[0] > 0
+
+
+@pytest.mark.parametrize(("gpus", "teachers", "each", "replicas"), [(2, 2, 1, 1), (8, 2, 2, 2)])
+def test_verl_divides_the_gpus_among_teachers(
+    gpus: int, teachers: int, each: int, replicas: int
+) -> None:
+    engine = composed(
+        "engine=verl",
+        f"engine.gpus_per_node={gpus}",
+        f"engine.teacher_server.tensor_parallel={each}",
+    )[0].engine
+    assert teacher_replicas(engine, teachers) == replicas
+    with pytest.raises(
+        ConfigError, match=r"7 teachers, each on .* cannot divide .* GPUs evenly\.\n"
+    ):
+        teacher_replicas(engine, 7)
+
+
+def test_verl_takes_no_policy_of_a_teacher() -> None:
+    config, _ = composed(
+        "engine=verl", NONE, "model.teachers={default: A}", "policy.teachers={default: {urls: [u]}}"
+    )
+    with pytest.raises(ConfigError, match=r"takes no policy\.teachers"):
+        check_settings(config)
