@@ -869,6 +869,11 @@ class TrainConfig:
         if not isinstance(self.objective.get("name"), str):
             raise ConfigError("objective.name must be set, e.g. objective=reopold")
         importance_cap(self.objective)
+        check_over(self.objective)
+
+    def by_environment(self, key: str) -> bool:
+        """Returns whether a setting of `OVER` takes each of several environments by itself."""
+        return self.mix is not None and self.objective.get(key) == "environment"
 
     @property
     def importance_cap(self) -> float | None:
@@ -930,7 +935,12 @@ def whole_weights(weights: Mapping[str, float]) -> dict[str, int]:
     return {name: count // common for name, count in counts.items()}
 
 
-COMMON_SETTINGS = ("name", "importance_cap")
+OVER = ("threshold_over", "normalise_over")
+"""The keys below ``objective.`` that say whether environments are taken together (``batch``, the
+default) or one by one (``environment``): for the entropy threshold, and for the loss's mean."""
+
+
+COMMON_SETTINGS = ("name", "importance_cap", *OVER)
 """The keys below ``objective.`` that are not fields of the objective's class."""
 
 
@@ -959,6 +969,16 @@ def importance_cap(objective: Mapping[str, Any]) -> float | None:
             f"on, got {cap:g}.\nSet null for no weights."
         )
     return cap
+
+
+def check_over(objective: Mapping[str, Any]) -> None:
+    """Checks the settings `OVER` among those below ``objective.``.
+
+    Raises:
+        ConfigError: one is neither ``batch`` nor ``environment``.
+    """
+    for key in OVER:
+        _one_of(f"objective.{key}", objective.get(key, "batch"), ("batch", "environment"))
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:

@@ -6,12 +6,14 @@ import io
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from running import (
     assert_same_weights,
@@ -27,11 +29,15 @@ from running import (
 
 from reopold_agent.common.statistics import wilson_interval
 from reopold_agent.config import whole_weights
-from reopold_agent.errors import ReopoldError, UnknownNameError
+from reopold_agent.errors import ConfigError, ReopoldError, UnknownNameError
+from reopold_agent.objectives import TokenBatch
+from reopold_agent.objectives.distillation import EntropyMaskedReverseKL, ReverseKLStopGradient
 from reopold_agent.rollout.demonstrations import unsampled
 from reopold_agent.tracking.summary import print_summary
 from reopold_agent.train.data_order import DataOrder, TaskOrder, turns
+from reopold_agent.train.environments import Environments, environment_counts, environments
 from reopold_agent.train.evaluation import EvaluationResult
+from reopold_agent.train.rows import Row, entropy_threshold
 from reopold_agent.train.settings import compose_run
 
 # Order of the draws
@@ -235,3 +241,88 @@ def test_a_killed_mixture_goes_on_as_if_nothing_had_happened(whole: Path, tmp_pa
     assert_same_weights(folder / "final", whole / "final")
     assert results(folder)["metrics.jsonl"] == results(whole)["metrics.jsonl"]
     assert results(folder)["trajectories.jsonl"] == results(whole)["trajectories.jsonl"]
+
+
+# The loss
+
+
+def test_means_over_environments_by_hand() -> None:
+    logp = torch.zeros(1, 4, requires_grad=True)
+    reward = torch.tensor([[1.0, 3.0, 5.0, 7.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    batch = TokenBatch(logp, torch.zeros(1, 4), reward, torch.zeros(1, 4), mask)
+    env = torch.tensor([[0, 0, 1, 1]])
+    objective = ReverseKLStopGradient()
+
+    def loss(envs: Environments, parts: Sequence[TokenBatch]) -> torch.Tensor:
+        terms = [envs.terms(objective, part, env, 0) for part in parts]
+        total = sum((each.denominator for each in terms), torch.tensor(0.0)).clamp(min=1)
+        return sum((each.numerator for each in terms), torch.tensor(0.0)) / total
+
+    together = Environments(["a", "b"], None)
+    assert loss(together, [batch]).item() == pytest.approx(-(1 + 3 + 5) / 3)
+    alike = Environments(["a", "b"], None, [2.0, 1.0])
+    parts = [replace(batch, loss_mask=mask & torch.tensor([[*keep, False]]))
+             for keep in ([True, False, False], [False, True, True])]  # fmt: skip
+    for split in ([batch], parts):  # micro-batches change nothing
+        value = loss(alike, split)
+        assert value.item() == pytest.approx(-((1 + 3) / 2 + 5) / 2)
+        (gradient,) = torch.autograd.grad(value, logp)
+        assert gradient[0].tolist() == pytest.approx([-1 / 4, -3 / 4, -5 / 2, 0])
+    nothing = Environments(["a", "b"], None, [2.0, 0.0])  # an environment that keeps no token
+    alone = replace(batch, loss_mask=mask & (env == 0))
+    assert loss(nothing, [alone]).item() == pytest.approx(-(1 + 3) / 2)
+
+
+def test_thresholds_over_environments_by_hand() -> None:
+    def row(env: str, entropy: list[float]) -> Row:
+        n = len(entropy)
+        trajectory = replace(unsampled("t", 1, [0] * (n + 1), [False] + [True] * n), env=env)
+        trajectory.teacher_logp = np.zeros(n + 1, np.float32)
+        values = np.array([0.0, *entropy], np.float32)
+        return Row(trajectory, old_logp=np.zeros(n + 1, np.float32), entropy=values)
+
+    rows = [row("a", [1, 2]), row("b", [10, 20]), row("a", [3, 4])]
+    objective = EntropyMaskedReverseKL(top_share=0.5)
+    assert entropy_threshold(objective, rows) == 4.0  # the half of 1, 2, 3, 4, 10, 20
+    apart = entropy_threshold(objective, rows, by_environment=True)
+    assert apart == {"a": 3.0, "b": 20.0}
+    assert environment_counts(objective, rows, 0, 4.0) == {"a": 1.0, "b": 2.0}
+    assert environment_counts(objective, rows, 0, apart) == {"a": 2.0, "b": 1.0}
+    envs = environments(objective, rows, 0, apart, means=False)
+    batch = TokenBatch(
+        torch.zeros(1, 6), torch.zeros(1, 6), torch.zeros(1, 6),
+        torch.tensor([[1.0, 2, 10, 20, 3, 4]]), torch.ones(1, 6),
+    )  # fmt: skip
+    terms = envs.terms(objective, batch, torch.tensor([[0, 0, 1, 1, 0, 0]]), 0)
+    assert terms.mask[0].tolist() == [False, False, False, True, True, True]
+
+
+def test_a_run_with_means_and_thresholds_of_environments(tmp_path: Path) -> None:
+    over = [f"objective.{key}=environment" for key in ("threshold_over", "normalise_over")]
+    short = ["steps=2", "batch.mini_batch=8", "evaluation.tasks=0", "objective.switch_step=1"]
+    train(tmp_path / "run", *MIXTURE, *short, *over, "engine.max_tokens_per_micro_batch=400")
+    recorded = lines(tmp_path / "run/trajectories.jsonl")
+    for metrics in train_rows(tmp_path / "run"):
+        means = []
+        for env in ("pixel_reasoner", "geometry"):
+            rows = [r for r in recorded if (r["step"], r["env"]) == (metrics["step"], env)]
+            values, kept, entropy = (
+                np.concatenate([np.array(r[key])[np.array(r["loss_mask"]) == 1] for r in rows])
+                for key in ("token_reward", "kept", "entropy")
+            )
+            means.append(values[kept == 1].mean())
+            if metrics["step"] == 1:  # refinement: the fifth of its own tokens
+                threshold = metrics[f"env/{env}/threshold"]
+                assert (entropy[kept == 1] >= np.float32(threshold)).all()
+                assert kept.sum() >= 0.2 * len(kept)
+        assert metrics["loss"] == pytest.approx(-np.mean(means), abs=1e-4)
+        assert "entropy/threshold" not in metrics
+
+
+@pytest.mark.parametrize("key", ["threshold_over", "normalise_over"])
+def test_other_words_for_what_is_taken_together_are_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"objective\.{key} must be one of batch, environment"):
+        compose_run([f"objective.{key}=env"])
+    one = compose_run(["env=math", f"objective.{key}=environment"])
+    assert not one.by_environment(key)  # one environment is the whole batch

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from reopold_agent.config import COMMON_SETTINGS, build, importance_cap
+from reopold_agent.config import COMMON_SETTINGS, build, check_over, importance_cap
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives.base import Objective
 from reopold_agent.objectives.distillation import (
@@ -85,6 +85,7 @@ def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
             f"of every objective.\nRename the field of {kind.__module__}.{kind.__qualname__}."
         )
     importance_cap(settings)
+    check_over(settings)
     own = {key: value for key, value in settings.items() if key not in COMMON_SETTINGS}
     objective: Objective = build(kind, own, "objective.")
     return objective

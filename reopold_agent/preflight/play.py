@@ -228,7 +228,9 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
             tell("computing a gradient")
             updater = make_updater(config, objective, roles, guard)
             try:
-                threshold = entropy_threshold(objective, usable)
+                threshold = entropy_threshold(
+                    objective, usable, by_environment=config.by_environment("threshold_over")
+                )
                 gradient = updater.try_gradient(usable, 0, threshold)
             except NonFiniteError as error:
                 wrong = wrong or str(error)

@@ -13,6 +13,7 @@ from typing import Any
 from reopold_agent.config import (
     COMMON_SETTINGS,
     IMPORTANCE_CAP,
+    OVER,
     ModelConfig,
     PixelConfig,
     TrainConfig,
@@ -33,6 +34,7 @@ from reopold_agent.train.teachers import TeacherSettings, run_teachers
 _log = logging.getLogger(__name__)
 
 _WIDTH = 80
+_USUAL = [(key, "batch") for key in OVER]
 _LABEL = 11
 
 
@@ -254,7 +256,8 @@ def _rows(
 
 def _objective(settings: Mapping[str, Any], objective: Objective) -> str:
     hidden = ("name",) if objective.weighs_tokens else COMMON_SETTINGS
-    shown = [f"{key} {value}" for key, value in settings.items() if key not in hidden and value]
+    told = {key: value for key, value in settings.items() if (key, value) not in _USUAL}
+    shown = [f"{key} {value}" for key, value in told.items() if key not in hidden and value]
     return ", ".join([str(settings["name"]), *shown])
 
 

@@ -138,7 +138,11 @@ class TrainingLoop:
         # AdamW step per mini-batch.
         update = UpdateStats.none()
         if batch.chosen:
-            threshold = entropy_threshold(self.objective, batch.chosen)
+            threshold = entropy_threshold(
+                self.objective,
+                batch.chosen,
+                by_environment=self.config.by_environment("threshold_over"),
+            )
             batches = mini_batches(batch.chosen, self.config.batch, (self.config.seed, 4, step))
             update = self.updater.step(batches, step, threshold)
             self.guard.note(self.updater.rejected)

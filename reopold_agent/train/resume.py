@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from reopold_agent.common.files import write_json_atomic
-from reopold_agent.config import COMMON_SETTINGS, TrainConfig, config_differences
+from reopold_agent.config import COMMON_SETTINGS, OVER, TrainConfig, config_differences
 from reopold_agent.data.demonstrations import Demonstration
 from reopold_agent.data.fingerprint import demonstrations_digest
 from reopold_agent.errors import CheckpointError
@@ -82,6 +82,9 @@ class RunState:
             raise CheckpointError(f"{folder.config} is not a configuration")
         before = {str(key): value for key, value in saved.items()}
         now = dict(self._raw)
+        usual = dict.fromkeys(OVER, "batch")  # as before there were these settings
+        before["objective"] = {**usual, **(before.get("objective") or {})}
+        now["objective"] = {**usual, **now["objective"]}
         now["objective"] = filled_in(now["objective"], before.get("objective") or {})
         for each in (before, now):
             each["model"] = dict(each.get("model") or {})

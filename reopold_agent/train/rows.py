@@ -6,10 +6,10 @@ entropies; after the update it gets the reward and mask that each token was trai
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -106,16 +106,41 @@ def trajectories_of(rows: Sequence[Row]) -> list[Trajectory]:
     return [row.trajectory for row in rows]
 
 
-def entropy_threshold(objective: Objective, rows: Sequence[Row]) -> float | None:
+Threshold: TypeAlias = "float | Mapping[str, float | None] | None"
+"""What `Objective.threshold` says of a step's whole batch, or of each environment by name."""
+
+
+def entropy_threshold(
+    objective: Objective, rows: Sequence[Row], *, by_environment: bool = False
+) -> Threshold:
     """Returns the objective's entropy threshold (paper, eq. 10) over a whole batch.
 
     It is computed before the batch is split, so that micro- and mini-batches do not change which
     tokens are kept.
+
+    Args:
+        objective: the run's.
+        rows: the rows to update on, with the entropies of the policy before the update.
+        by_environment: one threshold for each environment, over its tokens.
     """
+    if not by_environment:
+        return _threshold(objective, rows)
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(row.trajectory.env, []).append(row)
+    return {name: _threshold(objective, part) for name, part in parts.items()}
+
+
+def _threshold(objective: Objective, rows: Sequence[Row]) -> float | None:
     entropy_N = torch.from_numpy(
         np.concatenate([row.behaviour[1][row.trajectory.loss_mask] for row in rows])
     )
     return objective.threshold(entropy_N, torch.ones_like(entropy_N))
+
+
+def threshold_of(threshold: Threshold, env: str) -> float | None:
+    """Returns the threshold for the tokens of an environment."""
+    return threshold.get(env) if isinstance(threshold, Mapping) else threshold
 
 
 def outcomes_of(rows: Sequence[Row]) -> Outcomes:

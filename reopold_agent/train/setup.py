@@ -282,6 +282,7 @@ def make_updater(
         max_tokens=config.engine.max_tokens_per_micro_batch,
         teachers=roles.teachers,
         skip_nonfinite=guard.skips,
+        means_by_environment=config.by_environment("normalise_over"),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from reopold_agent.config import TrainConfig
@@ -49,16 +49,21 @@ def training_metrics(
     weights = {}
     if importance_cap is not None:
         weights = importance_statistics(trajectories_of(rows), logp, importance_cap)
+    threshold, own = update.threshold, {}
+    if isinstance(threshold, Mapping):  # of each environment; there is none of the batch
+        own = {f"env/{name}/threshold": each for name, each in threshold.items()}
+        threshold = None
     return {
         "kind": "train",
         "step": step,
         "phase": objective.phase(step),
         **update.row(),
         **weights,
+        **{key: value for key, value in own.items() if value is not None},
         **distillation_statistics(
             trajectories_of(rows),
             floor=objective.floor,
-            threshold=update.threshold,
+            threshold=threshold,
             logp=logp,
             entropy=[entropy for _, entropy in pairs],
         ),

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reopold_agent.objectives import LossTerms, Objective, TokenBatch
+from reopold_agent.objectives import LossTerms, Needs, Objective, TokenBatch
 from reopold_agent.tracking.trajectories import TokenUse
 from reopold_agent.train.rows import Row
 from reopold_agent.types import BoolArray, FloatArray, Trajectory
@@ -58,6 +58,15 @@ def expected_use(
         step: training step from 0.
         threshold: the objective's, over the whole batch.
     """
+    return token_uses([row.trajectory], expected_terms(objective, row, step, threshold))[0]
+
+
+def expected_terms(objective: Objective, row: Row, step: int, threshold: float | None) -> LossTerms:
+    """Returns a row's terms as an update that starts from the student before the step has them.
+
+    A divergence is not known here, so that the numerator of an objective on distributions is 0.
+    Arguments as of `expected_use`.
+    """
     trajectory = row.trajectory
     old_logp, entropy = row.behaviour
 
@@ -74,5 +83,6 @@ def expected_use(
         loss_mask=torch.ones_like(logp_N, dtype=torch.bool),
         advantage=None if advantage is None else torch.full_like(logp_N, advantage),
         response_length=torch.full_like(logp_N, float(trajectory.response_tokens)),
+        divergence=torch.zeros_like(logp_N) if objective.needs & Needs.DISTRIBUTIONS else None,
     )
-    return token_uses([trajectory], objective.terms(batch, step, threshold))[0]
+    return objective.terms(batch, step, threshold)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,9 @@ from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.tracking.trajectories import TokenUse
+from reopold_agent.train.environments import environments
 from reopold_agent.train.nonfinite import Finding, describe
-from reopold_agent.train.rows import Row, trajectories_of
+from reopold_agent.train.rows import Row, Threshold, threshold_of, trajectories_of
 from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.token_use import token_uses
 from reopold_agent.train.totals import TokenTotals
@@ -41,7 +42,7 @@ class UpdateStats:
     ratio_mean: float
     ratio_max: float
     ppo_clip_share: float
-    threshold: float | None
+    threshold: Threshold
     skipped: int = 0
 
     def row(self) -> dict[str, float]:
@@ -111,6 +112,7 @@ class Updater:
         max_tokens: tokens of one micro-batch, counted as `split_by_tokens` does; any value gives
             the same gradient.
         skip_nonfinite: leave out mini-batches whose loss or gradient is not finite.
+        means_by_environment: the loss is the mean of the environments' means.
 
     Attributes:
         updates: number of updates made so far by this object.
@@ -126,9 +128,11 @@ class Updater:
         max_tokens: int,
         teachers: Teachers[Policy] | None = None,
         skip_nonfinite: bool = False,
+        means_by_environment: bool = False,
     ) -> None:
         self.policy, self.objective = policy, objective
         self._teachers = Teachers({}) if teachers is None else teachers
+        self._means_by_environment = means_by_environment
         self._config, self._max_tokens, self._skip = config, max_tokens, skip_nonfinite
         self.updates = 0
         self.rejected: list[Finding] = []
@@ -148,7 +152,7 @@ class Updater:
         )
 
     def step(
-        self, mini_batches: Sequence[Sequence[Row]], step: int, threshold: float | None
+        self, mini_batches: Sequence[Sequence[Row]], step: int, threshold: Threshold
     ) -> UpdateStats:
         """Makes one update per mini-batch, and sets the ``use`` of its rows.
 
@@ -156,7 +160,7 @@ class Updater:
             mini_batches: rows with old log-probs, entropies and other values that the objective
                 needs.
             step: training step from 0, for the objective's phases.
-            threshold: the entropy threshold over all rows of the step
+            threshold: the entropy threshold over all rows of the step, or of each environment
                 (`rows.entropy_threshold`).
 
         Raises:
@@ -199,7 +203,7 @@ class Updater:
             **totals.shares(),
         )
 
-    def try_gradient(self, rows: Sequence[Row], step: int, threshold: float | None) -> float:
+    def try_gradient(self, rows: Sequence[Row], step: int, threshold: Threshold) -> float:
         """Computes a gradient as an update would, and forgets it; the weights stay.
 
         Args:
@@ -223,7 +227,7 @@ class Updater:
         return made.norm
 
     def _gradient(
-        self, batch: Sequence[Row], step: int, threshold: float | None
+        self, batch: Sequence[Row], step: int, threshold: Threshold
     ) -> _Gradient | list[Finding]:
         """Computes a mini-batch's gradient into the parameters, or returns why it is invalid."""
         self.optimizer.zero_grad(set_to_none=True)
@@ -234,10 +238,21 @@ class Updater:
             read = [len(row.trajectory.for_teacher.ids) for row in batch]
             lengths = [max(pair) for pair in zip(lengths, read, strict=True)]
         packed = self.policy.adapter.packed
+        envs = None
+        if self._means_by_environment or isinstance(threshold, Mapping):
+            means = self._means_by_environment
+            envs = environments(self.objective, batch, step, threshold, means=means)
         for group in split_by_tokens(lengths, self._max_tokens, packed=packed):
             part = [batch[i] for i in group]
             tokens = self._token_batch(part)
-            terms = self.objective.terms(tokens, step, threshold)
+            if envs is None:
+                terms = self.objective.terms(tokens, step, threshold_of(threshold, ""))
+            else:
+                number = [envs.names.index(row.trajectory.env) for row in part]
+                sizes = [row.trajectory.response_tokens for row in part]
+                env_N = torch.tensor(number).repeat_interleave(torch.tensor(sizes))
+                env_BT = env_N[None].to(tokens.logp.device)
+                terms = envs.terms(self.objective, tokens, env_BT, step)
             if not torch.isfinite(terms.numerator):
                 return _causes(part, tokens, float(terms.numerator.detach()))
             terms.numerator.backward()  # type: ignore[no-untyped-call]

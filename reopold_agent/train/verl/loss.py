@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,13 +12,18 @@ from torch import Tensor
 from verl.utils.tensordict_utils import get_non_tensor_data
 from verl.workers.utils.padding import no_padding_2_padding
 
-from reopold_agent.objectives import Needs, Objective, TokenBatch
+from reopold_agent.objectives import LossTerms, Needs, Objective, TokenBatch
 from reopold_agent.objectives.pieces import scale_gradient
+from reopold_agent.train.environments import Environments
 from reopold_agent.train.totals import TokenTotals
 
 STEP, THRESHOLD = "reopold_step", "reopold_threshold"
 """Values that the trainer sends with each batch: the step, from 0, and the objective's threshold
-over the whole batch of a step, before it is split over ranks, mini- and micro-batches."""
+over the whole batch of a step, before it is split over ranks, mini- and micro-batches (as JSON:
+verl's tables would take a dictionary by environment apart)."""
+
+ENV = "reopold_env"
+"""Field with a row's environment, as a position among the run's; only where the loss needs it."""
 
 WEIGHTS = "rollout_is_weights"
 """verl's field of importance weights, nested (rows, response)."""
@@ -31,10 +39,25 @@ class ObjectiveLoss:
     Args:
         objective: of the run.
         weighted: whether batches hold importance weights (`WEIGHTS`).
+        names: the run's environments, if batches hold `ENV`; else None.
+        means_by_environment: the loss is the mean of the environments' means.
+
+    Attributes:
+        counts: with means by environment, the denominator for each in the mini-batch of all ranks,
+            which the engine sets before its passes (`count`).
     """
 
-    def __init__(self, objective: Objective, *, weighted: bool) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        *,
+        weighted: bool,
+        names: Sequence[str] | None = None,
+        means_by_environment: bool = False,
+    ) -> None:
         self.objective, self._weighted = objective, weighted
+        self._names, self.means_by_environment = names, means_by_environment
+        self.counts: list[float] | None = None
         self._totals = TokenTotals()
 
     def __call__(
@@ -50,11 +73,32 @@ class ObjectiveLoss:
         tokens = token_batch(
             model_output["log_probs"], data, self.objective.needs, weighted=self._weighted
         )
-        step = int(get_non_tensor_data(data, STEP, None))
-        threshold = get_non_tensor_data(data, THRESHOLD, None)
-        terms = self.objective.terms(tokens, step, threshold)
+        terms = self._terms(tokens, data, self.counts)
         self._totals.add(terms, tokens.loss_mask)
         return terms.numerator, {}
+
+    def count(self, data: Any) -> list[float]:
+        """Returns the denominator for each environment in this rank's mini-batch.
+
+        It follows from the log-probs before the update of the step, as in the local engine.
+        """
+        old_BT = data["old_log_probs"].to_padded_tensor(0.0)
+        tokens = _token_batch(old_BT, data, self.objective.needs, weighted=False)
+        assert self._names is not None
+        counts = []
+        for number in range(len(self._names)):
+            mask = tokens.loss_mask & (_environment(data, old_BT) == number)
+            part = replace(tokens, loss_mask=mask)
+            counts.append(float(self._terms(part, data, None).denominator))
+        return counts
+
+    def _terms(self, tokens: TokenBatch, data: Any, counts: list[float] | None) -> LossTerms:
+        step = int(get_non_tensor_data(data, STEP, None))
+        threshold = json.loads(get_non_tensor_data(data, THRESHOLD, "null"))
+        if self._names is None:
+            return self.objective.terms(tokens, step, threshold)
+        envs = Environments(self._names, threshold, counts)
+        return envs.terms(self.objective, tokens, _environment(data, tokens.logp), step)
 
     def take_totals(self) -> TokenTotals:
         """Returns the counts since the last call, and resets them."""
@@ -72,7 +116,16 @@ def token_batch(logp: Tensor, data: Any, needs: Needs, *, weighted: bool) -> Tok
         needs: what must be there.
         weighted: multiply the gradient of each token by its importance weight.
     """
-    student_BT = no_padding_2_padding(logp, data)
+    return _token_batch(no_padding_2_padding(logp, data), data, needs, weighted=weighted)
+
+
+def _environment(data: Any, like_BT: Tensor) -> Tensor:
+    """Returns each token's environment, (rows, longest response)."""
+    number_B: Tensor = data[ENV]
+    return number_B.to(like_BT.device)[:, None].expand_as(like_BT)
+
+
+def _token_batch(student_BT: Tensor, data: Any, needs: Needs, *, weighted: bool) -> TokenBatch:
     width = student_BT.shape[1]
 
     def padded(name: str) -> Tensor:

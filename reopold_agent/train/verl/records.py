@@ -104,6 +104,11 @@ def from_row(row: Mapping[str, Any]) -> Row:
     return Row(trajectory, old_logp=whole("old_log_probs") * mask, entropy=trajectory.entropy)
 
 
+def environment_of(row: Mapping[str, Any]) -> str:
+    """Returns the name of the environment of a row that `to_row` made."""
+    return str(json.loads(row[EPISODE])["env"])
+
+
 def pixels_of(row: Mapping[str, Any]) -> list[PixelArray]:
     """Returns the pictures of a row that `to_row` made."""
     return list(row["multi_modal_inputs"].get(PIXELS, ()))

@@ -7,6 +7,7 @@ trainer's model, the objective's whole-batch numbers (here), updates, weights to
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,27 +27,39 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.workers.utils.padding import response_to_nested
 
-from reopold_agent.config import TrainConfig
+from reopold_agent.config import OVER, TrainConfig
 from reopold_agent.errors import ConfigError, NonFiniteError
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.batch import PassTokens
 from reopold_agent.policies.loading import load_processing, student_spec
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
-from reopold_agent.tracking.statistics import rollout_statistics
-from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
+from reopold_agent.tracking.statistics import environment_statistics, rollout_statistics
+from reopold_agent.tracking.trajectories import TokenUse, save_pictures, trajectory_record
 from reopold_agent.train.behaviour import invalid_behaviour
 from reopold_agent.train.data_order import TaskOrder, tasks_of
 from reopold_agent.train.evaluation import EvaluationResult, ends_due, evaluation_row, held_out
 from reopold_agent.train.nonfinite import MAX_STEPS_WITHOUT_UPDATE, describe
-from reopold_agent.train.rows import Row, entropy_threshold, set_advantages, trajectories_of
+from reopold_agent.train.rows import (
+    Row,
+    entropy_threshold,
+    set_advantages,
+    threshold_of,
+    trajectories_of,
+)
 from reopold_agent.train.step_log import sampler_gap, training_metrics
 from reopold_agent.train.token_use import expected_use
 from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.update import UpdateStats
 from reopold_agent.train.verl.checkpoints import save_checkpoint
-from reopold_agent.train.verl.loss import STEP, THRESHOLD, WEIGHTS, ObjectiveLoss
-from reopold_agent.train.verl.records import EPISODE, from_row, pixels_of, plain_rows
+from reopold_agent.train.verl.loss import ENV, STEP, THRESHOLD, WEIGHTS, ObjectiveLoss
+from reopold_agent.train.verl.records import (
+    EPISODE,
+    environment_of,
+    from_row,
+    pixels_of,
+    plain_rows,
+)
 from reopold_agent.train.verl.rollouts import TRAIN, RolloutManager
 from reopold_agent.train.verl.stop import StoppedError, StopRequest
 from reopold_agent.train.verl.tasks import StepTasks
@@ -131,7 +144,13 @@ class Trainer(PPOTrainerSync):
     def on_init_end(self) -> None:
         """Sets the loss, bans ids at all servers, and sends them the weights."""
         weighted = self.run_config.importance_cap is not None
-        self.actor_rollout_wg.set_loss_fn(ObjectiveLoss(self.objective, weighted=weighted))
+        loss = ObjectiveLoss(
+            self.objective,
+            weighted=weighted,
+            names=list(self.run_config.members) if self._by_environment() else None,
+            means_by_environment=self.run_config.by_environment("normalise_over"),
+        )
+        self.actor_rollout_wg.set_loss_fn(loss)
         replicas = [*self.llm_server_manager.get_replicas(), *self._teachers()]
         ray.get(
             [
@@ -226,7 +245,8 @@ class Trainer(PPOTrainerSync):
             keys=batch.keys, partition_id=batch.partition_id, select_fields=fields
         )
         self._keys = [key for key, use in zip(batch.keys, live, strict=True) if use]
-        rows = [from_row(row) for row, use in zip(plain_rows(table), live, strict=True) if use]
+        every = plain_rows(table)
+        rows = [from_row(row) for row, use in zip(every, live, strict=True) if use]
         if not rows:
             raise self._nothing_usable()
         self._rows: list[Row] = rows
@@ -234,8 +254,12 @@ class Trainer(PPOTrainerSync):
         findings = invalid_behaviour(rows)
         if findings:
             raise NonFiniteError(describe(self.global_steps - 1, findings))
-        self._threshold = entropy_threshold(self.objective, rows)
+        one_by_one = self.run_config.by_environment("threshold_over")
+        self._threshold = entropy_threshold(self.objective, rows, by_environment=one_by_one)
         made = importance_weights(table, self.config.algorithm.rollout_correction)
+        if self._by_environment():
+            names = list(self.run_config.members)
+            made[ENV] = torch.tensor([names.index(environment_of(row)) for row in every])
         if Needs.OUTCOME in self.objective.needs:
             set_advantages(self.objective, rows)
             advantages = iter([a for row in rows if (a := row.trajectory.advantage) is not None])
@@ -258,7 +282,7 @@ class Trainer(PPOTrainerSync):
         settings = self.config.actor_rollout_ref.actor
         mini_batch = settings.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
         batch.extra_info.update(
-            {STEP: self.global_steps - 1, THRESHOLD: self._threshold},
+            {STEP: self.global_steps - 1, THRESHOLD: json.dumps(self._threshold)},
             calculate_entropy=False,
             distillation_use_topk=False,
             distillation_only=False,
@@ -343,6 +367,7 @@ class Trainer(PPOTrainerSync):
                 self.objective, step, self._rows, self._update, self.run_config.importance_cap
             ),
             **rollout_statistics(trajectories),
+            **self._environments(step),
             "rollout/dropped": float(wanted - len(trajectories)),
             "rollout/trained_share": len(trajectories) / wanted,
             "perf/padding_share": self._passes.padding_share,
@@ -361,6 +386,14 @@ class Trainer(PPOTrainerSync):
             self._stop.obey()
 
     # Methods that verl does not call
+
+    def _by_environment(self) -> bool:
+        """Whether the loss needs to know which environment a token belongs to."""
+        return any(self.run_config.by_environment(key) for key in OVER)
+
+    def _use(self, row: Row, step: int) -> TokenUse:
+        threshold = threshold_of(self._threshold, row.trajectory.env)
+        return expected_use(self.objective, row, step, threshold)
 
     def _nothing_usable(self) -> ConfigError:
         return ConfigError(
@@ -386,6 +419,13 @@ class Trainer(PPOTrainerSync):
         finally:
             asyncio.run(_together([replica.sleep() for replica in self._teachers()]))
 
+    def _environments(self, step: int) -> dict[str, float]:
+        """Returns the figures of each environment of a mixture."""
+        if self.run_config.mix is None:
+            return {}
+        kept = [float(self._use(row, step).kept.sum()) for row in self._rows]
+        return environment_statistics(trajectories_of(self._rows), kept)
+
     def _skipped(self) -> dict[str, int]:
         skips = self.run_config.on_nonfinite == "skip"
         return {"update/skipped": self._update.skipped} if skips else {}
@@ -403,7 +443,7 @@ class Trainer(PPOTrainerSync):
                 who="student",
                 pictures=save_pictures(row.trajectory, self.folder),
                 decode=self._chat.raw,
-                use=expected_use(self.objective, row, step, self._threshold),
+                use=self._use(row, step),
             )
             self.trajectories.write(record)
 

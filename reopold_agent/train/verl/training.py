@@ -180,6 +180,10 @@ class FsdpEngine(FSDPEngineWithLMHead):
         A pass holds at most the tokens that the settings allow, or a single longer row.
         """
         self._fit_longest(data)
+        if isinstance(loss_function, ObjectiveLoss) and loss_function.means_by_environment:
+            counts = torch.tensor(loss_function.count(data), device=get_device_id())
+            dist.all_reduce(counts, group=self.get_data_parallel_group())
+            loss_function.counts = counts.tolist()
         output = super().forward_backward_batch(data, loss_function, forward_only)
         if forward_only or not isinstance(loss_function, ObjectiveLoss):
             return output
