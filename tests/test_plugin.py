@@ -454,7 +454,8 @@ def test_an_installed_objective_is_an_option_with_its_fields_as_settings(
     assert done.returncode == 0, done.stderr
     composed = yaml.safe_load(done.stdout)
     own = {"name": "clamped_rkl", "limit": 2.5, "first_steps": 0}
-    assert composed["objective"] == {**own, "importance_cap": 2.0}
+    common = {"importance_cap": 2.0, "threshold_over": "batch", "normalise_over": "batch"}
+    assert composed["objective"] == {**own, **common}
     assert composed["default_batch"] == "single"
     for words, told in (
         ("objective.limit=0", "objective.limit must be positive, got 0.0"),

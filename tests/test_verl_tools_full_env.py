@@ -2,7 +2,8 @@
 
 The tools run in worker processes, without being asked. The plugin's tool reads the run's secrets,
 writes where it must not, and now and then ends its own process; the run completes. The teacher's
-server sleeps while the student generates and learns. A tracker follows the run, too.
+server sleeps while the student generates and learns. A tracker follows the run, too. The run is a
+mixture: a quarter of the tasks are those of another environment.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from recorded import policy, trajectory
 
 from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.tracking.metrics import read_json_lines
+from reopold_agent.train.data_order import TaskOrder
 
 pytestmark = [pytest.mark.full_env, pytest.mark.timeout(1200)]
 
@@ -83,7 +85,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     (root / "site" / "spied_plugin.py").write_text(textwrap.dedent(PLUGIN))
     spoil = root / "spoil"
     command = [
-        *(sys.executable, "-m", "reopold_agent.train", "env=spied", "engine=verl"),
+        *(sys.executable, "-m", "reopold_agent.train", "env=[spied,geometry]"),
+        *("model=demo", "mix.weights={spied: 3}", "engine=verl"),
+        *("objective.threshold_over=environment", "objective.normalise_over=environment"),
         *("engine.device=cpu", "engine.gpus_per_node=1", "engine.teacher=shared"),
         *("engine.rollout_workers=1", f"steps={STEPS}", f"batch.prompts={PROMPTS}"),
         *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "rollout.max_turns=3"),
@@ -115,6 +119,8 @@ def test_plugins_tools_run_confined_and_may_die(run: tuple[Path, Path, str]) -> 
     episodes = read_json_lines(folder / "trajectories.jsonl")
     assert len(episodes) == STEPS * PROMPTS * SAMPLES
     assert {episode["stop_reason"] for episode in episodes}.isdisjoint({"env_error"})
+    episodes = [episode for episode in episodes if episode["env"] == "spied"]
+    assert len(episodes) == STEPS * PROMPTS * SAMPLES * 3 // 4
     turns = [turn for episode in episodes for turn in episode["turns"] if turn["tool_call"]]
     calls = [turn for turn in turns if turn["tool_call"]["name"] == "crop_image"]
     good = [turn["observation"] for turn in calls if turn["tool_call"]["ok"]]
@@ -138,12 +144,39 @@ def test_a_teacher_on_the_students_gpu_gives_its_scores(run: tuple[Path, Path, s
     assert [row["who"] for row in rows if row["kind"] == "eval"].count("teacher") > 0
 
 
+def test_a_mixture_has_its_draws_rules_and_loss(run: tuple[Path, Path, str]) -> None:
+    folder, _, _ = run
+    episodes = read_json_lines(folder / "trajectories.jsonl")
+    metrics = read_json_lines(folder / "metrics.jsonl")
+    order = TaskOrder({"spied": 4096, "geometry": 4096}, 0, {"spied": 3, "geometry": 1})
+    for step, row in enumerate(row for row in metrics if row["kind"] == "train"):
+        own = [episode for episode in episodes if episode["step"] == step]
+        drawn = {(episode["env"], episode["index"]) for episode in own}
+        assert drawn == {order[step * PROMPTS + k] for k in range(PROMPTS)}
+        means = []
+        for env in ("spied", "geometry"):
+            played = [episode for episode in own if episode["env"] == env]
+            assert row[f"env/{env}/episodes"] == len(played)
+            assert row[f"env/{env}/success"] == np.mean([e["success"] for e in played])
+            turns = max(len(episode["turns"]) for episode in played)
+            assert turns > 1 if env == "spied" else turns == 1
+            rewards = np.concatenate([np.array(e["token_reward"]) for e in played])
+            kept = np.concatenate([np.array(e["kept"]) for e in played]) == 1
+            means.append(rewards[kept].mean())
+        assert row["loss"] == pytest.approx(-np.mean(means), abs=1e-3)
+    for row in metrics:
+        if row["kind"] == "eval":
+            parts = [row["env/spied/success"], row["env/geometry/success"]]
+            assert row["success"] == np.mean(parts)
+            assert row["n"] == 4
+
+
 def test_the_tracker_has_the_rows_of_the_run(run: tuple[Path, Path, str]) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     folder, _, _ = run
     rows = [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "train"]
     found = events.EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
     found.Reload()
-    for name in ("loss", "rollout/success"):
+    for name in ("loss", "rollout/success", "env/geometry/success"):
         sent = [(event.step, event.value) for event in found.Scalars(name)]
         assert sent == [(r["step"], pytest.approx(r[name])) for r in rows]
