@@ -250,3 +250,60 @@ def test_verls_server_takes_a_request_back_before_the_next_attempt() -> None:
     assert [kind for kind, _ in engine.events] == ["begin", "abort"] * 2
     names = [name for _, name in engine.events]
     assert names[0] == names[1] != names[2] == names[3]
+
+
+def test_a_mixtures_loss_by_hand() -> None:
+    """Counts before the passes, means over environments and thresholds, on verl's own tables."""
+    import json
+
+    import torch
+    from tensordict import TensorDict
+    from verl.utils.tensordict_utils import assign_non_tensor
+
+    from reopold_agent.objectives.distillation import EntropyMaskedReverseKL, ReverseKLStopGradient
+    from reopold_agent.train.verl.loss import ENV, STEP, THRESHOLD, ObjectiveLoss
+
+    def nested(rows: list[list[float]]) -> torch.Tensor:
+        parts = [torch.tensor(row) for row in rows]
+        return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+    prompts, responses = [[5, 6], [5, 6, 7], [5]], [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    rewards = [[1.0, 3, 9], [5.0, 7], [2.0, 9, 4, 6]]
+    both = list(zip(prompts, responses, strict=True))
+    data = TensorDict(
+        {
+            "prompts": nested(prompts),
+            "responses": nested(responses),
+            "input_ids": nested([p + r for p, r in both]),
+            "attention_mask": nested([[1] * len(p + r) for p, r in both]),
+            "response_mask": nested([[1, 1, 0], [1, 1], [1, 0, 1, 1]]),
+            "old_log_probs": nested([[0.0] * len(r) for r in responses]),
+            "entropy": nested([[float(i) for i in range(len(r))] for r in responses]),
+            # Shifted: an entry belongs to the token after it.
+            "teacher_logprobs": nested(
+                [
+                    [0.0] * (len(p) - 1) + own + [0.0]
+                    for p, own in zip(prompts, rewards, strict=True)
+                ]
+            ),
+            ENV: torch.tensor([0, 1, 0]),
+        },
+        batch_size=3,
+    )
+    assign_non_tensor(data, **{STEP: 0, THRESHOLD: json.dumps(None)})
+    output = {"log_probs": nested([[0.0] * len(p + r) for p, r in both])}
+    names = ["a", "b"]
+    means = ObjectiveLoss(
+        ReverseKLStopGradient(), weighted=False, names=names, means_by_environment=True
+    )
+    means.counts = means.count(data)
+    assert means.counts == [5, 2]
+    value, _ = means(output, data)
+    assert float(value) == pytest.approx(-((1 + 3 + 2 + 4 + 6) / 5 + (5 + 7) / 2) / 2)
+    assert means.take_totals().denominator == 0  # the engine divides by 1
+    plain = ObjectiveLoss(ReverseKLStopGradient(), weighted=False)
+    assert float(plain(output, data)[0]) == -(1 + 3 + 5 + 7 + 2 + 4 + 6)
+    assert plain.take_totals().denominator == 7
+    masked = ObjectiveLoss(EntropyMaskedReverseKL(), weighted=False, names=names)
+    assign_non_tensor(data, **{THRESHOLD: json.dumps({"a": 2.0, "b": 1.0})})
+    assert float(masked(output, data)[0]) == -(4 + 6 + 7)

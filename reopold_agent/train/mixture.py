@@ -221,7 +221,8 @@ def _members(
                 f"Choose one student for all: {advice}."
             )
         of_run.append(f"model={next(iter(brought.values()))}")
-    run, chosen = _composed([*(word for word in words if word not in shared), *of_run])
+    played_word = [word for word in words if key_of(word) == "evaluation.tasks"]
+    run, chosen = _composed([*choices, *played_word, *of_run])
     model = [] if "toy" in run else [f"model={chosen['model']}", *choices]
     model = list({key_of(word): word for word in model}.values())
     played = bool(run.evaluation.tasks)
@@ -249,8 +250,7 @@ def _composed(words: Sequence[str]) -> tuple[DictConfig, Mapping[str, str]]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("reopold_agent.configs", version_base="1.3"):
-            plain = [word for word in words if not word.startswith(("-", "hydra."))]
-            found = compose("train", plain, return_hydra_config=True)
+            found = compose("train", list(words), return_hydra_config=True)
             chosen = dict(found.hydra.runtime.choices)
             OmegaConf.set_struct(found, False)
             del found["hydra"]

@@ -121,9 +121,15 @@ def check_roles(config: TrainConfig, objective: Objective) -> None:
             f"policy.student.name={student['name']} gives none; use engine.old_logp=recompute "
             "(or auto)"
         )
+    stops = {member.rollout.stop_at_tool_call for member in config.members.values()}
     for teacher in teachers:
         if is_trainers_own(teacher.policy):
             continue
+        if len(stops) > 1 and config.evaluation.teacher and teacher.policy["name"] == "server":
+            raise ConfigError(
+                "a server ends all turns alike, but rollout.stop_at_tool_call differs between the "
+                "environments of this run.\nSet it for all, or evaluation.teacher=false."
+            )
         key = "policy.teacher"
         if teacher.names[0] in (config.policy.teachers or {}):
             key = f"policy.teachers.{teacher.names[0]}"
