@@ -155,6 +155,12 @@ def test_what_fits_is_not_complained_about() -> None:
             *("a100_40gb", "Raise engine.teacher_server.tensor_parallel"),
         ),
         (
+            # Eight GPUs cannot share the 28 attention heads of its teacher's shape.
+            ("recipe=paper_math_7b", "engine.teacher_gpus_per_node=0", "model.teacher.path="
+             "Skywork/Skywork-OR1-7B", "engine.teacher_server.tensor_parallel=4"),
+            *("rtx_4090", "Give the teacher more GPUs than these 8,"),
+        ),
+        (
             ("recipe=paper_math_7b", "engine.teacher_server={tensor_parallel: 1,memory_share: .8}"),
             *("h100_80gb", "a teacher's server cannot start"),
         ),

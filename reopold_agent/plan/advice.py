@@ -118,10 +118,9 @@ def _remedy(config: TrainConfig, layout: Layout, role: GpuMemory, phase: str, la
 
 def _more_gpus(config: TrainConfig, layout: Layout, role: str) -> str:
     """Returns the beginning of a sentence that gives a server more GPUs, of those that it has."""
-    server = getattr(config.engine, f"{role}_server")
-    gpus = getattr(layout, role) // config.engine.nodes
-    if any(gpus % count == 0 for count in range(server.tensor_parallel + 1, gpus + 1)):
+    if role in layout.wider:
         return f"Raise engine.{role}_server.tensor_parallel"
+    gpus = getattr(layout, role) // config.engine.nodes
     return f"Give the {role} more GPUs than these {gpus},"
 
 

@@ -111,11 +111,9 @@ def make_plan(
     schedule = schedule or _own_schedule(config, teacher is not None)
     if schedule not in SCHEDULES:
         raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; got '{schedule}'")
+    models = {"student": student} if teacher is None else {"student": student, "teacher": teacher}
     if config.engine.name == "verl":
         student_gpus(config.engine, teacher is not None)
-        models = (
-            {"student": student} if teacher is None else {"student": student, "teacher": teacher}
-        )
         check_tensor_parallel(config.engine, models.items())
     half = _compute_bytes(config) == 2
     counts = _gpu_counts(config, schedule, teacher is not None)
@@ -126,7 +124,12 @@ def make_plan(
         cache = server_cache(teacher, share * gpu.memory, settings.tensor_parallel)
         longest = _longest(config, work)
         room["teacher"] = cache_sequences(teacher, cache, longest, settings.tensor_parallel)
-    layout = Layout(schedule, *counts, server, config.engine.teacher_server.tensor_parallel)
+    wider = frozenset(
+        role
+        for (role, model), gpus in zip(models.items(), counts[1:], strict=False)
+        if _can_widen(config, role, model, gpus // config.engine.nodes)
+    )
+    layout = Layout(schedule, *counts, server, config.engine.teacher_server.tensor_parallel, wider)
     how = Training(
         checkpointing=config.model.student.gradient_checkpointing,
         lora=config.model.student.lora is not None,
@@ -143,6 +146,12 @@ def make_plan(
         *(config, gpu, rates, layout, student, teacher, work, counted, seconds, memory, warnings),
         how.padding,
     )
+
+
+def _can_widen(config: TrainConfig, role: str, model: Architecture, gpus: int) -> bool:
+    """Returns whether a server can have more of the GPUs that its role has on a node."""
+    more = range(getattr(config.engine, f"{role}_server").tensor_parallel + 1, gpus + 1)
+    return any(gpus % count == 0 and model.undivided(count) is None for count in more)
 
 
 def _own_schedule(config: TrainConfig, taught: bool) -> str:

@@ -152,7 +152,11 @@ class Server:
 
 @dataclass(frozen=True)
 class Layout:
-    """Division of the GPUs between student and teacher."""
+    """Division of the GPUs between student and teacher.
+
+    Attributes:
+        wider: the roles whose servers could have more of the role's GPUs each.
+    """
 
     schedule: str
     gpus: int
@@ -160,6 +164,7 @@ class Layout:
     teacher: int
     student_server: Server
     teacher_server_gpus: int
+    wider: frozenset[str] = frozenset()
 
 
 def decode_seconds(
