@@ -66,6 +66,7 @@ _SOURCE_SETTINGS: Mapping[str, Any] = {
     "limit": int | None,
     "on_bad_row": str,
     "part": str | None,
+    "solution": str | None,
     "size": int,
     "seed": int,
 }

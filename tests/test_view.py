@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from running import assert_same_weights, composed, results, train, train_rows
 from test_chat import whole_conversation
+from test_engine_objectives import crash_before
 from test_gkd import logps_of, plain_divergence
 from test_rollout import T1, ScriptedPolicy
 from typing_extensions import override
 
 from reopold_agent.common.pixels import PixelLimits, ShownSizes
 from reopold_agent.config import PixelConfig, PixelsConfig, ViewConfig, ViewPixels
+from reopold_agent.data import load_tasks
 from reopold_agent.demo.tasks import DemoTasks
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
-from reopold_agent.objectives import DivergenceSettings
+from reopold_agent.errors import ConfigError, DataError
+from reopold_agent.objectives import DivergenceSettings, make_objective
 from reopold_agent.policies.attention import attend_by_rows
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
-from reopold_agent.rollout.reading import Reader
+from reopold_agent.rollout.reading import Reader, feedback, hint_of
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
+from reopold_agent.train import finish
+from reopold_agent.train.banner import self_teacher_note
 from reopold_agent.train.rows import Row
 from reopold_agent.train.scoring import Scoring
-from reopold_agent.types import Message, Request, Task, Trajectory
+from reopold_agent.train.verl.supported import check_settings
+from reopold_agent.types import Message, Request, StopReason, Task, TokenScores, Trajectory
 
 PIXELS = PixelsConfig(PixelConfig(3136, 3136), PixelConfig(3136, 3136))
 SHARP = ViewPixels(PixelConfig(12544, 12544), PixelConfig(6272, 6272))
@@ -283,3 +292,167 @@ def test_a_reading_longer_than_the_teachers_context_is_dropped(
     all_long = [Row(replace(r.trajectory)) for r in dropped]
     with pytest.raises(ValueError, match="can read no episode"):
         Scoring(policy).finish(all_long, 0)
+
+
+class Beside:
+    """A teacher that scores beside the rollout: minus the number of each id's place."""
+
+    scoring_threads = 2
+
+    def score(
+        self, trajectories: Sequence[Trajectory], *, with_entropy: bool = False
+    ) -> list[TokenScores]:
+        return [
+            TokenScores(-np.arange(1, len(t.ids) + 1, dtype=np.float32), t.entropy)
+            for t in trajectories
+        ]
+
+
+def test_a_teacher_elsewhere_gets_its_own_form(play: Any) -> None:
+    trajectories = play(ViewConfig(system="Zoom in.", pixels=SHARP))
+    scoring = Scoring(Beside())  # type: ignore[arg-type]  # it generates nothing
+    rows = [Row(t) for t in trajectories]
+    for row in rows[:2]:
+        scoring.begin(row)
+    assert not scoring.finish(rows, 0).failed
+    scoring.close()
+    for t in trajectories:
+        places = np.flatnonzero(t.for_teacher.loss_mask) + 1
+        assert t.teacher_logp is not None
+        assert (-t.teacher_logp[t.loss_mask]).tolist() == places.tolist()
+
+
+# Settings
+
+
+HINTED = ("model.teacher.path=self", "model.teacher.view.hint=answer")
+
+
+def test_self_is_the_students_checkpoint() -> None:
+    config, raw = composed("model.teacher.path=self", "model.student.path=demo:teacher")
+    assert config.model.teacher is not None
+    assert config.model.teacher.path == "demo:teacher"
+    assert config.model.self_taught
+    assert raw["model"]["teacher"]["path"] == "self"
+    assert config.model.teacher.view.empty
+    objective = make_objective("reopold", {})
+    for words in ((), ("model.teacher.follow=0.9",)):
+        told = composed("model.teacher.path=self", *words)[0]
+        assert "only hold the student" in str(self_teacher_note(told, objective))
+    assert self_teacher_note(composed(*HINTED)[0], objective) is None
+    assert self_teacher_note(composed()[0], objective) is None
+    assert (
+        self_teacher_note(composed("model.teacher.path=self")[0], make_objective("grpo", {}))
+        is None
+    )
+    composed(*HINTED, "model.teacher.follow=0.0")  # a copy that knows more
+
+
+COPY = ("model.teacher.path=self", "model.teacher.follow=0.0")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (COPY, "every reward is 0.\nGive it model.teacher.view"),
+        (("model.teacher.view.hint=answers",), "hint must be one of .* Did you mean 'answer'"),
+        (("model.teacher.view.template='Psst: {hint}'",), "view.hint is null.\nChoose a hint"),
+        ((*HINTED, "model.teacher.view.template=Psst"), "has no {hint}, .*\nWrite that"),
+        ((*HINTED, "objective=grpo"), "objective=grpo asks for no scores.\nLeave it out"),
+        ((*HINTED, "objective=sft"), "objective=sft asks for no scores.\nLeave it out"),
+        (
+            ("model.teacher.view.hint=solution",),
+            "has no reference solution.\nName its column with data.train.solution=COLUMN",
+        ),
+        (
+            ("model.teacher.view.hint=environment",),
+            "no words from PixelReasonerEnv.teacher_prompt.\nOverride this method",
+        ),
+        (
+            (*HINTED, f"model.teacher.view.system={'word ' * 3000}"),
+            "prompt of task demo-train-0-0 has .* tokens; at most .*\nShorten the view",
+        ),
+        (
+            (
+                *("env=math", "model=arithmetic"),
+                "model.teacher.view.pixels.prompt={min_pixels: 3136, max_pixels: 3136}",
+            ),
+            "the student reads text only.\nLeave it out",
+        ),
+    ],
+)
+def test_views_that_cannot_work(tmp_path: Path, words: tuple[str, ...], message: str) -> None:
+    with pytest.raises((ConfigError, DataError), match=message.replace("{", r"\{")) as caught:
+        train(tmp_path, *words)
+    assert len(str(caught.value).splitlines()) == 2 or "Did you mean" in message
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_hint_needs_a_task_that_has_one() -> None:
+    view, task = ViewConfig(hint="answer"), Task("lake-3", "Walk.")
+    with pytest.raises(
+        DataError, match="task lake-3 has no answer, its environment decides"
+    ) as one:
+        hint_of(view, env_of(), task)
+    with pytest.raises(DataError, match="object is no ToolEnv") as other:
+        hint_of(view, object(), None)
+    assert [len(str(each.value).splitlines()) for each in (one, other)] == [2, 2]
+
+
+def test_verl_refuses_a_view() -> None:
+    config = composed(*HINTED, "engine=verl", "engine.device=cpu")[0]
+    with pytest.raises(ConfigError, match=r"does not support model\.teacher\.view\.\nUse"):
+        check_settings(config)
+
+
+def test_reference_solutions_are_a_column_of_the_rows(tmp_path: Path) -> None:
+    rows = [
+        {"question": "1+1?", "answer": "2", "why": "Count to 2."},
+        {"question": "1+2?", "answer": "3", "why": [{"role": "assistant", "content": "Go on."}]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    spec = {"source": "math_jsonl", "path": str(path)}
+    tasks = load_tasks({**spec, "solution": "why"})
+    env = WithWords(data={"train": tasks})
+    view = ViewConfig(hint="solution")
+    assert [hint_of(view, env, task) for task in tasks] == ["Count to 2.", "Go on."]
+    assert "solution" not in load_tasks({**spec, "solution": None})[0].metadata
+    with pytest.raises(DataError, match="no reference solution in the column 'because'"):
+        load_tasks({**spec, "solution": "because"})
+
+
+def test_feedback_is_the_environments_word(play: Any) -> None:
+    (first, *_) = play(None)
+    assert feedback(replace(first, success=True)) == "The attempt was successful."
+    cut = replace(first, success=False, stop_reason=StopReason.MAX_TURNS)
+    assert "cut off" in feedback(cut)
+    own = replace(first, info={"feedback": "Line 3: NameError"})
+    assert feedback(own) == "Line 3: NameError"
+
+
+@pytest.mark.parametrize("objective", ["reopold", "gkd"])
+def test_a_student_that_teaches_itself_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    words = (
+        *HINTED,
+        "model.teacher.view.pixels.prompt={min_pixels: 6272, max_pixels: 6272}",
+        "model.teacher.follow=0.5",
+        f"objective={objective}",
+        "optimizer.lr=1e-3",
+        "evaluation.tasks=0",
+        "checkpoint.every=2",
+    )
+    with torch.random.fork_rng(devices=[]):
+        train(tmp_path / "whole", *words)
+        with monkeypatch.context() as patch:
+            crash_before(patch, 3)
+            with pytest.raises(SystemExit):
+                train(tmp_path / "broken", *words)
+        train(tmp_path / "broken", *words)
+    assert results(tmp_path / "broken") == results(tmp_path / "whole")
+    assert_same_weights(tmp_path / "broken/final", tmp_path / "whole/final")
+    rewards = [row["reward/max"] for row in train_rows(tmp_path / "whole")]
+    assert min(rewards) > 1e-3  # the view makes a difference

@@ -124,6 +124,22 @@ def verl_task(row: Mapping[str, Any], number: int, pictures: PictureFolder) -> T
     )
 
 
+def solution_of(row: Mapping[str, Any], column: str) -> str:
+    """Returns a row's reference solution: a text, or messages (LUFFY's), of which the last counts.
+
+    Raises:
+        RowError: the row has none in this column.
+    """
+    value = as_list(row.get(column))
+    if isinstance(value, Sequence) and not isinstance(value, str) and value:
+        value = value[-1]
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    if not isinstance(value, str) or not value.strip():
+        raise RowError("no solution", f"no reference solution in the column '{column}'")
+    return value.strip()
+
+
 def choice_task(task: Task, row: Mapping[str, Any]) -> Task:
     """Returns a task with the options in its row, as `question_task` shows and checks them.
 

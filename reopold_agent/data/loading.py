@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,7 +22,12 @@ from reopold_agent.data.checks import (
     check_pictures,
     checked_task,
 )
-from reopold_agent.data.formats import choice_task, pixel_reasoner_task, verl_task
+from reopold_agent.data.formats import (
+    choice_task,
+    pixel_reasoner_task,
+    solution_of,
+    verl_task,
+)
 from reopold_agent.data.hold_out import HELD_OUT_SHARE, check_part, in_part
 from reopold_agent.data.pictures import PictureFolder, unread_columns
 from reopold_agent.data.row_formats import (
@@ -75,7 +81,9 @@ def load_tasks(spec: Mapping[str, Any]) -> TaskSource:
             those from files also take ``revision`` (hub), ``limit`` (first rows only),
             ``on_bad_row``: ``fail`` (default) or ``skip``, ``checks``: settings of
             `reopold_agent.config.DataChecks`, and ``part``: ``train`` or ``held_out`` of data
-            without a test split, with ``held_out_share`` (`reopold_agent.data.hold_out`).
+            without a test split, with ``held_out_share`` (`reopold_agent.data.hold_out`), and
+            ``solution``: a column with reference solutions, which become the tasks' metadata
+            ``solution`` (``model.teacher.view.hint=solution``).
 
     Returns:
         The tasks. Those from files are `reopold_agent.data.checks.CheckedTasks`, with a report on
@@ -142,6 +150,7 @@ def _rows(
         checks: Mapping[str, Any] | None = None,
         part: str | None = None,
         held_out_share: float = HELD_OUT_SHARE,
+        solution: str | None = None,
     ) -> TaskSource:
         if on_bad_row not in ("fail", "skip"):
             raise ConfigError(f"on_bad_row must be 'fail' or 'skip', got '{on_bad_row}'")
@@ -153,11 +162,15 @@ def _rows(
         report = DataReport(name, str(root))
 
         def task_of(row: Row, number: int) -> Task:
-            return checked_task(
+            task = checked_task(
                 lambda: make(row, number, folder, pictures), row, columns, f"source '{name}'"
             )
+            if solution is None:
+                return task
+            return replace(task, metadata={**task.metadata, "solution": solution_of(row, solution)})
 
-        rows = labelled_rows(find_row_files(root, split), report, without)
+        unread = [column for column in without if column != solution]
+        rows = labelled_rows(find_row_files(root, split), report, unread)
         rows = (each for each in rows if in_part(each[1], part, held_out_share))
         tasks = _read_tasks(rows, task_of, limit, chosen, report)
         _check_report(report, on_bad_row, chosen)

@@ -114,6 +114,11 @@ class Reader:
         limit = self.max_tokens
         return Reader(self.view, self._chat, self._vision, pixels=pixels, max_tokens=limit)
 
+    @property
+    def factor(self) -> int:
+        """Patch x merge of the teacher's pictures, pixels."""
+        return 28 if self._vision is None else self._vision.factor
+
     def opening(self, env: gymnasium.Env[Any, Any]) -> Opening:
         """Returns what an environment whose episode has begun knows for the teacher.
 

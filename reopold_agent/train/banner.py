@@ -17,6 +17,7 @@ from reopold_agent.config import (
     ModelConfig,
     PixelConfig,
     TrainConfig,
+    ViewConfig,
     whole_weights,
 )
 from reopold_agent.envs.from_config import report_keys
@@ -139,6 +140,19 @@ def preflight_note(config: TrainConfig, objective: Objective, resumed: bool) -> 
     return "note: `reopold preflight` with the same words plays 16 episodes before any update."
 
 
+def self_teacher_note(config: TrainConfig, objective: Objective) -> str | None:
+    """Warns of a teacher that knows no more than the student did at the start; None for others."""
+    models = config.model
+    if not objective.needs & Needs.TEACHER or not models.self_taught or models.teacher is None:
+        return None
+    if not models.teacher.view.empty:
+        return None
+    return (
+        "warning: the teacher is the student's own start and reads what the student reads, so that "
+        "it can only hold the student where it was. Give it model.teacher.view, a hint, say."
+    )
+
+
 def banner(
     config: TrainConfig,
     folder: RunFolder,
@@ -222,7 +236,19 @@ def _model(spec: ModelConfig) -> str:
 def _teacher(teacher: TeacherSettings) -> str:
     names = "" if teacher.role == "teacher" else f"{', '.join(teacher.names)}: "
     follows = ", follows the student" if teacher.model.follow is not None else ""
-    return names + _model(teacher.model) + follows
+    return names + _model(teacher.model) + follows + _view(teacher.model.view)
+
+
+def _view(view: ViewConfig) -> str:
+    """Returns what a teacher reads otherwise than the student; "" if nothing."""
+    told = ["its own system message"] if view.system is not None else []
+    told += [f"hint {view.hint}"] if view.hint is not None else []
+    for name, limits in (
+        ("pictures", view.pixels.prompt),
+        ("those of tools", view.pixels.observation),
+    ):
+        told += [f"{name} {_pixels(limits)}"] if limits is not None else []
+    return f"; reads {', '.join(told)}" if told else ""
 
 
 def _shares(config: TrainConfig) -> str:

@@ -96,6 +96,14 @@ def run_objective(config: TrainConfig, saved: Mapping[str, Any] | None = None) -
             "batch.samples must be at least 2 (8, say, with fewer batch.prompts and "
             "batch.mini_batch)"
         )
+    views = [teacher.view for teacher in config.model.all_teachers.values()]
+    scores = objective.needs & Needs.TEACHER and not objective.needs & Needs.DEMONSTRATIONS
+    if not all(view.empty for view in views) and not scores:
+        raise ConfigError(
+            f"model.teacher.view is how the teacher reads what it scores, and objective="
+            f"{config.objective['name']} asks for no scores.\n"
+            "Leave it out, or take another objective."
+        )
     steps = config.steps if saved is None else saved["steps"]
     return objective.for_run(RunFacts(steps, config.rollout.max_response_tokens))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from reopold_agent.config import EngineConfig, TrainConfig
+from reopold_agent.config import EngineConfig, TrainConfig, model_key
 from reopold_agent.data.demonstrations import Demonstration
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.attention import packed_kernel
@@ -35,6 +35,7 @@ from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.checks import checked_run
 from reopold_agent.rollout.from_config import make_reader, make_runner
 from reopold_agent.rollout.reading import Reader
+from reopold_agent.rollout.view_checks import check_view
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train.banner import (
@@ -42,6 +43,7 @@ from reopold_agent.train.banner import (
     exploration_note,
     importance_note,
     preflight_note,
+    self_teacher_note,
     show_banner,
 )
 from reopold_agent.train.behaviour import old_logp_source
@@ -88,6 +90,7 @@ class LocalEngine(Engine):
             exploration_note(config, objective),
             importance_note(config, objective),
             preflight_note(config, objective, checkpoint is not None),
+            self_teacher_note(config, objective),
         ]
         device, autocast = compute_device(config.engine)
         student, teachers = load_models(
@@ -168,10 +171,10 @@ def prepared(
     check_roles(config, objective)
     specs = model_specs(config, objective)
     served = {t.role for t in run_teachers(config) if not reads_weights(t.policy)}
-    contexts = [
-        context_length(check_available(spec, role, weights=role not in served))
+    contexts = {
+        role: context_length(check_available(spec, role, weights=role not in served))
         for role, spec in specs.items()
-    ]
+    }
     device, _ = compute_device(config.engine)  # refuses a GPU that there is not
     kernel = packed_kernel(config.engine, device.type)
     for role, spec in specs.items():
@@ -180,7 +183,13 @@ def prepared(
         torch.set_num_threads(config.engine.threads)
     _seed_everything(config.seed)
     student = load_processing(specs["student"], "student")
-    config, tasks = checked_run(config, student, contexts, report)
+    config, tasks = checked_run(config, student, contexts.values(), report)
+    by_role = {each.role: each for each in run_teachers(config) if each.role in specs}
+    teachers = Teachers.of_run(config, by_role)
+    for name, member in config.members.items() if by_role else ():
+        teacher = teachers.named(name)
+        context = contexts[teacher.role]
+        check_view(member, teacher.model, student, context, model_key(teacher.role, "view"))
     return config, specs, tasks
 
 

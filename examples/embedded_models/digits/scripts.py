@@ -29,6 +29,7 @@ from reopold_agent.demo.tasks import (
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
 from reopold_agent.rollout.demonstrations import unsampled
+from reopold_agent.rollout.reading import Reader
 from reopold_agent.types import (
     Message,
     Observation,
@@ -118,15 +119,18 @@ def record(
     turns: Sequence[str],
     renderer: ChatRenderer,
     vision: VisionProcessor,
+    reader: Reader | None = None,
 ) -> Trajectory:
     """Plays ``turns`` on ``task`` and records the episode as a rollout would.
 
-    The trajectory's ``logp`` and ``entropy`` are zeros, because no policy sampled it.
+    The trajectory's ``logp`` and ``entropy`` are zeros, because no policy sampled it. With a reader
+    it is in the form that this gives a teacher.
 
     Raises:
         ValueError: the environment ended the episode before the last turn, or did not end it.
     """
     observation, info = env.reset(options={"task": task})
+    read = None if reader is None else reader.begin(observation, info, reader.opening(env))
     images = [vision.encode(image, PROMPT_LIMITS) for image in observation["images"]]
     system = Message("system", (info["system_prompt"],))
     ids, shown = renderer.prompt([system, observation_message(observation, images)])
@@ -152,6 +156,8 @@ def record(
             mask += [False] * len(more)
             shown += seen
             recorded[-1].observation = observation["text"]
+            if reader is not None and read is not None:
+                reader.observe(read, observation)
     if not done:
         raise ValueError(f"the episode of {task.id} did not end after its {len(turns)} turns")
     trajectory = unsampled(task.id, prompt_length, ids, mask, shown)
@@ -159,7 +165,9 @@ def record(
     trajectory.stop_reason = StopReason.ANSWER if terminated else StopReason.MAX_TURNS
     trajectory.reward = reward
     trajectory.success = bool(info.get("success", False))
-    return trajectory
+    if reader is None or read is None:
+        return trajectory
+    return reader.read(trajectory, read).trajectory
 
 
 def reading_lesson(

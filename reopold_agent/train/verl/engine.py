@@ -37,6 +37,7 @@ from reopold_agent.train.banner import (
     exploration_note,
     importance_note,
     preflight_note,
+    self_teacher_note,
     show_banner,
 )
 from reopold_agent.train.engine import (
@@ -103,6 +104,7 @@ class VerlEngine(Engine):
             exploration_note(config, objective),
             importance_note(config, objective),
             preflight_note(config, objective, checkpoint is not None),
+            self_teacher_note(config, objective),
         ]
         # For verl's settings, the workers and the log, which all read the configuration.
         weights = {"importance_cap": effective_importance_cap(config, objective)}

@@ -50,6 +50,8 @@ def check_settings(config: TrainConfig) -> None:
     teacher = config.model.teacher
     if teacher is not None and teacher.follow is not None:
         raise ConfigError("engine=verl does not support model.teacher.follow.\nUse engine=local.")
+    if not all(each.view.empty for each in config.model.all_teachers.values()):
+        raise ConfigError("engine=verl does not support model.teacher.view.\nUse engine=local.")
     others = [role for role in ("student", "teacher") if _policy(config, role) != "transformers"]
     if config.policy.teachers:
         others.append("teachers")

@@ -1,0 +1,1 @@
+"""The recipe of the embedded model that understands hints; see README.md."""

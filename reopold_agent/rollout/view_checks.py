@@ -1,0 +1,104 @@
+"""Checks a teacher's view against the run's tasks before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reopold_agent.config import TeacherConfig, TrainConfig, ViewPixels
+from reopold_agent.envs.base import ToolEnv
+from reopold_agent.envs.data_env import DataEnv
+from reopold_agent.envs.from_config import make_env
+from reopold_agent.envs.registration import task_seed
+from reopold_agent.errors import ConfigError, DataError
+from reopold_agent.policies.loading import Processing
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.from_config import make_reader
+from reopold_agent.rollout.reading import TEMPLATES, Reader, hint_of
+
+SAMPLE = 64
+"""Tasks that are looked at where they are made and not read from files."""
+
+_MARKS = 32
+"""Most tokens that a message or a picture adds besides its own."""
+
+
+def check_view(
+    config: TrainConfig,
+    teacher: TeacherConfig | None,
+    student: Processing,
+    context: int | None,
+    name: str = "model.teacher.view",
+) -> None:
+    """Checks that the training tasks have the teacher's hint, and that its prompts fit.
+
+    All tasks from files are looked at; of others, which are made when they are read, `SAMPLE`.
+
+    Args:
+        config: the run's, with the longest prompt filled in.
+        teacher: its settings; None without one.
+        student: its tokenizer and pictures are the teacher's.
+        context: longest sequence of the teacher, if it has one.
+        name: of the settings, for messages.
+
+    Raises:
+        ConfigError: the view cannot work with this student.
+        DataError: a task has no such hint, or its prompt is too long for the teacher.
+    """
+    chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
+    reader = make_reader(config, teacher, chat, student.vision, context)
+    if reader is None:
+        return
+    if student.vision is None and reader.view.pixels != ViewPixels():
+        raise ConfigError(
+            f"{name}.pixels limits pictures, but the student reads text only.\n"
+            "Leave it out, or take a vision-language student."
+        )
+    made = make_env(config)
+    try:
+        env = made.unwrapped
+        if not isinstance(env, ToolEnv):
+            if reader.view.hint not in (None, "feedback"):
+                hint_of(reader.view, env, None)
+            return
+        total = env.num_tasks("train")
+        files = isinstance(env, DataEnv) and env.data_report("train") is not None
+        step = 1 if files else max(1, total // SAMPLE)
+        most = None if context is None else context - config.rollout.max_response_tokens - 1
+        _check_tasks(reader, env, range(0, total, step), most, name)
+    finally:
+        made.close()
+
+
+def _check_tasks(
+    reader: Reader, env: ToolEnv, indices: Sequence[int], most: int | None, name: str
+) -> None:
+    view, factor = reader.view, reader.factor
+    picture = reader.prompt_pixels.max_pixels // factor**2 + _MARKS
+    for index in indices:
+        task = env.task("train", index)
+        told = view.hint not in (None, "feedback")
+        hint = hint_of(view, env, task) if told else None
+        if most is None:
+            continue
+        words = [
+            env.system_prompt(task) if view.system is None else env.with_tools(view.system),
+            *(text for _, text in task.history),
+            env.question(task),
+            hint or "",
+            view.template or TEMPLATES.get(view.hint or "", ""),
+        ]
+        # A token is at least one byte, so that few prompts need to be rendered.
+        size = sum(len(text.encode("utf-8", "replace")) + _MARKS for text in words)
+        if size + len(task.images) * picture <= most:
+            continue
+        observation, info = env.reset(
+            seed=task_seed("train", index), options={"split": "train", "index": index}
+        )
+        shown = reader.begin(observation, info, reader.opening(env))
+        tokens = len(reader.prompt(shown, hint)[0])
+        if tokens > most:
+            raise DataError(
+                f"with {name} the teacher's prompt of task {task.id} has {tokens} tokens; at "
+                f"most {most} fit its context beside rollout.max_response_tokens.\nShorten the "
+                "view or lower its pixels, or lower rollout.max_response_tokens."
+            )
