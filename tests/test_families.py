@@ -262,6 +262,8 @@ def test_lora_trains_with_the_tower_or_without(
     random_trajectory: Callable[..., Trajectory],
 ) -> None:
     save_checkpoint(tmp_path / "base", kind, chat.tokenizer)
+    videos = "video_preprocessor_config.json"
+    (tmp_path / "base" / videos).write_text('{"fps": 2}', "utf-8")
     spec = ModelSpec(str(tmp_path / "base"), lora={"r": 2, "target_modules": targets})
     loaded = load_model(spec, "student", torch.device("cpu"))
     assert loaded.vision is not None
@@ -281,6 +283,7 @@ def test_lora_trains_with_the_tower_or_without(
     moved = policy.logprobs(batch)[0].detach()
     assert not torch.allclose(moved, logp.detach(), atol=1e-4)
     loaded.save(tmp_path / "merged", merge=True)
+    assert (tmp_path / "merged" / videos).read_text("utf-8") == '{"fps": 2}'
     plain = load_model(spec.saved_in(tmp_path / "merged"), "student", torch.device("cpu"))
     again = plain.policy(forbidden_ids=chat.forbidden_ids, stop_ids=chat.stop_ids)
     torch.testing.assert_close(again.logprobs(batch)[0].detach(), moved, atol=1e-5, rtol=0)

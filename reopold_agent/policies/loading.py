@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import cached_file
 
 from reopold_agent.config import ModelsConfig, model_key
 from reopold_agent.errors import (
@@ -45,6 +46,7 @@ from reopold_agent.policies.vision import VisionProcessor
 _log = logging.getLogger(__name__)
 
 DEMO_PREFIX = "demo:"
+_VIDEOS = "video_preprocessor_config.json"
 _UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 """Raised for truncated files, files missing in the hub's cache, and shapes that do not fit."""
 
@@ -104,17 +106,32 @@ def student_spec(models: ModelsConfig) -> ModelSpec:
 
 @dataclass
 class Processing:
-    """A checkpoint's tokenizer, picture processor and configuration, without its weights."""
+    """A checkpoint's tokenizer, picture processor and configuration, without its weights.
+
+    Attributes:
+        video_settings: text of the video processor's file, which is only passed on: of Qwen3-VL's
+            models programs would take another processor without it. None if there is none.
+    """
 
     spec: ModelSpec
     tokenizer: PreTrainedTokenizerBase
     vision: VisionProcessor | None
+    video_settings: str | None
     config: Any = field(repr=False)
 
     @property
     def image_token_id(self) -> int | None:
         """Id of the image placeholder token; None for text-only models."""
         return None if self.vision is None else int(self.config.image_token_id)
+
+    def save_processing(self, folder: Path) -> None:
+        """Writes tokenizer and picture processor, and what the checkpoint says of videos."""
+        self.tokenizer.save_pretrained(folder)
+        if self.vision is None:
+            return
+        self.vision.processor.save_pretrained(folder)
+        if self.video_settings is not None:
+            (folder / _VIDEOS).write_text(self.video_settings, "utf-8")
 
 
 @dataclass
@@ -154,9 +171,7 @@ class LoadedModel(Processing):
         if dtype is not None:
             model.to(getattr(torch, dtype))
         model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        if self.vision is not None:
-            self.vision.processor.save_pretrained(folder)
+        self.save_processing(folder)
 
 
 def pick_device(name: str) -> torch.device:
@@ -420,7 +435,7 @@ def load_processing(
     given = None if spec.chat_template is None else chat_template(spec.chat_template)
     config = check_available(spec, role, weights=weights)
     path = _weights_path(spec, saved)
-    vision = None
+    vision = videos = None
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
@@ -430,6 +445,14 @@ def load_processing(
                 path, revision=spec.revision or "main"
             )
             vision = VisionProcessor(processor)
+            file = cached_file(
+                path,
+                _VIDEOS,
+                revision=spec.revision,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            videos = None if file is None else Path(file).read_text("utf-8")
     except _UNREADABLE as error:
         raise ModelError(f"cannot load the {role} from '{path}': {error}") from error
     if vision is not None:
@@ -438,7 +461,7 @@ def load_processing(
         own = tokenizer.chat_template
         own = own if isinstance(own, str) else None  # some tokenizers have several
         tokenizer.chat_template = ChatTemplate(given, given.source, own)
-    return Processing(spec, tokenizer, vision, config)
+    return Processing(spec, tokenizer, vision, videos, config)
 
 
 def _weights_path(spec: ModelSpec, saved: Path | None) -> str:

@@ -263,9 +263,7 @@ class VerlEngine(Engine):
         processing = load_processing(spec, "student")
         with replaced_folder(self.folder.final) as temporary:
             shutil.copytree(exported, temporary, dirs_exist_ok=True)
-            processing.tokenizer.save_pretrained(temporary)
-            if processing.vision is not None:
-                processing.vision.processor.save_pretrained(temporary)
+            processing.save_processing(temporary)
             if read_back(temporary, spec, spec.dtype) is None:
                 _log.warning("%s was not read back: too little memory is free", self.folder.final)
         rows = read_metrics(self.folder.metrics)
