@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
+from hydra.core.config_store import ConfigStore
 from rich.console import Console
 from running import (
     assert_same_weights,
@@ -28,17 +30,28 @@ from running import (
 )
 
 from reopold_agent.common.statistics import wilson_interval
-from reopold_agent.config import whole_weights
-from reopold_agent.errors import ConfigError, ReopoldError, UnknownNameError
+from reopold_agent.config import TrainConfig, build, whole_weights
+from reopold_agent.errors import ConfigError, DataError, ReopoldError, UnknownNameError
+from reopold_agent.evaluate.words import prepared_words
 from reopold_agent.objectives import TokenBatch
 from reopold_agent.objectives.distillation import EntropyMaskedReverseKL, ReverseKLStopGradient
+from reopold_agent.plan.workload import assumed_workload
+from reopold_agent.play.session import play
 from reopold_agent.rollout.demonstrations import unsampled
+from reopold_agent.study.probe import load_config
+from reopold_agent.tracking.history import History
+from reopold_agent.tracking.metrics import read_metrics
+from reopold_agent.tracking.plots import success_figure
 from reopold_agent.tracking.summary import print_summary
+from reopold_agent.train.collect import read_demonstrations
 from reopold_agent.train.data_order import DataOrder, TaskOrder, turns
+from reopold_agent.train.engine import run_objective
 from reopold_agent.train.environments import Environments, environment_counts, environments
 from reopold_agent.train.evaluation import EvaluationResult
+from reopold_agent.train.roles import check_roles
 from reopold_agent.train.rows import Row, entropy_threshold
 from reopold_agent.train.settings import compose_run
+from reopold_agent.view.run import Run
 
 # Order of the draws
 
@@ -165,6 +178,7 @@ def test_what_cannot_be_meant_is_refused_in_two_lines(words: str, told: str) -> 
 
 # Runs
 
+ENVS = ("pixel_reasoner", "geometry")
 MIXTURE = (
     *("env=[pixel_reasoner,geometry]", "model=demo", "mix.weights={geometry: 3}"),
     *("batch.prompts=8", "batch.mini_batch=4", "evaluation.every=0", "evaluation.teacher=false"),
@@ -326,3 +340,56 @@ def test_other_words_for_what_is_taken_together_are_refused(key: str) -> None:
         compose_run([f"objective.{key}=env"])
     one = compose_run(["env=math", f"objective.{key}=environment"])
     assert not one.by_environment(key)  # one environment is the whole batch
+
+
+# Readers of a run
+
+
+def test_plots_and_the_viewer_tell_environments_apart(whole: Path) -> None:
+    figure = success_figure(History(read_metrics(whole / "metrics.jsonl")))
+    assert figure is not None
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    assert {f"held-out, T 1, {name}" for name in ("pixel_reasoner", "geometry")} <= set(labels)
+    run = Run(whole)
+    run.load_all()
+    assert {row["env"] for row in run.summaries} == {"pixel_reasoner", "geometry"}
+    assert len({row["key"] for row in run.summaries}) == len(run.summaries) == 24
+    assert not any(row["key"].endswith("/2") for row in run.summaries)
+
+
+def test_an_evaluation_plays_each_environment_as_the_run_does(whole: Path) -> None:
+    prepared_words([f"env=[{','.join(ENVS)}]", f"model={whole}", "evaluation.tasks=5"])
+    chosen = ConfigStore.instance().repo["environments"]["chosen.yaml"].node
+    run = build(TrainConfig, yaml.safe_load((whole / "config.yaml").read_text("utf-8")))
+    for name, member in run.members.items():
+        assert chosen[name].env.id == member.env.id
+        assert chosen[name].data.eval == member.data.eval
+        assert chosen[name].pixels.prompt.max_pixels == member.pixels.prompt.max_pixels
+        assert chosen[name].evaluation == {"max_turns": 2, "tasks": 5}
+        assert chosen[name].rollout.stop_at_tool_call == (name == "pixel_reasoner")
+
+
+def test_a_plan_has_the_mean_episode() -> None:
+    run = compose_run(["env=[pixel_reasoner,geometry]", "model=demo", "mix.weights.geometry=3"])
+    parts = [assumed_workload(member, True, {}) for member in run.members.values()]
+    mean = assumed_workload(run, True, {})
+    assert mean.response == pytest.approx((parts[0].response + 3 * parts[1].response) / 4)
+    assert mean.length == pytest.approx((parts[0].length + 3 * parts[1].length) / 4)
+    assert mean.response_max == 256
+
+
+def test_what_plays_one_environment_refuses_a_mixture(whole: Path) -> None:
+    with pytest.raises(DataError, match=r"a probe plays one\.\nUse `reopold evaluate env=\[pix"):
+        load_config(whole)
+    with pytest.raises(ConfigError, match=r"play is about one environment.*\nGive env=NAME"):
+        play(["env=[pixel_reasoner,geometry]", "model=demo"], io.StringIO(), Console())
+    words = ["env=[pixel_reasoner,geometry]", "model=demo", "objective=sft"]
+    config = compose_run([*words, "objective.source=recorded"])
+    with pytest.raises(ConfigError, match=r"train in one environment.*\nGive one \(env=pixel"):
+        read_demonstrations(config, run_objective(config))
+    config = compose_run([*words[:2], "policy=server", "policy.teacher.urls=[http://a:1]"])
+    with pytest.raises(ConfigError, match=r"ends all turns alike.*\nSet it for all, or eval"):
+        check_roles(config, run_objective(config))
+    alike = compose_run([*words[:2], "policy=server", "policy.teacher.urls=[http://a:1]",
+                         "rollout.stop_at_tool_call=true"])  # fmt: skip
+    check_roles(alike, run_objective(alike))
