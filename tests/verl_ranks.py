@@ -107,7 +107,7 @@ def batch(case: Case, rank: int, packed: bool, **more: Any) -> Any:
         use_dynamic_bsz=True,
         max_token_len_per_gpu=case.tokens,
         temperature=1.0,
-        **{STEP: 0, THRESHOLD: None, **more},
+        **{STEP: 0, THRESHOLD: "null", **more},
     )
     return data
 
