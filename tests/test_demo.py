@@ -29,7 +29,11 @@ from examples.embedded_models.digits.scripts import (
     expert,
     record,
 )
+from examples.embedded_models.hints.build import RULE, HintsBuilder
+from examples.embedded_models.hints.build import TINY as HINTS_TINY
+from examples.embedded_models.hints.build import build as build_hints
 from examples.embedded_models.tokenizer import CONTROL_TOKENS, TOOL_TOKENS
+from reopold_agent.config import ViewConfig
 from reopold_agent.demo import tasks as demo_tasks
 from reopold_agent.demo.tasks import CARD, CELL, SIDE, TRAIN_COLUMNS, DemoTasks, card, digit_indices
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
@@ -310,6 +314,26 @@ def test_the_recipe_runs_repeats_itself_and_loads_again(tmp_path: Path) -> None:
     assert fresh == shipped, "the shipped weights are not of the present recipe"
 
 
+def test_the_student_that_understands_hints(tmp_path: Path) -> None:
+    assert set(build_hints(tmp_path, HINTS_TINY, lambda line: None)) == {"self_student"}
+    note = json.loads((WEIGHTS / "hints.json").read_text())
+    assert note["prompts"] == prompt_texts().fingerprint(), (
+        "run python -m examples.embedded_models hints"
+    )
+    shipped = WEIGHTS / "self_student"
+    for file in ("tokenizer.json", "config.json"):
+        assert (tmp_path / "self_student" / file).read_bytes() == (shipped / file).read_bytes()
+    builder = HintsBuilder(PreTrainedTokenizerFast.from_pretrained(shipped))
+    policy = builder.policy(Qwen2_5_VLForConditionalGeneration.from_pretrained(shipped))
+    tasks = DemoTasks("eval")
+    right = {}
+    for name, view in (("usual", ViewConfig()), ("rule", ViewConfig(system=RULE))):
+        traces = builder.read(tasks, range(16), expert, view)
+        right[name] = float(np.mean([score.logp.sum() for score in policy.score(traces)]))
+    # Under the rule it finds an expert's episodes much likelier.
+    assert right["rule"] > right["usual"] + 1.0
+
+
 def embedded_models(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "examples.embedded_models", *arguments],
@@ -323,13 +347,13 @@ def embedded_models(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_recipes_command_lists_what_it_makes_and_refuses_other_names() -> None:
     listed = embedded_models("--help")
     assert listed.returncode == 0
-    assert "{digits,arithmetic,figures}" in listed.stdout
+    assert "{digits,arithmetic,figures,hints}" in listed.stdout
     unknown = embedded_models("letters")
     assert unknown.returncode == 2
     assert "invalid choice: 'letters'" in unknown.stderr
 
 
-@pytest.mark.parametrize("name", ["digits", "arithmetic", "figures"])
+@pytest.mark.parametrize("name", ["digits", "arithmetic", "figures", "hints"])
 def test_the_recipes_command_has_an_option_for_every_number(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

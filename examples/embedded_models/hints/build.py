@@ -56,12 +56,12 @@ class Recipe:
     """
 
     seed: int = 0
-    steps: int = 240
+    steps: int = 160
     careless: int = 16
     ruled: int = 12
     told: int = 4
     lessons: int = 24
-    held_out: int = 512
+    held_out: int = 128
 
 
 TINY = Recipe(steps=2, careless=2, ruled=1, told=1, lessons=1, held_out=4)
