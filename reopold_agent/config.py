@@ -812,9 +812,9 @@ class TrainConfig:
     """The complete configuration of a training run.
 
     Attributes:
-        objective: ``name``, ``importance_cap`` (see `importance_cap`) and the settings of that
-            objective, which `reopold_agent.objectives.make_objective` validates, since plugins
-            define their own.
+        objective: ``name``, ``importance_cap`` (see `importance_cap`), ``outcome`` (see
+            `OutcomeConfig`) and the settings of that objective, which
+            `reopold_agent.objectives.make_objective` validates, since plugins define their own.
         seed: seed of all random numbers.
         steps: training steps; 0 only evaluates (``engine=local``).
         resume: ``auto`` continues the run in the folder if there is one, ``never`` refuses to,
@@ -871,10 +871,21 @@ class TrainConfig:
             raise ConfigError("objective.name must be set, e.g. objective=reopold")
         importance_cap(self.objective)
         check_over(self.objective)
+        if self.outcome.active and self.batch.samples < 2:
+            raise ConfigError(
+                "objective.outcome compares the episodes of one task, of which batch.samples=1 "
+                "leaves one.\nSet batch.samples to at least 2 (8, say, with fewer batch.prompts "
+                "and batch.mini_batch), or objective.outcome=0."
+            )
 
     def by_environment(self, key: str) -> bool:
         """Returns whether a setting of `OVER` takes each of several environments by itself."""
         return self.mix is not None and self.objective.get(key) == "environment"
+
+    @property
+    def outcome(self) -> OutcomeConfig:
+        """How the environment's outcome counts beside the teacher."""
+        return OutcomeConfig.of(self.objective)
 
     @property
     def importance_cap(self) -> float | None:
@@ -941,8 +952,109 @@ OVER = ("threshold_over", "normalise_over")
 default) or one by one (``environment``): for the entropy threshold, and for the loss's mean."""
 
 
-COMMON_SETTINGS = ("name", "importance_cap", *OVER)
+@dataclass(frozen=True)
+class OutcomeConfig:
+    """How the outcome of episodes counts beside an objective's own token rewards.
+
+    These are settings of every objective, ``objective.outcome`` and ``objective.outcome_*``;
+    `reopold_agent.objectives.outcome` has the formula.
+
+    Attributes:
+        outcome: alpha, the weight of the outcome's advantage; 0 for none.
+        outcome_end: alpha at the end of a schedule; None keeps ``outcome``.
+        outcome_from: the last step, from 0, that still has ``outcome``.
+        outcome_until: the first step that has ``outcome_end``; None takes the run's last step.
+        outcome_curve: the way between them, ``linear`` or ``cosine`` (half a wave).
+        outcome_tokens: the tokens on which the outcome acts: ``all`` that the student sampled, or
+            those that the objective has ``kept``.
+        outcome_normalise: divide advantages by the standard deviation of their group.
+        outcome_mask: the episodes without the objective's own term: ``none``; each ``response``
+            that succeeded; every episode of a ``group`` in which one succeeded.
+    """
+
+    outcome: float = 0.0
+    outcome_end: float | None = None
+    outcome_from: int = 0
+    outcome_until: int | None = None
+    outcome_curve: str = "linear"
+    outcome_tokens: str = "all"
+    outcome_normalise: bool = True
+    outcome_mask: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("outcome", "outcome_end", "outcome_from", "outcome_until"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"objective.{name} must not be negative, got {value:g}")
+        _one_of("objective.outcome_curve", self.outcome_curve, ("linear", "cosine"))
+        _one_of("objective.outcome_tokens", self.outcome_tokens, ("all", "kept"))
+        _one_of("objective.outcome_mask", self.outcome_mask, ("none", "response", "group"))
+        for name in ("outcome_from", "outcome_until", "outcome_curve"):
+            self._check_used(name, "outcome_end", self.outcome_end is not None)
+        for name in ("outcome_tokens", "outcome_normalise", "outcome_mask"):
+            self._check_used(name, "outcome", self.active)
+        if self.outcome_mask != "none" and self.outcome_tokens == "kept":
+            raise ConfigError(
+                f"objective.outcome_mask={self.outcome_mask} leaves some episodes only their "
+                "outcome, which objective.outcome_tokens=kept takes from them.\n"
+                "Set objective.outcome_tokens=all, or objective.outcome_mask=none."
+            )
+        if self.outcome_until is not None and self.outcome_until < self.outcome_from:
+            raise ConfigError(
+                f"objective.outcome_until={self.outcome_until} is before "
+                f"objective.outcome_from={self.outcome_from}.\nSet a later step, or null for the "
+                "run's last."
+            )
+
+    def _check_used(self, name: str, needed: str, given: bool) -> None:
+        value = getattr(self, name)
+        if not given and value != getattr(type(self), name):
+            raise ConfigError(
+                f"objective.{name}={value} has no effect without objective.{needed}.\n"
+                f"Set objective.{needed} too, or leave objective.{name} out."
+            )
+
+    @classmethod
+    def of(cls, objective: Mapping[str, Any]) -> OutcomeConfig:
+        """Returns these settings among those below ``objective.``.
+
+        Raises:
+            ConfigError: one has the wrong type, is out of range or does nothing.
+        """
+        own = {each.name: objective[each.name] for each in fields(cls) if each.name in objective}
+        return build(cls, own, "objective.")
+
+    @property
+    def active(self) -> bool:
+        """Whether the outcome counts in any step."""
+        return self.outcome > 0 or bool(self.outcome_end)
+
+    def alpha(self, step: int) -> float:
+        """Returns the outcome's weight in a step, counted from 0.
+
+        Raises:
+            ValueError: the schedule ends with the run, whose length was not filled in.
+        """
+        if self.outcome_end is None or step <= self.outcome_from:
+            return self.outcome
+        if self.outcome_until is None:
+            raise ValueError("the schedule of the outcome needs outcome_until")
+        if step >= self.outcome_until:
+            return self.outcome_end
+        way = (step - self.outcome_from) / (self.outcome_until - self.outcome_from)
+        if self.outcome_curve == "cosine":
+            way = (1 - math.cos(math.pi * way)) / 2
+        return self.outcome + (self.outcome_end - self.outcome) * way
+
+
+OUTCOME_DEFAULTS: Mapping[str, Any] = {each.name: each.default for each in fields(OutcomeConfig)}
+"""The settings of `OutcomeConfig` without which a run is as before there were any."""
+
+COMMON_SETTINGS = ("name", "importance_cap", *OVER, *OUTCOME_DEFAULTS)
 """The keys below ``objective.`` that are not fields of the objective's class."""
+
+FILLED_SETTINGS = ("outcome_until",)
+"""Those of `COMMON_SETTINGS` whose null is filled in when a run starts, as in a class's own."""
 
 
 IMPORTANCE_CAP = 2.0

@@ -31,7 +31,7 @@ from reopold_agent.data.demonstrations import load_demonstrations
 from reopold_agent.demo.tasks import DemoTasks
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.envs.from_config import make_env
-from reopold_agent.errors import ConfigError, DataError
+from reopold_agent.errors import CheckpointError, ConfigError, DataError
 from reopold_agent.objectives import GKD, GRPO, OBJECTIVES, Objective
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.loading import ModelSpec, load_model, resolve_path
@@ -49,8 +49,8 @@ STUDENT = Path(resolve_path("demo:student"))
 TINY = ("steps=2", "evaluation.tasks=1", "evaluation.every=0", "evaluation.teacher=false")
 GROUPS = ("batch.prompts=2", "batch.mini_batch=2", "batch.samples=4")
 ALONE = ("model.teacher=null", "evaluation.teacher=false")
-BUILT_IN = ("gkd", "grpo", "reopold", "rkl", "rkl_sg", "rkl_sg_clip", "rkl_sg_clip_entropy", "sft",
-            "skew_rkl")  # fmt: skip
+BUILT_IN = ("eopd", "gkd", "grpo", "iw_opd", "reopold", "rkl", "rkl_sg", "rkl_sg_clip",
+            "rkl_sg_clip_entropy", "sft", "skew_rkl", "sod")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +243,69 @@ def test_the_switches_of_grpo_s_successors(
     assert np.isfinite(other["loss"])
     assert other["grad_norm"] > 0
     assert plain["grad_norm"] != other["grad_norm"]
+
+
+# The outcome beside the teacher
+
+
+@pytest.mark.parametrize("name", ["reopold", "gkd"])
+def test_an_outcome_changes_the_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    words = (*TINY, *GROUPS, f"objective={name}", "steps=1", "evaluation.tasks=0")
+    words = (*words, "logging.trajectories=99")
+    gradients = {}
+    for place, reward, more in (
+        ("none", coin, ()),
+        ("some", coin, ("objective.outcome=2",)),
+        ("turned", lambda task, words: 1 - coin(task, words), ("objective.outcome=2",)),
+        ("masked", coin, ("objective.outcome=2", "objective.outcome_mask=response")),
+    ):
+        if name == "gkd" and place == "masked":
+            continue
+        with monkeypatch.context() as patch:
+            rewarded(patch, reward)
+            train(tmp_path / place, *words, *more)
+        gradients[place] = train_rows(tmp_path / place)[0]["grad_norm"]
+    with_outcome, turned = (lines(tmp_path / p / "trajectories.jsonl") for p in ("some", "turned"))
+    for one, other in zip(with_outcome, turned, strict=True):
+        assert one["advantage"] == pytest.approx(-other["advantage"], abs=1e-5)
+        assert one["ids"] == other["ids"]
+    assert any(row["advantage"] for row in with_outcome)
+    assert len({round(value, 7) for value in gradients.values()}) == len(gradients)
+    if name == "gkd":
+        return
+    row = train_rows(tmp_path / "masked")[0]
+    assert (row["outcome/alpha"], row["mask/kept_share"]) == (2.0, 1.0)
+    assert row["outcome/taught_share"] == 1 - row["rollout/success"]
+
+
+def test_a_schedule_of_the_outcome_resumes_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewarded(monkeypatch, coin)
+    words = ("objective.outcome=2", "objective.outcome_end=0", "objective.outcome_curve=cosine")
+    folder = resumes(monkeypatch, tmp_path, *GROUPS, *words, "objective.outcome_mask=group")
+    alphas = [row["outcome/alpha"] for row in train_rows(folder)]
+    assert alphas == pytest.approx([2, 1.5, 0.5, 0])
+    assert "outcome_until: 3" in (folder / "config.yaml").read_text()
+    # For more steps the schedule stays as it was; the outcome itself may not be changed.
+    longer = (*TINY, *GROUPS, *words, "objective.outcome_mask=group", "checkpoint.every=2")
+    train(folder, *longer, "steps=5")
+    assert train_rows(folder)[-1]["outcome/alpha"] == 0
+    with pytest.raises(CheckpointError, match=r"objective\.outcome: 2.* -> 1"):
+        train(folder, *longer, "steps=6", "objective.outcome=1")
+
+
+def test_a_run_of_a_version_without_outcomes_goes_on(tmp_path: Path) -> None:
+    words = (*TINY, "checkpoint.every=2")
+    train(tmp_path, *words, "steps=2")
+    config = tmp_path / "config.yaml"
+    kept = [s for s in config.read_text().splitlines() if not s.startswith("  outcome")]
+    assert len(kept) == len(config.read_text().splitlines()) - 8
+    config.write_text("\n".join(kept))
+    train(tmp_path, *words, "steps=3")
+    assert [row["step"] for row in train_rows(tmp_path)] == [0, 1, 2]
 
 
 # DAPO's dynamic sampling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -206,13 +207,14 @@ def test_chunks_equal_the_plain_divergence(beta: float, banned: Any, rows: int) 
     )
     wanted = generalised_jsd(student_logps, teacher_logps, beta)
     assert divergence.dtype == logp.dtype == torch.float32
-    assert not logp.requires_grad
+    wanted_logp = chosen(student_logps, targets, banned)
     torch.testing.assert_close(divergence.double(), wanted, rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(
-        logp.double(), chosen(student_logps, targets, banned).detach(), rtol=1e-5, atol=1e-5
-    )
-    found = gradients(divergence, upstream(), student, student_weight)
-    exact = gradients(wanted, upstream(), student, student_weight)
+    torch.testing.assert_close(logp.double(), wanted_logp, rtol=1e-5, atol=1e-5)
+    # The log-probs carry a gradient too, at other tokens than the divergence's.
+    both = (torch.cat([divergence, logp]), torch.cat([wanted, wanted_logp]))
+    weights = torch.cat([upstream(), upstream(2) * (torch.arange(TOKENS) % 3 > 0)])
+    weights[1] = 0
+    found, exact = (gradients(each, weights, student, student_weight) for each in both)
     for one, other in zip(found, exact, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     if banned is not None:
@@ -702,6 +704,8 @@ def logps_of(
         *(DivergenceSettings(beta, 5, True) for beta in (0.0, 0.5, 1.0)),
         DivergenceSettings(0.0, 5, False),
         DivergenceSettings(0.5, 100_000, True),
+        DivergenceSettings(0.5, min_entropy=0.1),
+        DivergenceSettings(0.0, 5, False, min_entropy=0.1),
     ],
 )
 def test_two_models_diverge_as_their_logits_do(
@@ -715,15 +719,16 @@ def test_two_models_diverge_as_their_logits_do(
     student, teacher = (make_policy(model) for model in (models[::-1] if swap else models))
     assert student.adapter.vocabulary_rows != teacher.adapter.vocabulary_rows
     student.adapter.model.zero_grad()
-    divergence, logp = student.divergence(episodes, teacher, settings)
     allowed = [i for i in range(len(chat.tokenizer)) if i not in chat.forbidden_ids]
     own, places = logps_of(student, TrajectoryBatch.build(student.adapter, episodes), allowed)
     with torch.no_grad():
         his, _ = logps_of(teacher, TrajectoryBatch.build(teacher.adapter, episodes), allowed)
-    torch.testing.assert_close(
-        logp.double(), own.detach().gather(1, places[:, None])[:, 0], rtol=1e-4, atol=1e-4
-    )
-    assert not logp.requires_grad
+    entropy = -(his.exp() * his).sum(-1)
+    if settings.min_entropy is not None:  # between two tokens' entropies
+        settings = replace(settings, min_entropy=float(entropy.sort().values[8:10].mean()))
+    divergence, logp = student.divergence(episodes, teacher, settings)
+    wanted_logp = own.gather(1, places[:, None])[:, 0]
+    torch.testing.assert_close(logp.double(), wanted_logp, rtol=1e-4, atol=1e-4)
     own_p, his_p = own.exp(), his.exp()
     if settings.top_k == 5:
         ids = his.topk(5).indices
@@ -731,12 +736,16 @@ def test_two_models_diverge_as_their_logits_do(
         if settings.rest:
             own_p, his_p = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (own_p, his_p))
     wanted = plain_divergence(own_p, his_p, settings.beta)
+    if settings.min_entropy is not None:
+        wanted = wanted.masked_fill(entropy < settings.min_entropy, 0.0)
     assert wanted.detach().abs().mean() > 0.01
     torch.testing.assert_close(divergence.double(), wanted, rtol=1e-3, atol=1e-4)
-    weights = upstream(0, len(wanted))
+    weights = upstream(0, 2 * len(wanted))
     parameters = [p for p in student.adapter.model.parameters() if p.requires_grad]
-    found = torch.autograd.grad((divergence * weights).sum(), parameters, allow_unused=True)
-    exact = torch.autograd.grad((wanted * weights).sum(), parameters, allow_unused=True)
+    found, exact = (
+        torch.autograd.grad((torch.cat(each) * weights).sum(), parameters, allow_unused=True)
+        for each in ((divergence, logp), (wanted, wanted_logp))
+    )
     size = math.sqrt(sum(float(g.norm() ** 2) for g in exact if g is not None))
     assert size > 0.1
     for one, other in zip(found, exact, strict=True):

@@ -29,7 +29,7 @@ from reopold_agent.objectives.divergence import (
     topk_divergence,
 )
 from reopold_agent.objectives.grpo import group_advantages
-from reopold_agent.objectives.pieces import importance_weight, scale_gradient
+from reopold_agent.objectives.pieces import importance_weight, scale_gradient, turns
 
 pytestmark = pytest.mark.full_env
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
@@ -253,6 +253,76 @@ def test_verl_weighs_the_rows_of_its_engine(algos: Any) -> None:
     data.pop(WEIGHTS)  # lost on the way: an error, not plain tokens
     with pytest.raises(KeyError, match=WEIGHTS):
         token_batch(logp, data, Needs.OUTCOME & Needs.TEACHER, weighted=True)
+
+
+def test_verl_s_rows_carry_the_outcome_beside_the_teacher(algos: Any) -> None:
+    """Advantages and masks of episodes, and a padding row, on their way to our loss."""
+    from tensordict import TensorDict
+    from verl.workers.utils.padding import response_to_nested
+
+    from reopold_agent.train.verl.loss import ADVANTAGES, TAUGHT, token_batch
+    from reopold_agent.train.verl.trainer import _spread
+
+    values = {name: value.detach() for name, value in batch_of(7).items()}
+    values["loss_mask"][0, 3] = False  # an observation
+    lengths = torch.tensor([9, 1, 4, 7, 9, 2]).tolist()
+    live = [True] * (ROWS - 1) + [False]  # verl fills the last rank up
+    taught = [1.0, 0.0, 1.0, 1.0, 0.0]
+    mask = values["loss_mask"] & torch.tensor(live)[:, None]
+
+    def nested(rows: Tensor, before: int = 0) -> Tensor:
+        parts = [
+            torch.cat([row.new_zeros(before), row[:n]])
+            for row, n in zip(rows, lengths, strict=True)
+        ]
+        return torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+
+    masks = nested(mask.long())
+    advantages = values["advantage"][:, 0].tolist()[: ROWS - 1]
+    shifted = torch.cat([values["logp_teacher"], torch.zeros(ROWS, 1)], dim=1)
+    prompt = torch.zeros(2, dtype=torch.int64)
+    data = TensorDict(
+        {
+            "prompts": torch.nested.as_nested_tensor([prompt] * ROWS, layout=torch.jagged),
+            "responses": nested(torch.zeros(ROWS, TIME, dtype=torch.int64)),
+            "response_mask": masks,
+            "old_log_probs": nested(values["logp_old"]),
+            "entropy": nested(values["entropy"]),
+            "teacher_logprobs": nested(shifted[:, :TIME], 1),
+            **{
+                name: response_to_nested(_spread(each, live, masks.to_padded_tensor(0)), masks)
+                for name, each in ((ADVANTAGES, advantages), (TAUGHT, taught))
+            },
+        },
+        batch_size=ROWS,
+    )
+    data["teacher_logprobs"] = torch.nested.as_nested_tensor(
+        [torch.cat([row, row.new_zeros(1)]) for row in data["teacher_logprobs"].unbind()],
+        layout=torch.jagged,
+    )
+    objective = make_objective(
+        "rkl_sg_clip", {"outcome": 0.7, "outcome_mask": "response", "mixture": 0.5}
+    )
+    whole = nested(values["logp"], 1)
+    leaf = torch.cat([torch.cat([row, row.new_zeros(1)]) for row in whole.unbind()])
+    leaf = leaf.double().requires_grad_()
+    offsets = torch.tensor([0, *(n + 2 for n in lengths)]).cumsum(0)
+    logp = torch.nested.nested_tensor_from_jagged(leaf, offsets)
+    tokens = token_batch(logp, data, objective.needs, weighted=False)
+    terms = objective.terms(tokens, 0, None)
+
+    logp_BT = values["logp"].requires_grad_()
+    flags = torch.tensor([*taught, 0.0]).bool()[:, None].expand(ROWS, TIME)
+    plain = TokenBatch(**{**values, "logp": logp_BT, "loss_mask": mask, "taught": flags})
+    expected = objective.terms(plain, 0, None)
+    assert float(terms.denominator) == float(expected.denominator) == float(mask.sum())
+    torch.testing.assert_close(terms.numerator, expected.numerator, rtol=1e-5, atol=1e-5)
+    (got,) = torch.autograd.grad(terms.numerator, leaf)
+    (wanted,) = torch.autograd.grad(expected.numerator, logp_BT)
+    torch.testing.assert_close(got[got != 0].double(), wanted[wanted != 0], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(wanted, torch.autograd.grad(
+        make_objective("rkl_sg_clip", {"mixture": 0.5}).terms(plain, 0, None).numerator, logp_BT
+    )[0])  # fmt: skip
 
 
 def test_verl_has_a_second_clip_for_bad_responses(algos: Any) -> None:
@@ -505,6 +575,43 @@ def test_trl_grpo_losses(jsd: Any, kind: str) -> None:
 
 
 # Our environments in TRL's trainer
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_trl_iw_opd(jsd: Any, gamma: float) -> None:
+    """Its gradient, on policy; its value is another function with that gradient."""
+    trainer = pytest.importorskip("trl.experimental.iw_opd").IWOPDTrainer
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(ROWS, TIME, 7, generator=generator, dtype=torch.float64).requires_grad_()
+    ids = torch.randint(0, 7, (ROWS, TIME), generator=generator)
+    teacher = -torch.randn(ROWS, TIME, generator=generator, dtype=torch.float64).exp()
+    values = batch_of(8)
+    mask = values["loss_mask"].clone()
+    mask[0, 4:6] = False  # observations
+    this = SimpleNamespace(
+        temperature=1.0,
+        iw_opd_gamma=gamma,
+        iw_opd_epsilon=1e-8,
+        model=SimpleNamespace(training=True),
+        _metrics={"train": defaultdict(list)},
+    )
+    theirs = trainer._compute_iw_opd_loss(this, logits, ids, torch.where(mask, ids, -100), teacher)
+    logp = torch.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
+    batch = TokenBatch(
+        logp=logp,
+        logp_old=logp.detach(),
+        logp_teacher=teacher,
+        entropy=values["entropy"],
+        loss_mask=mask,
+        episode=torch.arange(ROWS)[:, None].expand(ROWS, TIME),
+        turn=turns(mask),
+    )
+    found = whole_loss(make_objective("iw_opd", {"gamma": gamma}), batch)
+    (got,) = torch.autograd.grad(found, logits, retain_graph=True)
+    (wanted,) = torch.autograd.grad(theirs, logits)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+    weights = this._metrics["train"]["iw_opd/max_weight"]
+    assert weights == [pytest.approx(1 + gamma)]
 
 
 @pytest.fixture

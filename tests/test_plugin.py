@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from reopold_agent.config import OUTCOME_DEFAULTS
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 EXAMPLES = REPOSITORY / "examples"
 
@@ -441,8 +443,8 @@ def test_two_steps_of_training(installed: Path, tmp_path: Path) -> None:
 # An objective
 
 
-OBJECTIVES = ["gkd", "grpo", "reopold", "rkl", "rkl_sg", "rkl_sg_clip", "rkl_sg_clip_entropy",
-              "sft", "skew_rkl"]  # fmt: skip
+OBJECTIVES = ["eopd", "gkd", "grpo", "iw_opd", "reopold", "rkl", "rkl_sg", "rkl_sg_clip",
+              "rkl_sg_clip_entropy", "sft", "skew_rkl", "sod"]  # fmt: skip
 
 
 def test_an_installed_objective_is_an_option_with_its_fields_as_settings(
@@ -455,7 +457,7 @@ def test_an_installed_objective_is_an_option_with_its_fields_as_settings(
     composed = yaml.safe_load(done.stdout)
     own = {"name": "clamped_rkl", "limit": 2.5, "first_steps": 0}
     common = {"importance_cap": 2.0, "threshold_over": "batch", "normalise_over": "batch"}
-    assert composed["objective"] == {**own, **common}
+    assert composed["objective"] == {**own, **common, **OUTCOME_DEFAULTS}
     assert composed["default_batch"] == "single"
     for words, told in (
         ("objective.limit=0", "objective.limit must be positive, got 0.0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Flag, auto
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class TokenBatch:
     """Per-token values of a (micro-)batch, each (batch, time), any float dtype.
 
     Only ``logp`` and ``divergence`` carry a gradient. ``loss_mask`` is converted to bool. Values
-    that the objective does not need (`Needs`) may be None.
+    that the objective does not need may be None. The tokens of a trajectory are in their order and
+    all there; engines may join trajectories to one row.
 
     Attributes:
         logp: log-probs of the sampled tokens under the current student.
@@ -39,6 +41,10 @@ class TokenBatch:
         advantage: of the token's trajectory; the same at all of its tokens.
         response_length: number of loss tokens in the token's trajectory.
         divergence: between the student's and the teacher's distribution at this token, nats.
+        taught: false where the outcome leaves no place for the teacher
+            (``objective.outcome_mask``); the same at all tokens of a trajectory. None: true.
+        episode: number of the token's trajectory in the batch, int64.
+        turn: number of the student's turn in its trajectory, int64; equal within a turn.
 
     Raises:
         ValueError: the shapes differ.
@@ -52,6 +58,9 @@ class TokenBatch:
     advantage: Tensor | None = None
     response_length: Tensor | None = None
     divergence: Tensor | None = None
+    taught: Tensor | None = None
+    episode: Tensor | None = None
+    turn: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.logp.shape
@@ -89,11 +98,14 @@ class DivergenceSettings:
         beta: of the generalised JSD.
         top_k: compare only the teacher's k likeliest tokens; None for the whole vocabulary.
         rest: with ``top_k``, count all other tokens as one more outcome.
+        min_entropy: the divergence is 0 where the teacher's distribution (over the whole
+            vocabulary) has less entropy, nats; None for none.
     """
 
     beta: float
     top_k: int | None = None
     rest: bool = True
+    min_entropy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +118,7 @@ class Outcomes:
         tool_calls: number of tool calls.
         tool_successes: number of tool calls that succeeded.
         tokens: number of tokens that the student sampled.
+        success: whether the environment counts the episode as solved, bool.
     """
 
     reward: Tensor
@@ -113,6 +126,7 @@ class Outcomes:
     tool_calls: Tensor
     tool_successes: Tensor
     tokens: Tensor
+    success: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +162,15 @@ class Objective:
         return not self.needs & (Needs.DEMONSTRATIONS | Needs.DISTRIBUTIONS)
 
     @property
+    def own(self) -> Objective:
+        """The objective without what every objective may have beside it (``objective.outcome``)."""
+        return self
+
+    def setting(self, name: str) -> Any:
+        """Returns a setting with what `for_run` filled in; None if the objective has none."""
+        return getattr(self, name, None)
+
+    @property
     def max_rollout_rounds(self) -> int:
         """How many times a step may roll out prompts to replace those that `informative` drops."""
         return 1
@@ -172,6 +195,10 @@ class Objective:
     def advantages(self, outcomes: Outcomes) -> Tensor:
         """Returns each episode's advantage, (episodes,) float; called with `Needs.OUTCOME`."""
         raise NotImplementedError(f"{type(self).__name__} has no advantages")
+
+    def taught(self, outcomes: Outcomes) -> Tensor | None:
+        """Returns (episodes,) bool: those with the teacher's term; None for all."""
+        return None
 
     @property
     def divergence(self) -> DivergenceSettings:

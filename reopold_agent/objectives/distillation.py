@@ -48,6 +48,10 @@ class SampledDistillation(Objective):
         """Returns M, the tokens that the loss keeps, (batch, time) bool."""
         return batch.loss_mask
 
+    def weights(self, batch: TokenBatch) -> Tensor | None:
+        """Returns what each token's reward is multiplied by, (batch, time); None for nothing."""
+        return None
+
     @override
     def terms(self, batch: TokenBatch, step: int, threshold: float | None) -> LossTerms:
         teacher_BT = required(batch.logp_teacher, "logp_teacher")
@@ -56,6 +60,7 @@ class SampledDistillation(Objective):
         if self.floor is not None:
             clipped_BT = reward_BT.clamp(min=self.floor)  # one-sided: high rewards stay
         mask_BT = self.mask(batch, reward_BT, step, threshold)
+        weight_BT = self.weights(batch)
         # Tokens are selected, not multiplied by the mask: a masked position may hold an infinity
         # or NaN, and 0 * inf is NaN, in the gradient too.
         logp_K = batch.logp[mask_BT]
@@ -63,6 +68,9 @@ class SampledDistillation(Objective):
         reward_K = self.reward(logp_K, teacher_BT[mask_BT])
         if self.floor is not None:
             reward_K = reward_K.clamp(min=self.floor)
+        if weight_BT is not None:
+            clipped_BT = clipped_BT * weight_BT
+            reward_K = reward_K * weight_BT[mask_BT]
         return LossTerms(
             numerator=-(ratio_K * reward_K).sum(),
             denominator=mask_BT.sum(),

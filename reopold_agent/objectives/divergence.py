@@ -107,7 +107,7 @@ def divergence_of_states(
         slice_elements: upper limit on one model's logits held at once.
 
     Returns:
-        ``(divergence_N, logp_N)``, float32; the divergence is differentiable in ``student_ND`` and
+        ``(divergence_N, logp_N)``, float32; both are differentiable in ``student_ND`` and
         ``student_weight_VD``.
 
     Raises:
@@ -214,27 +214,36 @@ class _Divergence(torch.autograd.Function):
             _fill_values(student_logp, teacher_logp, beta, scratch, divergence[part], centre[part])
             del student_logp, teacher_logp  # or the next two would be held beside them
         ctx.save_for_backward(
-            student, student_weight, teacher, teacher_weight, student_norm, teacher_norm, centre
+            *(student, student_weight, teacher, teacher_weight, student_norm, teacher_norm, centre),
+            targets,
         )
         ctx.beta, ctx.banned, ctx.compute_dtype = beta, banned, dtype
         ctx.slice_elements = slice_elements
-        ctx.mark_non_differentiable(logp)
         return divergence, logp
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         student, weight, teacher, teacher_weight, *saved = ctx.saved_tensors
-        live = torch.nonzero(grads[0])[:, 0]
+        live = torch.nonzero(torch.logical_or(*grads))[:, 0]
         teacher_states = take_rows(teacher, live).to(ctx.compute_dtype)
-        student_norm_N, teacher_norm_N, centre_N = (values[live] for values in saved)
-        grad_N = grads[0][live].float()
+        student_norm_N, teacher_norm_N, centre_N, targets_N = (values[live] for values in saved)
+        grad_N, logp_grad_N = (grad[live].float() for grad in grads)
+        through_logp = bool(logp_grad_N.any())
 
         def logit_gradient(logits: Tensor, start: int, stop: int) -> Tensor:
             teacher_matrix = teacher_weight[start:stop].to(ctx.compute_dtype)
             teacher_logp = make_logits(teacher_states, teacher_matrix, None)
             teacher_logp.sub_(teacher_norm_N[:, None])
             student_logp = logits.sub_(student_norm_N[:, None])
-            return _slopes(student_logp, teacher_logp, ctx.beta, centre_N).mul_(grad_N[:, None])
+            # d logp / d logits = onehot(target) - softmax
+            minus_N = -logp_grad_N[:, None]
+            slopes = student_logp.exp().mul_(minus_N) if through_logp else None
+            found = _slopes(student_logp, teacher_logp, ctx.beta, centre_N).mul_(grad_N[:, None])
+            if slopes is None:
+                return found
+            rows = torch.nonzero((targets_N >= start) & (targets_N < stop))[:, 0]
+            places = (rows, targets_N[rows] - start)
+            return found.add_(slopes.index_put_(places, logp_grad_N[rows], accumulate=True))
 
         return *backward_by_blocks(ctx, student, weight, live, logit_gradient), *(None,) * 6
 

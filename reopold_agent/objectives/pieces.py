@@ -149,6 +149,69 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.saved_tensors[0], None
 
 
+def turns(loss_mask: Tensor) -> Tensor:
+    """Returns the number of the turn at each token, int64, from 0: runs of the student's tokens.
+
+    Args:
+        loss_mask: (..., time) of whole trajectories; true where the student sampled the token.
+            Other tokens get any number.
+    """
+    mask = loss_mask.bool()
+    before = torch.cat([torch.zeros_like(mask[..., :1]), mask[..., :-1]], dim=-1)
+    return (mask & ~before).long().cumsum(dim=-1) - 1
+
+
+def episode_parts(episode: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the number of the part that each token is in, (tokens,), and the parts' first places.
+
+    A part is a run of equal numbers; all are int64.
+    """
+    first = torch.ones_like(episode, dtype=torch.bool)
+    first[1:] = episode[1:] != episode[:-1]
+    return first.long().cumsum(dim=0) - 1, torch.nonzero(first)[:, 0]
+
+
+def prefix_weights(gap: Tensor, episode: Tensor, gamma: float) -> Tensor:
+    """Returns ``1 + gamma (1 - sum_{u<t} d_u / sum_u d_u)``: tokens count less the later the gap.
+
+    It is IW-OPD's weight ("On the Position Bias of On-Policy Distillation", arXiv 2606.22600; TRL
+    1.16, ``IWOPDTrainer``).
+
+    Args:
+        gap: d, (tokens,): ``|log pi_T - log pi_old|`` of the student's tokens in their order.
+        episode: (tokens,) int64, equal within a trajectory.
+        gamma: from 0 (no weights); the first token weighs ``1 + gamma``.
+    """
+    part, firsts = episode_parts(episode)
+    gap64 = gap.double()  # sums over many episodes lose digits
+    before = gap64.cumsum(dim=0) - gap64
+    before = before - before[firsts][part]
+    total = gap64.new_zeros(len(firsts)).index_add(0, part, gap64)[part]
+    return (1 + gamma * (1 - before / total.clamp(min=1e-8))).to(gap.dtype)
+
+
+def step_weights(gap: Tensor, episode: Tensor, turn: Tensor, delta: float) -> Tensor:
+    """Returns ``min((d_1 + e) / (d_k + e), 1 + delta)`` for each token of turn k; e is 1e-6.
+
+    ``d_k`` is the mean gap of the turn. It is SOD's weight, whose product of the ratios of
+    neighbouring turns telescopes (arXiv 2605.07725, eq. 7; the authors'
+    ``compute_stepwise_opd_weights``). The first turn weighs 1.
+
+    Args:
+        gap: ``|log pi_T - log pi_old|`` of the student's tokens in their order, (tokens,).
+        episode: (tokens,) int64, equal within a trajectory.
+        turn: (tokens,) int64, equal within a turn and different in the next.
+        delta: how far the weight may exceed 1.
+    """
+    gap64 = gap.double()
+    part, firsts = episode_parts(episode)
+    step, starts = episode_parts(part * (turn.max() + 1) + turn if len(turn) else turn)
+    sums = gap64.new_zeros(len(starts)).index_add(0, step, gap64)
+    counts = gap64.new_zeros(len(starts)).index_add(0, step, torch.ones_like(gap64))
+    mean = (sums / counts)[step] + 1e-6
+    return (mean[firsts][part] / mean).clamp(max=1 + delta).to(gap.dtype)
+
+
 def ppo_clipped(ratio: Tensor, reward: Tensor) -> Tensor:
     """Returns, as bool, the tokens that PPO would clip: ratio off 1 on the reward's side."""
     above = (ratio > 1 + PPO_CLIP) & (reward > 0)

@@ -6,7 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from reopold_agent.config import COMMON_SETTINGS, build, check_over, importance_cap
+from reopold_agent.config import (
+    COMMON_SETTINGS,
+    OutcomeConfig,
+    build,
+    check_over,
+    importance_cap,
+)
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives.base import Objective
 from reopold_agent.objectives.distillation import (
@@ -17,9 +23,12 @@ from reopold_agent.objectives.distillation import (
     ReverseKLStopGradient,
     SkewReverseKL,
 )
+from reopold_agent.objectives.eopd import EOPD
 from reopold_agent.objectives.gkd import GKD
 from reopold_agent.objectives.grpo import GRPO
+from reopold_agent.objectives.outcome import WithOutcome, check_outcome
 from reopold_agent.objectives.sft import SFT
+from reopold_agent.objectives.weighted import IWOPD, SOD
 from reopold_agent.registry import Registry
 
 T = TypeVar("T", bound=type[Objective])
@@ -57,6 +66,9 @@ for _name, _kind in {
     "rkl_sg_clip_entropy": EntropyMaskedReverseKL,
     "reopold": Reopold,
     "skew_rkl": SkewReverseKL,
+    "iw_opd": IWOPD,
+    "sod": SOD,
+    "eopd": EOPD,
     "gkd": GKD,
     "grpo": GRPO,
     "sft": SFT,
@@ -69,7 +81,8 @@ def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
 
     Args:
         name: of the objective.
-        settings: its own and those that all objectives have, which are only checked here.
+        settings: its own and those that all objectives have. Of these the outcome's make the
+            objective a `WithOutcome` if it counts; the others are only checked here.
 
     Raises:
         UnknownNameError: no such objective; the message lists those that exist.
@@ -88,4 +101,8 @@ def make_objective(name: str, settings: Mapping[str, Any]) -> Objective:
     check_over(settings)
     own = {key: value for key, value in settings.items() if key not in COMMON_SETTINGS}
     objective: Objective = build(kind, own, "objective.")
-    return objective
+    outcome = OutcomeConfig.of(settings)
+    if not outcome.active:
+        return objective
+    check_outcome(name, objective)
+    return WithOutcome(objective, outcome)

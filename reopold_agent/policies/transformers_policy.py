@@ -114,8 +114,8 @@ class TransformersPolicy:
             settings: which divergence; see `reopold_agent.objectives.gkd.GKD`.
 
         Returns:
-            ``(divergence_N, logp_N)``: the differentiable divergence, and the student's log-prob of
-            the token.
+            ``(divergence_N, logp_N)``, both differentiable: the divergence, and the student's
+            log-prob of the token.
         """
         student_ND, targets_N = self._states(TrajectoryBatch.build(self.adapter, trajectories))
         read = [t.for_teacher for t in trajectories]
@@ -126,7 +126,7 @@ class TransformersPolicy:
             if settings.top_k is None:
                 # Padded rows beyond the tokenizer are banned.
                 rows = min(len(student_VD), len(teacher_VE))
-                return divergence_of_states(
+                divergence_N, logp_N = divergence_of_states(
                     student_ND,
                     student_VD if rows == len(student_VD) else student_VD[:rows],
                     teacher_NE,
@@ -135,14 +135,23 @@ class TransformersPolicy:
                     settings.beta,
                     self.banned[self.banned < rows],
                 )
-            ids_NK, teacher_NK = top_tokens(teacher_NE, teacher_VE, settings.top_k, teacher.banned)
-            both_NK, _ = token_logprobs(
-                student_ND, student_VD, torch.cat([ids_NK, targets_N[:, None]], dim=1), self.banned
-            )
-            student_NK, logp_N = both_NK[:, :-1], both_NK[:, -1].detach()
-            divergence_N = topk_divergence(
-                student_NK, teacher_NK, settings.beta, rest=settings.rest
-            )
+            else:
+                ids_NK, teacher_NK = top_tokens(
+                    teacher_NE, teacher_VE, settings.top_k, teacher.banned
+                )
+                ids_NK = torch.cat([ids_NK, targets_N[:, None]], dim=1)
+                both_NK, _ = token_logprobs(student_ND, student_VD, ids_NK, self.banned)
+                student_NK, logp_N = both_NK[:, :-1], both_NK[:, -1]
+                divergence_N = topk_divergence(
+                    student_NK, teacher_NK, settings.beta, rest=settings.rest
+                )
+            if settings.min_entropy is not None:
+                with torch.no_grad():
+                    _, entropy_N = token_logprobs(
+                        teacher_NE, teacher_VE, targets_N, teacher.banned, with_entropy=True
+                    )
+                assert entropy_N is not None
+                divergence_N = torch.where(entropy_N >= settings.min_entropy, divergence_N, 0.0)
             return divergence_N, logp_N
 
     def _states(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from reopold_agent.config import (
-    COMMON_SETTINGS,
     IMPORTANCE_CAP,
+    OUTCOME_DEFAULTS,
     OVER,
     ModelConfig,
     PixelConfig,
@@ -82,6 +82,7 @@ def exploration_note(config: TrainConfig, objective: Objective) -> str | None:
         config: the run's configuration.
         objective: made for this run.
     """
+    objective = objective.own
     if not isinstance(objective, Reopold) or not objective.switch_share or not config.steps:
         return None
     if config.objective.get("switch_step") is not None:
@@ -281,7 +282,9 @@ def _rows(
 
 
 def _objective(settings: Mapping[str, Any], objective: Objective) -> str:
-    hidden = ("name",) if objective.weighs_tokens else COMMON_SETTINGS
+    hidden = {"name"} if objective.weighs_tokens else {"name", "importance_cap"}
+    if objective is objective.own:
+        hidden |= set(OUTCOME_DEFAULTS)  # without effect
     told = {key: value for key, value in settings.items() if (key, value) not in _USUAL}
     shown = [f"{key} {value}" for key, value in told.items() if key not in hidden and value]
     return ", ".join([str(settings["name"]), *shown])

@@ -63,7 +63,7 @@ class Engine(ABC):
         # First, or a run that is killed later would be taken for complete.
         self.folder.summary.unlink(missing_ok=True)
         settings = {
-            key: getattr(objective, key, None) if value is None else value
+            key: objective.setting(key) if value is None else value
             for key, value in self._raw["objective"].items()
         }
         command = " ".join(resume_command(self._command, self.folder.path).splitlines())

@@ -11,7 +11,14 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from reopold_agent.common.files import write_json_atomic
-from reopold_agent.config import COMMON_SETTINGS, OVER, TrainConfig, config_differences
+from reopold_agent.config import (
+    COMMON_SETTINGS,
+    FILLED_SETTINGS,
+    OUTCOME_DEFAULTS,
+    OVER,
+    TrainConfig,
+    config_differences,
+)
 from reopold_agent.data.demonstrations import Demonstration
 from reopold_agent.data.fingerprint import demonstrations_digest
 from reopold_agent.errors import CheckpointError
@@ -33,8 +40,9 @@ FREE_TO_CHANGE = (
 
 def filled_in(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an objective's settings with the saved values of those that are left to the run."""
+    kept = set(COMMON_SETTINGS) - set(FILLED_SETTINGS)  # whose null means that there is none
     return {
-        key: saved.get(key) if value is None and key not in COMMON_SETTINGS else value
+        key: saved.get(key) if value is None and key not in kept else value
         for key, value in settings.items()
     }
 
@@ -81,11 +89,11 @@ class RunState:
         if not isinstance(saved, dict):
             raise CheckpointError(f"{folder.config} is not a configuration")
         before = {str(key): value for key, value in saved.items()}
-        now = dict(self._raw)
-        usual = dict.fromkeys(OVER, "batch")  # as before there were these settings
+        # Runs of earlier versions did not have these settings.
+        usual = {**dict.fromkeys(OVER, "batch"), **OUTCOME_DEFAULTS}
         before["objective"] = {**usual, **(before.get("objective") or {})}
-        now["objective"] = {**usual, **now["objective"]}
-        now["objective"] = filled_in(now["objective"], before.get("objective") or {})
+        now = dict(self._raw)
+        now["objective"] = filled_in({**usual, **now["objective"]}, before["objective"])
         for each in (before, now):
             each["model"] = dict(each.get("model") or {})
         folder.same_template(before["model"], now["model"], self._config.model.chat_template)

@@ -31,6 +31,7 @@ class Row:
         old_logp: (L,) float32, nats: the trainer's log-probs before the update; None until known.
         entropy: (L,) float32, nats: entropies of the same distributions; None until known.
         weight: (L,) float32: importance weights of the tokens; None where none are used.
+        taught: false if the outcome leaves the row no teacher's term (`Objective.taught`).
         pending_score: the teacher's scoring, if it runs beside the rollout.
         use: reward and mask that the tokens were trained with; None without an update.
     """
@@ -39,6 +40,7 @@ class Row:
     old_logp: FloatArray | None = None
     entropy: FloatArray | None = None
     weight: FloatArray | None = None
+    taught: bool = True
     pending_score: Future[Any] | None = field(default=None, repr=False)
     use: TokenUse | None = None
 
@@ -155,12 +157,17 @@ def outcomes_of(rows: Sequence[Row]) -> Outcomes:
         tool_calls=torch.tensor([len(t.tool_calls) for t in trajectories]),
         tool_successes=torch.tensor([sum(c.ok for c in t.tool_calls) for t in trajectories]),
         tokens=torch.tensor([t.response_tokens for t in trajectories]),
+        success=torch.tensor([t.success for t in trajectories]),
     )
 
 
 def set_advantages(objective: Objective, rows: Sequence[Row]) -> list[bool]:
-    """Sets each trajectory's advantage; returns which rows are in informative groups."""
+    """Sets each row's advantage and ``taught``; returns which rows are in informative groups."""
     outcomes = outcomes_of(rows)
     for row, advantage in zip(rows, objective.advantages(outcomes).tolist(), strict=True):
         row.trajectory.advantage = advantage
+    taught = objective.taught(outcomes)
+    if taught is not None:
+        for row, flag in zip(rows, taught.tolist(), strict=True):
+            row.taught = bool(flag)
     return [bool(kept) for kept in objective.informative(outcomes).tolist()]

@@ -47,6 +47,9 @@ def load_config(composed: DictConfig) -> tuple[TrainConfig, dict[str, Any]]:
             composed.data.eval = None
     if composed.get("size") == "auto":
         composed.size = _size(composed.model.student)
+    objective = composed.get("objective") or {}
+    if objective.get("outcome") or objective.get("outcome_end"):
+        composed.default_batch = "group"  # as for objectives that learn from outcomes alone
     values = plain_values(composed)
     for name in _INTERNAL:
         values.pop(name, None)

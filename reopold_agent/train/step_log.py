@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from reopold_agent.config import TrainConfig
-from reopold_agent.objectives import Objective
+from reopold_agent.objectives import Objective, WithOutcome
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
@@ -46,9 +46,12 @@ def training_metrics(
     """
     pairs = [row.behaviour for row in rows]
     logp = [old_logp for old_logp, _ in pairs]
-    weights = {}
+    more = {}
     if importance_cap is not None:
-        weights = importance_statistics(trajectories_of(rows), logp, importance_cap)
+        more = importance_statistics(trajectories_of(rows), logp, importance_cap)
+    if isinstance(objective, WithOutcome):
+        more["outcome/alpha"] = objective.outcome.alpha(step)
+        more["outcome/taught_share"] = sum(row.taught for row in rows) / max(1, len(rows))
     threshold, own = update.threshold, {}
     if isinstance(threshold, Mapping):  # of each environment; there is none of the batch
         own = {f"env/{name}/threshold": each for name, each in threshold.items()}
@@ -58,7 +61,7 @@ def training_metrics(
         "step": step,
         "phase": objective.phase(step),
         **update.row(),
-        **weights,
+        **more,
         **{key: value for key, value in own.items() if value is not None},
         **distillation_statistics(
             trajectories_of(rows),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from reopold_agent.objectives import LossTerms, Needs, Objective, TokenBatch
+from reopold_agent.objectives.pieces import turns
 from reopold_agent.tracking.trajectories import TokenUse
 from reopold_agent.train.rows import Row
 from reopold_agent.types import BoolArray, FloatArray, Trajectory
@@ -74,6 +75,7 @@ def expected_terms(objective: Objective, row: Row, step: int, threshold: float |
         return torch.from_numpy(np.asarray(values, dtype=np.float32)[trajectory.loss_mask])[None]
 
     logp_N = sampled(old_logp)
+    mask_L = torch.from_numpy(trajectory.loss_mask)
     teacher, advantage = trajectory.teacher_logp, trajectory.advantage
     batch = TokenBatch(
         logp=logp_N,
@@ -84,5 +86,8 @@ def expected_terms(objective: Objective, row: Row, step: int, threshold: float |
         advantage=None if advantage is None else torch.full_like(logp_N, advantage),
         response_length=torch.full_like(logp_N, float(trajectory.response_tokens)),
         divergence=torch.zeros_like(logp_N) if objective.needs & Needs.DISTRIBUTIONS else None,
+        taught=torch.full_like(logp_N, row.taught, dtype=torch.bool),
+        episode=torch.zeros_like(logp_N, dtype=torch.int64),
+        turn=turns(mask_L)[mask_L][None],
     )
     return objective.terms(batch, step, threshold)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.objectives import Needs, Objective, TokenBatch
-from reopold_agent.objectives.pieces import scale_gradient
+from reopold_agent.objectives.pieces import scale_gradient, turns
 from reopold_agent.policies.base import Policy
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.grouping import split_by_tokens
@@ -24,7 +26,7 @@ from reopold_agent.train.rows import Row, Threshold, threshold_of, trajectories_
 from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.token_use import token_uses
 from reopold_agent.train.totals import TokenTotals
-from reopold_agent.types import FloatArray, Trajectory
+from reopold_agent.types import Trajectory
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ class Updater:
         else:
             logp_N, _ = self.policy.logprobs(TrajectoryBatch.build(adapter, trajectories))
 
-        def flat(values: Sequence[FloatArray]) -> Tensor:
+        def flat(values: Sequence[NDArray[Any]]) -> Tensor:
             chosen = [v[t.loss_mask] for v, t in zip(values, trajectories, strict=True)]
             return torch.from_numpy(np.concatenate(chosen)).to(adapter.device)[None]
 
@@ -314,6 +316,7 @@ class Updater:
         if objective.needs & Needs.OUTCOME and len(advantage) != len(trajectories):
             raise ValueError("a trajectory has no advantage")
         complete = len(trajectories)
+        masks = [torch.from_numpy(t.loss_mask) for t in trajectories]
         return TokenBatch(
             logp=logp_N[None],
             logp_old=flat(old_logps),
@@ -323,4 +326,7 @@ class Updater:
             advantage=spread(advantage) if len(advantage) == complete else None,
             response_length=spread([t.response_tokens for t in trajectories]),
             divergence=None if divergence_N is None else divergence_N[None],
+            taught=spread([row.taught for row in rows]).bool(),
+            episode=spread(range(complete)).long(),
+            turn=flat([turns(mask).numpy() for mask in masks]),
         )

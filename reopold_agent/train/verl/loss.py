@@ -13,7 +13,7 @@ from verl.utils.tensordict_utils import get_non_tensor_data
 from verl.workers.utils.padding import no_padding_2_padding
 
 from reopold_agent.objectives import LossTerms, Needs, Objective, TokenBatch
-from reopold_agent.objectives.pieces import scale_gradient
+from reopold_agent.objectives.pieces import scale_gradient, turns
 from reopold_agent.train.environments import Environments
 from reopold_agent.train.totals import TokenTotals
 
@@ -27,6 +27,9 @@ ENV = "reopold_env"
 
 WEIGHTS = "rollout_is_weights"
 """verl's field of importance weights, nested (rows, response)."""
+
+ADVANTAGES, TAUGHT = "advantages", "reopold_taught"
+"""Fields of each row's advantage and of `TokenBatch.taught` (1 or 0), nested (rows, response)."""
 
 
 class ObjectiveLoss:
@@ -111,8 +114,8 @@ def token_batch(logp: Tensor, data: Any, needs: Needs, *, weighted: bool) -> Tok
 
     Args:
         logp: nested, of whole sequences in verl's shifted alignment; carries the gradient.
-        data: nested fields of `records.to_row` and ``old_log_probs``, ``entropy``, ``advantages``,
-            `WEIGHTS`.
+        data: nested fields of `records.to_row` and ``old_log_probs``, ``entropy``, `ADVANTAGES`,
+            `TAUGHT`, `WEIGHTS`.
         needs: what must be there.
         weighted: multiply the gradient of each token by its importance weight.
     """
@@ -139,6 +142,7 @@ def _token_batch(student_BT: Tensor, data: Any, needs: Needs, *, weighted: bool)
     if weighted:
         student_BT = scale_gradient(student_BT, padded(WEIGHTS))
     outcome = Needs.OUTCOME in needs
+    turn_BT = turns(mask_BT)
     return TokenBatch(
         logp=student_BT,
         logp_old=padded("old_log_probs"),
@@ -147,6 +151,9 @@ def _token_batch(student_BT: Tensor, data: Any, needs: Needs, *, weighted: bool)
         ),
         entropy=padded("entropy"),
         loss_mask=mask_BT,
-        advantage=padded("advantages") if outcome else None,
+        advantage=padded(ADVANTAGES) if outcome else None,
         response_length=mask_BT.sum(dim=1, keepdim=True).expand_as(student_BT).float(),
+        taught=padded(TAUGHT).bool() if outcome else None,
+        episode=torch.arange(len(mask_BT), device=mask_BT.device)[:, None].expand_as(turn_BT),
+        turn=turn_BT,
     )

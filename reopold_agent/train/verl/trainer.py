@@ -19,6 +19,7 @@ import ray
 import torch
 import transfer_queue
 from tensordict import TensorDict
+from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.protocol import DataProto
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
@@ -52,7 +53,15 @@ from reopold_agent.train.token_use import expected_use
 from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.update import UpdateStats
 from reopold_agent.train.verl.checkpoints import save_checkpoint
-from reopold_agent.train.verl.loss import ENV, STEP, THRESHOLD, WEIGHTS, ObjectiveLoss
+from reopold_agent.train.verl.loss import (
+    ADVANTAGES,
+    ENV,
+    STEP,
+    TAUGHT,
+    THRESHOLD,
+    WEIGHTS,
+    ObjectiveLoss,
+)
 from reopold_agent.train.verl.records import (
     EPISODE,
     environment_of,
@@ -262,13 +271,13 @@ class Trainer(PPOTrainerSync):
             made[ENV] = torch.tensor([names.index(environment_of(row)) for row in every])
         if Needs.OUTCOME in self.objective.needs:
             set_advantages(self.objective, rows)
-            advantages = iter([a for row in rows if (a := row.trajectory.advantage) is not None])
             mask = table["response_mask"]
-            padded = mask.to_padded_tensor(0)
-            values_BT = torch.zeros(padded.shape, dtype=torch.float32)
-            for index, use in enumerate(live):
-                values_BT[index] = next(advantages) if use else 0.0
-            made["advantages"] = response_to_nested(values_BT * padded, mask)
+            mask_BT = mask.to_padded_tensor(0)
+            for name, values in (
+                (ADVANTAGES, [float(row.trajectory.advantage or 0.0) for row in rows]),
+                (TAUGHT, [float(row.taught) for row in rows]),
+            ):
+                made[name] = response_to_nested(_spread(values, live, mask_BT), mask)
         if not made:
             return batch
         return transfer_queue.kv_batch_put(
@@ -502,6 +511,13 @@ def importance_weights(table: TensorDict, settings: Any) -> dict[str, Any]:
     data = DataProto(batch=table.select(*names).to_padded_tensor())
     data, _ = compute_rollout_correction_and_add_to_batch(data, settings)
     return {WEIGHTS: response_to_nested(data.batch[WEIGHTS], table["response_mask"])}
+
+
+def _spread(values: Sequence[float], live: Sequence[bool], mask_BT: Tensor) -> Tensor:
+    """Returns the value of each live row at all of its tokens, and 0 elsewhere, (rows, time)."""
+    spread_BT = torch.zeros(mask_BT.shape, dtype=torch.float32)
+    spread_BT[torch.tensor(live)] = torch.tensor(values, dtype=torch.float32)[:, None]
+    return spread_BT * mask_BT
 
 
 def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
