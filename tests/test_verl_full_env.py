@@ -12,13 +12,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from recorded import policy, trajectory
+from running import last_of_each
 from step_rows import update_rows
 
 from reopold_agent.config import OptimizerConfig
@@ -33,23 +36,32 @@ pytestmark = [pytest.mark.full_env, pytest.mark.timeout(1800)]
 
 pytest.importorskip("verl", reason="needs the full environment")
 pytest.importorskip("vllm", reason="needs the full environment")
+psutil = pytest.importorskip("psutil", reason="comes with verl")
 
 STEPS, PROMPTS, SAMPLES = 3, 4, 2
-COMMAND = [
-    *(sys.executable, "-m", "reopold_agent.train", "env=pixel_reasoner", "engine=verl"),
-    *("engine.device=cpu", "engine.gpus_per_node=3", "engine.teacher_gpus_per_node=1"),
+COMMAND = (sys.executable, "-m", "reopold_agent.train")
+WORDS = [
+    *("env=pixel_reasoner", "engine=verl", "engine.device=cpu"),
+    *("engine.gpus_per_node=3", "engine.teacher_gpus_per_node=1"),
     *("engine.packed=true", "engine.rollout_workers=1", f"steps={STEPS}"),
     f"batch.prompts={PROMPTS}",
     *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "objective.switch_step=1"),
     *("checkpoint.every=1", "checkpoint.keep=10", "logging.trajectories=100"),
     *("evaluation.tasks=4", "evaluation.every=0", "evaluation.teacher=true"),
 ]
+MOVED = {
+    "engine.gpus_per_node": 2,
+    "engine.teacher_gpus_per_node": 0,
+    "engine.student_server.tensor_parallel": 2,
+    "engine.teacher_server.tensor_parallel": 2,
+}
+"""The teacher on the student's two GPUs, and one server of each role on both."""
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         return subprocess.Popen(
-            [*COMMAND, *more, f"hydra.run.dir={folder}"],
+            [*COMMAND, *last_of_each(*WORDS, *more), f"hydra.run.dir={folder}"],
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -79,11 +91,37 @@ def stop_ray() -> None:
     subprocess.run(command, check=False, capture_output=True)
 
 
+def start_moved(folder: Path) -> subprocess.Popen[bytes]:
+    """Continues from step 1 as if the run had been begun on the GPUs of `MOVED`."""
+    (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text("1")
+    config = OmegaConf.load(folder / "config.yaml")
+    for key, value in MOVED.items():
+        OmegaConf.update(config, key, value)
+    OmegaConf.save(config, folder / "config.yaml")
+    return start(folder, *(f"{key}={value}" for key, value in MOVED.items()))
+
+
+@dataclass
+class Run:
+    """A run that is killed with kill -9 after its second step and continued on other GPUs.
+
+    Attributes:
+        folder: the run's.
+        rows, episodes: what was recorded before the kill.
+        servers: names of the continued run's vLLM processes.
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    episodes: list[dict[str, Any]]
+    servers: set[str]
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A run that is killed with kill -9 after its second step and started again."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("verl") / "run"
     first = start(folder)
+    servers = set()
     try:
         wait(
             first,
@@ -93,33 +131,54 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
                 and len(rows_of(folder, "train")) >= 2
             ),
         )
-        before = rows_of(folder, "train")
+        rows, episodes = rows_of(folder, "train"), read_json_lines(folder / "trajectories.jsonl")
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
         stop_ray()
-        second = start(folder)
-        assert second.wait(timeout=900) == 0, said(folder)[-4000:]
+        second = start_moved(folder)
+        deadline = time.monotonic() + 900
+        while second.poll() is None:
+            assert time.monotonic() < deadline, said(folder)[-4000:]
+            names = [" ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])]
+            servers |= {name for name in names if name.startswith("VLLM::")}
+            time.sleep(1)
+        assert second.returncode == 0, said(folder)[-4000:]
     finally:
         if first.poll() is None:
             os.killpg(first.pid, signal.SIGKILL)
         stop_ray()
-    return folder, before
+    return Run(folder, rows, episodes, servers)
 
 
-def test_resumes_after_kill_and_uses_every_draw_once(run: Any) -> None:
-    folder, before = run
-    after = rows_of(folder, "train")
+def test_resumes_after_kill_and_uses_every_draw_once(run: Run) -> None:
+    after = rows_of(run.folder, "train")
     assert [row["step"] for row in after] == list(range(STEPS))
-    assert after[0] == before[0]  # steps before the checkpoint were not done again
+    assert after[0] == run.rows[0]  # steps before the checkpoint were not done again
     seen = [
-        (r["step"], r["index"], r["sample"]) for r in read_json_lines(folder / "trajectories.jsonl")
+        (r["step"], r["index"], r["sample"])
+        for r in read_json_lines(run.folder / "trajectories.jsonl")
     ]
     assert len(set(seen)) == len(seen) == STEPS * PROMPTS * SAMPLES
-    assert "continuing" in said(folder)
+    assert "continuing" in said(run.folder)
 
 
-def test_rows_files_and_phases_are_those_of_the_local_engine(run: Any) -> None:
-    folder, _ = run
+def test_servers_on_other_gpus_give_the_same_episodes_and_scores(run: Run) -> None:
+    """Step 1 was made twice: by servers with a GPU each, and by servers that share the same two."""
+    assert any("TP1" in name for name in run.servers), run.servers
+    recorded = run.episodes, read_json_lines(run.folder / "trajectories.jsonl")
+    apart, shared = (
+        {(r["index"], r["sample"]): r for r in records if r["step"] == 1} for records in recorded
+    )
+    assert len(apart) == PROMPTS * SAMPLES
+    assert apart.keys() == shared.keys()
+    for key, row in apart.items():
+        assert shared[key]["ids"] == row["ids"]
+        for name in ("teacher_logp", "logp"):
+            np.testing.assert_allclose(shared[key][name], row[name], atol=1e-4, err_msg=name)
+
+
+def test_rows_files_and_phases_are_those_of_the_local_engine(run: Run) -> None:
+    folder = run.folder
     rows = rows_of(folder, "train")
     assert [row["phase"] for row in rows] == ["exploration", "refinement", "refinement"]
     for row in rows:
@@ -141,9 +200,9 @@ def test_rows_files_and_phases_are_those_of_the_local_engine(run: Any) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_an_update_is_the_local_engines(run: Any, step: int) -> None:
+def test_an_update_is_the_local_engines(run: Run, step: int) -> None:
     """Rewards, masks, loss, gradient norm and the weights afterwards, on two ranks and on one."""
-    folder, _ = run
+    folder = run.folder
     row = rows_of(folder, "train")[step]
     cpu = torch.device("cpu")
     earlier = folder / f"checkpoints/global_step_{step}/actor/huggingface"
