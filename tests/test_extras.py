@@ -196,7 +196,7 @@ def test_the_extras_take_verl_with_its_own_pins() -> None:
 
 @pytest.mark.full_env
 @needs_verl
-def test_our_ranges_hold_what_verl_pins() -> None:
+def test_our_ranges_and_this_environment_hold_what_verl_pins() -> None:
     ours = {**requirements(), **requirements("vllm"), **requirements("video")}
     seen = set()
     for line in importlib.metadata.requires("verl") or []:
@@ -206,6 +206,8 @@ def test_our_ranges_hold_what_verl_pins() -> None:
         for exact in pin.specifier:
             if exact.operator == "==" and pin.name in ours:
                 assert ours[pin.name].specifier.contains(exact.version), (str(ours[pin.name]), line)
+                found = importlib.metadata.version(pin.name).split("+")[0]
+                assert found == exact.version, f"{line}: .ci/full_env.txt has another"
                 seen.add(pin.name)
     assert seen == {"torch", "torchvision", "transformers", "vllm"}
 

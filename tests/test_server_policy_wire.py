@@ -75,7 +75,7 @@ def listed(previous: int, token: int, most: int) -> dict[str, Any]:
 
 
 def vllm_answer(seen: Seen) -> Any:
-    """What vLLM 0.27 answers, in the form that `test_server_policy_full_env` meets for real."""
+    """What vLLM answers, in the form that `test_server_policy_full_env` meets for real."""
     if seen.path == "/v1/models":
         return {"object": "list", "data": [{"id": MODEL, "max_model_len": 512}]}
     assert seen.path == "/v1/completions"
