@@ -550,6 +550,7 @@ def run_parts(
     out: Path,
     folder: Path,
     seconds: float,
+    facts: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Runs the parts in turn and writes the results after each.
 
@@ -559,6 +560,7 @@ def run_parts(
         out: where the results go.
         folder: for logs and the files of results.
         seconds: for all parts together.
+        facts: what is written before the results, such as the device.
     """
     ends = time.monotonic() + seconds
     results: dict[str, Any] = {}
@@ -579,7 +581,7 @@ def run_parts(
         results[name] = found
         print(f"{name}: {problem or 'done'}, {found['part_seconds']} s", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        out.write_text(json.dumps({**facts, **results}, indent=1) + "\n", "utf-8")
     return results
 
 
@@ -731,7 +733,8 @@ def main() -> int:
 
     try:
         chosen = {name: PARTS[name] for name in names}
-        results = run_parts(chosen, command, out, folder, options.seconds)
+        facts = {"device": device, "tiny": options.tiny}
+        results = run_parts(chosen, command, out, folder, options.seconds, facts)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -59,7 +60,11 @@ STEP = ("generate", "sync", "old_logp", "teacher", "update")
 LORA = "{r: 16, lora_alpha: 32, target_modules: '.*language_model.*[.](q|k|v|o|gate|up|down)_proj'}"
 """Adapters of the decoder. The vision tower stays as it is, as in most recipes."""
 
-QUESTIONS = ("What is written on the largest sign?", "Which colour is the object on the left?")
+QUESTIONS = (
+    ("What is written on the largest sign?", "STOP"),
+    ("Which colour is the object on the left?", "red"),
+)
+"""Questions with answers, which nobody compares: random weights do not answer."""
 
 
 # The checkpoints
@@ -228,12 +233,12 @@ def write_rows(folder: Path, pictures: Path | None, episodes: int) -> str:
     rows = [
         {
             "qid": f"q{i}",
-            "question": f"<image>{QUESTIONS[i % len(QUESTIONS)]}",
-            "answer": ["A"],
+            "question": f"<image>{question}",
+            "answer": [answer],
             "image": [names[i % len(names)]],
             "is_video": False,
         }
-        for i in range(episodes)
+        for i, (question, answer) in zip(range(episodes), itertools.cycle(QUESTIONS), strict=False)
     ]
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
     if photographs:
@@ -253,6 +258,7 @@ def run_child(folder: Path, words: list[str], *, save: bool) -> None:
     from reopold_agent.train.settings import load_config
 
     die_with_parent()  # or it would go on when a time limit kills the parent
+    logging.basicConfig(filename=folder / "train.log", level=logging.INFO)
     cuda = torch.cuda.is_available()
     marks = (folder / "marks.jsonl").open("a", encoding="utf-8")
 
@@ -288,6 +294,9 @@ def run_child(folder: Path, words: list[str], *, save: bool) -> None:
     else:
         recovery.save_checkpoint = lambda *_, **__: folder
         setup.save_student = lambda *_: True
+    # The run's folder is removed, so that nobody can take what these lines offer.
+    setup.show_summary = lambda *_: None
+    setup.preflight_note = lambda *_: None
     lap = timing.Clock.lap
 
     def marked_lap(self: timing.Clock, name: str) -> None:
@@ -322,7 +331,10 @@ class Phases:
 
     @classmethod
     def read(cls, marks: Path, samples: Sequence[tuple[float, int]]) -> Phases:
-        """Assigns the samples of memory to the phases between the marks."""
+        """Assigns the samples of memory to the phases between the marks.
+
+        A phase too short for a sample gets the one that is nearest to it.
+        """
         phases = cls()
         rows = [json.loads(line) for line in marks.read_text("utf-8").splitlines()]
         for before, row in itertools.pairwise(rows):
@@ -333,7 +345,9 @@ class Phases:
                         sums.pop(part, None)
                 sums[name] = sums.get(name, 0.0) + row[key] - before[key]
             inside = [bytes_ for at, bytes_ in samples if before["at"] <= at <= row["at"]]
-            peak = max(inside, default=0) / 2**30
+            middle = (before["at"] + row["at"]) / 2
+            nearest = min(samples, key=lambda sample: abs(sample[0] - middle))[1]
+            peak = max(inside, default=nearest) / 2**30
             phases.peak_gib[name] = max(phases.peak_gib.get(name, 0.0), peak)
             if "gpu_gib" in row:
                 phases.gpu_gib[name] = max(phases.gpu_gib.get(name, 0.0), row["gpu_gib"])

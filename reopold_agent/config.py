@@ -447,10 +447,10 @@ class EngineConfig:
         _one_of("engine.old_logp", self.old_logp, ("auto", "rollout", "recompute"))
         kernels = ("auto", "sdpa", "flash_attention_2", "varlen")
         _one_of("engine.attention", self.attention, kernels)
-        if self.packed is False and self.attention in ("flash_attention_2", "varlen"):
+        if self.packed is False and self.attention != "auto":
             raise ConfigError(
                 f"engine.attention={self.attention} computes packed rows, and engine.packed=false "
-                "pads them.\nUse engine.attention=auto, or, on a GPU, leave out engine.packed."
+                "pads them.\nLeave out one of the two; padded rows use model.student.attention."
             )
         _positive(self, "engine", "nodes", "gpus_per_node", "rollout_workers")
         self.student_server.check("engine.student_server")

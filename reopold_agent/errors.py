@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -129,6 +130,17 @@ class ToolResultError(ReopoldError, ValueError):
 
 class ToolProcessError(ReopoldError, RuntimeError):
     """A tool's worker process died or exceeded a limit; the message says which."""
+
+
+def told_in_full(error: BaseException) -> str:
+    """Returns what a log says of an error, with its traceback unless the message says what to do.
+
+    Only a `ReopoldError` is written for users; of all others the place in the code is needed.
+    """
+    if isinstance(error, ReopoldError):
+        return str(error)
+    lines = "".join(traceback.format_exception(error))
+    return f"{type(error).__name__}: {error}\n{lines}"
 
 
 def first_line(error: BaseException | None) -> str:

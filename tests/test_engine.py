@@ -1016,8 +1016,14 @@ def test_a_checkpoint_without_its_picture_processor_is_reported(folder: Path) ->
         ModelError, match=r"folder '.*' lacks a picture processor \(preprocessor_co"
     ):
         load_model(ModelSpec(str(folder)), "student", CPU)
-    file.write_text("{")
-    with pytest.raises(ModelError, match="cannot load the student"):
+    for text in ("{", "[]"):
+        file.write_text(text)
+        told = r"^the student '.*' has no preprocessor_config\.json that can be read.*\nCopy .*\.$"
+        with pytest.raises(ModelError, match=told):
+            load_model(ModelSpec(str(folder)), "student", CPU)
+    file.unlink()  # as of a hub id without one, whose files are not listed beforehand
+    (folder / "processor_config.json").write_text("{}")
+    with pytest.raises(ModelError, match=told):
         load_model(ModelSpec(str(folder)), "student", CPU)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,25 @@ def test_an_environment_without_tasks_and_answers(
     note = "parrot: env=parrot decides about success. Held-out tasks (its own), T 1"
     assert note in markdown(results)
     assert note in capsys.readouterr().out  # before anything is played
+
+
+@pytest.mark.usefixtures("parrot")
+@pytest.mark.parametrize(("bad", "extra"), [([0], {"reward": 0.75}), ([0, 1], {})])
+def test_rewards_that_are_no_numbers_are_counted(
+    bad: list[int], extra: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Parrot.step
+
+    def odd(self: Parrot, action: str) -> Any:
+        shown, reward, *rest = step(self, action)
+        return shown, math.nan if self.index in bad else reward, *rest
+
+    monkeypatch.setattr(Parrot, "step", odd)
+    words = ["env=parrot", "model=demo:arithmetic_student", "evaluation.tasks=2"]
+    results = evaluated(tmp_path, *words)
+    assert results["benchmarks"]["parrot"]["extra"] == {**extra, "rewards_not_finite": len(bad)}
+    assert "nan" not in markdown(results)
+    assert "NaN" not in (tmp_path / "results.json").read_text("utf-8")
 
 
 # Settings

@@ -85,8 +85,9 @@ def test_a_part_that_fails_leaves_the_others(gpu: Any, tmp_path: Path) -> None:
 
     limits = {"good": 60.0, "bad": 60.0, "wrong": 60.0, "slow": 3.0, "last": 60.0}
     out = tmp_path / "results/gpu.json"
-    results = gpu.run_parts(limits, command, out, tmp_path, 600.0)
-    assert json.loads(out.read_text()) == results
+    facts = {"device": "cpu", "tiny": True}
+    results = gpu.run_parts(limits, command, out, tmp_path, 600.0, facts)
+    assert json.loads(out.read_text()) == {**facts, **results}
     problems = {name: found["problem"] for name, found in results.items()}
     assert problems == {
         "good": None,
@@ -100,7 +101,7 @@ def test_a_part_that_fails_leaves_the_others(gpu: Any, tmp_path: Path) -> None:
     time.sleep(0.4)
     assert alive.read_text() == last  # what the slow part started has ended too
     assert gpu.table(results) == [f"{k} FAILED: {v}" for k, v in problems.items() if v]
-    late = gpu.run_parts({"good": 60.0}, command, out, tmp_path, 0.5)
+    late = gpu.run_parts({"good": 60.0}, command, out, tmp_path, 0.5, facts)
     assert late["good"]["problem"] == "no time was left"
 
 

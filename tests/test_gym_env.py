@@ -247,6 +247,30 @@ def test_other_values_are_refused_with_a_message(kind: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ({"choice": 0, "value": 7}, "'action.value': 7 is greater than the maximum of 1."),
+        ({"choice": 1, "value": [3]}, "'action.value[0]': 3 is greater than the maximum of 1.0."),
+        ({"choice": 1, "value": 3}, "'action.value': 3 is not of type 'array'."),
+        ({"choice": 1}, "'action': 'value' is a required property."),
+        ({"value": 1}, "'action': 'choice' is a required property."),
+        ({"choice": 5, "value": 0}, "'action.choice': 5 is not one of [0, 1, 2]."),
+        (
+            {"choice": 2, "value": {"choice": 0, "value": "abc"}},
+            "'action.value.value': 'abc' is too long.",
+        ),
+        (3, "'action': 3 is not of type 'object'."),
+    ],
+)
+def test_the_message_is_about_the_alternative_that_was_chosen(value: Any, told: str) -> None:
+    inner = spaces.OneOf((spaces.Text(2), spaces.Discrete(2)))
+    space = spaces.OneOf((spaces.Discrete(2), spaces.Box(-1, 1, (1,)), inner))
+    with pytest.raises(ToolError) as caught:
+        through(Actions(space), {"action": value})
+    assert str(caught.value) == told
+
+
+@pytest.mark.parametrize(
     "arguments", [{"go": 1}, {"go": 1, "how": [0, 0], "more": 1}, {"go": 2, "how": [0, 0]}, {}]
 )
 def test_a_dict_has_exactly_its_keys_as_arguments(arguments: Any) -> None:

@@ -350,7 +350,6 @@ def test_half_precision_of_autocast_reaches_the_kernel(
     [
         (None, "auto", "cpu", ["varlen", "sdpa"], None),
         (None, "sdpa", "cpu", ["sdpa"], "sdpa"),
-        (False, "sdpa", "cpu", ["sdpa"], None),
         (True, "auto", "cpu", ["flash_attention_2", "varlen", "sdpa"], "sdpa"),
         (None, "auto", "cuda", ["flash_attention_2", "varlen", "sdpa"], "flash_attention_2"),
         (None, "auto", "cuda", ["varlen", "sdpa"], "varlen"),
@@ -358,7 +357,6 @@ def test_half_precision_of_autocast_reaches_the_kernel(
         (None, "sdpa", "cuda", ["varlen", "sdpa"], "sdpa"),
         (None, "flash_attention_2", "cuda", ["flash_attention_2", "sdpa"], "flash_attention_2"),
         (False, "auto", "cuda", ["varlen", "sdpa"], None),
-        (False, "sdpa", "cuda", ["sdpa"], None),
     ],
 )
 def test_where_rows_are_packed_and_by_which_kernel(
@@ -380,7 +378,11 @@ def test_a_kernel_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, as
     monkeypatch.setattr(attention, "installed_kernels", lambda: ["sdpa"])
     with pytest.raises(ConfigError, match=rf"{asked} needs .*not installed\.\nRun pip install"):
         packed_kernel(EngineConfig(attention=asked), "cuda")
-    with pytest.raises(ConfigError, match=r"pads them\.\nUse engine\.attention=auto, or, on"):
+
+
+@pytest.mark.parametrize("asked", ["flash_attention_2", "varlen", "sdpa"])
+def test_a_kernel_for_padded_rows_is_refused(asked: str) -> None:
+    with pytest.raises(ConfigError, match=r"pads them\.\nLeave out one of the two"):
         EngineConfig(packed=False, attention=asked)
 
 

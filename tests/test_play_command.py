@@ -11,6 +11,7 @@ import re
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,6 +213,8 @@ class Parrot(gymnasium.Env[Any, str]):
         Parrot.heard.append(action)
         if action == "crash":
             raise ValueError("it broke")
+        if action == "hang":
+            threading.Event().wait(60)
         if action == "picture":
             return np.full((4, 6, 3), 9, np.uint8), 0.25, False, False, {}
         if action == "both":
@@ -267,6 +270,18 @@ def test_a_failing_environment_loses_its_episode_only(tmp_path: Path, parrot: st
     assert "the environment failed in reset" in seen
     assert Parrot.heard == ["crash", "win"]  # nothing is sent between episodes
     assert "2 episodes, 1 right" in seen
+
+
+def test_an_environment_that_hangs_is_given_up(tmp_path: Path, parrot: str) -> None:
+    started = time.monotonic()
+    typed = "hang\nwin\n/next\nwin\n"
+    seen = game(tmp_path, typed, parrot, "rollout.env_seconds=0.5")
+    assert time.monotonic() - started < 30
+    told = "failed in step: it did not answer within 0.5 s (rollout.env_seconds).\nAnother task"
+    assert told in seen
+    assert "Traceback" not in seen
+    assert Parrot.heard == ["hang", "win"]
+    assert "2 episodes, 1 right" in seen  # of a new environment
 
 
 def test_the_budget_of_turns_ends_an_episode(tmp_path: Path, parrot: str) -> None:

@@ -288,17 +288,33 @@ def test_a_teacher_whose_template_differs(tmp_path: Path) -> None:
         "chat_template.jinja",
         lambda t: t.replace("<|im_start|>", "### "),
     )
-    _, (found,) = flight(f"model.teacher.path={path}")
+    played, (found,) = flight(f"model.teacher.path={path}")
     assert found.status == "warning"
+    assert "where its own has '### system" in found.text
+    rewards = [replace(group, sure_reward=-3.0) for group in played.rewards]
+    found, *_ = judged(replace(played, rewards=rewards))
+    assert found.status == "problem"  # the template explains why it rejects all
     assert "where its own has '### system" in found.text
 
 
 def test_a_template_that_the_student_was_not_trained_with(tmp_path: Path) -> None:
     template = Path(resolve_path("demo:student"), "chat_template.jinja").read_text("utf-8")
     (tmp_path / "t.jinja").write_text(template.replace("<|im_start|>", "### "), "utf-8")
-    _, found = flight(f"model.chat_template={tmp_path / 't.jinja'}")
-    texts = [each.text for each in found]
-    assert any("writes other prompts than the own one of demo:student" in text for text in texts)
+    given = f"model.chat_template={tmp_path / 't.jinja'}"
+    told = "model.chat_template writes other prompts than the own one of demo:student"
+    alone = ["objective=grpo", "model.teacher=null", "evaluation.teacher=false"]
+    for words in ([], alone):
+        _, found = flight(given, *words, episodes=8)
+        assert found[0].status == "problem"
+        assert found[0].text == f"{told}; it is no model's own"
+    teacher = other(
+        tmp_path / "t",
+        "teacher",
+        "chat_template.jinja",
+        lambda t: t.replace("<|im_start|>", "### "),
+    )
+    _, found = flight(given, f"model.teacher.path={teacher}", episodes=8)
+    assert ("warning", told) in [(each.status, each.text) for each in found]
 
 
 def test_a_vocabulary_with_shifted_ids(tmp_path: Path) -> None:
@@ -502,13 +518,24 @@ def test_it_refuses_what_verl_cannot_train(
         flight("engine=verl", "engine.gpus_per_node=2", word, episodes=2)
 
 
-@pytest.mark.parametrize("word", ["gpu=nope", "gpus=0", "gpus=2"])
-def test_unknown_gpus_are_refused_before_anything_is_loaded(
-    word: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["gpu=nope"],
+        ["gpus=0"],
+        ["gpus=2"],
+        ["engine=verl", "gpus=12"],
+        ["engine=verl", "gpus=8", "engine.nodes=2"],
+        ["schedule=shared"],  # the plan's own
+        ["measured=RUN"],
+    ],
+)
+def test_hardware_that_makes_no_sense_is_refused_before_anything_is_loaded(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(playing, "load_models", None)
     with pytest.raises(SystemExit) as ended:
-        main(["env=math", word, *CPU])
+        main(["env=math", *words, *CPU])
     assert ended.value.code == 2
 
 

@@ -32,7 +32,10 @@ def all_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_step_is_measured(
-    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    benchmark: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("peft")
     # The same on every machine, also beside real photographs.
@@ -57,6 +60,11 @@ def test_a_step_is_measured(
     assert result["peak_gib"] == pytest.approx(max(result["peaks_gib"].values()), abs=0.02)
     assert 0 < result["step_seconds"] <= sum(result["seconds"].values())
     assert not (tmp_path / "run").exists()
+    assert min(result["peaks_gib"].values()) > 0.1  # of short phases too
+    said = capfd.readouterr().err
+    assert "2 rows of" in said
+    for folders_that_are_gone in ("Next:", "preflight", "options", "warning"):
+        assert folders_that_are_gone not in said
 
 
 def test_the_shapes_are_those_of_the_published_model(benchmark: Any, tmp_path: Path) -> None:
@@ -102,6 +110,7 @@ def test_memory_is_that_of_the_whole_tree(benchmark: Any, tmp_path: Path) -> Non
     rows = [json.dumps({"phase": phase, "at": at, "worked": at / 2}) for phase, at in marks]
     (tmp_path / "marks").write_text("\n".join(rows))
     samples = [(5.0, 2 << 30), (15.0, 3 << 30), (25.0, 1 << 30)]
+    assert benchmark.Phases.read(tmp_path / "marks", samples[::2]).peak_gib["other"] == 2
     phases = benchmark.Phases.read(tmp_path / "marks", samples)
     assert phases.seconds == {"load": 10, "other": 10, "update": 10}
     assert phases.worked == {"load": 5, "other": 5, "update": 5}

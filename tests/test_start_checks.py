@@ -13,10 +13,11 @@ from test_text_checkpoints import QWEN3
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.data.checks import BadRowsError
-from reopold_agent.errors import ConfigError, ModelError
+from reopold_agent.errors import ConfigError, DataError, ModelError
 from reopold_agent.policies.loading import ModelSpec, load_processing, resolve_path
 from reopold_agent.rollout.checks import checked_run, checked_runner
 from reopold_agent.rollout.lengths import prompt_limit
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.train import setup
 
 MATH = ("env=math", "data=math_jsonl", "steps=1", "evaluation.tasks=0", "rollout.max_turns=1")
@@ -133,6 +134,35 @@ def test_max_prompt_tokens_holds_for_both_engines(tmp_path: Path) -> None:
         assert made.engine.max_prompt_tokens == 150
     with pytest.raises(BadRowsError, match=r"engine\.max_prompt_tokens is 150"):
         checked(composed(*words[:-1], "engine.max_prompt_tokens=150")[0], tmp_path / "report.json")
+
+
+@pytest.mark.parametrize("env", ["pixel_reasoner", "math", "geometry"])
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_a_generated_prompt_longer_than_the_limit_is_found_at_the_start(
+    env: str, split: str, tmp_path: Path, no_model: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*SMALL, f"env={env}", "evaluation.tasks=1", "engine.max_prompt_tokens=20"]
+    told = (
+        rf"^the prompt of the first task of '{split}' in env={env} has \d+ tokens; "
+        r"engine\.max_prompt_tokens is 20\.\nChange these settings, or make .*\.$"
+    )
+    if split == "eval":
+        shorter = EpisodeSpec("train", 0)
+        measure = RolloutRunner.prompt_tokens
+        monkeypatch.setattr(
+            RolloutRunner, "prompt_tokens", lambda s, e: 1 if e == shorter else measure(s, e)
+        )
+    with pytest.raises(DataError, match=told):
+        train(tmp_path / "run", *words)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_an_episode_with_a_longer_prompt_fails_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RolloutRunner, "prompt_tokens", lambda *a: 1)
+    with pytest.raises(ConfigError, match=r"first was: the prompt has \d+ tok.*is 20\ntrain\.log"):
+        train(tmp_path / "run", *SMALL, "engine.max_prompt_tokens=20")
 
 
 @pytest.mark.parametrize(

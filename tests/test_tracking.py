@@ -797,6 +797,9 @@ def test_summary_on_a_terminal_and_with_holes() -> None:
     assert table[2].split()[:5] == ["student", "before", "0.14", "0.10", "to"]
     assert not any("\u2026" in line for line in table)  # no cell was cut short
     assert all(len(line) <= 60 for line in table)
+    stream = io.StringIO()
+    print_summary({**SUMMARY, "teacher": None}, Console(file=stream))  # evaluation.teacher=false
+    assert "teacher" not in stream.getvalue().replace("(teacher -)", "")
     for holes in ({}, {"before": None, "after": {"success": None}, "steps": "x", "seconds": "y"}):
         print_summary(holes, Console(file=io.StringIO()))
 

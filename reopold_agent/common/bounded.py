@@ -1,4 +1,4 @@
-"""Runs a function for a limited time."""
+"""Runs functions for a limited time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import queue
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from reopold_agent.errors import ReopoldError
 
 T = TypeVar("T")
+
+_Outcome: TypeAlias = "queue.SimpleQueue[tuple[bool, Any]]"
+"""Whether a function returned, and what it returned or raised."""
 
 
 class DeadlineError(ReopoldError):
@@ -34,33 +37,62 @@ class RaisedError(Exception):
         return f"{self.kind}\n{self.details}"
 
 
-def run_bounded(function: Callable[[], T], seconds: float) -> T:
-    """Runs a function on a daemon thread and waits at most ``seconds`` for it.
+class BoundedThread:
+    """A daemon thread that runs functions in turn, for as long as their callers wait.
 
-    A function that never returns keeps its thread, but blocks neither the caller nor the exit of
-    the process. (A thread cannot bound code that never releases the interpreter lock.)
+    A function that never returns keeps the thread, but blocks neither its caller nor the exit of
+    the process; what is run afterwards waits for it. (A thread cannot bound code that never
+    releases the interpreter lock.)
+    """
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], _Outcome] | None]
+        self._calls = queue.SimpleQueue()
+        threading.Thread(target=self._serve, daemon=True, name="reopold-bounded").start()
+
+    def run(self, function: Callable[[], T], seconds: float | None) -> T:
+        """Runs a function and waits at most ``seconds`` for it; None sets no limit.
+
+        Raises:
+            DeadlineError: the time is up.
+            RaisedError: the function tried to end the process (SystemExit, KeyboardInterrupt ...).
+            Exception: any other exception of the function.
+        """
+        outcome: _Outcome = queue.SimpleQueue()
+        self._calls.put((function, outcome))
+        try:
+            ok, value = outcome.get(timeout=None if seconds is None else max(0.0, seconds))
+        except queue.Empty:
+            raise DeadlineError(f"no result within {seconds:g} seconds") from None
+        if not ok:
+            raise value
+        result: T = value
+        return result
+
+    def close(self) -> None:
+        """Lets the thread end after what it still has to run."""
+        self._calls.put(None)
+
+    def _serve(self) -> None:
+        while (called := self._calls.get()) is not None:
+            function, outcome = called
+            try:
+                outcome.put((True, function()))
+            except Exception as error:  # raised again by the caller's thread
+                outcome.put((False, error))
+            except BaseException as error:  # SystemExit and the like must not pass for success
+                outcome.put((False, RaisedError(type(error).__name__, traceback.format_exc())))
+            del called, function, outcome  # while it waits, it holds nothing of them
+
+
+def run_bounded(function: Callable[[], T], seconds: float) -> T:
+    """Runs a function on a `BoundedThread` of its own and waits at most ``seconds`` for it.
 
     Raises:
-        DeadlineError: the time is up.
-        RaisedError: the function tried to end the process (SystemExit, KeyboardInterrupt ...).
-        Exception: any other exception of the function.
+        DeadlineError, RaisedError, Exception: as `BoundedThread.run`.
     """
-    outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            outcome.put((True, function()))
-        except Exception as error:  # raised again by the caller's thread
-            outcome.put((False, error))
-        except BaseException as error:  # SystemExit and the like must not pass for success
-            outcome.put((False, RaisedError(type(error).__name__, traceback.format_exc())))
-
-    threading.Thread(target=work, daemon=True, name="reopold-bounded").start()
+    thread = BoundedThread()
     try:
-        ok, value = outcome.get(timeout=max(0.0, seconds))
-    except queue.Empty:
-        raise DeadlineError(f"no result within {seconds:g} seconds") from None
-    if not ok:
-        raise value
-    result: T = value
-    return result
+        return thread.run(function, seconds)
+    finally:
+        thread.close()

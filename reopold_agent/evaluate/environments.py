@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -197,5 +198,6 @@ def _row(trajectory: Trajectory, shown: Shown | None) -> dict[str, Any]:
         "correct": trajectory.success,
         "how": HOW,
         "undecided": False,
-        "reward": trajectory.reward,
+        # JSON has no NaN, and a mean with one in it says nothing.
+        "reward": trajectory.reward if math.isfinite(trajectory.reward) else None,
     }

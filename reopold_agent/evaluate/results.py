@@ -88,9 +88,12 @@ def _extra(rows: Sequence[Row], benchmark: Benchmark | None) -> dict[str, float]
     """Returns the benchmark's own metrics beside accuracy; an environment's reward if it is not
     its success."""
     if benchmark is None:
-        rewards = [row["reward"] for row in rows]
-        same = rewards == [float(row["correct"]) for row in rows]
-        return {} if same else {"reward": statistics.fmean(rewards)}
+        if all(row["reward"] == float(row["correct"]) for row in rows):
+            return {}
+        rewards = [row["reward"] for row in rows if row["reward"] is not None]
+        found = {"reward": statistics.fmean(rewards)} if rewards else {}
+        lost = len(rows) - len(rewards)
+        return {**found, **({"rewards_not_finite": lost} if lost else {})}
     if benchmark.metric == "anls":
         return {
             "ANLS": statistics.fmean(anls(row["extracted"] or "", row["answers"]) for row in rows)

@@ -122,13 +122,23 @@ def check_hardware(words: Sequence[str], config: TrainConfig) -> None:
         config: the run's.
 
     Raises:
-        ConfigError: no GPU is known by that name, or the engine cannot use so many.
+        ConfigError: no GPU is known by that name, the engine cannot use so many, they are no whole
+            machines, or their number is given twice.
     """
-    numbers, names, _ = split_words(words)
+    numbers, names, rest = split_words(words)
     if "gpu" in names:
         find_gpu(names["gpu"])
-    if config.engine.name != "verl" and numbers.get("gpus", 1) != 1:
+    gpus = int(numbers.get("gpus", 1))
+    if config.engine.name != "verl" and gpus != 1:
         raise ConfigError("engine=local uses one GPU; for more: engine=verl")
+    if gpus > _NODE and gpus % _NODE:
+        raise ConfigError(
+            f"gpus={gpus} is not a multiple of {_NODE}, the GPUs of a machine; see engine.nodes"
+        )
+    given = {key_of(word): word for word in rest}
+    twice = [given[key] for key in ("engine.nodes", "engine.gpus_per_node") if key in given]
+    if config.engine.name == "verl" and "gpus" in numbers and twice:
+        raise ConfigError(f"both gpus= and {twice[0]} say how many GPUs there are.\nLeave one out.")
 
 
 def _plan_for_gpus(
@@ -139,14 +149,8 @@ def _plan_for_gpus(
     gpu: Gpu | None,
 ) -> Plan:
     """Plans a run of ``engine=verl`` on a number of GPUs, if need be with settings that fit."""
-    chosen = {key_of(word): word for word in rest}
-    for key in ("engine.nodes", "engine.gpus_per_node"):
-        if key in chosen:
-            raise ConfigError(
-                f"both gpus= and {chosen[key]} say how many GPUs there are.\nLeave one out."
-            )
     gpus = int(numbers["gpus"])
-    asked = _division(config, gpus, set(chosen))
+    asked = _division(config, gpus, {key_of(word) for word in rest})
     as_asked = compose_run([*rest, *asked])
     shown, first = "as it is", None
     if _divides(as_asked):
@@ -284,18 +288,8 @@ def paper_plans() -> dict[str, Plan]:
 
 
 def _division(config: TrainConfig, gpus: int, chosen: set[str]) -> list[str]:
-    """Returns settings that divide the GPUs; the teacher keeps its share unless it was chosen.
-
-    Raises:
-        ConfigError: more than one machine, but not a multiple.
-    """
-    nodes, each = 1, gpus
-    if gpus > _NODE:
-        nodes, each = gpus // _NODE, _NODE
-        if gpus % _NODE:
-            raise ConfigError(
-                f"gpus={gpus} is not a multiple of {_NODE}, the GPUs of a machine; see engine.nodes"
-            )
+    """Returns settings that divide the GPUs; the teacher keeps its share unless it was chosen."""
+    nodes, each = (gpus // _NODE, _NODE) if gpus > _NODE else (1, gpus)
     words = [f"engine.nodes={nodes}", f"engine.gpus_per_node={each}"]
     if "engine.teacher_gpus_per_node" not in chosen:
         wanted = config.engine.teacher_gpus_per_node / config.engine.gpus_per_node * each

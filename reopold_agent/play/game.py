@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import gymnasium
-
 from reopold_agent.envs.base import ToolEnv, take_turn, truncate_episode
 from reopold_agent.envs.from_config import num_tasks
 from reopold_agent.envs.registration import task_seed
@@ -19,6 +17,7 @@ from reopold_agent.play.calls import BadWordsError, call_text, usage
 from reopold_agent.play.lines import Lines
 from reopold_agent.play.record import Recorder
 from reopold_agent.play.screen import Screen
+from reopold_agent.play.timed import TimedEnv
 from reopold_agent.tools import Tool
 from reopold_agent.types import PixelArray, StopReason, Task, ToolCall
 
@@ -80,7 +79,7 @@ class Game:
     """Plays episodes until the player quits.
 
     Args:
-        env: an environment whose actions are texts.
+        env: an environment whose actions are texts, with its time limit.
         screen, lines: output to and input from the player.
         rules: what to play.
         recorder: saves finished episodes; None to save none.
@@ -89,7 +88,7 @@ class Game:
 
     def __init__(
         self,
-        env: gymnasium.Env[Any, str],
+        env: TimedEnv,
         screen: Screen,
         lines: Lines,
         rules: Rules,
@@ -98,7 +97,7 @@ class Game:
     ) -> None:
         self._env, self._screen, self._lines, self._rules = env, screen, lines, rules
         self._recorder, self._budget = recorder, budget
-        self._tasks = num_tasks(env, rules.split)
+        self._tasks = num_tasks(env.env, rules.split)
         self._episode: Episode | None = None
         self._index = 0
         self.finished: list[Episode] = []
@@ -168,7 +167,7 @@ class Game:
 
     @property
     def _tools(self) -> list[Tool]:
-        inner = self._env.unwrapped
+        inner = self._env.env.unwrapped
         return inner.tools if isinstance(inner, ToolEnv) else []
 
     def _begin(self, index: int) -> None:
@@ -182,9 +181,8 @@ class Game:
         seed = self._rules.seed
         seed = task_seed(self._rules.split, index) if seed is None else seed
         try:
-            observation, info = self._env.reset(
-                seed=seed, options={"split": self._rules.split, "index": index}
-            )
+            options = {"split": self._rules.split, "index": index}
+            observation, info = self._env.ask(lambda env: env.reset(seed=seed, options=options))
             observation = as_observation(observation)
         except Exception as error:  # of a third party: only this episode is lost
             if first and isinstance(error, ReopoldError):
@@ -192,7 +190,7 @@ class Game:
             self._failed("reset", error)
             self._episode = None
             return
-        inner = self._env.unwrapped
+        inner = self._env.env.unwrapped
         state = inner.episode if isinstance(inner, ToolEnv) else None
         name = str(info.get("task_id", f"{self._rules.split}-{index}"))
         system = str(info.get("system_prompt", ""))
@@ -225,7 +223,9 @@ class Game:
         episode.turns.append(("assistant", [text]))
         self._count(lambda budget: budget.turn(text))
         try:
-            observation, reward, terminated, truncated, info = take_turn(self._env, text)
+            observation, reward, terminated, truncated, info = self._env.ask(
+                lambda env: take_turn(env, text)
+            )
         except Exception as error:  # as above
             self._failed("step", error)
             self._end(episode, StopReason.ENV_ERROR)
@@ -251,7 +251,7 @@ class Game:
     def _truncate(self, episode: Episode, stop: StopReason, info: Mapping[str, Any]) -> None:
         """Ends an episode at a budget that its environment does not know."""
         try:
-            reward, episode.success = truncate_episode(self._env, info)
+            reward, episode.success = self._env.ask(lambda env: truncate_episode(env, info))
         except Exception as error:  # as above
             self._failed("truncation_reward", error)
             self._end(episode, StopReason.ENV_ERROR)
@@ -389,7 +389,7 @@ class Game:
                 f"task {episode.index}: turn {episode.said} of {self._rules.max_turns}, "
                 f"reward {episode.reward:g}{ended}"
             )
-            inner = self._env.unwrapped
+            inner = self._env.env.unwrapped
             state = inner.episode if isinstance(inner, ToolEnv) else None
             for number, picture in enumerate(episode.shown, 1):
                 shown = f"picture {number}: shown {picture.shape[1]}x{picture.shape[0]}"

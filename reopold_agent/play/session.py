@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 
@@ -20,7 +20,11 @@ from reopold_agent.play.options import PlayOptions, split_words
 from reopold_agent.play.pictures import answers_sixel, detect
 from reopold_agent.play.record import Recorder
 from reopold_agent.play.screen import Screen
+from reopold_agent.play.timed import Env, TimedEnv
 from reopold_agent.train.settings import compose_run
+
+if TYPE_CHECKING:
+    from reopold_agent.play.budget import Budget
 
 
 def play(words: Sequence[str], source: IO[str], console: Console) -> int:
@@ -43,19 +47,26 @@ def play(words: Sequence[str], source: IO[str], console: Console) -> int:
     if config.mix is not None:
         raise ConfigError(f"play is about one environment, got {config.env.name}.\nGive env=NAME.")
     turns = config.max_turns(options.split)
-    env = make_env(config, max_turns=turns)
+    budget: Budget | None = None
+
+    def make() -> Env:
+        made = make_env(config, max_turns=turns)
+        if budget is not None and budget.factor is not None:
+            show_as(made, shown_sizes(config.pixels, budget.factor))
+        return made
+
+    env = TimedEnv(make, config.rollout.env_seconds)
     try:
         screen = Screen(console, _folder(options), _drawing(options.pictures, source, console))
         lines = Lines(source, screen.say, lambda line: game.complete(line))
         rules = Rules(options.split, turns, options.seed, options.keep)
-        budget = None
         if options.tokenizer is not None:
             # Imported here because it needs transformers, which takes seconds.
             from reopold_agent.play.budget import Budget
 
             budget = Budget(config, options.tokenizer)
             if budget.factor is not None:
-                show_as(env, shown_sizes(config.pixels, budget.factor))
+                show_as(env.env, shown_sizes(config.pixels, budget.factor))
         game = Game(env, screen, lines, rules, recorder, budget)
         status = 0
         try:

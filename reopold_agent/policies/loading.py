@@ -441,10 +441,6 @@ def load_processing(
             path, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
         if sees_pictures(config):
-            processor = Qwen2VLImageProcessorPil.from_pretrained(
-                path, revision=spec.revision or "main"
-            )
-            vision = VisionProcessor(processor)
             file = cached_file(
                 path,
                 _VIDEOS,
@@ -455,13 +451,27 @@ def load_processing(
             videos = None if file is None else Path(file).read_text("utf-8")
     except _UNREADABLE as error:
         raise ModelError(f"cannot load the {role} from '{path}': {error}") from error
-    if vision is not None:
+    if sees_pictures(config):
+        vision = _picture_processor(spec, role, path)
         _check_patches(vision, config.vision_config, f"the {role} '{spec.path}'")
     if given is not None:
         own = tokenizer.chat_template
         own = own if isinstance(own, str) else None  # some tokenizers have several
         tokenizer.chat_template = ChatTemplate(given, given.source, own)
     return Processing(spec, tokenizer, vision, videos, config)
+
+
+def _picture_processor(spec: ModelSpec, role: str, path: str) -> VisionProcessor:
+    try:
+        return VisionProcessor(
+            Qwen2VLImageProcessorPil.from_pretrained(path, revision=spec.revision or "main")
+        )
+    except (*_UNREADABLE, AttributeError, TypeError) as error:  # the last two: JSON of other types
+        raise ModelError(
+            f"the {role} '{spec.path}' has no preprocessor_config.json that can be read; with it a "
+            "model is given its pictures.\nCopy that file from the checkpoint that this one was "
+            "trained from, for example Qwen/Qwen2.5-VL-3B-Instruct."
+        ) from error
 
 
 def _weights_path(spec: ModelSpec, saved: Path | None) -> str:

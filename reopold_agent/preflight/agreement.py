@@ -8,6 +8,7 @@ from typing import Any
 
 from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.policies.loading import Processing
+from reopold_agent.policies.templates import ChatTemplate
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import sample_prompts
 from reopold_agent.types import EncodedImage
@@ -76,6 +77,27 @@ def pixel_limits(vision: VisionProcessor) -> tuple[int, int]:
     """Returns the smallest and the largest number of pixels that a processor resizes to."""
     size: Any = vision.processor.size
     return int(size["shortest_edge"]), int(size["longest_edge"])
+
+
+def is_known_template(student: Processing, teachers: Iterable[Processing]) -> bool:
+    """Returns whether a model's own chat template writes prompts as the run's does.
+
+    True where nothing can be compared: no template can be rendered, or no model has one.
+
+    Args:
+        student: with the template of the run, and its own beside it if a setting gave another.
+        teachers: with their own.
+    """
+    template = student.tokenizer.chat_template
+    own = template.own if isinstance(template, ChatTemplate) else template
+    found = [sample_prompts(student.tokenizer, own)] if isinstance(own, str) else []
+    found += [sample_prompts(each.tokenizer) for each in teachers if each.tokenizer.chat_template]
+    theirs = [prompts for prompts in found if prompts is not None]
+    ours = sample_prompts(student.tokenizer)
+    if ours is None or not theirs:
+        return True
+    # Templates that differ only in the system message that they add have one form in common.
+    return any(one == other for each in theirs for one, other in zip(ours, each, strict=True))
 
 
 def different_prompts(student: Processing, teacher: Processing) -> str | None:

@@ -16,7 +16,7 @@ from typing import Literal
 
 from reopold_agent.common.statistics import wilson_interval
 from reopold_agent.plan.estimate import Plan
-from reopold_agent.preflight.figures import ALL, CALLS, END, MARKS, OPENING
+from reopold_agent.preflight.figures import ALL, CALLS, END, MARKS, OPENING, TokenGroup
 from reopold_agent.preflight.play import Agreement, Played
 from reopold_agent.tools.parse import OPEN
 
@@ -100,11 +100,12 @@ def _failures(played: Played) -> Iterator[Finding]:
 
 
 def _models(played: Played) -> Iterator[Finding]:
-    found = (finding for each in played.agreements for finding in _agrees(each))
+    rejected = ALL in [group.name for group in _rejected(played)]
+    found = (finding for each in played.agreements for finding in _agrees(each, rejected))
     yield from dict.fromkeys(found)  # what concerns the student is found with each teacher
 
 
-def _agrees(differ: Agreement) -> Iterator[Finding]:
+def _agrees(differ: Agreement, rejected: bool) -> Iterator[Finding]:
     if differ.ids is not None:
         yield Finding(
             "problem",
@@ -125,14 +126,17 @@ def _agrees(differ: Agreement) -> Iterator[Finding]:
             "No picture here exceeds them; keep pixels.* within both.",
         )
     if differ.template is not None:
+        neither = "" if differ.known else "; it is no model's own"
         yield Finding(
-            "warning",
-            f"model.chat_template writes other prompts than the own one of {differ.template}",
-            "Leave model.chat_template out, unless the student was trained with this template.",
+            "warning" if differ.known else "problem",
+            f"model.chat_template writes other prompts than the own one of {differ.template}"
+            + neither,
+            "Leave model.chat_template out, unless the student was trained with this template; "
+            "such a student's folder should hold it (chat_template.jinja).",
         )
     if differ.prompts is not None:
         yield Finding(
-            "warning",
+            "problem" if rejected else "warning",
             f"the {differ.role}'s own chat template writes other prompts; it scores "
             f"{differ.prompts}",
             "Use the template that the teacher knows for both (model.chat_template=FILE), or "
@@ -223,11 +227,15 @@ def _never(played: Played) -> bool:
     return wilson_interval(0, outcome.episodes - outcome.failed - outcome.by_prompt)[1] <= RARE
 
 
-def _teacher(played: Played) -> Iterator[Finding]:
-    groups = {group.name: group for group in played.rewards}
-    rejected = [
-        group for group in groups.values() if group.sure >= FEWEST and group.sure_reward <= REJECTED
+def _rejected(played: Played) -> list[TokenGroup]:
+    """Returns the kinds of token that the teacher rejects where the student is sure."""
+    return [
+        group for group in played.rewards if group.sure >= FEWEST and group.sure_reward <= REJECTED
     ]
+
+
+def _teacher(played: Played) -> Iterator[Finding]:
+    rejected = _rejected(played)
     names = [group.name for group in rejected]
     shown = "; ".join(f"{group.name} {group.sure_reward:.1f}" for group in rejected)
     what = f"(median R of the tokens that the student is sure of, nats: {shown})"
@@ -267,7 +275,7 @@ def _teacher(played: Played) -> Iterator[Finding]:
     # Not at the first tokens of turns, where a matching teacher often decides otherwise.
     unlikely = [
         group
-        for group in groups.values()
+        for group in played.rewards
         if group.tokens >= FEWEST and group.below >= MOSTLY and group.name != OPENING
     ]
     if unlikely and not names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from reopold_agent.preflight.agreement import (
     different_ids,
     different_pictures,
     different_prompts,
+    is_known_template,
     pixel_limits,
 )
 from reopold_agent.preflight.figures import (
@@ -76,6 +77,7 @@ class Agreement:
         limits: other limits of their processors, which no picture here exceeds.
         prompts: another chat template of the teacher's.
         template: another chat template than the student's own, given by a setting.
+        known: whether the run's chat template is one model's own.
         role: what messages call the teacher.
     """
 
@@ -84,6 +86,7 @@ class Agreement:
     limits: str | None = None
     prompts: str | None = None
     template: str | None = None
+    known: bool = True
     role: str = "teacher"
 
 
@@ -251,8 +254,13 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     statistics = distillation_statistics(
         trajectories_of(usable), logp=logp, entropy=[row.behaviour[1] for row in usable]
     )
+    taught = list(teachers.values()) if scoring else []
+    template = Agreement(
+        template=student.spec.path if chat.other_prompts() else None,
+        known=is_known_template(student, taught),
+    )
     agreements = [
-        _agreement(student, teachers[role], role, chat, [trajectories[i] for i in places])
+        _agreement(template, student, teachers[role], role, chat, [trajectories[i] for i in places])
         for role, places in Teachers.of_run(config, {role: role for role in teachers}).parts(
             trajectories if scoring else []
         )
@@ -272,7 +280,7 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
         rewards=token_groups(trajectories_of(usable), logp, floor, chat.raw) if scoring else [],
         floor=floor,
         gap=gap_of(trajectories_of(usable), logp),
-        agreements=agreements,
+        agreements=agreements or [template],
         invalid=wrong,
         uninformative=uninformative,
         unread=unread,
@@ -301,6 +309,7 @@ def _memory(device: torch.device) -> float:
 
 
 def _agreement(
+    template: Agreement,
     student: Processing,
     teacher: Processing,
     role: str,
@@ -318,13 +327,12 @@ def _agreement(
         ours, theirs = pixel_limits(student.vision), pixel_limits(teacher.vision)
         if ours != theirs:
             limits = f"{ours[0]:,} to {ours[1]:,} and {theirs[0]:,} to {theirs[1]:,} pixels"
-    given = chat.other_prompts()
-    return Agreement(
+    return replace(
+        template,
         ids=different_ids(student, teacher, dict.fromkeys(texts)),
         pictures=different_pictures(student, teacher, images),
         limits=limits,
         prompts=different_prompts(student, teacher),
-        template=student.spec.path if given else None,
         role=role,
     )
 

@@ -19,7 +19,7 @@ from reopold_agent.policies.loading import Processing
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.from_config import make_runner
 from reopold_agent.rollout.lengths import prompt_limit
-from reopold_agent.rollout.runner import RolloutRunner
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.types import IMAGE_MARK, Message
 
 _MARKS = 32
@@ -52,18 +52,39 @@ def checked_run(
     if config.engine.max_prompt_tokens is not None or context is None:
         why = f"engine.max_prompt_tokens is {most}"
     left_out: dict[str, dict[str, list[int]]] = {name: {} for name in runners}
+    examined: set[tuple[str, str]] = set()
 
     def examine(name: str, env: DataEnv, split: str) -> BadTasks:
+        examined.add((name, split))
         found = _bad_tasks(env, split, runners[name], most, why)
         if found:
             left_out[name][split] = sorted(found)
         return found
 
     counts = checked_tasks(config, report, examine)
-    for runner in runners.values():
+    for name, runner in runners.items():
+        for split in counts[name]:
+            if (name, split) not in examined and most is not None:
+                _check_first_prompt(runner, name, split, most, why)
         runner.close()
     engine = replace(config.engine, max_prompt_tokens=most)
     return replace(config.leaving_out(left_out), engine=engine), counts
+
+
+def _check_first_prompt(runner: RolloutRunner, name: str, split: str, most: int, why: str) -> None:
+    """Checks the length of a prompt that is made by the environment, not read from a file.
+
+    One tells of all: such prompts differ by a few words, and there may be a million of them.
+
+    Raises:
+        DataError: it is too long.
+    """
+    tokens = runner.prompt_tokens(EpisodeSpec(split, 0))
+    if tokens is not None and tokens > most:
+        raise DataError(
+            f"the prompt of the first task of '{split}' in env={name} has {tokens} tokens; {why}.\n"
+            "Change these settings, or make the prompts shorter: fewer tools, pixels or words."
+        )
 
 
 def checked_runner(config: TrainConfig, student: Processing) -> RolloutRunner:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import time
-import traceback
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from reopold_agent.envs.base import (
 )
 from reopold_agent.envs.registration import task_seed
 from reopold_agent.envs.spaces import as_observation, succeeded
-from reopold_agent.errors import ModelError
+from reopold_agent.errors import DataError, ModelError, told_in_full
 from reopold_agent.policies.base import Generator, Policy, RunsBeside
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
@@ -52,6 +51,9 @@ from reopold_agent.types import (
 Env: TypeAlias = "gymnasium.Env[Any, str]"
 
 _log = logging.getLogger(__name__)
+
+_INVALID = (AttributeError, LookupError, TypeError, ValueError)
+"""What the code here raises for values of an environment that are none."""
 
 
 @dataclass(frozen=True)
@@ -229,6 +231,23 @@ class RolloutRunner:
             messages.append(Message(role, content))
         return self.chat.prompt(messages)
 
+    def prompt_tokens(self, spec: EpisodeSpec) -> int | None:
+        """Returns the length of an episode's prompt; None if its environment fails, as it will say.
+
+        The environment has its time limit here too, and is closed afterwards.
+        """
+        worker = Worker(self._make)
+        self._begin(worker, spec)
+        outcome = worker.result(self.limits.env_seconds)
+        worker.abandon()
+        if outcome.error is not None:
+            return None
+        try:
+            observation, info, *_ = outcome.value
+            return len(self.prompt(as_observation(observation), info)[0])
+        except _INVALID:
+            return None
+
     def continuation(
         self, observation: Observation, last: int
     ) -> tuple[list[int], list[EncodedImage]]:
@@ -276,7 +295,7 @@ class RolloutRunner:
                     episode = _Episode(key, spec, rules, worker, time.perf_counter())
                     playing[key] = episode
                     pending.append(episode)
-                    self._start_reset(episode)
+                    rules._begin(worker, spec)
                 due = self._due(pending, generator)
                 if due:
                     pending = [e for e in pending if e not in due]
@@ -323,17 +342,16 @@ class RolloutRunner:
             without_pictures(env)
         return env
 
-    def _start_reset(self, episode: _Episode) -> None:
-        spec = episode.spec
+    def _begin(self, worker: Worker, spec: EpisodeSpec) -> None:
         options = {"split": spec.split, "index": spec.index}
         seed = task_seed(spec.split, spec.index)
-        reader = episode.rules.reader
+        reader = self.reader
 
         def reset(env: Env) -> tuple[Any, ...]:
             shown = env.reset(seed=seed, options=options)
             return shown if reader is None else (*shown, reader.opening(env))
 
-        episode.worker.call(reset)
+        worker.call(reset)
 
     def _due(self, pending: list[_Episode], generator: Generator) -> list[_Episode]:
         """Returns the episodes whose environments to wait for now."""
@@ -355,10 +373,9 @@ class RolloutRunner:
         started = time.perf_counter()
         try:
             continues = self._handle(episode, outcome)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except _INVALID as error:
             # The environment returned something invalid, which fails only its own episode.
-            text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-            continues = self._fail_env(episode, text)
+            continues = self._fail_env(episode, told_in_full(error))
         finally:
             self.stats.render_seconds += time.perf_counter() - started
         if not continues and episode.turns:
@@ -421,9 +438,7 @@ class RolloutRunner:
         ids, images = episode.rules.prompt(observation, info)
         most = episode.rules.limits.max_prompt_tokens
         if most is not None and len(ids) > most:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens; engine.max_prompt_tokens is {most}"
-            )
+            raise DataError(f"the prompt has {len(ids)} tokens; engine.max_prompt_tokens is {most}")
         episode.append(ids)
         episode.images += images
         episode.prompt_length = len(ids)

@@ -10,19 +10,20 @@ import logging
 import queue
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
 
+from reopold_agent.errors import told_in_full
+
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a call: its value, or the error as text (message, then traceback)."""
+    """The result of a call: its value, or the error as `told_in_full`."""
 
     value: Any
     error: str | None
@@ -89,8 +90,7 @@ class Worker:
                 outcome = Outcome(function(env), None, time.perf_counter() - started)
             except BaseException as error:
                 # Third-party code may raise anything, SystemExit included; it is reported.
-                text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-                outcome = Outcome(None, text, time.perf_counter() - started)
+                outcome = Outcome(None, told_in_full(error), time.perf_counter() - started)
             if answers:
                 self._outcomes.put(outcome)
             elif outcome.error is not None:

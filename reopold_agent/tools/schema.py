@@ -15,7 +15,7 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonschema import Draft202012Validator
-from jsonschema.exceptions import best_match
+from jsonschema.exceptions import ValidationError, best_match, relevance
 from jsonschema.validators import validator_for
 from referencing import Registry
 
@@ -79,12 +79,50 @@ def check_by_schema(schema: Mapping[str, Any], arguments: object) -> dict[str, A
         raise ToolError(f"The arguments must be a JSON object, got {as_json(arguments)}.")
     # An empty registry: references to other documents are not fetched.
     checker = validator_for(schema, default=DEFAULT_DRAFT)(schema, registry=Registry())
-    error = best_match(checker.iter_errors(arguments))
+    error = max(checker.iter_errors(arguments), key=relevance, default=None)
     if error is not None:
+        error = _meant(error)
         place = error.json_path.removeprefix("$").removeprefix(".")
         where = f"'{shorten(place)}': " if place else ""
         raise ToolError(f"{where}{shorten(error.message, 400)}.")
     return dict(arguments)
+
+
+def _meant(error: ValidationError) -> ValidationError:
+    """Returns what is wrong within the alternative (of ``anyOf``) that a value was meant to be.
+
+    An object is meant to be the alternative whose fixed values it has, such as the number of a
+    choice: what is wrong with its other values by another alternative is not to the point.
+    """
+    branches: dict[Any, list[ValidationError]] = {}
+    for each in error.context or ():
+        branches.setdefault(each.relative_schema_path[0], []).append(each)
+    if not branches:
+        return error
+    meant = [errors for errors in branches.values() if not any(map(_is_other, errors))]
+    if len(meant) == 1:
+        return _meant(max(meant[0], key=relevance))
+    first, *others = branches.values()
+    for each in first:
+        same = [[e for e in errors if e.relative_path == each.relative_path] for errors in others]
+        if all(any(e.message == each.message for e in errors) for errors in same):
+            return each  # whichever was meant, this is wrong
+        if not meant and _is_other(each) and all(any(map(_is_other, errors)) for errors in same):
+            alike = [each, *(next(filter(_is_other, errors)) for errors in same)]
+            listed = [value for e in alike for value in _fixed(e)]
+            each.message = f"{each.instance!r} is not one of {listed!r}"
+            return each
+    return best_match(iter([error])) or error
+
+
+def _is_other(error: ValidationError) -> bool:
+    """Returns whether an object lacks a fixed value of an alternative."""
+    return error.validator in ("enum", "const") and len(error.relative_path) == 1
+
+
+def _fixed(error: ValidationError) -> list[Any]:
+    value: Any = error.validator_value
+    return list(value) if error.validator == "enum" else [value]
 
 
 def as_json(value: object) -> str:

@@ -109,6 +109,8 @@ def _table(summary: Mapping[str, Any], pretty: bool) -> Table:
         of_env = [(name, _part(_part(part, "envs"), env)) for name, _, part in parts]
         parts += [(name, f"{env} {name}", part) for name, part in of_env if part]
     for name, label, part in parts:
+        if not part:  # not evaluated
+            continue
         greedy = _part(part, "greedy")
         table.add_row(
             label,

@@ -100,10 +100,11 @@ class Collector:
             seed = (config.seed, 1, step) if number == 0 else (config.seed, 1, step, number)
             batch.add(self.play(episodes, seed, on_done), self.runner.stats)
             if not batch.usable:
+                error = str(batch.rows[0].trajectory.info.get("error", "unknown")).split("\n", 1)[0]
                 raise ConfigError(
                     f"step {step}: every episode of the batch ended in an error of the "
-                    "environment or the policy; the first was: "
-                    f"{batch.rows[0].trajectory.info.get('error', 'unknown')}"
+                    f"environment or the policy; the first was: {error}\n"
+                    "train.log has all of it; reopold play plays a task by hand (docs/play.md)."
                 )
             self._drop_invalid_outcomes(batch)
             batch.chosen = self._choose(batch.usable)
