@@ -133,6 +133,11 @@ class PixelsConfig:
     prompt: PixelConfig
     observation: PixelConfig
 
+    @property
+    def most(self) -> int:
+        """Pixels of the largest picture that a model is shown."""
+        return max(self.prompt.max_pixels, self.observation.max_pixels)
+
 
 @dataclass(frozen=True)
 class BatchConfig:

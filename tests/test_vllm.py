@@ -442,22 +442,57 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_engine_arguments() -> None:
     settings = VllmSettings(score_chunk=300, engine={"block_size": 16})
-    arguments = engine_arguments(
-        settings, path="here", revision=None, dtype="float32", longest=4096, has_vision=True
-    )
+    facts: dict[str, Any] = {"path": "here", "revision": None, "dtype": "float32", "longest": 4096}
+    arguments = engine_arguments(settings, **facts, has_vision=True, max_pixels=784_000, seed=3)
     assert arguments["model"] == "here"
     assert arguments["block_size"] == 16
-    assert arguments["mm_processor_kwargs"] == {"do_resize": False}, (
-        "pictures have their final size"
-    )
+    # Pictures have their final size, and the engine is no larger than these need.
+    assert arguments["mm_processor_kwargs"] == {"do_resize": False, "max_pixels": 784_000}
+    assert arguments["limit_mm_per_prompt"] == {"image": 16, "video": 0}
+    assert arguments["seed"] == 3
     assert arguments["generation_config"] == "vllm"
     # On a CPU a seeded prompt cannot be read in parts.
     assert arguments["enable_chunked_prefill"] is False
     assert arguments["max_num_batched_tokens"] >= arguments["max_model_len"] == 4096
-    text = engine_arguments(
-        settings, path="here", revision=None, dtype="float32", longest=4096, has_vision=False
-    )
+    settings = VllmSettings(seed=5)
+    text = engine_arguments(settings, **facts, has_vision=False, max_pixels=None, seed=3)
     assert "limit_mm_per_prompt" not in text
+    assert text["seed"] == 5
+    served = engine_arguments(settings, **facts, has_vision=True, max_pixels=None, seed=3)
+    assert served["mm_processor_kwargs"] == {"do_resize": False}
+
+
+def test_requests_have_seeds_on_a_cpu_only_unless_it_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for there, given, seeded in (
+        (False, None, True),
+        (True, None, False),
+        (True, True, True),
+        (False, False, False),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert VllmSettings(seeded_requests=given).seeds is seeded
+
+
+@pytest.mark.parametrize("seeded", [True, False])
+def test_all_requests_of_an_engine_have_seeds_or_none_has(
+    start: Any, random_trajectory: Any, seeded: bool
+) -> None:
+    policy, fake = start(seeded_requests=seeded)
+    seeds = []
+    add = fake.add_request
+
+    def noted(name: str, prompt: Any, parameters: Any) -> str:
+        seeds.append(parameters.seed)
+        return str(add(name, prompt, parameters))
+
+    fake.add_request = noted
+    generator = policy.generator(Sampling())
+    generator.submit([request(0), request(1)])
+    drain(generator)
+    policy.score([random_trajectory(1, [])])
+    assert [seed is not None for seed in seeds] == [seeded] * 3
 
 
 def test_the_environment_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:

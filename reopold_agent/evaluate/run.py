@@ -249,12 +249,14 @@ class Evaluation:
         started = time.perf_counter()
         chat: ChatRenderer | None = None
         policy: Policy | None = None
+        limits = [limits for each in asked for limits in each.facts["pixels"].values()]
+        most = max(int(each["max_pixels"]) for each in limits)
         try:
             for each in asked:
                 needed = ChatRenderer(model.tokenizer, stop_at_tool_call=each.stop_at_tool_call)
                 if policy is None or chat is None or chat.stop_ids != needed.stop_ids:
                     _close(policy)
-                    policy = self._policy(model, needed)
+                    policy = self._policy(model, needed, most)
                 chat = needed
                 results["benchmarks"][each.name] = self._answer(each, model, chat, policy, judge)
                 write_json_atomic(self.folder.path / "results.json", results)
@@ -303,7 +305,7 @@ class Evaluation:
             runner.check_template()
             runner.close()
 
-    def _policy(self, model: Processing, chat: ChatRenderer) -> Policy:
+    def _policy(self, model: Processing, chat: ChatRenderer, max_pixels: int) -> Policy:
         """Makes the policy to evaluate: ``policy.student`` of the configuration."""
         if isinstance(model, LoadedModel):
             return model.policy(
@@ -318,6 +320,8 @@ class Evaluation:
             dtype=model.spec.dtype,
             forbidden_ids=chat.forbidden_ids,
             stop_ids=chat.stop_ids,
+            max_pixels=max_pixels,
+            seed=self.config.seed,
         )
 
     def _answer(

@@ -121,6 +121,8 @@ class PolicyRole:
         forbidden_ids: ids that have probability 0 everywhere, besides those that the tokenizer
             does not know.
         stop_ids: a turn ends with the first of these.
+        max_pixels: pixels of the largest picture that it will be sent; None if that is not known.
+        seed: of the random draws that depend on no request's own seed.
     """
 
     role: str
@@ -129,3 +131,5 @@ class PolicyRole:
     dtype: str
     forbidden_ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
+    max_pixels: int | None = None
+    seed: int = 0

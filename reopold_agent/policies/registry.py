@@ -89,11 +89,13 @@ def make_policy(
     dtype: str,
     forbidden_ids: Sequence[int],
     stop_ids: Sequence[int],
+    max_pixels: int | None = None,
+    seed: int = 0,
 ) -> Policy:
     """A policy that is not the trainer's own.
 
     Args:
-        role, processing, dtype, forbidden_ids, stop_ids: as of `PolicyRole`.
+        role, processing, dtype, forbidden_ids, stop_ids, max_pixels, seed: as of `PolicyRole`.
         settings: ``name``, and those of that kind.
 
     Raises:
@@ -103,4 +105,4 @@ def make_policy(
     rest = {key: value for key, value in settings.items() if key != "name"}
     kind = POLICIES.get(settings["name"])
     ids = tuple(forbidden_ids), tuple(stop_ids)
-    return kind.make(PolicyRole(role, rest, processing, dtype, *ids))
+    return kind.make(PolicyRole(role, rest, processing, dtype, *ids, max_pixels, seed))

@@ -219,4 +219,6 @@ def _made(
         dtype=precision,
         forbidden_ids=chat.forbidden_ids,
         stop_ids=chat.stop_ids,
+        max_pixels=config.pixels.most,
+        seed=config.seed,
     )

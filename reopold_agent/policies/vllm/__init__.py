@@ -33,6 +33,8 @@ def make_vllm_policy(role: PolicyRole) -> VllmPolicy:
         dtype=role.dtype,
         longest=int(config.get_text_config().max_position_embeddings),
         has_vision=role.processing.vision is not None,
+        max_pixels=role.max_pixels,
+        seed=role.seed,
         trust_remote_code=spec.trust_remote_code,
     )
     engine = VllmEngine(role.role, arguments, settings)

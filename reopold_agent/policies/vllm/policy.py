@@ -218,7 +218,9 @@ class VllmGenerator:
         policy = self._policy
         job = Job(
             prompt_of(request.ids, request.images, policy.image_token_id),
-            sampling_parameters(request, self._sampling, policy.stop_ids),
+            sampling_parameters(
+                request, self._sampling, policy.stop_ids, seeded=policy.settings.seeds
+            ),
             lambda job: self._ended.put((request.key, job)),
         )
         self._turns[request.key] = _Turn(request, job, attempt)
@@ -253,7 +255,8 @@ class _Scoring:
     def _start(self) -> None:
         trajectory = self._trajectory
         prompt = prompt_of(trajectory.ids, trajectory.images, self._policy.image_token_id)
-        self._job = Job(prompt, scoring_parameters(), self._ended.put)
+        parameters = scoring_parameters(seeded=self._policy.settings.seeds)
+        self._job = Job(prompt, parameters, self._ended.put)
         self._policy.engine.start(self._job)
 
     def result(self) -> Any:

@@ -60,8 +60,17 @@ def prompt_of(
     }
 
 
-def sampling_parameters(request: Request, sampling: Sampling, stop_ids: frozenset[int]) -> Any:
-    """Returns ``vllm.SamplingParams`` for a turn, seeded with 63 bits of the request's stream."""
+def sampling_parameters(
+    request: Request, sampling: Sampling, stop_ids: frozenset[int], *, seeded: bool
+) -> Any:
+    """Returns ``vllm.SamplingParams`` for a turn.
+
+    Args:
+        request: the turn.
+        sampling: temperature and top_p.
+        stop_ids: a turn ends with the first of these, unless the request has its own.
+        seeded: seed it with 63 bits of the request's stream.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -70,7 +79,7 @@ def sampling_parameters(request: Request, sampling: Sampling, stop_ids: frozense
         max_tokens=request.max_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
-        seed=seed,
+        seed=seed if seeded else None,
         stop_token_ids=sorted(request.stop_ids or stop_ids),
         ignore_eos=True,  # only the given stop ids end a turn
         logprobs=0,
@@ -80,14 +89,18 @@ def sampling_parameters(request: Request, sampling: Sampling, stop_ids: frozense
     )
 
 
-def scoring_parameters() -> Any:
-    """Returns ``vllm.SamplingParams`` for the log-probs of a whole sequence."""
+def scoring_parameters(*, seeded: bool) -> Any:
+    """Returns ``vllm.SamplingParams`` for the log-probs of a whole sequence.
+
+    Args:
+        seeded: turns have seeds. On a CPU one request without makes vLLM ignore the others' seeds.
+    """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
         max_tokens=1,
-        seed=0,  # on a CPU one request without a seed makes vLLM ignore the others' seeds
+        seed=0 if seeded else None,
         prompt_logprobs=0,
         flat_logprobs=True,
         detokenize=False,

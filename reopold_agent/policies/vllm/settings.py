@@ -35,7 +35,10 @@ class VllmSettings:
         score_chunk: most tokens of one forward pass; longer sequences are read in parts. In
             scoring it bounds the full-vocabulary log-probs that vLLM holds (float32, tokens x
             vocabulary; vllm #5907). On a CPU a part is at least one whole sequence.
-        seed: seed of the engine; samples depend on the requests' own seeds.
+        seed: seed of the engine, for samples of requests without their own; null: that of the run.
+        seeded_requests: give each turn a seed of its own, so that its samples depend on no other
+            turn; null: on a CPU. On a GPU vLLM would draw such turns' tokens one by one, about
+            2.5 ms a step of 256 sequences, and rounding differs between batches anyway.
         seconds: an engine that computes no token for so long has stopped, which ends the run; also
             the time limit of loading weights. There is none on a request or its queue.
         start_seconds: time limit of the start.
@@ -55,13 +58,20 @@ class VllmSettings:
     max_num_seqs: int = 64
     max_images: int = 16
     score_chunk: int = 2048
-    seed: int = 0
+    seed: int | None = None
+    seeded_requests: bool | None = None
     seconds: float = 600.0
     start_seconds: float = 900.0
     retries: int = 1
     sleep: bool = False
     bucket_mib: int = 1024
     engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> bool:
+        """Whether each turn has a seed of its own, on this machine."""
+        given = self.seeded_requests
+        return not torch.cuda.is_available() if given is None else given
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "max_num_seqs", "max_images", "score_chunk"):
@@ -86,6 +96,8 @@ def engine_arguments(
     dtype: str,
     longest: int,
     has_vision: bool,
+    max_pixels: int | None,
+    seed: int,
     **more: Any,
 ) -> dict[str, Any]:
     """Returns keyword arguments of `vllm.EngineArgs`.
@@ -96,6 +108,8 @@ def engine_arguments(
         dtype: dtype of the computation unless the settings give one.
         longest: tokens of the longest sequence that the model can read.
         has_vision: whether the model takes pictures.
+        max_pixels: pixels of the largest picture; None leaves that to the checkpoint.
+        seed: of the engine unless the settings give one.
         more: further arguments, such as ``trust_remote_code``.
     """
     on_cpu = not torch.cuda.is_available()
@@ -117,7 +131,7 @@ def engine_arguments(
         "max_num_batched_tokens": max(
             settings.score_chunk, settings.max_num_seqs, 0 if in_parts else longest
         ),
-        "seed": settings.seed,
+        "seed": seed if settings.seed is None else settings.seed,
         "enable_prefix_caching": True,
         "enable_chunked_prefill": in_parts,
         "enable_sleep_mode": settings.sleep,
@@ -132,8 +146,10 @@ def engine_arguments(
         arguments["distributed_executor_backend"] = "uni"
     if has_vision:
         arguments["limit_mm_per_prompt"] = {"image": settings.max_images, "video": 0}
-        # The pictures sent already have their final size.
-        arguments["mm_processor_kwargs"] = {"do_resize": False}
+        # The pictures sent already have their final size. The engine sizes its memory by the
+        # largest one, which for Qwen2.5-VL's own limits has 12.8 million pixels.
+        most = {} if max_pixels is None else {"max_pixels": max_pixels}
+        arguments["mm_processor_kwargs"] = {"do_resize": False, **most}
     return {**arguments, **settings.engine}
 
 

@@ -329,9 +329,8 @@ def _server(
     # Servers size their memory by the largest picture, which for Qwen2.5-VL's own limits has 12.8
     # million pixels. Pictures come with the size that they keep (`VisionProcessor.encode`), and
     # the frames of a video are pictures.
-    most_pixels = max(config.pixels.prompt.max_pixels, config.pixels.observation.max_pixels)
     pictures = {
-        "mm_processor_kwargs": {"do_resize": False, "max_pixels": most_pixels},
+        "mm_processor_kwargs": {"do_resize": False, "max_pixels": config.pixels.most},
         "limit_mm_per_prompt": {"video": 0},
     }
     settings: dict[str, Any] = {
