@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import re
 import subprocess
@@ -28,6 +29,7 @@ from reopold_agent.errors import (
     ModelServerError,
     NonFiniteError,
     PolicyRequestError,
+    ServerStalledError,
     VocabularyMismatchError,
 )
 from reopold_agent.policies.server import ServerPolicy, ServerSettings, make_server_policy
@@ -42,6 +44,7 @@ from reopold_agent.policies.server.protocol import (
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.serve import service as service_module
 from reopold_agent.serve.http import PolicyServer
 from reopold_agent.serve.pictures import PictureStore
 from reopold_agent.serve.service import BusyError, PolicyService
@@ -640,6 +643,79 @@ def test_a_policy_that_breaks_leaves_a_server_that_works(
         assert done.ids
     finally:
         service.close()
+
+
+class Patient:
+    """A model whose steps take ``pause`` seconds; it ``hangs`` or ``fails`` after ten of them."""
+
+    scoring_threads = 2
+
+    def __init__(self, policy: TransformersPolicy, pause: float) -> None:
+        self.policy, self.pause = policy, pause
+        self.hangs, self.fails, self.released = False, False, threading.Event()
+
+    def generator(self, sampling: Sampling) -> Any:
+        inner = self.policy.generator(sampling)
+        step, steps = inner.step, itertools.count()
+
+        def slow() -> list[Completion]:
+            time.sleep(self.pause)
+            if next(steps) > 10 and self.hangs:
+                self.released.wait(20)
+            return step()
+
+        inner.step = slow  # type: ignore[method-assign]
+        return inner
+
+    def score(self, given: Sequence[Trajectory], **settings: Any) -> list[TokenScores]:
+        time.sleep(15 * self.pause)
+        if self.fails:
+            raise NonFiniteError("the model overflowed")
+        return self.policy.score(given, **settings)
+
+
+def test_a_slow_model_has_no_time_limit_and_one_that_stops_has(
+    policy: TransformersPolicy,
+    vision: VisionProcessor,
+    vocabulary: Vocabulary,
+    trajectories: list[Trajectory],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(service_module, "BEAT_SECONDS", 0.05)
+    requests = [Request(k, [7, 8, 9], [], 80, (k,)) for k in range(4)]
+
+    def spoken(by: Any) -> dict[int, Any]:
+        generator = by.generator(Sampling())
+        generator.submit(requests)
+        return {turn.key: (turn.ids, turn.error) for turn in until_done(generator)}
+
+    expected = spoken(policy)
+    assert max(len(ids) for ids, _ in expected.values()) * 0.04 > 2
+    model = Patient(policy, 0.04)
+    with opened(model, vision, vocabulary) as server:
+        with connected(server, vocabulary, timeout_seconds=0.5) as client:
+            assert spoken(client) == expected
+        with connected(server, vocabulary, timeout_seconds=0.5, score_batch=1) as client:
+            # Their own thread computes scores, and the model's shows that it is alive.
+            turns = threading.Thread(target=spoken, args=(client,))
+            turns.start()
+            scores = client.score(trajectories)
+            for mine, theirs in zip(policy.score(trajectories), scores, strict=True):
+                np.testing.assert_allclose(theirs.logp, mine.logp, atol=1e-5)
+            model.fails = True  # told in the answer that has begun
+            with pytest.raises(NonFiniteError, match="the model overflowed"):
+                client.score(trajectories[:1])
+            turns.join(30)
+            model.hangs = True
+            with pytest.raises(ServerStalledError, match=r"timeout_seconds \(0\.5\)"):
+                spoken(client)
+        model.hangs = False
+        model.released.set()
+        deadline = time.monotonic() + 20
+        while server.service.waiting and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not server.service.waiting  # it knows that nobody waits any more
+        assert not any(kept.turn for kept in server.service._kept.values())
 
 
 @pytest.mark.slow

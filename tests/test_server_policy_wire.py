@@ -487,20 +487,163 @@ def test_a_server_that_is_down_for_good_ends_the_call(fake: Fake) -> None:
         assert "HTTP 500" in turn.error
 
 
-@pytest.mark.parametrize("reply", [Reply({}, delay=3.0), Reply({"a": "b" * 999}, trickle=0.02)])
-def test_slow_answers_end_at_the_time_limit(fake: Fake, reply: Reply) -> None:
-    fake.script = lambda seen, number: reply if seen.body is not None else None
+def test_a_silent_server_ends_the_run(fake: Fake) -> None:
+    fake.script = lambda seen, number: Reply({}, delay=3.0) if seen.body is not None else None
     with client(fake.url, timeout_seconds=0.4, retries=1) as policy:
         started = time.monotonic()
         with pytest.raises(ServerStalledError, match=r"time limit|timed out") as caught:
             policy.score([trajectory()])
-        assert "Raise it" in str(caught.value).splitlines()[1]
+        assert "raise it" in str(caught.value).splitlines()[1]
         assert time.monotonic() - started < 2.5
         # A turn that is only late is not left out either.
         generator = policy.generator(Sampling())
         generator.submit([Request(7, [8, 9], [], 4, (1,))])
         with pytest.raises(ServerStalledError, match="a turn of sequence 7 failed after 2"):
             until_done(generator)
+
+
+def answer_of(length: int) -> list[int]:
+    return [4 + i % 3 for i in range(length - 1)] + [2]
+
+
+def streamed(seen: Seen, length: int, end: int | None = None) -> Iterator[bytes]:
+    """The events of a turn of some length, as vLLM sends them; ``end`` cuts it short."""
+    before = seen.body["prompt"][-1]
+    for number, token in enumerate(answer_of(length)[:end]):
+        entry = listed(before, token, seen.body["logprobs"])
+        logprobs = {
+            "tokens": [f"token_id:{token}"],
+            "token_logprobs": [entry[str(token)]["logprob"]],
+            "top_logprobs": [{f"token_id:{i}": value["logprob"] for i, value in entry.items()}],
+        }
+        part = {"index": 0, "text": "\u2028", "logprobs": logprobs, "token_ids": [token]}
+        if not number:
+            part["prompt_token_ids"] = seen.body["prompt"]
+        before = token
+        yield f"data: {json.dumps({'choices': [part]}, ensure_ascii=False)}\n\n".encode()
+    if end is None:
+        yield b'data: {"choices": [], "usage": {}}\n\ndata: [DONE]\n\n'
+
+
+def send_stream(handler: BaseHTTPRequestHandler, events: Iterator[bytes], pause: float) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Type", "text/event-stream")
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    for event in events:
+        handler.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+        time.sleep(pause)
+    handler.wfile.write(b"0\r\n\r\n")
+
+
+LENGTHS = [3, 40, 5, 28, 12, 1, 33, 8]
+"""Tokens of answers; at 0.02 s each the longest takes longer than the client's limit."""
+
+
+class Streaming(Fake):
+    """Answers turns as streams, one after the other as a full server does; ``faults`` come first.
+
+    "hang" stops after the first token, "cut" ends the stream there, "error" says one.
+    """
+
+    pause = 0.02
+    faults: list[str]
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        if handler.path != "/v1/completions":
+            super().answer(handler)
+            return
+        raw = handler.rfile.read(int(handler.headers["Content-Length"]))
+        seen = Seen(handler.path, {}, json.loads(raw), time.monotonic())
+        assert seen.body["stream"] is True
+        with self.lock:
+            self.seen.append(seen)
+            fault = self.faults.pop(0) if self.faults else ""
+        length = LENGTHS[seen.body["seed"] % len(LENGTHS)]
+        with self.queue:
+            if not fault:
+                send_stream(handler, streamed(seen, length), self.pause)
+                return
+            events = streamed(seen, length + 1, end=1)
+            if fault == "error":
+                said = {"error": {"message": "out of memory", "code": 500}}
+                events = itertools.chain(events, [f"data: {json.dumps(said)}\n\n".encode()])
+            if fault == "hang":
+                handler.send_response(200)
+                handler.send_header("Transfer-Encoding", "chunked")
+                handler.end_headers()
+                event = next(iter(events))
+                handler.wfile.write(b"%x\r\n%s\r\n" % (len(event), event))
+                handler.connection.settimeout(20)
+                assert handler.rfile.read(1) == b""  # until the client hangs up
+                self.hung_up.append(time.monotonic())
+                return
+            send_stream(handler, events, 0.0)
+
+    def __init__(self) -> None:
+        self.faults, self.hung_up = [], []
+        self.queue = threading.Lock()
+        super().__init__()
+
+
+@pytest.fixture
+def streaming() -> Iterator[Streaming]:
+    server = Streaming()
+    yield server
+    server.close()
+
+
+def spoken(policy: ServerPolicy, count: int) -> dict[int, Completion]:
+    generator = policy.generator(Sampling())
+    generator.submit([Request(k, [8, 9, k % 6 + 8], [], 64, (k,)) for k in range(count)])
+    return {turn.key: turn for turn in until_done(generator)}
+
+
+def test_neither_the_queue_nor_the_length_of_an_answer_has_a_limit(streaming: Streaming) -> None:
+    """Beside others, and alone: the same lengths, where the limit is below each of the two."""
+    with client(streaming.url, timeout_seconds=0.5, retries=0) as policy:
+        started = time.monotonic()
+        turns = spoken(policy, 16)
+        assert time.monotonic() - started > 2.0  # four times the limit
+        streaming.pause = 0.0
+        alone = {key: turn for key in range(16) for turn in [spoken(policy, key + 1)[key]]}
+    assert [turn.error for turn in turns.values()] == [None] * 16
+    assert {key: turn.ids for key, turn in turns.items()} == {k: t.ids for k, t in alone.items()}
+    assert max(len(turn.ids) for turn in turns.values()) == max(LENGTHS)
+    for key, turn in turns.items():
+        before = [key % 6 + 8, *turn.ids[:-1]]
+        wanted = [allowed_logp(a, b) for a, b in zip(before, turn.ids, strict=True)]
+        np.testing.assert_allclose(turn.logp, wanted, rtol=1e-6)
+
+
+def test_scores_wait_in_the_queue_without_limit(fake: Fake) -> None:
+    queue = threading.Lock()
+
+    def one_by_one(seen: Seen, number: int) -> None:
+        if seen.body is not None:
+            with queue:
+                time.sleep(0.15)
+
+    fake.script = one_by_one
+    with client(fake.url, timeout_seconds=0.4, retries=0) as policy:
+        scores = policy.score([trajectory(i) for i in range(8)])  # 1.2 s in all
+    for i, score in enumerate(scores):
+        np.testing.assert_allclose(score.logp, expected(trajectory(i)), rtol=1e-5)
+
+
+def test_a_turn_that_stalls_is_given_up_before_it_is_asked_for_again(streaming: Streaming) -> None:
+    streaming.faults = ["hang", "cut", "error"]
+    with client(streaming.url, timeout_seconds=0.4, retries=3) as policy:
+        turns = spoken(policy, 1)
+        assert turns[0].error is None
+        assert [seen.body["prompt"] for seen in streaming.seen if seen.body] == [[8, 9, 8]] * 4
+        first, second, *_ = [seen.at for seen in streaming.seen if seen.body]
+        assert 0.4 < second - first < 5
+        (gone,) = streaming.hung_up
+        assert gone - first < 5
+        streaming.faults = ["hang"] * 4
+        with pytest.raises(ServerStalledError, match=r"sent nothing for timeout_seconds \(0\.4\)"):
+            spoken(policy, 1)
 
 
 def test_an_absent_server_is_reported_at_the_start() -> None:

@@ -21,10 +21,46 @@ from typing import Any
 
 import httpcore
 import httpx
+from typing_extensions import override
 
 from reopold_agent.errors import ConfigError
 
 _LONGEST_MESSAGE = 10_000
+
+
+class Deadline:
+    """When a request must have ended; it is asked before every operation.
+
+    Args:
+        until: on `time.monotonic`'s clock.
+    """
+
+    def __init__(self, until: float) -> None:
+        self._until = until
+
+    @property
+    def until(self) -> float:
+        """The end, on `time.monotonic`'s clock."""
+        return self._until
+
+    @property
+    def passed(self) -> bool:
+        """Whether the request may not go on."""
+        return time.monotonic() >= self.until
+
+    def left(self) -> float:
+        """Returns the seconds that are left.
+
+        Raises:
+            TimeoutError: none are.
+        """
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the time limit of the request has passed")
+        return left
+
+    def heard(self) -> None:
+        """Is told of every part of the reply when it arrives."""
 
 
 class TooLargeError(OSError):
@@ -65,7 +101,7 @@ class HttpClient:
         headers: Mapping[str, str],
         body: bytes | None = None,
         *,
-        until: float,
+        until: float | Deadline,
         connect_seconds: float | None = None,
         max_bytes: int,
     ) -> HttpReply:
@@ -73,7 +109,7 @@ class HttpClient:
 
         Args:
             method, url, headers, body: the request; user and password in the URL are not sent.
-            until: deadline of the whole request, on `time.monotonic`'s clock.
+            until: deadline of the whole request, on `time.monotonic`'s clock, or one that may move.
             connect_seconds: time limit of connecting, TLS included.
             max_bytes: size limit of the reply's body.
 
@@ -86,16 +122,17 @@ class HttpClient:
         target, host = _parsed(url)
         sent: dict[str | bytes, str | bytes] = {"Host": host, "Accept-Encoding": "identity"}
         sent.update(headers)
+        limit = until if isinstance(until, Deadline) else Deadline(until)
         while True:
-            connect_until = min(until, time.monotonic() + (connect_seconds or float("inf")))
-            connecting, answered = _Deadline(connect_until), False
-            limits = {"connect": connecting, "read": _Deadline(until), "write": _Deadline(until)}
+            connect_until = min(limit.until, time.monotonic() + (connect_seconds or float("inf")))
+            connecting, answered = _Connecting(connect_until), False
+            limits = {"connect": connecting, "read": limit, "write": limit}
             try:
                 with self._pool.stream(
                     method, target, headers=sent, content=body, extensions={"timeout": limits}
                 ) as response:
                     answered = True
-                    return _read(response, max_bytes)
+                    return _read(response, max_bytes, limit)
             except httpcore.LocalProtocolError as error:
                 raise ValueError(str(error)) from error
             except (httpcore.RemoteProtocolError, ConnectionError) as error:
@@ -176,13 +213,15 @@ def server_message(body: bytes) -> str:
     return " ".join((said if isinstance(said, str) else json.dumps(said)).split())
 
 
-def _read(response: httpcore.Response, max_bytes: int) -> HttpReply:
+def _read(response: httpcore.Response, max_bytes: int, limit: Deadline) -> HttpReply:
+    limit.heard()
     headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in response.headers}
     pieces, size = [], 0
     announced = headers.get("content-length", "")
     if announced.isdigit():
         size = int(announced) if int(announced) > max_bytes else 0
     for piece in () if size else response.iter_stream():
+        limit.heard()
         pieces.append(piece)
         size += len(piece)
         if size > max_bytes:
@@ -208,21 +247,20 @@ def _parsed(url: str) -> tuple[httpcore.URL, str]:
     return target, parts.netloc.decode("ascii")
 
 
-class _Deadline:
-    """Stands where httpcore expects seconds: what remains is asked at every operation."""
+class _Connecting(Deadline):
+    """The deadline of connecting, which knows whether a connection was made."""
 
-    def __init__(self, until: float) -> None:
-        self._until, self.used = until, False
+    used = False
 
+    @override
     def left(self) -> float:
         self.used = True
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the time limit of the request has passed")
-        return left
+        return super().left()
 
 
 class _Network(httpcore.NetworkBackend):
+    """Connects; a `Deadline` stands where httpcore expects seconds."""
+
     def __init__(self, resolve: Callable[[str, int], str] | None) -> None:
         self._resolve = resolve
 
@@ -245,8 +283,12 @@ class _Stream(httpcore.NetworkStream):
         self._socket = connected
 
     def read(self, max_bytes: int, timeout: Any = None) -> bytes:
-        self._socket.settimeout(timeout.left())
-        return self._socket.recv(max_bytes)
+        while True:
+            self._socket.settimeout(timeout.left())
+            try:
+                return self._socket.recv(max_bytes)
+            except TimeoutError:
+                continue  # the deadline has moved meanwhile, or `left` says that it has passed
 
     def write(self, buffer: bytes, timeout: Any = None) -> None:
         rest = memoryview(buffer)

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from reopold_agent.policies.server import protocol
 from reopold_agent.serve.pictures import MissingPicturesError, PictureStore
 from reopold_agent.serve.service import BusyError, PolicyService
 from reopold_agent.types import EncodedImage, Request, Sampling, StopReason, Trajectory
+
+_Working: TypeAlias = "Callable[[], None] | None"
 
 _log = logging.getLogger(__name__)
 
@@ -62,13 +64,13 @@ class PolicyServer(ThreadingHTTPServer):
 
     # The protocol's paths
 
-    def score(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Answers ``/v1/score``."""
+    def score(self, body: Mapping[str, Any], working: _Working) -> dict[str, Any]:
+        """Answers ``/v1/score``; ``working`` is called now and then while the model works."""
         sequences = _list(body, "sequences")
         with_entropy = bool(body.get("with_entropy", False))
         pictures = self.pictures.get([name for each in sequences for name in _images(each)])
         trajectories = [self._trajectory(each, pictures) for each in sequences]
-        scores = self.service.score(trajectories, with_entropy=with_entropy)
+        scores = self.service.score(trajectories, with_entropy=with_entropy, working=working)
         answers = []
         for trajectory, score in zip(trajectories, scores, strict=True):
             positions = np.flatnonzero(trajectory.loss_mask)
@@ -84,8 +86,8 @@ class PolicyServer(ThreadingHTTPServer):
             )
         return {"scores": answers}
 
-    def generate(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Answers ``/v1/generate``."""
+    def generate(self, body: Mapping[str, Any], working: _Working) -> dict[str, Any]:
+        """Answers ``/v1/generate``; ``working`` is as of `score`."""
         ids = self._ids(body, "ids")
         names = _images(body)
         pictures = self.pictures.get(names)
@@ -96,7 +98,7 @@ class PolicyServer(ThreadingHTTPServer):
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"a turn needs {error}") from error
         request = Request(0, ids, [pictures[n] for n in names], max_tokens, tuple(seed))
-        done = self.service.generate(name, request, sampling)
+        done = self.service.generate(name, request, sampling, working)
         if done.error is not None:
             raise RuntimeError(done.error)
         return {
@@ -107,12 +109,12 @@ class PolicyServer(ThreadingHTTPServer):
             "finish": done.finish,
         }
 
-    def release(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def release(self, body: Mapping[str, Any], _: _Working) -> dict[str, Any]:
         """Answers ``/v1/release``."""
         names = [str(name) for name in _list(body, "sequences")]
         return {"released": self.service.release(names)}
 
-    def take_pictures(self, body: Mapping[str, Any]) -> dict[str, Any]:
+    def take_pictures(self, body: Mapping[str, Any], _: _Working) -> dict[str, Any]:
         """Answers ``/v1/images``."""
         said = body.get("images")
         if not isinstance(said, dict) or not all(isinstance(p, dict) for p in said.values()):
@@ -161,6 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "reopold-agent"
     sys_version = ""
     timeout = _IDLE_SECONDS
+    _begun = False
+    """Whether the reply has begun before there is an answer."""
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
@@ -174,10 +178,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(404, {"error": f"there is no {self.path[:100]}"})
 
     def do_POST(self) -> None:
+        self._begun = False
         body = self._body()
         if body is None:
             return
-        paths: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+        paths: dict[str, Callable[[Mapping[str, Any], _Working], dict[str, Any]]] = {
             protocol.SCORE: self.server.score,
             protocol.GENERATE: self.server.generate,
             protocol.RELEASE: self.server.release,
@@ -191,7 +196,7 @@ class _Handler(BaseHTTPRequestHandler):
             said = json.loads(body)
             if not isinstance(said, dict):
                 raise DataError("the body must be a JSON object")
-            self._reply(200, answer(said))
+            self._reply(200, answer(said, self._beat if said.get("progress") else None))
         except MissingPicturesError as error:
             self._reply(protocol.UNKNOWN_IMAGES, {"error": str(error), "missing": error.hashes})
         except BusyError as error:
@@ -233,6 +238,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(
         self, status: int, said: Mapping[str, Any], headers: Mapping[str, str] | None = None
     ) -> None:
+        if self._begun:
+            said = said if status == 200 else {**said, "status": status}
+            self._chunk(json.dumps(said, allow_nan=False).encode())
+            self._chunk(b"")
+            return
         data = json.dumps(said, allow_nan=False).encode()
         self.send_response(status)
         more = {"Content-Type": "application/json", "Content-Length": str(len(data))}
@@ -240,6 +250,23 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
+
+    def _beat(self) -> None:
+        """Sends a space, which JSON allows before a value, to tell that the model works.
+
+        Raises:
+            OSError: the client has hung up.
+        """
+        if not self._begun:
+            self._begun = True
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+        self._chunk(b" ")
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data))
 
     def log_message(self, format: str, *args: Any) -> None:
         _log.debug(format, *args)

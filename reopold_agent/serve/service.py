@@ -12,12 +12,11 @@ import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from reopold_agent.errors import ModelServerError
 from reopold_agent.policies.base import Generator, Policy, ScoresBeside
@@ -29,6 +28,9 @@ _log = logging.getLogger(__name__)
 
 _GATHER_SECONDS = 0.002
 """Requests that were sent together arrive within this time, and then share a pass."""
+
+BEAT_SECONDS = 1.0
+"""A caller that waits is told this often that the model works."""
 
 _SUPERSEDED = "the sequence was released or asked for again"
 
@@ -53,12 +55,20 @@ class _Turn:
 
 
 @dataclass(eq=False)
+class _Abandon:
+    """Nobody waits for a turn any more."""
+
+    turn: _Turn
+    done: Future[None] = field(default_factory=Future)
+
+
+@dataclass(eq=False)
 class _Release:
     names: list[str]
     done: Future[int] = field(default_factory=Future)
 
 
-_Job: TypeAlias = "_Scoring | _Turn | _Release"
+_Job: TypeAlias = "_Scoring | _Turn | _Abandon | _Release"
 
 
 @dataclass(eq=False)
@@ -77,7 +87,8 @@ class PolicyService:
     Args:
         policy: used on one thread, and for scoring on others if it is `ScoresBeside`.
         max_waiting: most requests at once; further ones are refused.
-        seconds: time limit of one request.
+        seconds: a request fails when the model has worked on none for so long; there is no limit
+            on waiting for its turn, or on how long it takes.
         max_kept: most sequences whose keys and values are kept between turns.
         idle_seconds: a sequence that is not continued for this long is forgotten.
     """
@@ -96,6 +107,7 @@ class PolicyService:
         self._max_kept, self._idle_seconds = max_kept, idle_seconds
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting = 0
+        self._worked_at = time.monotonic()
         self._lock = threading.Lock()
         self._sessions: dict[Sampling, Generator] = {}
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
@@ -109,18 +121,33 @@ class PolicyService:
         self._thread.start()
 
     def score(
-        self, trajectories: Sequence[Trajectory], *, with_entropy: bool = False
+        self,
+        trajectories: Sequence[Trajectory],
+        *,
+        with_entropy: bool = False,
+        working: Callable[[], None] | None = None,
     ) -> list[TokenScores]:
         """Scores trajectories, as `Policy.score`; may be called from any thread.
 
+        Args:
+            trajectories, with_entropy: as of `Policy.score`.
+            working: called now and then while the model works, on this or on other requests; what
+                it raises ends the call.
+
         Raises:
             BusyError: too many requests wait.
-            ModelServerError: it took too long.
+            ModelServerError: the model does not work any more.
         """
         job = _Scoring(list(trajectories), with_entropy)
-        return self._run(job, job.done)
+        return self._run(job, job.done, working)
 
-    def generate(self, name: str, request: Request, sampling: Sampling) -> Completion:
+    def generate(
+        self,
+        name: str,
+        request: Request,
+        sampling: Sampling,
+        working: Callable[[], None] | None = None,
+    ) -> Completion:
         """Generates one turn; may be called from any thread.
 
         Args:
@@ -128,6 +155,7 @@ class PolicyService:
                 request while a turn of it is being generated replaces the first.
             request: its ``key`` is not used.
             sampling: temperature and top_p.
+            working: as of `score`.
 
         Raises:
             BusyError, ModelServerError: as `score`.
@@ -135,7 +163,12 @@ class PolicyService:
             ModelError: its ids and pictures do not match.
         """
         job = _Turn(name, request, sampling)
-        return self._run(job, job.done)
+        try:
+            return self._run(job, job.done, working)
+        except BaseException:
+            if not job.done.done():
+                self._jobs.put(_Abandon(job))
+            raise
 
     def release(self, names: Sequence[str]) -> int:
         """Forgets sequences; returns how many were known."""
@@ -155,7 +188,7 @@ class PolicyService:
         if self._pool is not None:
             self._pool.shutdown(wait=False)
 
-    def _run(self, job: _Job, done: Future[T]) -> T:
+    def _run(self, job: _Job, done: Future[T], working: Callable[[], None] | None = None) -> T:
         with self._lock:
             if self._closed:
                 raise ModelServerError("the server is being stopped")
@@ -164,13 +197,32 @@ class PolicyService:
             self._waiting += 1
         try:
             self._jobs.put(job)
-            return done.result(self._seconds)
-        except FutureTimeoutError as error:
+            self._wait(done, working)
+            return done.result()
+        except BaseException:
             done.cancel()
-            raise ModelServerError(f"not done within {self._seconds:g} s") from error
+            raise
         finally:
             with self._lock:
                 self._waiting -= 1
+
+    def _wait(self, done: Future[Any], working: Callable[[], None] | None) -> None:
+        """Waits until a job is done.
+
+        Raises:
+            ModelServerError: the model does not work any more.
+        """
+        told = started = time.monotonic()
+        while True:
+            wait([done], BEAT_SECONDS)
+            if done.done():
+                return
+            worked = self._worked_at
+            if time.monotonic() - max(worked, started) > self._seconds:
+                raise ModelServerError(f"the model has done nothing for {self._seconds:g} s")
+            if worked > told and working is not None:
+                working()
+                told = worked
 
     # On the model's thread
 
@@ -182,6 +234,7 @@ class PolicyService:
             try:
                 self._start(jobs)
                 self._step()
+                self._worked_at = time.monotonic()
                 self._forget_idle()
             # A defect of the policy: waiting requests get the error, and the server goes on.
             except Exception as error:
@@ -223,7 +276,11 @@ class PolicyService:
                 self._score(some, with_entropy)
         turns: dict[str, _Turn] = {}
         for each in live:
-            if isinstance(each, _Release):
+            if isinstance(each, _Abandon):
+                kept = self._kept.get(each.turn.name)
+                if kept is not None and kept.turn is each.turn:  # not another attempt
+                    self._release(each.turn.name)
+            elif isinstance(each, _Release):
                 each.done.set_result(sum(self._release(name) for name in each.names))
             elif isinstance(each, _Turn):
                 if each.name in turns:

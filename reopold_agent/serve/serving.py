@@ -32,7 +32,8 @@ class ServeConfig:
         picture_gib: most GiB of clients' pictures that are kept, as pixels.
         max_waiting: most requests at once; further ones get HTTP 503 and may try again.
         max_kept: most sequences whose keys and values are kept between turns.
-        request_seconds: time limit of one request.
+        request_seconds: a request fails when the model has worked on none for so long; there is no
+            limit on its wait or its length.
         max_body_mib: size of the largest accepted request.
         policy: ``policy.student`` generates and scores: ``transformers``, ``vllm`` or a plugin's.
     """

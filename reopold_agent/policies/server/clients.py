@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from reopold_agent.common.http import Deadline
 from reopold_agent.errors import ModelError, NonFiniteError
 from reopold_agent.policies.server.protocol import first_difference
 from reopold_agent.policies.server.transport import Address
@@ -16,13 +17,13 @@ class ServerClient(Protocol):
 
     They raise `AttemptError` if another attempt may help, `ModelServerError` if the server
     refuses, `ModelError` if its answer does not belong to the request, and `NonFiniteError` for
-    log-probs that are not finite. ``deadline`` is on `time.monotonic`'s clock.
+    log-probs that are not finite. ``deadline`` is that of all exchanges of a call.
     """
 
     score_batch: int
     """The most trajectories in one call of `score`."""
 
-    def check(self, address: Address, deadline: float) -> None:
+    def check(self, address: Address, deadline: Deadline) -> None:
         """Checks that the server has the right model."""
         ...
 
@@ -31,18 +32,18 @@ class ServerClient(Protocol):
         address: Address,
         trajectories: Sequence[Trajectory],
         with_entropy: bool,
-        deadline: float,
+        deadline: Deadline,
     ) -> list[TokenScores]:
         """Returns log-probs of the student's tokens, as `Policy.score`."""
         ...
 
     def generate(
-        self, address: Address, name: str, request: Request, sampling: Sampling, deadline: float
+        self, address: Address, name: str, request: Request, sampling: Sampling, deadline: Deadline
     ) -> Completion:
         """Generates one turn of the sequence that the server knows as ``name``."""
         ...
 
-    def release(self, address: Address, names: Sequence[str], deadline: float) -> None:
+    def release(self, address: Address, names: Sequence[str], deadline: Deadline) -> None:
         """Tells the server that it may forget these sequences."""
         ...
 

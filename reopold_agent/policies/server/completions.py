@@ -18,6 +18,7 @@ with ``policy=vllm`` takes pictures and masks exactly.
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
+from reopold_agent.common.http import Deadline
 from reopold_agent.errors import ConfigError, ModelError
 from reopold_agent.policies.server.clients import ServerClient, finite, same_ids
 from reopold_agent.policies.server.protocol import Vocabulary
@@ -69,6 +71,8 @@ class CompletionsClient(ServerClient):
     """
 
     score_batch = 1
+    streams = True
+    """Whether turns are asked for token by token, which shows that the server works on them."""
 
     def __init__(
         self, settings: ServerSettings, vocabulary: Vocabulary, transport: Transport
@@ -79,7 +83,7 @@ class CompletionsClient(ServerClient):
         self.bound = MaskBound()
 
     @override
-    def check(self, address: Address, deadline: float) -> None:
+    def check(self, address: Address, deadline: Deadline) -> None:
         # A vLLM server reports its model's name, but nothing about its tokenizer.
         answer = self._transport.exchange(address, "GET", _MODELS, None, deadline)
         try:
@@ -107,13 +111,13 @@ class CompletionsClient(ServerClient):
         address: Address,
         trajectories: Sequence[Trajectory],
         with_entropy: bool,
-        deadline: float,
+        deadline: Deadline,
     ) -> list[TokenScores]:
         if with_entropy:
             raise ValueError("a vLLM server gives no entropies; score with the trainer's model")
         return [self._score(address, each, deadline) for each in trajectories]
 
-    def _score(self, address: Address, trajectory: Trajectory, deadline: float) -> TokenScores:
+    def _score(self, address: Address, trajectory: Trajectory, deadline: Deadline) -> TokenScores:
         self._only_text(trajectory.images)
         ids = trajectory.ids.tolist()
         choice = self._complete(
@@ -146,7 +150,7 @@ class CompletionsClient(ServerClient):
 
     @override
     def generate(
-        self, address: Address, name: str, request: Request, sampling: Sampling, deadline: float
+        self, address: Address, name: str, request: Request, sampling: Sampling, deadline: Deadline
     ) -> Completion:
         # vLLM finds earlier turns in its prefix cache; it returns no entropies.
         self._only_text(request.images)
@@ -170,6 +174,7 @@ class CompletionsClient(ServerClient):
                 "logprobs": (self._vocabulary.rows or 0) if listed < 0 else listed,
                 "return_tokens_as_token_ids": True,
                 "logit_bias": {str(i): -100.0 for i in sorted(self._masked)},
+                "stream": self.streams,
             },
             deadline,
         )
@@ -199,17 +204,17 @@ class CompletionsClient(ServerClient):
         )
 
     @override
-    def release(self, address: Address, names: Sequence[str], deadline: float) -> None:
+    def release(self, address: Address, names: Sequence[str], deadline: Deadline) -> None:
         pass  # vLLM's prefix cache evicts by itself
 
-    def _complete(self, address: Address, body: Mapping[str, Any], deadline: float) -> Any:
+    def _complete(self, address: Address, body: Mapping[str, Any], deadline: Deadline) -> Any:
         common = {
             "model": self._models[address],
             "return_token_ids": True,
             "add_special_tokens": False,
         }
         answer = self._transport.exchange(
-            address, "POST", _COMPLETIONS, {**common, **body}, deadline
+            address, "POST", _COMPLETIONS, {**common, **body}, deadline, _whole
         )
         try:
             (choice,) = answer["choices"]
@@ -266,3 +271,33 @@ def _field(choice: Mapping[str, Any], name: str, address: Address) -> Any:
             f"{address.url} gave no {name}; it must be a vLLM server that knows return_token_ids"
         )
     return value
+
+
+def _whole(reply: bytes) -> Any:
+    """Returns an answer, put together if it came as a stream of events.
+
+    Raises:
+        ValueError: it is not JSON, or the stream is not complete or of another form.
+    """
+    if not reply.startswith(b"data:"):  # an error, scores, or a server that does not stream
+        return json.loads(reply)
+    choice: dict[str, Any] = {"token_ids": []}
+    for line in reply.decode().split("\n"):
+        _, data, event = line.partition("data: ")
+        if not data:
+            continue
+        if event.strip() == "[DONE]":
+            return {"choices": [choice]}
+        said = json.loads(event)
+        try:
+            if "error" in said:
+                return {**said, "status": said["error"].get("code", 500)}
+            for part in said["choices"]:
+                choice["token_ids"] += part["token_ids"]
+                if part.get("prompt_token_ids") is not None:
+                    choice["prompt_token_ids"] = part["prompt_token_ids"]
+                for name, values in (part.get("logprobs") or {}).items():
+                    choice.setdefault("logprobs", {}).setdefault(name, []).extend(values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"an event of another form: {error!r}") from error
+    raise ValueError("the stream ended early")

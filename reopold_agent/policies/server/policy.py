@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+from reopold_agent.common.http import Deadline
 from reopold_agent.common.secrets import key_from_environment
 from reopold_agent.errors import (
     ConfigError,
@@ -86,7 +87,7 @@ class ServerPolicy:
         Raises:
             PolicyRequestError: some trajectories could not be scored, after retries; it holds the
                 scores of the others.
-            ServerStalledError: some took longer than the time limit, after retries.
+            ServerStalledError: a server sent nothing for too long, after retries.
             ModelError: a server has another model, or answered about other ids.
             NonFiniteError: a server gave log-probs that are not finite.
             ValueError: entropies were asked of a server that gives none.
@@ -125,7 +126,7 @@ class ServerPolicy:
         for address in self.transport.addresses:
             if address.checked:
                 try:
-                    deadline = time.monotonic() + self.settings.connect_seconds
+                    deadline = Deadline(time.monotonic() + self.settings.connect_seconds)
                     self.client.release(address, names, deadline)
                 except (AttemptError, ReopoldError) as error:  # nothing depends on it
                     _log.debug("could not release sequences at %s: %s", address.url, error)
@@ -182,7 +183,7 @@ class ServerPolicy:
         # The server refused the request, perhaps because of one trajectory: score each alone.
         return [each for t in trajectories for each in self._part([t], with_entropy)]
 
-    def _check(self, address: Address, deadline: float) -> None:
+    def _check(self, address: Address, deadline: Deadline) -> None:
         with self._detecting:
             if self._client is None:
                 try:
@@ -259,7 +260,7 @@ class ServerGenerator:
         A turn that could not be generated, after retries, has ``error`` set.
 
         Raises:
-            ServerStalledError: a turn took longer than the time limit, after retries.
+            ServerStalledError: a server sent nothing for too long, after retries.
             ModelError: a server has another model, or continued other ids.
             NonFiniteError: a server gave log-probs that are not finite.
         """

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from typing_extensions import override
 
+from reopold_agent.common.http import Deadline
 from reopold_agent.errors import ModelError, NonFiniteError
 from reopold_agent.policies.server import protocol
 from reopold_agent.policies.server.clients import ServerClient, finite, same_ids
@@ -51,7 +52,7 @@ class ReopoldClient(ServerClient):
         self._lock = threading.Lock()
 
     @override
-    def check(self, address: Address, deadline: float) -> None:
+    def check(self, address: Address, deadline: Deadline) -> None:
         served = Served.from_json(
             self._transport.exchange(address, "GET", protocol.INFO, None, deadline), address.url
         )
@@ -74,7 +75,7 @@ class ReopoldClient(ServerClient):
         address: Address,
         trajectories: Sequence[Trajectory],
         with_entropy: bool,
-        deadline: float,
+        deadline: Deadline,
     ) -> list[TokenScores]:
         positions = [np.flatnonzero(t.loss_mask) for t in trajectories]
         body = {
@@ -105,7 +106,7 @@ class ReopoldClient(ServerClient):
 
     @override
     def generate(
-        self, address: Address, name: str, request: Request, sampling: Sampling, deadline: float
+        self, address: Address, name: str, request: Request, sampling: Sampling, deadline: Deadline
     ) -> Completion:
         served = self._states[address].served
         if served is not None:
@@ -145,7 +146,7 @@ class ReopoldClient(ServerClient):
             raise _not_ours(address, error) from error
 
     @override
-    def release(self, address: Address, names: Sequence[str], deadline: float) -> None:
+    def release(self, address: Address, names: Sequence[str], deadline: Deadline) -> None:
         body = {"sequences": list(names)}
         self._transport.exchange(address, "POST", protocol.RELEASE, body, deadline)
 
@@ -179,13 +180,15 @@ class ReopoldClient(ServerClient):
         path: str,
         body: Mapping[str, Any],
         images: Sequence[EncodedImage],
-        deadline: float,
+        deadline: Deadline,
     ) -> Any:
         pictures = {self._hash(image): image for image in images}
         for _ in range(_UPLOADS):
             self._upload(address, pictures, deadline)
             try:
-                return self._transport.exchange(address, "POST", path, body, deadline)
+                return self._transport.exchange(
+                    address, "POST", path, {**body, "progress": True}, deadline
+                )
             except StatusError as error:
                 reply = error.reply if isinstance(error.reply, dict) else {}
                 if error.status == 422 and reply.get("kind") == "NonFiniteError":
@@ -202,7 +205,7 @@ class ReopoldClient(ServerClient):
         )
 
     def _upload(
-        self, address: Address, pictures: Mapping[str, EncodedImage], deadline: float
+        self, address: Address, pictures: Mapping[str, EncodedImage], deadline: Deadline
     ) -> None:
         state = self._states[address]
         # One upload at a time, so that requests that share a picture send it once.

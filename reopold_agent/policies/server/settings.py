@@ -23,8 +23,9 @@ class ServerSettings:
         revision: the expected revision at our server; null accepts any.
         api_key_env: environment variable with the bearer token; none is sent if it is not set.
         connect_seconds: time limit of connecting.
-        timeout_seconds: time limit of one attempt at a request, from the first byte sent to the
-            last received: the server's queue counts. If further attempts fail, too, the run ends.
+        timeout_seconds: longest time in which an address sends nothing, neither to the request nor
+            to another one; an attempt then fails, and if further ones do, too, the run ends. There
+            is no limit on the queue or on the length of an answer.
         retries: further attempts after a failed one; if all fail for other reasons than their
             time, the episode is dropped.
         backoff_seconds: pause before the first retry; it doubles with each further one.

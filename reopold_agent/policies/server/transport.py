@@ -1,8 +1,10 @@
 """Sends requests to one or several servers of the same model, with retries and time limits.
 
-Every wait has a limit: a request succeeds or fails within
-(retries + addresses) x (`timeout_seconds` + `max_backoff_seconds`). An attempt that takes too long
-closes its connection before the next one begins, so that the server can end it.
+An attempt may take as long as its server works: it fails when the address has sent nothing for
+`timeout_seconds`, neither to this request nor to another. So neither the queue nor the length of an
+answer has a limit, and a server that stops ends every wait. (It shows that it works by the parts of
+its answers: tokens, or the spaces of `reopold_agent.serve`.) An attempt that fails closes its
+connection before the next one begins, so that the server can end it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from reopold_agent.common.http import HttpClient, HttpReply, server_message
+from typing_extensions import override
+
+from reopold_agent.common.http import Deadline, HttpClient, HttpReply, server_message
 from reopold_agent.common.secrets import Secret, public_address
 from reopold_agent.errors import ModelServerError, ServerStalledError
 from reopold_agent.judges.llm.failures import RETRIED_STATUS, retry_after_seconds
@@ -32,7 +36,7 @@ class AttemptError(Exception):
     Attributes:
         retry_after: seconds that the server asks to wait; None if it does not.
         down: whether the whole address failed, so that other addresses are used for a while.
-        late: whether there was no complete answer within the time limit.
+        late: whether the address had sent nothing for too long.
     """
 
     def __init__(
@@ -60,6 +64,30 @@ class Address:
         """Whether the server is known to have the right model."""
         self.down_until = 0.0
         self.failures = 0
+        self.heard_at = 0.0
+        """When it last sent anything, on `time.monotonic`'s clock."""
+
+
+class Silence(Deadline):
+    """Passes when an address has sent nothing for some seconds, to whichever request.
+
+    Args:
+        address: whose silence.
+        seconds: how long it may last.
+    """
+
+    def __init__(self, address: Address, seconds: float) -> None:
+        super().__init__(time.monotonic() + seconds)
+        self._address, self._seconds = address, seconds
+
+    @property
+    @override
+    def until(self) -> float:
+        return max(self._until, self._address.heard_at + self._seconds)
+
+    @override
+    def heard(self) -> None:
+        self._address.heard_at = time.monotonic()
 
 
 class Transport:
@@ -73,7 +101,7 @@ class Transport:
     """
 
     def __init__(
-        self, settings: ServerSettings, key: Secret, check: Callable[[Address, float], None]
+        self, settings: ServerSettings, key: Secret, check: Callable[[Address, Deadline], None]
     ) -> None:
         self._settings, self._key, self._check = settings, key, check
         self.addresses = [Address(str(url)) for url in settings.urls]
@@ -83,7 +111,7 @@ class Transport:
         self._closed = threading.Event()
 
     def call(
-        self, send: Callable[[Address, float], T], what: str, *, prefer: int | None = None
+        self, send: Callable[[Address, Deadline], T], what: str, *, prefer: int | None = None
     ) -> T:
         """Runs ``send(address, deadline)`` with retries and returns what it returns.
 
@@ -96,7 +124,7 @@ class Transport:
                 reuse its computation of a sequence; None takes the next address.
 
         Raises:
-            ServerStalledError: all attempts failed, and one of them at the time limit.
+            ServerStalledError: all attempts failed, and one of them because the server was silent.
             ModelServerError: all attempts failed, or the server refused for good.
         """
         settings = self._settings
@@ -121,9 +149,9 @@ class Transport:
         message = f"{what} failed after {attempts} attempts; the last: {failure}"
         if late:
             raise ServerStalledError(
-                f"{message}\nThe run ends, since going on without what takes longer than "
-                f"timeout_seconds ({settings.timeout_seconds:g}) would leave out the longest "
-                "episodes. Raise it, or max_in_flight may be too high for the server."
+                f"{message}\nThe run ends, since going on without what is not answered would "
+                f"leave out the longest episodes. See why the server sent nothing for "
+                f"timeout_seconds ({settings.timeout_seconds:g}); raise it if it is only slow."
             )
         raise ModelServerError(message)
 
@@ -133,7 +161,8 @@ class Transport:
         method: str,
         path: str,
         body: Mapping[str, Any] | None,
-        deadline: float,
+        deadline: Deadline,
+        read: Callable[[bytes], Any] = json.loads,
     ) -> Any:
         """Sends one request and returns the parsed reply.
 
@@ -142,19 +171,30 @@ class Transport:
             method: ``GET`` or ``POST``.
             path: the path at this address.
             body: sent as JSON; None sends no body.
-            deadline: on `time.monotonic`'s clock.
+            deadline: of the request.
+            read: parses a reply; raises `ValueError`.
 
         Raises:
-            AttemptError: no reply in time, invalid JSON, or a status after which a retry may help.
+            AttemptError: no reply in time, one that cannot be read, or a status after which a retry
+                may help.
             StatusError: the server refused the request.
         """
         data = None if body is None else json.dumps(body, allow_nan=False).encode()
         reply = self._send(address, method, path, data, deadline)
-        status = reply.status
+        status, said_body = reply.status, reply.body
+        if status == 200:
+            try:
+                answer = read(reply.body)
+            except ValueError as error:
+                raise AttemptError(
+                    f"{address.url} answered to {path}, but not in JSON: {error}", down=True
+                ) from error
+            if not isinstance(answer, dict) or "error" not in answer:
+                return answer
+            # The reply had begun when the request failed; its status is within.
+            status, said_body = int(answer.get("status", 500)), json.dumps(answer).encode()
         where = f"{address.url} answered HTTP {status} to {path}"
-        said = (
-            "" if status == 200 else self._key.redact(server_message(reply.body))[:_LONGEST_MESSAGE]
-        )
+        said = self._key.redact(server_message(said_body))[:_LONGEST_MESSAGE]
         if status in RETRIED_STATUS or status >= 500:
             raise AttemptError(
                 f"{where}: {said}",
@@ -164,12 +204,7 @@ class Transport:
         if status in (401, 403):
             name = self._settings.api_key_env
             raise StatusError(f"{where}: {said}; check the key in {name} (api_key_env)", status, "")
-        if status != 200:
-            raise StatusError(f"{where}: {said}", status, _parsed(reply.body))
-        try:
-            return json.loads(reply.body)
-        except ValueError as error:
-            raise AttemptError(f"{where}, but not in JSON: {error}", down=True) from error
+        raise StatusError(f"{where}: {said}", status, _parsed(said_body))
 
     def close(self) -> None:
         """Closes idle connections and ends pauses; requests under way are still completed."""
@@ -210,8 +245,8 @@ class Transport:
         seconds = settings.backoff_seconds * 2.0 ** min(attempt, 16) * random.uniform(0.5, 1.0)
         return min(max(seconds, retry_after or 0.0), settings.max_backoff_seconds)
 
-    def _attempt(self, address: Address, send: Callable[[Address, float], T]) -> T:
-        deadline = time.monotonic() + self._settings.timeout_seconds
+    def _attempt(self, address: Address, send: Callable[[Address, Deadline], T]) -> T:
+        deadline = Silence(address, self._settings.timeout_seconds)
         if not address.checked:
             with address.checking:
                 if not address.checked:
@@ -222,7 +257,7 @@ class Transport:
     # One exchange
 
     def _send(
-        self, address: Address, method: str, path: str, data: bytes | None, deadline: float
+        self, address: Address, method: str, path: str, data: bytes | None, deadline: Deadline
     ) -> HttpReply:
         headers = {"Accept": "application/json"}
         if data is not None:
@@ -241,8 +276,9 @@ class Transport:
             )
         except OSError as error:
             words = self._key.redact(f"{type(error).__name__}: {error}")
-            late = time.monotonic() >= deadline
-            raise AttemptError(f"{address.url}{path}: {words}", down=True, late=late) from None
+            raise AttemptError(
+                f"{address.url}{path}: {words}", down=True, late=deadline.passed
+            ) from None
 
 
 def _parsed(reply: bytes) -> Any:
