@@ -264,6 +264,12 @@ def test_vllm_serve_generates_over_the_allowed_ids(
     prompts = [episode(arithmetic, seed, 20) for seed in range(4)]
     with connected(vllm_serve, arithmetic, top_logprobs=-1) as policy:
         check_turns(policy, local(arithmetic), prompts)
+        streamed = turns(policy, prompts, Sampling())
+        assert policy._vllm.streams
+        policy._vllm.streams = False
+        for one, other in zip(streamed, turns(policy, prompts, Sampling()), strict=True):
+            assert (one.ids, one.finish) == (other.ids, other.finish)
+            np.testing.assert_allclose(one.logp, other.logp, atol=1e-5)
 
 
 def test_vllm_serve_says_what_it_has_and_what_is_too_long(
