@@ -133,10 +133,16 @@ class PixelsConfig:
     prompt: PixelConfig
     observation: PixelConfig
 
-    @property
-    def most(self) -> int:
-        """Pixels of the largest picture that a model is shown."""
-        return max(self.prompt.max_pixels, self.observation.max_pixels)
+    def most(self, view: ViewPixels | None = None) -> int:
+        """Returns the pixels of the largest picture that a model is shown.
+
+        Args:
+            view: the teacher's own limits, for the teacher.
+        """
+        shown = [self.prompt, self.observation]
+        if view is not None:
+            shown = [view.prompt or self.prompt, view.observation or self.observation]
+        return max(limits.max_pixels for limits in shown)
 
 
 @dataclass(frozen=True)

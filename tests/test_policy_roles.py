@@ -19,6 +19,7 @@ import pytest
 import torch
 from running import composed, train, train_rows, without_timings
 
+from reopold_agent.config import PixelConfig, PixelsConfig, ViewPixels
 from reopold_agent.errors import (
     ConfigError,
     MissingExtraError,
@@ -48,6 +49,7 @@ class Elsewhere:
             forbidden_ids=role.forbidden_ids, stop_ids=role.stop_ids, max_tokens_per_pass=4096
         )
         self.settings, self.syncs, self.calls = dict(role.settings), 0, list[str]()
+        self.role = role
         self.threads: set[str] = set()
         self._lock = threading.Lock()
         Elsewhere.made.append(self)
@@ -140,6 +142,8 @@ def test_a_run_is_the_same_whoever_generates_and_scores(
     assert sampler.calls.count("sync") == 1 + len(own)
     assert sampler.calls.count("sleep") == len(own)
     assert sampler.calls[-1] == "close" == teacher.calls[-1]
+    for each in elsewhere:  # what an engine is sized by
+        assert (each.role.max_pixels, each.role.seed) == (12_544, 0)
     assert teacher.threads
     assert all(name.startswith("reopold-teacher") for name in teacher.threads)
     for first, second in zip(own, other, strict=True):
@@ -230,6 +234,14 @@ def test_unknown_policies_and_absent_packages(monkeypatch: pytest.MonkeyPatch) -
     config, _ = composed("env=pixel_reasoner", "policy=vllm")
     with pytest.raises(MissingExtraError, match=r"pip install -e \"\.\[vllm\]\""):
         check_roles(config, run_objective(config))
+
+
+def test_the_largest_picture_is_that_of_the_limits_and_of_the_teachers_own() -> None:
+    small, large = PixelConfig(784, 12_544), PixelConfig(784, 25_088)
+    pixels = PixelsConfig(small, large)
+    assert pixels.most() == pixels.most(ViewPixels()) == 25_088
+    assert pixels.most(ViewPixels(observation=small)) == 12_544
+    assert pixels.most(ViewPixels(prompt=PixelConfig(784, 50_176))) == 50_176
 
 
 def test_each_role_is_chosen_alone() -> None:

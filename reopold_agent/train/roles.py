@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from reopold_agent.config import TrainConfig
+from reopold_agent.config import TrainConfig, ViewPixels
 from reopold_agent.errors import ConfigError, MissingExtraError
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.base import Closeable, Policy, TakesWeights
@@ -179,7 +179,8 @@ def make_roles(
             if isinstance(model, LoadedModel):
                 policy: Policy = _own(config, chat, model)
             else:
-                policy = _made(config, "teacher", teacher.policy, chat, model)
+                view = teacher.model.view.pixels
+                policy = _made(config, "teacher", teacher.policy, chat, model, view)
             made[teacher.role] = policy
             # At once, to be closed if another one fails.
             roles.teachers = Teachers.of_run(config, made)
@@ -208,6 +209,7 @@ def _made(
     settings: Mapping[str, Any],
     chat: ChatRenderer,
     processing: Processing,
+    view: ViewPixels | None = None,
 ) -> Policy:
     precision = config.engine.precision
     if precision == "auto":
@@ -219,6 +221,6 @@ def _made(
         dtype=precision,
         forbidden_ids=chat.forbidden_ids,
         stop_ids=chat.stop_ids,
-        max_pixels=config.pixels.most,
+        max_pixels=config.pixels.most(view),
         seed=config.seed,
     )

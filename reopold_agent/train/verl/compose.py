@@ -330,7 +330,7 @@ def _server(
     # million pixels. Pictures come with the size that they keep (`VisionProcessor.encode`), and
     # the frames of a video are pictures.
     pictures = {
-        "mm_processor_kwargs": {"do_resize": False, "max_pixels": config.pixels.most},
+        "mm_processor_kwargs": {"do_resize": False, "max_pixels": config.pixels.most()},
         "limit_mm_per_prompt": {"video": 0},
     }
     settings: dict[str, Any] = {
