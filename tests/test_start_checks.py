@@ -13,6 +13,7 @@ from test_text_checkpoints import QWEN3
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.data.checks import BadRowsError
+from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import ConfigError, DataError, ModelError
 from reopold_agent.policies.loading import ModelSpec, load_processing, resolve_path
 from reopold_agent.rollout.checks import checked_run, checked_runner
@@ -163,6 +164,20 @@ def test_an_episode_with_a_longer_prompt_fails_in_one_line(
     monkeypatch.setattr(RolloutRunner, "prompt_tokens", lambda *a: 1)
     with pytest.raises(ConfigError, match=r"first was: the prompt has \d+ tok.*is 20\ntrain\.log"):
         train(tmp_path / "run", *SMALL, "engine.max_prompt_tokens=20")
+
+
+def test_a_run_whose_episodes_all_fail_ends_in_two_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("the simulator is down")
+
+    monkeypatch.setattr(ToolEnv, "reset", broken)
+    with pytest.raises(ConfigError) as caught:
+        train(tmp_path / "run", *SMALL, "evaluation.tasks=0", "evaluation.teacher=false")
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("the first was: RuntimeError: the simulator is down")
+    assert second.startswith("train.log has all of it")
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,7 @@ def _whole(reply: bytes) -> Any:
         said = json.loads(event)
         try:
             if "error" in said:
-                return {**said, "status": said["error"].get("code", 500)}
+                return {**said, "status": said["error"].get("code")}
             for part in said["choices"]:
                 choice["token_ids"] += part["token_ids"]
                 if part.get("prompt_token_ids") is not None:

@@ -189,10 +189,10 @@ class Transport:
                 raise AttemptError(
                     f"{address.url} answered to {path}, but not in JSON: {error}", down=True
                 ) from error
-            if not isinstance(answer, dict) or "error" not in answer:
+            if not isinstance(answer, dict) or answer.get("error") is None:
                 return answer
             # The reply had begun when the request failed; its status is within.
-            status, said_body = int(answer.get("status", 500)), json.dumps(answer).encode()
+            status, said_body = int(answer.get("status") or 500), json.dumps(answer).encode()
         where = f"{address.url} answered HTTP {status} to {path}"
         said = self._key.redact(server_message(said_body))[:_LONGEST_MESSAGE]
         if status in RETRIED_STATUS or status >= 500:
