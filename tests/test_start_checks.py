@@ -137,8 +137,9 @@ def test_max_prompt_tokens_holds_for_both_engines(tmp_path: Path) -> None:
         checked(composed(*words[:-1], "engine.max_prompt_tokens=150")[0], tmp_path / "report.json")
 
 
-@pytest.mark.parametrize("env", ["pixel_reasoner", "math", "geometry"])
-@pytest.mark.parametrize("split", ["train", "eval"])
+@pytest.mark.parametrize(
+    ("env", "split"), [("pixel_reasoner", "train"), ("math", "eval"), ("geometry", "train")]
+)
 def test_a_generated_prompt_longer_than_the_limit_is_found_at_the_start(
     env: str, split: str, tmp_path: Path, no_model: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
