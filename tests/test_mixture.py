@@ -48,6 +48,7 @@ from reopold_agent.train.data_order import DataOrder, TaskOrder, turns
 from reopold_agent.train.engine import run_objective
 from reopold_agent.train.environments import Environments, environment_counts, environments
 from reopold_agent.train.evaluation import EvaluationResult
+from reopold_agent.train.mixture import as_typed, mixed_words
 from reopold_agent.train.roles import check_roles
 from reopold_agent.train.rows import Row, entropy_threshold
 from reopold_agent.train.settings import compose_run
@@ -393,3 +394,16 @@ def test_what_plays_one_environment_refuses_a_mixture(whole: Path) -> None:
     alike = compose_run([*words[:2], "policy=server", "policy.teacher.urls=[http://a:1]",
                          "rollout.stop_at_tool_call=true"])  # fmt: skip
     check_roles(alike, run_objective(alike))
+
+
+def test_the_words_of_a_mixture_are_repeated_as_they_were_typed() -> None:
+    given = ["seed=3", "env=[pixel_reasoner,geometry]", "model=demo", "rollout.max_turns=2"]
+    given += ["mix.weights={geometry: 2}", "+mix.envs.geometry.env.kwargs.max_pictures=2"]
+    words = mixed_words(given)
+    assert not any(word.startswith("mix.") for word in words)
+    # Hydra writes the words of a sweep anew.
+    for now in (words, [word.replace("=true", "=True") for word in words]):
+        assert sorted(as_typed(now)) == sorted(given)
+    assert as_typed(["env=math", "model=demo", "rollout.max_turns=2"]) == [
+        "env=math", "model=demo", "rollout.max_turns=2",
+    ]  # fmt: skip

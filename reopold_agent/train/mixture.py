@@ -32,8 +32,8 @@ _BOUNDS: dict[str, Callable[[Iterable[Any]], Any]] = {
 
 _FOLDERS = ("--config-dir", "-cd", "hydra.searchpath")
 
-_typed: dict[str, list[str]] = {}
-"""The words that made each stored option."""
+_typed: dict[str, tuple[list[str], set[str]]] = {}
+"""The words that made each stored option, and the keys of the words that were added with it."""
 
 
 def mixed_words(words: Sequence[str]) -> list[str]:
@@ -75,16 +75,17 @@ def mixed_words(words: Sequence[str]) -> list[str]:
     env = {"name": option, "id": "", "takes_data": False, "kwargs": {}}
     node = {"env": env, "mix": {"weights": weights, "envs": members}}
     ConfigStore.instance().store(group="env", name=option, node=node, package="_global_")
-    _typed[f"env={option}"] = [*listed, *about, *(word for word in rest if _of_member(word))]
-    added = [f"env={option}", *of_run, *_bounds(members)]
-    _typed.update({word: [] for word in added[1:]})
     kept = [word for word in rest if not _of_member(word)]
-    return [*added, *kept]  # first: nothing may follow Hydra's flags
+    added = [*of_run, *_bounds(members)]
+    replaced = [*listed, *about, *(word for word in rest if word not in kept)]
+    _typed[f"env={option}"] = replaced, {key_of(word) for word in added}
+    return [f"env={option}", *added, *kept]  # first: nothing may follow Hydra's flags
 
 
 def as_typed(words: Sequence[str]) -> list[str]:
     """Returns a command line's words as the user gave them to `mixed_words`."""
-    return [typed for word in words for typed in _typed.get(word, [word])]
+    typed, added = next((_typed[word] for word in words if word in _typed), ([], set()))
+    return [*typed, *(word for word in words if word not in _typed and key_of(word) not in added)]
 
 
 def _names(word: str) -> list[str]:
