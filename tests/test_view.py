@@ -32,6 +32,7 @@ from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
 from reopold_agent.rollout.reading import Reader, feedback, hint_of
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
+from reopold_agent.tracking.trajectories import trajectory_record
 from reopold_agent.train import finish
 from reopold_agent.train.banner import self_teacher_note
 from reopold_agent.train.rows import Row
@@ -420,6 +421,17 @@ def test_reference_solutions_are_a_column_of_the_rows(tmp_path: Path) -> None:
     assert "solution" not in load_tasks({**spec, "solution": None})[0].metadata
     with pytest.raises(DataError, match="no reference solution in the column 'because'"):
         load_tasks({**spec, "solution": "because"})
+
+
+def test_records_show_what_the_teacher_read(play: Any, chat: ChatRenderer) -> None:
+    read, plain = (
+        play(view)[0] for view in (ViewConfig(hint="answer", template="Psst {hint}"), None)
+    )
+    hinted, usual = (trajectory_record(t, 0, decode=chat.raw) for t in (read, plain))
+    assert "Psst" in hinted["teacher_prompt"]
+    assert "Psst" not in hinted["prompt"]
+    assert hinted["prompt"] == usual["prompt"]
+    assert "teacher_prompt" not in usual
 
 
 def test_feedback_is_the_environments_word(play: Any) -> None:

@@ -125,7 +125,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print("Assumptions", highlight=False)
     for name, text in assumptions(plan).items():
         console.print(f"  {name}: {text}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"  {LEFT_OUT}", markup=False, highlight=False, soft_wrap=True)
+    left_out = LEFT_OUT
+    if not all(teacher.view.empty for teacher in plan.config.model.all_teachers.values()):
+        left_out = f"{LEFT_OUT} So is what the teacher's view adds to its prompts and pictures."
+    console.print(f"  {left_out}", markup=False, highlight=False, soft_wrap=True)
     if plan.changes:
         quoted = " ".join(shlex.quote(word) for word in plan.changes)
         lines = [f"The settings of this division of the GPUs: {quoted}"]

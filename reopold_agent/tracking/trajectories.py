@@ -63,7 +63,8 @@ def trajectory_record(
         ``info`` (only plain values) and, each as long as ``ids``: ``ids``, ``loss_mask`` (0
         or 1), ``logp``, ``entropy``, ``teacher_logp`` (null when not scored), ``token_reward`` and
         ``kept`` (0 or 1; both null when not trained on), ``tokens`` (one text per id; null without
-        ``decode``). Floats are the shortest that read back as the same float32.
+        ``decode``). Floats are the shortest that read back as the same float32. An episode that
+        its teacher reads in another form also has ``teacher_prompt``, as ``prompt``.
 
     Raises:
         ValueError: ``pictures`` has another length than the images.
@@ -104,7 +105,18 @@ def trajectory_record(
         "token_reward": None if use is None else _shortest(use.reward),
         "kept": None if use is None else [int(kept) for kept in use.kept],
         "tokens": decode and _tokens(ids, decode),
+        **_read(trajectory, decode),
     }
+
+
+def _read(
+    trajectory: Trajectory, decode: Callable[[Sequence[int]], str] | None
+) -> dict[str, str | None]:
+    if trajectory.reading is None:
+        return {}
+    read = trajectory.for_teacher
+    ids = [int(i) for i in read.ids[: read.prompt_length]]
+    return {"teacher_prompt": decode and _prompt(ids, decode)}
 
 
 def _tokens(ids: list[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
