@@ -401,11 +401,11 @@ def test_scores_of_something_else_are_refused(
 ) -> None:
     with opened(policy, vision, vocabulary) as server, connected(server, vocabulary) as client:
         answer = server.score
-        server.score = lambda body: {"scores": list(map(change, answer(body)["scores"]))}  # type: ignore[method-assign]
+        server.score = lambda *asked: {"scores": list(map(change, answer(*asked)["scores"]))}  # type: ignore[method-assign]
         with pytest.raises(ModelError, match=words) as caught:
             client.score(trajectories[:1])
         assert url_of(server) in str(caught.value)
-        server.score = lambda body: {"scores": []}  # type: ignore[method-assign]
+        server.score = lambda *asked: {"scores": []}  # type: ignore[method-assign]
         with pytest.raises(ModelError, match="0 scores for 1"):
             client.score(trajectories[:1])
 
@@ -429,7 +429,7 @@ def test_turns_of_something_else_are_refused(
 ) -> None:
     with opened(policy, vision, vocabulary) as server, connected(server, vocabulary) as client:
         answer = server.generate
-        server.generate = lambda body: change(answer(body))  # type: ignore[method-assign]
+        server.generate = lambda *asked: change(answer(*asked))  # type: ignore[method-assign]
         generator = client.generator(Sampling())
         generator.submit([Request(0, [7, 8, 9], [], 4, (1,))])
         with pytest.raises(ModelError, match=words):
