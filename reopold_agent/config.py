@@ -632,9 +632,7 @@ class ModelsConfig:
     Attributes:
         student, teacher: the checkpoints.
         teachers: in place of ``teacher``, several by name: a path, or the settings of ``teacher``.
-            The name is an environment's, a value of ``teacher_key``, or ``default`` for all others.
-        teacher_key: column of the rows that names the teacher of a task; null: the environment's
-            name does.
+            The name is an environment's, or ``default`` for all others.
         chat_template: a shipped template's name or a Jinja file, in place of the student's own
             template; null keeps that. The teacher scores the same ids, whatever its template.
     """
@@ -642,7 +640,6 @@ class ModelsConfig:
     student: ModelConfig
     teacher: TeacherConfig | None = None
     teachers: dict[str, Any] | None = None
-    teacher_key: str | None = None
     chat_template: str | None = None
 
     @property
@@ -668,11 +665,6 @@ class ModelsConfig:
                     )
                 made[name] = self._itself(each)
             object.__setattr__(self, "teachers", made or None)
-        if self.teacher_key is not None and self.teachers is None:
-            raise ConfigError(
-                f"model.teacher_key={self.teacher_key} chooses among model.teachers, and there are "
-                "none.\nGive model.teachers={VALUE: PATH, ...}, or leave out model.teacher_key."
-            )
         if self.teacher is None:
             return
         teacher = self._itself(self.teacher)

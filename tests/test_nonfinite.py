@@ -406,7 +406,7 @@ def test_fail_saves_what_is_good_and_names_the_cause(
         with pytest.raises(NonFiniteError) as caught:
             train(folder, *RUN)
     first, then = str(caught.value).splitlines()
-    assert first.startswith(f"step 1, task {blamed[0]} (index ")
+    assert first.startswith(f"step 1, task {blamed[0]} (pixel_reasoner, index ")
     assert "the teacher's (transformers, demo:teacher) log-probs are" in first
     assert "on_nonfinite=skip" in then
     # The state before the step is saved, although no checkpoint was due.

@@ -66,7 +66,6 @@ def of(env: str, made: Trajectory) -> Trajectory:
             (NONE, "model.teachers={default: {path: DIR, follow: 0.5}}"),
             r"model\.teachers\.default\.follow: only model\.teacher can follow the student, alone",
         ),
-        (("model.teacher_key=kind",), r"model\.teacher_key=kind chooses among model\.teachers"),
         (
             ("policy.teachers={math: {name: server}}",),
             r"policy\.teachers\.math is for a teacher that model\.teachers lacks\.\nLeave it out",
@@ -252,6 +251,42 @@ def test_a_default_teacher_gives_the_run_of_a_single_one(
         train(tmp_path / "one", *TINY)
         train(tmp_path / "named", *TINY, NONE, "model.teachers={pixel_reasoner: demo:teacher}")
     assert results(tmp_path / "one") == results(tmp_path / "named")
+
+
+def test_a_mixture_s_episodes_are_scored_and_played_by_their_environment_s_teacher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run with two teachers has each one's scores of its environment, and its evaluation."""
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    mixture = ("env=[pixel_reasoner,geometry]", "model=demo", "steps=1", "logging.trajectories=4")
+    small = ("batch.prompts=4", "batch.mini_batch=4", "evaluation.tasks=2", "evaluation.every=0")
+    runs = {
+        "both": (NONE, "model.teachers={geometry: demo:student, default: demo:teacher}"),
+        "pixel_reasoner": ("model.teacher.path=demo:teacher",),
+        "geometry": ("model.teacher.path=demo:student",),
+    }
+    found = {}
+    for name, words in runs.items():
+        with torch.random.fork_rng(devices=[]):
+            train(tmp_path / name, *mixture, *small, *words)
+        found[name] = results(tmp_path / name)
+    both = found["both"]["trajectories.jsonl"]
+    assert {row["env"] for row in both} == {"pixel_reasoner", "geometry"}
+    for place, row in enumerate(both):
+        alone = found[row["env"]]["trajectories.jsonl"][place]
+        assert row["ids"] == alone["ids"]
+        # Batches of other sizes round otherwise.
+        np.testing.assert_allclose(row["teacher_logp"], alone["teacher_logp"], atol=1e-4)
+        other = found["geometry" if row["env"] == "pixel_reasoner" else "pixel_reasoner"]
+        wrong = np.array(other["trajectories.jsonl"][place]["teacher_logp"])
+        assert abs(row["teacher_logp"] - wrong).max() > 0.1
+
+    def taught(name: str, env: str) -> list[dict[str, Any]]:
+        rows = [row for row in found[name]["metrics.jsonl"] if row.get("who") == "teacher"]
+        return [{k: row[k] for k in row if k.startswith(f"env/{env}/")} for row in rows]
+
+    for env in ("pixel_reasoner", "geometry"):
+        assert taught("both", env) == taught(env, env) != []
 
 
 # Commands beside training

@@ -100,6 +100,27 @@ def test_a_teacher_on_the_students_gpus() -> None:
     assert own.gpu_memory_utilization > teacher.gpu_memory_utilization
 
 
+def test_each_teacher_has_servers_of_its_own() -> None:
+    from verl.utils.config import omega_conf_to_dataclass
+
+    theirs = settings(
+        "recipe=paper_agentic",
+        "model.teacher=null",
+        "model.teachers={pixel_reasoner: demo:teacher, default: demo:student}",
+    )
+    teachers = omega_conf_to_dataclass(theirs.distillation).teacher_models
+    assert list(teachers) == ["pixel_reasoner", "default"]
+    found = [Path(each.model_path).name for each in teachers.values()]
+    assert found == ["teacher", "student"]
+    # Each has half of the four GPUs, and all other settings of a single one.
+    assert [each.num_replicas for each in teachers.values()] == [2, 2]
+    (single,) = omega_conf_to_dataclass(
+        settings("recipe=paper_agentic", "model.teacher.path=demo:teacher").distillation
+    ).teacher_models.values()
+    for each in teachers.values():
+        assert each.inference == single.inference
+
+
 def test_every_key_of_verls_distillation_loss_is_set() -> None:
     from verl.workers.config import DistillationLossConfig
 

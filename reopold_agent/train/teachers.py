@@ -1,7 +1,7 @@
 """Says which of a run's teachers teaches which episode.
 
-With ``model.teacher`` there is one. With ``model.teachers`` there is one for each environment (or
-for each value of a column of the rows), of which some may be the same.
+With ``model.teacher`` there is one. With ``model.teachers`` there is one for each environment, of
+which some may be the same.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def check_teachers(config: TrainConfig) -> None:
             f"policy.teachers.{strangers[0]} is for a teacher that model.teachers lacks.\nLeave it "
             f"out, or add model.teachers.{strangers[0]}=PATH."
         )
-    if not teachers or config.model.teacher_key is not None:
+    if not teachers:
         return
     envs = list(config.weights)
     unused = sorted(set(teachers) - {DEFAULT_TEACHER, *envs})
@@ -128,7 +128,7 @@ class Teachers(Generic[T]):
         return found[0] if len(found) == 1 else None
 
     def named(self, name: str) -> T:
-        """Returns that of an environment, or of a value of ``model.teacher_key``.
+        """Returns that of an environment.
 
         Raises:
             ValueError: there is none, which the checks before a run exclude.
