@@ -11,7 +11,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,8 @@ def pair(*overrides: str) -> Iterator[Pair]:
     models = config.model
     student = load_model(ModelSpec(**vars(models.student)), "student", CPU)
     assert models.teacher is not None
-    spec = {k: v for k, v in vars(models.teacher).items() if not k.startswith("follow")}
+    own = {each.name for each in fields(ModelSpec)}
+    spec = {key: value for key, value in vars(models.teacher).items() if key in own}
     teacher = load_model(ModelSpec(**spec), "teacher", CPU)
     chat = ChatRenderer(student.tokenizer)
     runner = RolloutRunner(
