@@ -355,7 +355,7 @@ def compare(case: str, words: Sequence[str], phase: str, layers: int | None = No
         phase: ``update`` or ``old log-probs``.
         layers: fewer layers of decoder and vision tower; None for all.
     """
-    plan = plan_run(words, supported=False)  # LoRA under FSDP too
+    plan = plan_run(words)
     student, updating = plan.student, phase == "update"
     if layers is not None:
         student = _with_layers(student, layers)

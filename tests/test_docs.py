@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -506,6 +507,25 @@ def test_one_gpu_says_what_the_plan_says() -> None:
         found = re.search(row, page)
         assert found is not None, row
         assert (found[1], found[2]) == (f"{most / 2**30:.1f}", f"{plan.gpu.memory / 2**30:.1f}")
+
+
+def test_one_gpu_says_what_lora_under_verl_needs() -> None:
+    from reopold_agent.plan.compose import plan_run
+
+    page = " ".join((ROOT / "docs" / "one_gpu.md").read_text("utf-8").split())
+    lora = "'model.student.lora={r: 32, lora_alpha: 64, target_modules: all-linear}'"
+    words = f"{lora} model.student.dtype=bfloat16 optimizer.lr=1e-5"
+    assert f"`{words}`" in page
+    two = ["recipe=paper_agentic", "engine.gpus_per_node=2", "engine.teacher_gpus_per_node=0"]
+    for run, where in (
+        ([*two, "gpu=l40s"], "on 2 x 48 GB"),
+        (["recipe=agentic_1x80gb", "engine.offload=false"], "For other GPUs"),
+    ):
+        plan = plan_run([*run, *shlex.split(words)])
+        assert plan.fits
+        most = max(sum(p.values()) for role in plan.memory for p in dict(role.phases).values())
+        hours = plan.gpu_hours / plan.layout.gpus
+        assert re.search(rf"{most / 2**30:.1f} GiB and {hours:.1f} hours\S* {where}", page)
 
 
 def test_eight_gpus_from_zero_says_what_the_plan_says() -> None:

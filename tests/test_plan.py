@@ -126,7 +126,7 @@ def test_what_a_plan_proposes_the_engine_takes(words: list[str], changed: str) -
     ("words", "said"),
     [
         ("recipe=paper_agentic objective=gkd", "objective=gkd needs more"),
-        ("recipe=paper_agentic 'model.student.lora={r: 16}'", "LoRA"),
+        ("recipe=paper_agentic 'model.student.lora={r: 16, use_dora: true}'", "plain LoRA"),
         (
             "recipe=paper_agentic gpus=1 engine.student_server.tensor_parallel=2",
             "tensor_parallel=2 does not divide the 1 GPUs",

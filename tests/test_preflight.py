@@ -505,7 +505,7 @@ def test_under_verl_it_plays_here(
     ("word", "told"),
     [
         ("objective=gkd", "objective=gkd needs more"),
-        ("model.student.lora={r: 8}", "engine=verl trains all weights"),
+        ("model.student.lora={r: 8, use_dora: true}", "engine=verl trains plain LoRA"),
         ("engine.teacher_gpus_per_node=2", "leaves no GPU for the student"),
         ("+engine.overrides={algorithm.gamma: 0.5}", "'algorithm.gamma' would not act"),
     ],

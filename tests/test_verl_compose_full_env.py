@@ -16,7 +16,12 @@ from reopold_agent.objectives import Reopold
 from reopold_agent.policies.attention import IMPLEMENTATION, installed_kernels
 from reopold_agent.train.engine import needs_teacher, run_objective
 from reopold_agent.train.verl import engine as verl_engine
-from reopold_agent.train.verl.compose import check_supported, verl_config
+from reopold_agent.train.verl.compose import (
+    FROZEN_DTYPE,
+    LORA_SETTINGS,
+    check_supported,
+    verl_config,
+)
 from reopold_agent.train.verl.engine import VerlEngine
 from reopold_agent.train.verl.overrides import INSTEAD
 
@@ -159,6 +164,27 @@ def test_servers_expect_pictures_of_the_size_that_they_get() -> None:
         assert arguments.limit_mm_per_prompt == {"video": 0}
 
 
+def test_verl_trains_an_adapter_beside_frozen_weights() -> None:
+    from verl.utils.config import omega_conf_to_dataclass
+
+    def parts(*words: str) -> tuple[Any, Any]:
+        theirs = settings("recipe=paper_agentic", *words).actor_rollout_ref
+        return theirs.model, omega_conf_to_dataclass(theirs.actor)
+
+    lora = {"r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    words = "model.student.lora={r: 4, lora_dropout: 0.1, target_modules: all-linear}"
+    model, actor = parts(words, "model.student.dtype=bfloat16")
+    # Merged: servers know no adapter.
+    assert model.lora == {"merge": True, LORA_SETTINGS: lora, FROZEN_DTYPE: "bfloat16"}
+    assert model.lora_rank == 4
+    assert actor.checkpoint.save_lora_only
+    assert "hf_model" not in actor.checkpoint.save_contents
+    model, actor = parts("model.student.dtype=bfloat16")
+    assert model.lora_rank == 0
+    assert not actor.checkpoint.save_lora_only
+    assert "hf_model" in actor.checkpoint.save_contents
+
+
 def test_the_tokens_of_a_pass_are_those_of_the_settings() -> None:
     words = ["engine.max_tokens_per_micro_batch=5000", "engine.max_tokens_per_pass=6000"]
     theirs = settings("recipe=paper_agentic", *words).actor_rollout_ref
@@ -230,7 +256,7 @@ def test_the_keys_of_verl_that_nothing_reads_exist() -> None:
         (["engine.old_logp=rollout"], "engine.old_logp=recompute"),
         (["model.student.attention=eager"], "=eager pads rows, and this run packs them"),
         (["policy=vllm"], "starts vLLM servers for both roles"),
-        (["model.student.lora={r: 8}"], "For LoRA use engine=local"),
+        (["model.student.lora={r: 8, bias: all}"], r"not model\.student\.lora\.bias=all"),
         (
             ["model.teacher.follow=0.9", "model.teacher.dtype=float32"],
             "does not support model.teacher.follow",

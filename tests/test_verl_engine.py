@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,9 @@ from reopold_agent.errors import (
     StorageError,
 )
 from reopold_agent.objectives import Reopold, TokenBatch
+from reopold_agent.policies import loading
+from reopold_agent.policies.loading import ModelSpec
+from reopold_agent.policies.lora import with_adapter
 from reopold_agent.train.collect import step_episodes
 from reopold_agent.train.data_order import TaskOrder
 from reopold_agent.train.interrupts import Interrupts
@@ -45,6 +49,7 @@ from reopold_agent.train.verl.client import (
     VerlPolicy,
     aligned_scores,
 )
+from reopold_agent.train.verl.compose import check_adapter
 from reopold_agent.train.verl.engine import VerlEngine
 from reopold_agent.train.verl.follow import Follower
 from reopold_agent.train.verl.overrides import check_overrides
@@ -161,6 +166,7 @@ def test_teacher_scores_are_checked_and_shifted() -> None:
         ({"actor_rollout_ref.rollout.temperature": 0.7}, "Set sampling.* instead."),
         ({"trainer.test_freq": 5}, "Set evaluation.* instead."),
         ({"actor_rollout_ref.model.use_remove_padding": True}, "Set engine.packed instead."),
+        ({"actor_rollout_ref.model.lora_rank": 8}, "Set model.student.lora instead."),
         (
             {"actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": 2},
             "Set rollout.max_response_tokens, ",
@@ -180,7 +186,9 @@ def test_verls_settings_that_would_not_act_are_refused(
 
 UNSUPPORTED = [
     (["objective=gkd"], "Use engine=local."),
-    (["model.student.lora={r: 8}"], "For LoRA use engine=local."),
+    (["model.student.lora={r: 8, use_dora: true}"], "Leave it out (there are r, lora_alpha, "),
+    (["model.student.lora={r: 8, modules_to_save: [norm]}"], "Leave it out (there are r, "),
+    (["model.student.lora={r: 8, init_lora_weights: pissa}"], "Leave it out (there are r, "),
     (["engine.attention=flash_attention_2"], "Use engine.attention=auto, which takes sdpa there."),
     (["engine.teacher_gpus_per_node=2"], "Raise the first or lower the second; "),
     (["engine.student_server.tensor_parallel=3"], "Choose a divisor of 1, or another "),
@@ -218,6 +226,36 @@ def test_what_it_cannot_do_is_told_without_verl(
     lines = str(caught.value).splitlines()
     assert len(lines) == 2
     assert lines[1].startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("student", "lora", "told"),
+    [
+        ("arithmetic_student", {"target_modules": ["nothing_like_it"]}, "nothing_like_it"),
+        ("arithmetic_student", {"target_modules": ["lm_head"]}, "must not cover the output emb"),
+        ("student", {"target_modules": ["embed_tokens"]}, "Leave embed_tokens out"),
+        ("student", {"target_modules": "all-linear", "r": 8}, ""),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_told_without_weights(
+    student: str, lora: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.setattr(loading, "load_model", None)
+    specs = {"student": ModelSpec(f"demo:{student}", lora=lora)}
+    with pytest.raises(ModelError, match=told) if told else nullcontext():
+        VerlEngine._check_models(specs)
+
+
+def test_an_adapter_of_a_separate_input_embedding_is_refused(make_model: Any) -> None:
+    pytest.importorskip("peft")
+    model = make_model()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with pytest.raises(ConfigError) as caught:
+        check_adapter(with_adapter(model, {"target_modules": ["embed_tokens"]}))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2
+    assert lines[1].startswith("Leave embed_tokens out of model.student.lora.target_modules")
 
 
 @pytest.mark.parametrize("seeded", [False, True])

@@ -20,11 +20,13 @@ from families import tiny_config, tiny_model
 from running import environment
 from step_rows import rows_of, update_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from verl_ranks import OBJECTIVE, Case, importance_weights
+from verl_ranks import EPS, OBJECTIVE, RATE, SEED, Case, importance_weights
 
 from reopold_agent.config import OptimizerConfig
+from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.train.update import Updater
+from reopold_agent.train.verl.checkpoints import ADAPTER
 from reopold_agent.types import EncodedImage, Trajectory
 
 pytestmark = [pytest.mark.full_env, pytest.mark.timeout(300)]
@@ -83,7 +85,15 @@ def cases(
     lengths = [len(t.ids) for each in rows.values() for part in each for t in part]
     # Several micro-batches on each rank; single rows are longer than what is allowed.
     tokens = max(lengths) - 5
-    return [Case(name, folder / name, each, tokens) for name, each in rows.items()]
+    made = [Case(name, folder / name, each, tokens) for name, each in rows.items()]
+    return made + [
+        Case(f"{name}, LoRA", folder / name, rows[name], tokens, lora, dtype)
+        for name, lora, dtype in (
+            # Also in the vision tower's merger, which is outside of all layers.
+            ("pictures", {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}, "bfloat16"),
+            ("text", {"r": 3, "target_modules": ["q_proj", "down_proj"]}, "float32"),
+        )
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -125,24 +135,101 @@ def test_the_export_is_a_checkpoint(
     index: int, cases: list[Case], models: dict[str, Any], results: dict[str, Any]
 ) -> None:
     """Made while the model has an attention that transformers does not know."""
-    exported = cases[index].model.with_suffix(".saved") / "huggingface"
+    exported = cases[index].saved / "huggingface"
     kind = type(models[cases[index].name])
     loaded = kind.from_pretrained(exported, dtype=torch.float32)
     for name, value in models[cases[index].name].state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
 
-@pytest.fixture(params=[0, 1, 2])
+def adapted(case: Case, saved: Path | None) -> Any:
+    """The local engine's student with an adapter, in float32; a new adapter without ``saved``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        spec = ModelSpec(str(case.model), lora=case.lora, dtype=case.dtype)
+        model = load_model(spec, "student", torch.device("cpu"), saved=saved).adapter.model
+    return model.float().eval()
+
+
+@pytest.fixture(params=[3, 4], ids=["pictures", "text"])
+def adapter(request: pytest.FixtureRequest, cases: list[Case]) -> Case:
+    return cases[request.param]
+
+
+def test_the_first_update_of_an_adapter_is_the_local_engines(
+    adapter: Case, make_policy: Callable[..., TransformersPolicy], results: dict[str, Any]
+) -> None:
+    """With its random start, which the run's seed decides."""
+    model = adapted(adapter, None)
+    start = {name: value.clone() for name, value in model.named_parameters()}
+    made_update(make_policy(model), adapter, RATE)
+    saved = dict(adapted(adapter, adapter.saved / ADAPTER).named_parameters())
+    moved = set()
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(saved[name], value, atol=1e-6, rtol=1e-4, msg=name)
+        if not torch.equal(value, start[name]):
+            moved.add(name)
+    assert moved == {name for name in start if "lora_B" in name}
+
+
+def test_servers_get_the_merged_weights(
+    adapter: Case, make_policy: Callable[..., TransformersPolicy], results: dict[str, Any]
+) -> None:
+    merged = adapted(adapter, adapter.saved / ADAPTER).merge_and_unload()
+    expected = dict(merged.named_parameters())
+    for rank, found in enumerate(results[adapter.name]):
+        assert found["sent"].keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found["sent"][name], value, atol=1e-6, rtol=0, msg=name)
+        merged.load_state_dict(found["sent"], strict=False)
+        for t, score, theirs in zip(
+            adapter.rows[rank],
+            make_policy(merged).score(adapter.rows[rank]),
+            found[True]["log_probs"],
+            strict=True,
+        ):
+            np.testing.assert_allclose(np.roll(theirs.numpy(), 1), score.logp, atol=1e-5)
+            assert t.loss_mask.any()
+
+
+def test_a_checkpoint_holds_the_adapter_only_and_brings_it_back(
+    adapter: Case, results: dict[str, Any]
+) -> None:
+    for rank, found in enumerate(results[adapter.name]):
+        file = adapter.saved / f"model_world_size_{WORLD}_rank_{rank}.pt"
+        kept = torch.load(file, weights_only=False)
+        assert kept
+        assert all("lora_" in name for name in kept)
+        for again, before in zip(found["loaded"], found[True]["log_probs"], strict=True):
+            torch.testing.assert_close(again, before, rtol=0, atol=0)
+    assert not list((adapter.saved / "huggingface").glob("*.safetensors"))
+
+
+@pytest.fixture(params=[0, 1, 2, 3, 4])
 def case(request: pytest.FixtureRequest, cases: list[Case]) -> Case:
     return cases[request.param]
 
 
 @pytest.fixture
 def policy(
-    case: Case, models: dict[str, Any], make_policy: Callable[..., TransformersPolicy]
+    case: Case,
+    models: dict[str, Any],
+    results: dict[str, Any],
+    make_policy: Callable[..., TransformersPolicy],
 ) -> TransformersPolicy:
     """The local engine's, of the case's model."""
-    return make_policy(models[case.name])
+    own = case.lora is None
+    return make_policy(models[case.name] if own else adapted(case, case.saved / ADAPTER))
+
+
+def made_update(policy: TransformersPolicy, case: Case, lr: float) -> None:
+    """One update of the local engine on the rows of all ranks, without clipping."""
+    settings = OptimizerConfig(lr=lr, weight_decay=0.0, max_grad_norm=1e9, eps=EPS)
+    updater = Updater(policy, OBJECTIVE, settings, max_tokens=4096)
+    rows = rows_of([t for part in case.rows for t in part])
+    for row in rows:
+        row.weight = importance_weights(row.trajectory)
+    update_rows(updater, [rows], 0)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -163,13 +250,7 @@ def test_scores_are_the_local_engines(
 def test_gradients_are_the_local_engines(
     packed: bool, case: Case, policy: TransformersPolicy, results: dict[str, Any]
 ) -> None:
-    # Only the gradients matter: no clipping, and steps too small to change a weight.
-    settings = OptimizerConfig(lr=1e-30, beta1=0.9, beta2=0.95, weight_decay=0.0, max_grad_norm=1e9)
-    updater = Updater(policy, OBJECTIVE, settings, max_tokens=4096)
-    rows = rows_of([t for part in case.rows for t in part])
-    for row in rows:
-        row.weight = importance_weights(row.trajectory)
-    update_rows(updater, [rows], 0)
+    made_update(policy, case, 1e-30)  # only the gradients matter, not the step
     named = policy.adapter.model.named_parameters()
     expected = {name: p.grad for name, p in named if p.grad is not None}
     largest = max(float(gradient.abs().max()) for gradient in expected.values())

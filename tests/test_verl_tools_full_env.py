@@ -1,4 +1,4 @@
-"""Another package's tools under the distributed engine, with one GPU for student and teacher.
+"""Another package's tools and a LoRA adapter under verl, with one GPU for student and teacher.
 
 The tools run in worker processes, without being asked. The plugin's tool reads the run's secrets,
 writes where it must not, and now and then ends its own process; the run completes. The teacher's
@@ -15,15 +15,19 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from recorded import policy, trajectory
 
-from reopold_agent.policies.loading import ModelSpec, load_model
+from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model
 from reopold_agent.tracking.metrics import read_json_lines
 from reopold_agent.train.data_order import TaskOrder
+from reopold_agent.train.export.export import export
+from reopold_agent.train.verl.checkpoints import ADAPTER
 
 pytestmark = [pytest.mark.full_env, pytest.mark.timeout(1200)]
 
@@ -31,6 +35,7 @@ pytest.importorskip("verl", reason="needs the full environment")
 pytest.importorskip("vllm", reason="needs the full environment")
 
 STEPS, PROMPTS, SAMPLES = 2, 8, 4
+LORA = "{r: 8, lora_alpha: 32, target_modules: all-linear}"
 
 # As the embedded student knows the tool: its name, words and arguments.
 PLUGIN = """
@@ -93,6 +98,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "rollout.max_turns=3"),
         *("rollout.max_response_tokens=1024", "evaluation.tasks=2", "evaluation.every=0"),
         *("logging.trajectories=100", "tracking=tensorboard", f"hydra.run.dir={root / 'run'}"),
+        *(f"model.student.lora={LORA}", "checkpoint.every=1"),
+        *("optimizer.lr=0.001", "checkpoint.keep=10"),
     ]
     variables = {"PYTHONPATH": str(root / "site"), "SPOIL": str(spoil), "SPIED_API_KEY": "s3cret"}
     process = subprocess.Popen(
@@ -169,6 +176,47 @@ def test_a_mixture_has_its_draws_rules_and_loss(run: tuple[Path, Path, str]) -> 
             parts = [row["env/spied/success"], row["env/geometry/success"]]
             assert row["success"] == np.mean(parts)
             assert row["n"] == 4
+
+
+def adapted(folder: Path, step: int) -> LoadedModel:
+    """The local engine's student with the adapter of a checkpoint."""
+    saved = folder / f"checkpoints/global_step_{step}/actor" / ADAPTER
+    spec = ModelSpec("demo:student", lora=yaml.safe_load(LORA))
+    return load_model(spec, "student", torch.device("cpu"), saved=saved)
+
+
+def test_servers_generate_with_the_adapter_of_the_last_update(
+    run: tuple[Path, Path, str],
+) -> None:
+    folder, _, _ = run
+    base = load_model(ModelSpec("demo:student"), "student", torch.device("cpu"))
+    student = adapted(folder, 1)
+    records = read_json_lines(folder / "trajectories.jsonl")
+    played = [trajectory(r, folder, student) for r in records if r["step"] == 1]
+    moved = 0.0
+    for t, own, before in zip(
+        played, policy(student).score(played), policy(base).score(played), strict=True
+    ):
+        np.testing.assert_allclose(t.logp, own.logp, atol=1e-3)
+        moved = max(moved, float(np.abs(own.logp - before.logp).max()))
+    assert moved > 0.1
+    rows = read_json_lines(folder / "metrics.jsonl")
+    assert all(row["sync/logp_gap_max"] < 1e-3 for row in rows if row["kind"] == "train")
+
+
+def test_the_final_model_has_the_adapter_merged(
+    run: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    folder, _, _ = run
+    assert export(folder, tmp_path / "out", "float32")
+    cpu = torch.device("cpu")
+    expected: Any = adapted(folder, STEPS).adapter.model
+    expected = expected.merge_and_unload().state_dict()
+    for written in (folder / "final", tmp_path / "out"):
+        found = load_model(ModelSpec(str(written)), "student", cpu).adapter.model.state_dict()
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-6, rtol=0, msg=name)
 
 
 def test_the_tracker_has_the_rows_of_the_run(run: tuple[Path, Path, str]) -> None:

@@ -25,11 +25,12 @@ from reopold_agent.errors import (
     NonFiniteError,
     ServerStalledError,
 )
+from reopold_agent.policies.lora import merged_weights
 from reopold_agent.policies.vllm.engine import VllmEngine, make_engine
 from reopold_agent.policies.vllm.policy import VllmPolicy
 from reopold_agent.policies.vllm.requests import prompt_of
 from reopold_agent.policies.vllm.settings import VllmSettings, engine_arguments, start_environment
-from reopold_agent.policies.vllm.sync import merged_weights, written_weights
+from reopold_agent.policies.vllm.sync import written_weights
 from reopold_agent.policies.vllm.worker import WorkerExtension
 from reopold_agent.types import Completion, Request, Sampling
 

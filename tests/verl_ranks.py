@@ -24,22 +24,40 @@ from reopold_agent.types import FloatArray, Trajectory
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint's folder, each rank's rows, and the tokens of a micro-batch."""
+    """A checkpoint's folder, each rank's rows, the tokens of a micro-batch, and an adapter."""
 
     name: str
     model: Path
     rows: list[list[Trajectory]]
     tokens: int
+    lora: dict[str, Any] | None = None
+    dtype: str = "float32"
+
+    @property
+    def saved(self) -> Path:
+        """Where the ranks save the model."""
+        return self.model.with_name(f"{self.name}.saved")
 
 
 OBJECTIVE = Reopold(switch_step=1)
+SEED = 7
+"""Of a new adapter."""
+
+RATE, EPS = 0.1, 0.1
+"""AdamW's, for the adapter's first update: without a large ``eps`` only a gradient's sign counts,
+which for many is that of a rounding error."""
 
 
-def run(case: Case, rank: int) -> dict[bool, dict[str, Any]]:
-    """Returns by packed or not: log-probs and entropies of this rank's rows, gradients of all."""
+def run(case: Case, rank: int) -> dict[Any, Any]:
+    """Returns by packed or not: log-probs and entropies of this rank's rows, gradients of all.
+
+    An adapter has made one update before. With it come ``sent``, the weights for servers, and
+    ``loaded``, the log-probs after its weights were changed and loaded from the checkpoint.
+    """
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 
+    from reopold_agent.train.verl.compose import verl_lora
     from reopold_agent.train.verl.loss import ObjectiveLoss
     from reopold_agent.train.verl.training import FsdpEngine
 
@@ -49,22 +67,47 @@ def run(case: Case, rank: int) -> dict[bool, dict[str, Any]]:
             path=str(case.model),
             override_config={"attn_implementation": IMPLEMENTATION + "sdpa"},
             use_remove_padding=True,
+            **verl_lora(case.lora, case.dtype),
         ),
         FSDPEngineConfig(
-            strategy="fsdp2", model_dtype="fp32", mixed_precision=kinds, use_torch_compile=False
+            strategy="fsdp2",
+            model_dtype="fp32",
+            mixed_precision=kinds,
+            use_torch_compile=False,
+            seed=SEED,
         ),
-        FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
-        CheckpointConfig(save_contents=["model", "hf_model"]),
+        FSDPOptimizerConfig(
+            lr=RATE,
+            weight_decay=0.0,
+            clip_grad=1e9,
+            total_training_steps=10,
+            override_optimizer_config={"eps": EPS},
+        ),
+        CheckpointConfig(
+            save_contents=["model", "optimizer", "extra"] if case.lora else ["model", "hf_model"],
+            load_contents=["model", "optimizer", "extra"] if case.lora else ["model"],
+            save_lora_only=case.lora is not None,
+        ),
     )
     engine.initialize()
-    found = {}
-    for packed in (False, True):
+    if case.lora is not None:
+        with engine.train_mode():
+            engine.optimizer_zero_grad()
+            loss = ObjectiveLoss(OBJECTIVE, weighted=True)
+            engine.forward_backward_batch(batch(case, rank, packed=True), loss)
+            engine.optimizer_step()
+    found: dict[Any, Any] = {}
+
+    def scores(packed: bool) -> dict[str, list[torch.Tensor]]:
         with engine.eval_mode():
             output = engine.infer_batch(batch(case, rank, packed, calculate_entropy=True))
-        scored = {
+        return {
             name: [row.clone() for row in output["model_output"][name].unbind()]
             for name in ("log_probs", "entropy")
         }
+
+    for packed in (False, True):
+        scored = scores(packed)
         with engine.train_mode():
             engine.optimizer_zero_grad()
             engine.forward_backward_batch(
@@ -73,10 +116,21 @@ def run(case: Case, rank: int) -> dict[bool, dict[str, Any]]:
             gradients = {
                 name: parameter.grad.full_tensor().clone()
                 for name, parameter in engine.module.named_parameters()
+                if parameter.grad is not None
             }
         found[packed] = {**scored, "gradients": gradients}
         # Also between the passes: afterwards the model must compute as before.
-        engine.save_checkpoint(str(case.model.with_suffix(".saved")))
+        engine.save_checkpoint(str(case.saved))
+    if case.lora is not None:
+        weights, told = engine.get_per_tensor_param(layered_summon=False, base_sync_done=True)
+        assert told is None
+        found["sent"] = {name: value.clone() for name, value in weights}
+        with torch.no_grad():
+            for parameter in engine.module.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(3.0)
+        engine.load_checkpoint(str(case.saved))
+        found["loaded"] = scores(packed=True)["log_probs"]
     return found
 
 

@@ -169,8 +169,8 @@ def disks(
 def checkpoint_bytes(config: TrainConfig, student: Architecture) -> float:
     """Returns the disk that a run needs at most: kept and next checkpoints, and the final model.
 
-    A checkpoint holds the weights, and AdamW's two float32 moments of trained weights; verl's also
-    holds the weights in Hugging Face layout.
+    A checkpoint holds the weights (of LoRA the adapter's), and AdamW's two float32 moments of
+    trained weights; verl's holds the weights in Hugging Face layout, too.
     """
     spec = config.model.student
     width = 4 if spec.dtype == "float32" else 2
@@ -178,7 +178,7 @@ def checkpoint_bytes(config: TrainConfig, student: Architecture) -> float:
     trained = 1.0 if spec.lora is None else 0.02  # an adapter of rank 64 has less
     saved = weights if spec.lora is None else 0.02 * weights
     if config.engine.name == "verl":
-        saved = 2 * weights
+        saved *= 2
     teacher = config.model.teacher
     follows = teacher is not None and teacher.follow is not None
     each = saved + 8 * trained * student.parameters + (weights if follows else 0)

@@ -105,15 +105,16 @@ def _remedy(config: TrainConfig, layout: Layout, role: GpuMemory, phase: str, la
         if phase == "update" and not config.model.student.gradient_checkpointing:
             words.insert(0, "model.student.gradient_checkpointing=true, or lower")
         return f"Lower {' or '.join(words)}."
-    if local:
-        ways = [
-            "engine=verl over several GPUs",
-            "LoRA ('model.student.lora={r: 16, lora_alpha: 32, target_modules: all-linear}')",
-        ]
-        if "teacher" in role.phases[phase]:
-            ways.append("a teacher on another machine (policy=server)")
-        return f"Use {', or '.join(ways)}."
-    return f"Use more GPUs than these {role.gpus} for the student (engine.gpus_per_node, nodes)."
+    ways = ["engine=verl over several GPUs"]
+    if not local:
+        ways = [f"more GPUs than these {role.gpus} for the student (engine.gpus_per_node, nodes)"]
+    if config.model.student.lora is None:
+        ways.append(
+            "LoRA ('model.student.lora={r: 16, lora_alpha: 32, target_modules: all-linear}')"
+        )
+    if local and "teacher" in role.phases[phase]:
+        ways.append("a teacher on another machine (policy=server)")
+    return f"Use {', or '.join(ways)}."
 
 
 def _more_gpus(config: TrainConfig, layout: Layout, role: str) -> str:

@@ -38,9 +38,10 @@ _SMALLER: tuple[tuple[tuple[str, ...], str], ...] = (
     (("engine.offload=true",), "the trainer's state moves to the CPU and back in each step"),
     (("engine.max_prompt_tokens=4096",), "tasks with longer prompts are left out"),
     (
-        ("engine=local", _LORA, "model.student.dtype=bfloat16", "optimizer.lr=1e-5"),
-        "an adapter is trained in place of all weights, and one process on one GPU does everything",
+        (_LORA, "model.student.dtype=bfloat16", "optimizer.lr=1e-5"),
+        "an adapter is trained in place of all weights",
     ),
+    (("engine=local",), "one process on one GPU does everything"),
     (("policy=server",), "the teacher is on another machine (policy.teacher.urls=[...])"),
 )
 """Settings that take less memory, and what each costs, in the order in which they are tried."""
@@ -86,13 +87,12 @@ def _whole(count: float) -> bool:
     return count >= 1 and count == int(count)
 
 
-def plan_run(words: Sequence[str], gpu: Gpu | None = None, *, supported: bool = True) -> Plan:
+def plan_run(words: Sequence[str], gpu: Gpu | None = None) -> Plan:
     """Makes the plan of a command line.
 
     Args:
         words: arguments ``key=value`` of the command.
         gpu: the GPU, in place of the one in ``words``.
-        supported: refuse what the engine refuses; without it the parts of a plan can be compared.
 
     Raises:
         ConfigError: a setting is wrong or not supported, or a checkpoint's shapes are not known.
@@ -101,7 +101,7 @@ def plan_run(words: Sequence[str], gpu: Gpu | None = None, *, supported: bool = 
     numbers, names, rest = split_words(words)
     config = compose_run(rest)
     check_hardware(words, config)
-    if supported and config.engine.name == "verl":
+    if config.engine.name == "verl":
         _check_supported(config)
     names.setdefault("gpu", RECIPE_GPUS.get(recipe_of(rest), _GPU))
     if "gpus" in numbers and config.engine.name == "verl":
@@ -199,10 +199,9 @@ def _proposals(
         idle = [f"GPUs without work: {gpus - count} of {gpus}"] if count < gpus else []
         costs = []
         for words, cost in (((), ""), *_SMALLER[:local]):
-            new = {key_of(word): word for word in words if key_of(word) not in chosen}
-            if words and not new:
+            if words and key_of(words[0]) in chosen:
                 continue
-            changes |= new
+            changes |= {key_of(word): word for word in words if key_of(word) not in chosen}
             costs += [cost] if cost else []
             given = division | changes
             lower = _lower_parallel(compose_run([*rest, *given.values()]), chosen)

@@ -240,8 +240,7 @@ def _seconds(
     )
     sync = switch = 0.0
     if layout.schedule != "local":
-        moved = student.parameters if not config.model.student.lora else 0.0
-        sync = SYNC_SECONDS + width * moved / SYNC_BANDWIDTH
+        sync = SYNC_SECONDS + width * student.parameters / SYNC_BANDWIDTH
         switch = 2 * SWITCH_SECONDS
         if layout.schedule == "shared" and teacher is not None:
             copied = 2 * teacher.parameters / layout.teacher_server_gpus
@@ -291,14 +290,15 @@ def trainer_memory(config: TrainConfig, layout: Layout, student: Architecture) -
     """Returns how a run's trainer divides memory and computes."""
     engine, spec = config.engine, config.model.student
     local = layout.schedule == "local"
+    adapts = spec.lora is not None
     trained = _adapter_parameters(spec.lora, student) if spec.lora else student.parameters
     return TrainerMemory(
         ranks=1 if local else layout.student,
         sharded=not local,
         compute_bytes=_compute_bytes(config),
-        master_bytes=4 if spec.dtype == "float32" or not local else 2,
+        master_bytes=4 if spec.dtype == "float32" or not (local or adapts) else 2,
         trained=trained,
-        adapters=spec.lora is not None,
+        adapters=adapts,
         checkpointing=spec.gradient_checkpointing,
         dense_mask=not is_packed(config),
         offload=engine.offload and not local,
@@ -345,7 +345,7 @@ def _memory(
         both = {name: {**parts, **held} for name, parts in phases.items()}
         return (GpuMemory("student and teacher", 1, both),)
     shares = layout.schedule == "shared" and teacher is not None
-    share, width = config.engine.student_server.memory_share, _compute_bytes(config)
+    share = config.engine.student_server.memory_share
     awake = _server_parts(student, share * gpu.memory, server.gpus)
     asleep = {"sleeping servers": SLEEPING_SERVER * (1 + shares)}
     beside = {"sleeping servers": SLEEPING_SERVER} if shares else {}
@@ -357,13 +357,13 @@ def _memory(
             **resident,
             **beside,
             "server weights": awake["server weights"],
-            # the tensor that is gathered, in float32, and the bucket that the server reads
+            # the tensor that is gathered, and the bucket that the server reads
             "buffers": trainer.master_bytes * student.text.vocab * student.text.hidden
             + SYNC_BUCKET,
         },
     }
-    if config.model.student.lora is not None:
-        phases["sync"]["buffers"] = width * trainer.trained
+    if trainer.adapters and trainer.offload:  # merging needs all weights at once
+        phases["sync"] |= trainer.weights(student)
     if teacher is None:
         return (GpuMemory("student", layout.student, phases),)
     budget = teacher_share(config, layout.schedule) * gpu.memory

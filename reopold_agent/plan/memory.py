@@ -74,6 +74,10 @@ class TrainerMemory:
         """Returns the bytes held between updates: weights, and AdamW's two float32 moments."""
         return {} if self.offload else self._state(model)
 
+    def weights(self, model: Architecture) -> dict[str, float]:
+        """Returns the bytes of the weights of one rank."""
+        return {"weights": self.master_bytes * model.parameters / self.ranks}
+
     def scoring(self, model: Architecture, largest: Pass, pictures: float) -> dict[str, float]:
         """Returns the bytes held in a pass for the old log-probs.
 
@@ -85,7 +89,7 @@ class TrainerMemory:
         text, width = model.text, self.compute_bytes
         held = self.resident(model)
         if self.offload:
-            held = {"weights": self.master_bytes * model.parameters / self.ranks}
+            held = self.weights(model)
         live = 4 * text.hidden + 3 * text.mlp
         seen = 0.0
         if model.vision is not None:
@@ -139,7 +143,7 @@ class TrainerMemory:
 
     def _state(self, model: Architecture) -> dict[str, float]:
         return {
-            "weights": self.master_bytes * model.parameters / self.ranks,
+            **self.weights(model),
             "optimizer": 8 * self.trained / self.ranks,
         }
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reopold_agent.errors import ModelError
 from reopold_agent.policies.attention import attends_by_rows
+from reopold_agent.policies.lora import without_adapter
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.types import EncodedImage, IntArray
 
@@ -44,8 +45,7 @@ class ModelAdapter:
         self._autocast = autocast
         self.vision = vision
         self.image_token_id = image_token_id
-        wrapped: Any = model
-        base: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
+        base = without_adapter(model)
         self._body: Any = base.model
         self._multimodal_positions = hasattr(base.model, "get_rope_index")
         self.text_config: Any = base.config.get_text_config()

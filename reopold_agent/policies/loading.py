@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,6 @@ from transformers.utils.hub import cached_file
 from reopold_agent.config import ModelsConfig, model_key
 from reopold_agent.errors import (
     ConfigError,
-    MissingExtraError,
     ModelError,
     VocabularyMismatchError,
     first_line,
@@ -38,7 +36,7 @@ from reopold_agent.errors import (
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.architecture import FAMILIES, OWN_CODE, Family, unknown_family
 from reopold_agent.policies.attention import attend_by_rows
-from reopold_agent.policies.merging import merge_adapter
+from reopold_agent.policies.lora import merge_adapter, with_adapter
 from reopold_agent.policies.templates import ChatTemplate, chat_template
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
@@ -355,12 +353,10 @@ def load_model(
     """
     check_attention(spec.attention, role, kernel)
     processing = load_processing(spec, role, saved=saved)
-    has_vision = processing.vision is not None
     path = _weights_path(spec, saved)
     hf_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # the run has its own
-    model_class: Any = AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
     try:
-        model, report = model_class.from_pretrained(
+        model, report = _model_class(processing).from_pretrained(
             path,
             revision=spec.revision,
             trust_remote_code=spec.trust_remote_code,
@@ -380,7 +376,7 @@ def load_model(
     if kernel is not None:
         attend_by_rows(model, kernel)
     if spec.lora is not None:
-        model = _with_lora(model, spec.lora, saved)
+        model = with_adapter(model, spec.lora, saved)
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # Only the reentrant kind needs inputs with gradients. With them a frozen vision tower would
@@ -399,6 +395,27 @@ def load_model(
             + ("attention=eager." if role == "model" else "engine.packed=false.")
         )
     return LoadedModel(**vars(processing), adapter=adapter)
+
+
+def _model_class(processing: Processing) -> Any:
+    """Returns the class with which transformers loads a checkpoint."""
+    has_vision = processing.vision is not None
+    return AutoModelForImageTextToText if has_vision else AutoModelForCausalLM
+
+
+def without_weights(processing: Processing) -> Any:
+    """Returns the model, with its LoRA adapter if it has one, without memory for weights.
+
+    Raises:
+        MissingExtraError: peft is not installed.
+        ModelError: the adapter does not fit the model.
+    """
+    spec = processing.spec
+    with torch.device("meta"):
+        model = _model_class(processing).from_config(
+            processing.config, trust_remote_code=spec.trust_remote_code
+        )
+        return model if spec.lora is None else with_adapter(model, spec.lora)
 
 
 def check_attention(attention: str, role: str, kernel: str | None) -> None:
@@ -591,24 +608,3 @@ def _check_folder(folder: Path, role: str, weights: bool) -> None:
                 f"the {role}'s folder '{folder}' lacks {len(absent)} of {len(shards)} weight "
                 f"files, the first is {absent[0]}; the download is incomplete"
             )
-
-
-def _with_lora(model: Any, settings: Mapping[str, Any], saved: Path | None) -> Any:
-    try:
-        from peft import LoraConfig, PeftModel, get_peft_model
-    except ImportError as error:
-        raise MissingExtraError("peft", "lora", "model.student.lora") from error
-    if saved is not None:
-        try:
-            return PeftModel.from_pretrained(model, str(saved), is_trainable=True)
-        except (*_UNREADABLE, UnpicklingError) as error:
-            raise ModelError(f"cannot load the adapter from '{saved}': {error}") from error
-    try:
-        wrapped = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"model.student.lora does not fit this model: {error}") from error
-    head = model.get_output_embeddings()
-    if head is not None and type(head) is not torch.nn.Linear:
-        # Log-probs use the projection's weight directly, so an adapter there would have no effect.
-        raise ModelError("model.student.lora must not cover the output embedding (lm_head)")
-    return wrapped

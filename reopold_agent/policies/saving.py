@@ -15,6 +15,7 @@ from reopold_agent.errors import ModelError
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model
 from reopold_agent.policies.logprobs import token_logprobs
+from reopold_agent.policies.lora import without_adapter
 
 _NATS = {torch.float32: 0.01}
 _NATS_OF_HALF = 0.5
@@ -45,9 +46,7 @@ def save_checked(
     """
     trained = _logprobs(model.adapter.model, ids)
     model.save(folder, merge=True, dtype=dtype)
-    merged: Any = model.adapter.model
-    if hasattr(merged, "get_base_model"):
-        merged = merged.get_base_model()
+    merged = without_adapter(model.adapter.model)
     written = read_back(folder, model.spec, str(merged.dtype).removeprefix("torch."))
     if written is not None:
         _compare_weights(written, merged)

@@ -60,7 +60,7 @@ from reopold_agent.train.setup import (
 )
 from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.timing import Clock
-from reopold_agent.train.verl.compose import check_supported
+from reopold_agent.train.verl.compose import check_adapter, check_supported
 from reopold_agent.types import StopReason, Trajectory
 
 FLOOR = reward_floor(0.1)
@@ -182,6 +182,8 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     clock = Clock()
     tell("loading the models")
     student, teachers = load_models(config, specs)
+    if config.engine.name == "verl":
+        check_adapter(student.adapter.model)
     chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
     roles = make_roles(config, chat, student, teachers)
     scoring = make_scoring(config, objective, roles)

@@ -10,6 +10,9 @@ from reopold_agent.errors import CheckpointError
 from reopold_agent.train.checkpoint import new_checkpoint
 
 _PREFIX = "global_step_"
+ADAPTER = "lora_adapter"
+"""Folder of the student's LoRA adapter, as peft saves it, beside verl's own files of the actor."""
+
 _TRACKER = "latest_checkpointed_iteration.txt"  # names the checkpoint from which verl continues
 
 

@@ -21,6 +21,7 @@ from reopold_agent.objectives import Objective
 from reopold_agent.policies.architecture import find_architecture
 from reopold_agent.policies.attention import IMPLEMENTATION, packed_kernel
 from reopold_agent.policies.loading import check_attention, resolve_path
+from reopold_agent.policies.lora import check_merged, without_adapter
 from reopold_agent.rollout.lengths import episode_limit, prompt_limit
 from reopold_agent.train.engine import needs_teacher
 from reopold_agent.train.teachers import TeacherSettings, run_teachers
@@ -36,6 +37,9 @@ from reopold_agent.train.verl.supported import (
 TEACHER_TOKENS_PER_PASS = 4096
 """Tokens of one pass of the teacher's servers. Prompt log-probs take ``tokens x vocabulary x 4``
 bytes (2.5 GB with Qwen's vocabulary); without a bound they exhaust a GPU (vllm #5907)."""
+
+LORA_SETTINGS, FROZEN_DTYPE = "reopold_settings", "reopold_dtype"
+"""Keys of our settings of LoRA among verl's (``actor_rollout_ref.model.lora``)."""
 
 CPU_CACHE_BYTES = 256 * 2**20
 """Keys and values of a server on a CPU, for tiny models."""
@@ -62,6 +66,25 @@ def check_supported(config: TrainConfig, objective: Objective) -> None:
         with suppress(ConfigError):
             shapes.append((role, find_architecture(spec.path)))
     check_tensor_parallel(config.engine, shapes)
+
+
+def check_adapter(model: Any) -> None:
+    """Refuses a LoRA adapter that this engine cannot train or send to its servers.
+
+    Args:
+        model: the student, of which only the shapes matter.
+
+    Raises:
+        ConfigError: it has an adapter of the input embedding.
+        ModelError: as `check_merged`.
+    """
+    check_merged(model)
+    if hasattr(without_adapter(model).get_input_embeddings(), "base_layer"):
+        # FSDP2 replaces a module's class, which Python refuses for that of peft.
+        raise ConfigError(
+            "engine=verl cannot divide an adapter of the input embedding over GPUs.\nLeave "
+            "embed_tokens out of model.student.lora.target_modules, or use engine=local."
+        )
 
 
 def run_device(engine: EngineConfig) -> str:
@@ -225,6 +248,7 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
     precision = engine.precision
     if precision == "auto":
         precision = "float32" if device == "cpu" else "bfloat16"
+    adapts, saved = spec.lora is not None, ["model", "optimizer", "extra"]
     return {
         "data.max_prompt_length": prompt,
         "data.max_response_length": config.rollout.max_response_tokens,
@@ -243,8 +267,9 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
         f"{actor}.entropy_coeff": 0.0,
         f"{actor}.use_kl_loss": False,
         f"{actor}.use_torch_compile": False,
-        f"{actor}.checkpoint.save_contents": ["model", "optimizer", "extra", "hf_model"],
-        f"{actor}.checkpoint.load_contents": ["model", "optimizer", "extra"],
+        f"{actor}.checkpoint.save_contents": saved if adapts else [*saved, "hf_model"],
+        f"{actor}.checkpoint.load_contents": saved,
+        f"{actor}.checkpoint.save_lora_only": adapts,
         f"{actor}.fsdp_config.model_dtype": "fp32",  # master weights
         f"{actor}.fsdp_config.mixed_precision": {
             "param_dtype": "bf16" if precision == "bfloat16" else "fp32",
@@ -265,7 +290,24 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
         f"{rollout}.prompt_length": prompt,
         f"{rollout}.response_length": config.rollout.max_response_tokens,
         **_server(rollout, engine.student_server, config, spec, device, length),
+        **{f"{model}.{key}": value for key, value in verl_lora(spec.lora, spec.dtype).items()},
     }
+
+
+def verl_lora(lora: Mapping[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """Returns verl's settings with which it trains an adapter and sends merged weights.
+
+    verl itself reads few of peft's settings: all go to `training.FsdpEngine`, which makes the
+    adapter.
+
+    Args:
+        lora: arguments of `peft.LoraConfig`, or None to train all weights.
+        dtype: of the frozen weights.
+    """
+    if lora is None:
+        return {}
+    settings = {"merge": True, LORA_SETTINGS: dict(lora), FROZEN_DTYPE: dtype}
+    return {"lora_rank": lora.get("r", 8), "lora": settings}
 
 
 def _teacher_entries(config: TrainConfig) -> dict[str, TeacherSettings]:

@@ -11,7 +11,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from reopold_agent.common import processes
 from reopold_agent.common.files import replaced_folder, write_json_atomic
@@ -23,10 +26,13 @@ from reopold_agent.policies.loading import (
     Processing,
     check_available,
     check_vocabularies,
+    load_model,
     load_processing,
     student_spec,
+    without_weights,
 )
 from reopold_agent.policies.saving import read_back
+from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.checks import checked_run
 from reopold_agent.tracking.metrics import read_metrics
 from reopold_agent.tracking.plots import make_plots
@@ -46,10 +52,11 @@ from reopold_agent.train.engine import (
     model_specs,
     run_objective,
 )
-from reopold_agent.train.finish import next_commands, summarise
+from reopold_agent.train.finish import next_commands, save_student, summarise
 from reopold_agent.train.interrupts import Interrupts, say_stopped
-from reopold_agent.train.verl.checkpoints import newest_checkpoint, steps_of
+from reopold_agent.train.verl.checkpoints import ADAPTER, newest_checkpoint, steps_of
 from reopold_agent.train.verl.compose import (
+    check_adapter,
     check_supported,
     run_device,
     student_kernel,
@@ -155,6 +162,8 @@ class VerlEngine(Engine):
         for role, spec in specs.items():
             if role != "student":
                 check_vocabularies(student, load_processing(spec, role), role)
+        if student.spec.lora is not None:
+            check_adapter(without_weights(student))
         return student, contexts
 
     def _train(
@@ -255,17 +264,8 @@ class VerlEngine(Engine):
         checkpoint = newest_checkpoint(self.folder.checkpoints)
         if checkpoint is None:
             raise CheckpointError(f"verl left no checkpoint in {self.folder.checkpoints}")
-        exported = checkpoint / "actor" / "huggingface"
-        if not (exported / "config.json").is_file():
-            raise CheckpointError(f"verl exported no model to {exported}")
-        # verl writes files of torchvision's picture processor; replace them by the student's.
-        spec = student_spec(self.config.model)
-        processing = load_processing(spec, "student")
-        with replaced_folder(self.folder.final) as temporary:
-            shutil.copytree(exported, temporary, dirs_exist_ok=True)
-            processing.save_processing(temporary)
-            if read_back(temporary, spec, spec.dtype) is None:
-                _log.warning("%s was not read back: too little memory is free", self.folder.final)
+        if not self._export(checkpoint / "actor"):
+            _log.warning("%s was not read back: too little memory is free", self.folder.final)
         rows = read_metrics(self.folder.metrics)
         summary = summarise(rows, self.config, self.folder.path)
         summary["seconds"] = round(seconds, 1)
@@ -274,6 +274,23 @@ class VerlEngine(Engine):
         make_plots(self.folder.path)
         print_summary(summary)
         return summary
+
+    def _export(self, actor: Path) -> bool:
+        """Writes the student of a checkpoint as ``final/``; returns whether it was read back."""
+        spec = student_spec(self.config.model)
+        if spec.lora is not None:
+            cpu = torch.device("cpu")
+            student = load_model(spec, "student", cpu, saved=actor / ADAPTER)
+            return save_student(student, self.folder, ChatRenderer(student.tokenizer))
+        exported = actor / "huggingface"
+        if not (exported / "config.json").is_file():
+            raise CheckpointError(f"verl exported no model to {exported}")
+        # verl writes files of torchvision's picture processor; replace them by the student's.
+        processing = load_processing(spec, "student")
+        with replaced_folder(self.folder.final) as temporary:
+            shutil.copytree(exported, temporary, dirs_exist_ok=True)
+            processing.save_processing(temporary)
+            return read_back(temporary, spec, spec.dtype) is not None
 
 
 def _environment(device: str) -> dict[str, str]:

@@ -22,6 +22,9 @@ _SCHEDULE_KEYS = (
     *("lr_scheduler_type", "lr_warmup_steps_ratio", "min_lr_ratio", "num_cycles"),
     *("zero_indexed_step", "warmup_style"),
 )
+_LORA_KEYS = (
+    *("lora", "lora_rank", "lora_alpha", "lora_adapter_path", "target_modules", "exclude_modules"),
+)
 _VALIDATION_KEYS = (
     *("val_before_train", "val_only", "test_freq", "log_val_generations", "validation_data_dir"),
 )
@@ -43,6 +46,8 @@ INSTEAD: Mapping[str, str] = {
     f"{_MODEL}.use_remove_padding": "engine.packed",
     f"{_MODEL}.override_config": "engine.packed and engine.attention",
     f"{_MODEL}.use_fused_kernels": "engine.max_tokens_per_micro_batch",
+    **{f"{_MODEL}.{key}": "model.student.lora" for key in _LORA_KEYS},
+    f"{_ROLLOUT}.layered_summon": "model.student.lora",
     f"{_ROLLOUT}.n": "batch.samples",
     **{
         f"{_ROLLOUT}.{key}": "sampling.*"
@@ -56,8 +61,8 @@ INSTEAD: Mapping[str, str] = {
     "trainer.total_training_steps": "steps",
 }
 """Keys of verl, or groups of them, and what sets the same here. In `Trainer`: losses, advantages,
-data, validation; in `FsdpEngine`: the learning rate's schedule, attention, and the head, which
-takes whole rows (Ulysses splits them) and makes no logits; in `RolloutWorker`: episodes."""
+data, validation; in `FsdpEngine`: the learning rate's schedule, adapters, attention, and the head,
+which takes whole rows (Ulysses splits them) and makes no logits; in `RolloutWorker`: episodes."""
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:

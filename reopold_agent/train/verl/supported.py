@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from reopold_agent.config import EngineConfig, TrainConfig
 from reopold_agent.errors import ConfigError
@@ -12,6 +12,14 @@ from reopold_agent.train.verl.overrides import check_overrides
 
 if TYPE_CHECKING:
     from reopold_agent.objectives import Objective
+
+_LORA = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules"),
+    *("layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
+    "init_lora_weights",
+)
+"""Arguments of `peft.LoraConfig` with which an adapter is two matrices beside a weight, drawn
+without a look at the weight or at data."""
 
 
 def check_objective(name: str, objective: Objective) -> None:
@@ -46,7 +54,7 @@ def check_settings(config: TrainConfig) -> None:
         ConfigError: names the setting and the way out.
     """
     if config.model.student.lora is not None:
-        raise ConfigError("engine=verl trains all weights.\nFor LoRA use engine=local.")
+        _check_lora(config.model.student.lora)
     teacher = config.model.teacher
     if teacher is not None and teacher.follow is not None:
         raise ConfigError("engine=verl does not support model.teacher.follow.\nUse engine=local.")
@@ -65,6 +73,28 @@ def check_settings(config: TrainConfig) -> None:
         raise ConfigError(
             "engine=verl takes log-probs and entropies from the trainer's own model.\nSet "
             "engine.old_logp=recompute, or use engine=local."
+        )
+
+
+def _check_lora(settings: Mapping[str, Any]) -> None:
+    """Refuses adapters with more than two matrices beside each weight.
+
+    Raises:
+        ConfigError: names the setting and the way out.
+    """
+    beyond = [
+        name
+        for name, value in settings.items()
+        if name not in _LORA and value not in (None, False, "none", [], {})
+    ]
+    started = settings.get("init_lora_weights", True)
+    if started not in (True, False, "gaussian", "orthogonal"):
+        beyond.append("init_lora_weights")
+    if beyond:
+        raise ConfigError(
+            "engine=verl trains plain LoRA, whose servers get the merged weights, not "
+            f"model.student.lora.{beyond[0]}={settings[beyond[0]]}.\n"
+            f"Leave it out (there are {', '.join(_LORA)}), or use engine=local."
         )
 
 

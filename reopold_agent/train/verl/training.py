@@ -9,15 +9,19 @@ mini-batch by the number of kept tokens on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from verl.utils.device import get_device_id, get_device_name
+from verl.utils.fsdp_utils import load_fsdp_model_to_gpu
+from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.tensordict_utils import assign_non_tensor, get_non_tensor_data
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -25,9 +29,12 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from reopold_agent.policies.attention import IMPLEMENTATION, attend_by_rows, attends_by_rows
 from reopold_agent.policies.batch import PassTokens
+from reopold_agent.policies.lora import merged_weights, with_adapter, without_adapter
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import forbidden_ids
 from reopold_agent.train.totals import TokenTotals
+from reopold_agent.train.verl.checkpoints import ADAPTER
+from reopold_agent.train.verl.compose import FROZEN_DTYPE, LORA_SETTINGS
 from reopold_agent.train.verl.head import TokenHead, Wanted, before_tokens
 from reopold_agent.train.verl.loss import ObjectiveLoss
 from reopold_agent.train.verl.records import pixels_of
@@ -50,18 +57,19 @@ class FsdpEngine(FSDPEngineWithLMHead):
         """Builds the model, whose head then computes log-probs in place of logits."""
         super().initialize()
         self._passes = PassTokens()
+        self._model = without_adapter(self.module)
         self._head = TokenHead(
-            self.module.get_output_embeddings(),
-            banned_ids(self.model_config.tokenizer, self.module.config),
+            self._model.get_output_embeddings(),
+            banned_ids(self.model_config.tokenizer, self._model.config),
         )
         self._vision: VisionProcessor | None = None
-        if hasattr(self.module.config, "vision_config"):
+        if hasattr(self._model.config, "vision_config"):
             processor = Qwen2VLImageProcessorPil.from_pretrained(self.model_config.local_path)
             self._vision = VisionProcessor(processor, cache_bytes=0)  # each is seen once
             # verl shows a blank picture, times 0, to a micro-batch without any, so that all ranks
             # gather the tower's weights; but it takes the result for a tensor where there are no
             # DeepStack features.
-            self.module.model.visual.register_forward_hook(
+            self._model.model.visual.register_forward_hook(
                 lambda tower, inputs, output: (
                     output
                     if hasattr(output, "deepstack_features")
@@ -86,18 +94,59 @@ class FsdpEngine(FSDPEngineWithLMHead):
         attend_by_rows(module, attention.removeprefix(IMPLEMENTATION))
         return module
 
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _build_lora_module(self, module: Any) -> Any:
+        """Puts the local engine's adapter around the model; verl takes few of peft's settings."""
+        settings = convert_to_regular_types(self.model_config.lora)
+        # verl's own ``model_dtype`` also rounds buffers: the frequencies of rotary positions.
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(getattr(torch, settings[FROZEN_DTYPE]))
+        # One rank's weights are sent to all, and dropout differs between ranks.
+        torch.manual_seed(self.engine_config.seed + self.rank)
+        module = with_adapter(module, settings[LORA_SETTINGS])
+        module.disable_input_require_grads()  # as in `load_model`
+        return module
+
+    def get_per_tensor_param(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns weights for the servers by name, and None: an adapter is merged.
+
+        verl itself would leave out the adapters outside of layers (a vision tower's merger), copy
+        the whole model, and send bfloat16.
+        """
+        if not self._is_lora:
+            return super().get_per_tensor_param(*args, **kwargs)
+        return self._merged_weights(), None
+
+    @torch.no_grad()
+    def _merged_weights(self) -> Iterator[tuple[str, Tensor]]:
+        load_fsdp_model_to_gpu(self.module)  # the worker moves it back, if it is offloaded
+        for name, value in merged_weights(self.module):
+            yield name, value.full_tensor() if isinstance(value, DTensor) else value
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Saves as verl, which makes an empty model by the model's configuration for the export.
 
         transformers would look for a package with the name of our attention, so that the
-        configuration names it only between checkpoints.
+        configuration names it only between checkpoints. An adapter is also saved as peft does.
         """
-        config = self.module.config
+        config = self._model.config
         attention, config._attn_implementation = config._attn_implementation, "sdpa"
         try:
-            super().save_checkpoint(*args, **kwargs)
+            super().save_checkpoint(local_path, *args, **kwargs)
+            if self._is_lora:
+                self._save_adapter(Path(local_path) / ADAPTER)
         finally:
             config._attn_implementation = attention
+
+    def _save_adapter(self, folder: Path) -> None:
+        device = get_device_id()
+        whole = {
+            name: value.to(device).full_tensor().cpu()
+            for name, value in self.module.state_dict().items()
+            if "lora_" in name
+        }
+        if self.rank == 0:
+            self.module.save_pretrained(folder, state_dict=whole, save_embedding_layers=False)
+        dist.barrier()
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
         """Returns the local engine's schedule: linear warm-up over updates, then constant."""
@@ -239,9 +288,9 @@ class FsdpEngine(FSDPEngineWithLMHead):
         text = torch.arange(len(ids_L))
         if not images:
             return text.expand(4, -1)
-        kinds = torch.eq(ids_L, int(self.module.config.image_token_id)).int()
+        kinds = torch.eq(ids_L, int(self._model.config.image_token_id)).int()
         grids = torch.tensor([image.grid for image in images])
-        three, _ = self.module.model.get_rope_index(ids_L[None], kinds[None], grids)
+        three, _ = self._model.model.get_rope_index(ids_L[None], kinds[None], grids)
         return torch.cat([text[None], three[:, 0]])
 
 
