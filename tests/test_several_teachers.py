@@ -55,11 +55,15 @@ def of(env: str, made: Trajectory) -> Trajectory:
         (
             (NONE, "model.teachers={math: DIR}"),
             r"model\.teachers\.math is the teacher of an environment that is not in the run, which "
-            r"has pixel_reasoner\.\nLeave it out with '~model\.teachers\.math', or add",
+            r"has pixel_reasoner\.\nLeave it out, or add the environment to env=",
         ),
         (
             (NONE, "model.teachers={default: {pth: DIR}}"),
             r"unknown setting 'model\.teachers\.default\.pth'\. Did you mean 'model\.teachers",
+        ),
+        (
+            ("env=[pixel_reasoner,math]", "model=demo", NONE, "model.teachers={math: DIR}"),
+            r"model\.teachers has no teacher for env=pixel_reasoner\.\nAdd \+model\.teachers\.",
         ),
         ((NONE, "model.teachers={default: 3}"), r"'model\.teachers\.default' must be a group"),
         (
@@ -80,7 +84,7 @@ def test_settings_that_cannot_be_are_refused_in_two_lines(
     words: tuple[str, ...], told: str
 ) -> None:
     with pytest.raises(ConfigError, match=told) as caught:
-        composed("env=pixel_reasoner", *words)
+        composed(*words)
     assert str(caught.value).count("\n") <= 1
 
 

@@ -77,8 +77,7 @@ def check_teachers(config: TrainConfig) -> None:
     if unused:
         raise ConfigError(
             f"model.teachers.{unused[0]} is the teacher of an environment that is not in the run, "
-            f"which has {', '.join(envs)}.\nLeave it out with '~model.teachers.{unused[0]}', or "
-            "add the environment to env=[...]."
+            f"which has {', '.join(envs)}.\nLeave it out, or add the environment to env=[...]."
         )
     missing = [name for name in envs if name not in teachers]
     if missing and DEFAULT_TEACHER not in teachers:
