@@ -407,7 +407,7 @@ def test_settings_of_another_objective_are_refused() -> None:
         objective("objective.name=grpo")
     with pytest.raises(ConfigError, match=r"'objective\.mixtur'. Did you mean '.*\.mixture'"):
         objective("+objective.mixtur=0.2")
-    with pytest.raises(UnknownNameError, match=r"Did you mean 'reopold'\? Known: eopd, gkd, gr"):
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'reopold'\? Known: eopd, exopd, g"):
         objective("objective.name=reopol")
     with pytest.raises(ConfigError, match=r"objective\.name must be set"):
         composed("objective.name=null")

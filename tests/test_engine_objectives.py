@@ -39,7 +39,7 @@ from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.train import finish, resume
-from reopold_agent.train.rows import trajectories_of
+from reopold_agent.train.rows import Row, trajectories_of
 from reopold_agent.train.step_log import StepLog
 from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.update import Updater, UpdateStats
@@ -49,7 +49,7 @@ STUDENT = Path(resolve_path("demo:student"))
 TINY = ("steps=2", "evaluation.tasks=1", "evaluation.every=0", "evaluation.teacher=false")
 GROUPS = ("batch.prompts=2", "batch.mini_batch=2", "batch.samples=4")
 ALONE = ("model.teacher=null", "evaluation.teacher=false")
-BUILT_IN = ("eopd", "gkd", "grpo", "iw_opd", "reopold", "rkl", "rkl_sg", "rkl_sg_clip",
+BUILT_IN = ("eopd", "exopd", "gkd", "grpo", "iw_opd", "reopold", "rkl", "rkl_sg", "rkl_sg_clip",
             "rkl_sg_clip_entropy", "sft", "skew_rkl", "sod")  # fmt: skip
 
 
@@ -306,6 +306,35 @@ def test_a_run_of_a_version_without_outcomes_goes_on(tmp_path: Path) -> None:
     config.write_text("\n".join(kept))
     train(tmp_path, *words, "steps=3")
     assert [row["step"] for row in train_rows(tmp_path)] == [0, 1, 2]
+
+
+# The reference of exopd
+
+
+def test_the_reference_is_the_student_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[Row]] = []
+    original = Updater.step
+
+    def step(self: Updater, mini_batches: Any, *arguments: Any) -> UpdateStats:
+        seen.append([row for batch in mini_batches for row in batch])
+        return original(self, mini_batches, *arguments)
+
+    monkeypatch.setattr(Updater, "step", step)
+    words = (*TINY, "objective=exopd", "evaluation.tasks=0", "optimizer.lr=1e-2")
+    train(tmp_path, *words, "checkpoint.every=1", "steps=1")
+    train(tmp_path, *words, "checkpoint.every=1", "steps=2")  # goes on with the same reference
+    gaps = []
+    for rows in seen:
+        pairs = [(row.reference_logp, row.behaviour[0]) for row in rows]
+        gaps.append(max(float(np.abs(one - other).max()) for one, other in pairs))
+    assert gaps[0] < 1e-4 < 1e-2 < gaps[1]
+    start = load_model(ModelSpec("demo:student"), "student", torch.device("cpu"))
+    chat = ChatRenderer(start.tokenizer)
+    policy = start.policy(forbidden_ids=chat.forbidden_ids, stop_ids=chat.stop_ids)
+    (score,) = policy.score([seen[1][0].trajectory])
+    np.testing.assert_allclose(seen[1][0].reference_logp, score.logp, atol=1e-4)
 
 
 # DAPO's dynamic sampling

@@ -1,4 +1,4 @@
-"""Objectives beyond the paper's: IW-OPD, SOD and EOPD."""
+"""Objectives beyond the paper's: IW-OPD, SOD, ExOPD and EOPD."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from reopold_agent.objectives import (
     EOPD,
     IWOPD,
     SOD,
+    ExOPD,
     Objective,
     ReverseKLStopGradient,
     TokenBatch,
@@ -171,6 +172,41 @@ def test_the_outcome_stands_beside_them() -> None:
     torch.testing.assert_close(found, one(SOD(), batch) + advantage[batch.loss_mask])
 
 
+# ExOPD
+
+
+@pytest.mark.parametrize("scale", [0.5, 1.25, 2.0])
+def test_exopd_by_hand_and_by_finite_differences(scale: float) -> None:
+    """The authors' ``-(old - base - (teacher - base) lambda)``, on policy."""
+    batch = batch_of(5)
+    reference = batch.logp - 0.3 * torch.arange(8)
+    assert batch.logp_teacher is not None
+    logp = batch.logp.clone().requires_grad_()
+    given = replace(batch, logp=logp, logp_old=batch.logp, logp_reference=reference)
+    loss = whole_loss(ExOPD(scale=scale), given)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    live = batch.loss_mask
+    kl = batch.logp - reference - (batch.logp_teacher - reference) * scale
+    assert float(loss.detach()) == pytest.approx(float(kl[live].mean()))
+    step = 1e-6
+
+    def value(at: Tensor) -> Tensor:  # rewards held
+        return ((at - batch.logp).exp() * kl)[live] / live.sum()
+
+    slope = (value(batch.logp + step) - value(batch.logp - step)) / (2 * step)
+    torch.testing.assert_close(gradient[live], slope, rtol=1e-6, atol=1e-8)
+
+
+def test_a_scale_of_one_forgets_the_reference() -> None:
+    batch = batch_of(6, logp_reference=-torch.ones(3, 8).double())
+    plain, one_times = (
+        whole_loss(each, batch) for each in (ReverseKLStopGradient(), ExOPD(scale=1))
+    )
+    torch.testing.assert_close(one_times, plain)
+    with pytest.raises(ValueError, match="needs logp_reference"):
+        whole_loss(ExOPD(), replace(batch, logp_reference=None))
+
+
 # EOPD
 
 
@@ -234,6 +270,7 @@ def test_eopd_s_gradient_has_both_terms() -> None:
     ("name", "settings", "message"),
     [
         ("iw_opd", {"gamma": -0.1}, r"objective\.gamma must not be negative"),
+        ("exopd", {"scale": 0.0}, r"objective\.scale must be positive"),
         ("sod", {"delta": -1}, r"objective\.delta must not be negative"),
         ("eopd", {"tau": -1}, r"objective\.tau must not be negative"),
         ("eopd", {"alpha": -1}, r"objective\.alpha must not be negative"),

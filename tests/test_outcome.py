@@ -119,6 +119,7 @@ def test_the_gradient_is_that_of_both_terms(name: str, mask: str) -> None:
     objective = with_outcome(name, outcome=0.6, outcome_mask=mask)
     parts = {"loss_mask": live, "advantage": advantage, "taught": taught}
     parts["episode"] = torch.arange(3)[:, None].expand(3, 5)
+    parts["logp_reference"] = torch.from_numpy(-rng.exponential(size=(3, 5)))
     parts["turn"] = torch.tensor([0, 0, 1, 1, 1]).expand(3, 5)
     logp = values.pop("logp").requires_grad_()
     batch = TokenBatch(logp=logp, **values, **parts)

@@ -368,3 +368,11 @@ def test_composition_is_the_trainer_s() -> None:
         compose_run(["recipe=paper_agentic", "seed=4"])
         == composed("recipe=paper_agentic", "seed=4")[0]
     )
+
+
+def test_a_reference_model_is_in_the_memory() -> None:
+    with_it, without = (plan_run([f"objective={name}"]) for name in ("exopd", "rkl_sg"))
+    for one, other in zip(with_it.memory, without.memory, strict=True):
+        for phase, parts in one.phases.items():
+            assert parts.pop("reference") == 4.0 * with_it.student.parameters  # float32
+            assert parts == other.phases[phase]

@@ -443,7 +443,7 @@ def test_two_steps_of_training(installed: Path, tmp_path: Path) -> None:
 # An objective
 
 
-OBJECTIVES = ["eopd", "gkd", "grpo", "iw_opd", "reopold", "rkl", "rkl_sg", "rkl_sg_clip",
+OBJECTIVES = ["eopd", "exopd", "gkd", "grpo", "iw_opd", "reopold", "rkl", "rkl_sg", "rkl_sg_clip",
               "rkl_sg_clip_entropy", "sft", "skew_rkl", "sod"]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from reopold_agent.objectives.distillation import (
     SkewReverseKL,
 )
 from reopold_agent.objectives.eopd import EOPD
+from reopold_agent.objectives.exopd import ExOPD
 from reopold_agent.objectives.gkd import GKD
 from reopold_agent.objectives.grpo import GRPO
 from reopold_agent.objectives.outcome import WithOutcome
@@ -38,6 +39,7 @@ __all__ = [
     "ClippedReverseKL",
     "DivergenceSettings",
     "EntropyMaskedReverseKL",
+    "ExOPD",
     "LossTerms",
     "Needs",
     "Objective",

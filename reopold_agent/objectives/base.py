@@ -20,6 +20,8 @@ class Needs(Flag):
     """The student's and the teacher's distributions at every token: ``TokenBatch.divergence``."""
     OUTCOME = auto()
     """The environment's reward, compared within groups: ``TokenBatch.advantage``."""
+    REFERENCE = auto()
+    """The same log-probs under a further model: ``TokenBatch.logp_reference``."""
     DEMONSTRATIONS = auto()
     """An expert's trajectories instead of the student's own."""
 
@@ -45,6 +47,7 @@ class TokenBatch:
             (``objective.outcome_mask``); the same at all tokens of a trajectory. None: true.
         episode: number of the token's trajectory in the batch, int64.
         turn: number of the student's turn in its trajectory, int64; equal within a turn.
+        logp_reference: log-probs of the sampled tokens under the reference model.
 
     Raises:
         ValueError: the shapes differ.
@@ -61,6 +64,7 @@ class TokenBatch:
     taught: Tensor | None = None
     episode: Tensor | None = None
     turn: Tensor | None = None
+    logp_reference: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.logp.shape
@@ -165,6 +169,11 @@ class Objective:
     def own(self) -> Objective:
         """The objective without what every objective may have beside it (``objective.outcome``)."""
         return self
+
+    @property
+    def reference_path(self) -> str | None:
+        """The checkpoint of the reference model (`Needs.REFERENCE`); None: the starting student."""
+        return None
 
     def setting(self, name: str) -> Any:
         """Returns a setting with what `for_run` filled in; None if the objective has none."""

@@ -85,6 +85,11 @@ class WithOutcome(Objective):
     def own(self) -> Objective:
         return self.objective.own
 
+    @property
+    @override
+    def reference_path(self) -> str | None:
+        return self.objective.reference_path
+
     @override
     def setting(self, name: str) -> object:
         holder = self.outcome if hasattr(self.outcome, name) else self.objective

@@ -24,6 +24,7 @@ from reopold_agent.objectives.distillation import (
     SkewReverseKL,
 )
 from reopold_agent.objectives.eopd import EOPD
+from reopold_agent.objectives.exopd import ExOPD
 from reopold_agent.objectives.gkd import GKD
 from reopold_agent.objectives.grpo import GRPO
 from reopold_agent.objectives.outcome import WithOutcome, check_outcome
@@ -69,6 +70,7 @@ for _name, _kind in {
     "iw_opd": IWOPD,
     "sod": SOD,
     "eopd": EOPD,
+    "exopd": ExOPD,
     "gkd": GKD,
     "grpo": GRPO,
     "sft": SFT,

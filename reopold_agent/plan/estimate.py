@@ -338,6 +338,10 @@ def _memory(
         else:
             cache = student.text.kv_bytes(_compute_bytes(config)) * work.length * server.slots
             phases = {"rollout": {**resident, "KV cache": cache}, **phases}
+        if config.objective["name"] == "exopd":
+            path = config.objective.get("reference")
+            held = {"reference": _weights(config.model.student, _reference(student, path), 1)}
+            phases = {name: {**parts, **held} for name, parts in phases.items()}
         here = [each for each in run_teachers(config) if each.policy["name"] != "server"]
         if teacher is None or not here:
             return (GpuMemory("student", 1, phases),)
@@ -393,6 +397,11 @@ def _weights(spec: ModelConfig, largest: Architecture, teachers: int) -> float:
     """Returns the bytes of a teacher's weights; ``largest`` are the shapes of the largest."""
     size = largest if teachers == 1 else find_architecture(spec.path)
     return float((4 if spec.dtype == "float32" else 2) * size.parameters)
+
+
+def _reference(student: Architecture, path: str | None) -> Architecture:
+    """Returns the shapes of the reference model, which is the student unless it has a path."""
+    return student if path is None else find_architecture(path)
 
 
 def _longest(config: TrainConfig, work: Workload) -> float:

@@ -53,6 +53,7 @@ from reopold_agent.train.rows import (
 from reopold_agent.train.setup import (
     compute_device,
     load_models,
+    make_reference,
     make_scoring,
     make_updater,
     prepared,
@@ -187,6 +188,7 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
     roles = make_roles(config, chat, student, teachers)
     scoring = make_scoring(config, objective, roles)
+    reference = make_reference(config, objective, chat, student)
     guard = NonFiniteGuard("skip")
     reader = run_reader(config, chat, student, teachers)
     runner = make_runner(config, chat, student.vision, reader=reader)
@@ -221,6 +223,10 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
             problems = scoring.finish(batch.usable, 0)
             invalid += problems.invalid
             batch.drop([*problems.failed, *(row for row, _ in problems.invalid)])
+        if reference is not None and batch.usable:
+            found = reference.score(batch.usable)
+            invalid += found
+            batch.drop([row for row, _ in found])
         clock.lap("teacher")
         usable = batch.usable
         uninformative = False

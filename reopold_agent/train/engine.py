@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,19 @@ def effective_importance_cap(config: TrainConfig, objective: Objective) -> float
     return config.importance_cap if objective.weighs_tokens else None
 
 
+def reference_spec(config: TrainConfig, objective: Objective) -> ModelSpec | None:
+    """Returns the checkpoint of the reference model; None for objectives without one."""
+    if not objective.needs & Needs.REFERENCE:
+        return None
+    student = replace(student_spec(config.model), lora=None, gradient_checkpointing=False)
+    path = objective.reference_path
+    return student if path is None else replace(student, path=path, revision=None)
+
+
 def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpec]:
     """Returns the checkpoints that a run needs, by role; teachers only where they are used.
 
-    The roles are ``student`` and those of `run_teachers`.
+    The roles are ``student``, those of `run_teachers`, and ``reference``.
 
     Raises:
         ConfigError: a teacher is needed, but none is configured.
@@ -146,4 +155,7 @@ def model_specs(config: TrainConfig, objective: Objective) -> dict[str, ModelSpe
     for teacher in teachers:
         values = vars(teacher.model)
         specs[teacher.role] = ModelSpec(**{key: values[key] for key in values if key in own})
+    reference = reference_spec(config, objective)
+    if reference is not None:
+        specs["reference"] = reference
     return specs

@@ -24,6 +24,7 @@ from reopold_agent.train.evaluation import HeldOutEvaluation
 from reopold_agent.train.following import FollowingTeacher
 from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.recovery import Recovery
+from reopold_agent.train.reference import Reference
 from reopold_agent.train.roles import Roles
 from reopold_agent.train.rows import StepBatch, entropy_threshold
 from reopold_agent.train.scoring import Scoring, ScoringByTeacher, use_sampled_as_teacher
@@ -44,6 +45,7 @@ class TrainingLoop:
         behaviour_source: the source of log-probs before the update: `behaviour.old_logp_source`.
         importance_cap: the largest importance weight of a token; None: no weights.
         scoring: the scoring by the teachers; None for objectives that need none.
+        reference: the reference model's scoring; None for objectives without one.
         updater: makes the updates; owns the optimizer.
         following: updates a teacher that follows its student; else None.
         evaluation: held-out evaluations.
@@ -60,6 +62,7 @@ class TrainingLoop:
     behaviour_source: str
     importance_cap: float | None
     scoring: Scoring | ScoringByTeacher | None
+    reference: Reference | None
     updater: Updater
     following: FollowingTeacher | None
     evaluation: HeldOutEvaluation
@@ -166,6 +169,8 @@ class TrainingLoop:
             return 0
         problems = self.scoring.finish(batch.usable, step)
         batch.drop([*problems.failed, *self.guard.reject(problems.invalid)])
+        if self.reference is not None and batch.usable:
+            batch.drop(self.guard.reject(self.reference.score(batch.usable)))
         return len(problems.failed)
 
     def close(self) -> None:

@@ -162,7 +162,7 @@ def make_roles(
     Raises:
         ReopoldError: a policy cannot be made; processes that were started are ended.
     """
-    trainer = _own(config, chat, student)
+    trainer = own_policy(config, chat, student)
     roles = Roles(trainer, trainer, Teachers({}))
     try:
         if not is_trainers_own(config.policy.student):
@@ -177,7 +177,7 @@ def make_roles(
         for teacher in run_teachers(config) if teachers else ():
             model = teachers[teacher.role]
             if isinstance(model, LoadedModel):
-                policy: Policy = _own(config, chat, model)
+                policy: Policy = own_policy(config, chat, model)
             else:
                 view = teacher.model.view.pixels
                 policy = _made(config, "teacher", teacher.policy, chat, model, view)
@@ -195,7 +195,8 @@ def computing(policy: Policy) -> AbstractContextManager[Any]:
     return policy.adapter.autocast() if isinstance(policy, TransformersPolicy) else nullcontext()
 
 
-def _own(config: TrainConfig, chat: ChatRenderer, model: LoadedModel) -> TransformersPolicy:
+def own_policy(config: TrainConfig, chat: ChatRenderer, model: LoadedModel) -> TransformersPolicy:
+    """Returns the policy of a model in this process."""
     return model.policy(
         forbidden_ids=chat.forbidden_ids,
         stop_ids=chat.stop_ids,

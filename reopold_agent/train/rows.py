@@ -31,6 +31,7 @@ class Row:
         old_logp: (L,) float32, nats: the trainer's log-probs before the update; None until known.
         entropy: (L,) float32, nats: entropies of the same distributions; None until known.
         weight: (L,) float32: importance weights of the tokens; None where none are used.
+        reference_logp: (L,) float32, nats: log-probs under the reference model; None without one.
         taught: false if the outcome leaves the row no teacher's term (`Objective.taught`).
         pending_score: the teacher's scoring, if it runs beside the rollout.
         use: reward and mask that the tokens were trained with; None without an update.
@@ -40,6 +41,7 @@ class Row:
     old_logp: FloatArray | None = None
     entropy: FloatArray | None = None
     weight: FloatArray | None = None
+    reference_logp: FloatArray | None = None
     taught: bool = True
     pending_score: Future[Any] | None = field(default=None, repr=False)
     use: TokenUse | None = None

@@ -54,6 +54,7 @@ from reopold_agent.train.engine import (
     Engine,
     effective_importance_cap,
     model_specs,
+    reference_spec,
     run_objective,
 )
 from reopold_agent.train.evaluation import HeldOutEvaluation
@@ -63,7 +64,8 @@ from reopold_agent.train.interrupts import Interrupts
 from reopold_agent.train.loop import TrainingLoop
 from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.recovery import Recovery
-from reopold_agent.train.roles import Roles, check_roles, make_roles
+from reopold_agent.train.reference import Reference
+from reopold_agent.train.roles import Roles, check_roles, make_roles, own_policy
 from reopold_agent.train.scoring import Scoring, ScoringByTeacher
 from reopold_agent.train.step_log import StepLog
 from reopold_agent.train.teachers import Teachers, TeacherSettings, run_teachers
@@ -236,6 +238,25 @@ def load_models(
     return student, teachers
 
 
+def make_reference(
+    config: TrainConfig, objective: Objective, chat: ChatRenderer, student: LoadedModel
+) -> Reference | None:
+    """Loads the objective's reference model; None for objectives without one.
+
+    Raises:
+        ModelError: it cannot be loaded, or has another vocabulary than the student.
+    """
+    spec = reference_spec(config, objective)
+    if spec is None:
+        return None
+    device, autocast = compute_device(config.engine)
+    kernel = packed_kernel(config.engine, device.type)
+    model = load_model(spec, "reference", device, autocast=autocast, kernel=kernel)
+    model.adapter.model.requires_grad_(False)
+    check_vocabularies(student, model, "reference")
+    return Reference(own_policy(config, chat, model))
+
+
 def run_reader(
     config: TrainConfig,
     chat: ChatRenderer,
@@ -326,6 +347,7 @@ def make_loop(
     following = following_teacher(config.model.teacher, teachers.get("teacher"), student)
     roles = make_roles(config, chat, student, teachers)
     scoring = make_scoring(config, objective, roles)
+    reference = make_reference(config, objective, chat, student)
     guard = NonFiniteGuard(config.on_nonfinite)
     updater = make_updater(config, objective, roles, guard)
     reader = run_reader(config, chat, student, teachers)
@@ -380,6 +402,7 @@ def make_loop(
         behaviour_source=old_logp_source(source, roles.trainer),
         importance_cap=effective_importance_cap(config, objective),
         scoring=scoring,
+        reference=reference,
         updater=updater,
         following=following,
         evaluation=HeldOutEvaluation(

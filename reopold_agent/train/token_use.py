@@ -89,5 +89,6 @@ def expected_terms(objective: Objective, row: Row, step: int, threshold: float |
         taught=torch.full_like(logp_N, row.taught, dtype=torch.bool),
         episode=torch.zeros_like(logp_N, dtype=torch.int64),
         turn=turns(mask_L)[mask_L][None],
+        logp_reference=None if row.reference_logp is None else sampled(row.reference_logp),
     )
     return objective.terms(batch, step, threshold)

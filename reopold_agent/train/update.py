@@ -315,6 +315,7 @@ class Updater:
             raise ValueError("a trajectory has no teacher scores")
         if objective.needs & Needs.OUTCOME and len(advantage) != len(trajectories):
             raise ValueError("a trajectory has no advantage")
+        reference = [row.reference_logp for row in rows if row.reference_logp is not None]
         complete = len(trajectories)
         masks = [torch.from_numpy(t.loss_mask) for t in trajectories]
         return TokenBatch(
@@ -329,4 +330,5 @@ class Updater:
             taught=spread([row.taught for row in rows]).bool(),
             episode=spread(range(complete)).long(),
             turn=flat([turns(mask).numpy() for mask in masks]),
+            logp_reference=flat(reference) if len(reference) == complete else None,
         )
