@@ -602,17 +602,29 @@ class TeacherConfig(ModelConfig):
             copies the student. None: the teacher does not change.
         follow_every: steps between these updates of the teacher.
         view: how it reads the student's episodes, if not as the student did.
+        align: ``bytes`` for a teacher with another tokenizer (or chat template, or picture
+            processor): it reads the student's words in its own tokens, and scores spans with the
+            same bytes (`reopold_agent.policies.spans`). null: the teacher's token ids are the
+            student's, which is checked.
     """
 
     follow: float | None = None
     follow_every: int = 1
+    align: str | None = None
     view: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "model.teacher", "follow_every")
+        if self.align is not None:
+            _one_of("model.teacher.align", self.align, ("bytes",))
         if self.follow is None:
             return
+        if self.align is not None:
+            raise ConfigError(
+                "model.teacher.follow makes the teacher from the student's weights, so that both "
+                "have one vocabulary.\nSet model.teacher.align=null."
+            )
         if not 0 <= self.follow < 1:
             raise ConfigError(f"model.teacher.follow must lie in [0, 1), got {self.follow}")
         if self.dtype != "float32":

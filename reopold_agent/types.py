@@ -21,7 +21,7 @@ Conventions that hold everywhere:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, TypedDict
 
@@ -191,7 +191,8 @@ class Trajectory:
         images: in the order of their placeholders in ``ids``.
         reward: the environment's outcome, for logs and reward-based objectives. Distillation
             never reads it.
-        teacher_logp: (L,) float32 once scored, else None.
+        teacher_logp: (L,) float32 once scored, else None. With ``teacher_spans`` it is
+            the reward of the token's span plus ``logp``.
         advantage: outcome compared with the group's, for objectives that need it, else None.
         env: name of the environment (after ``env=``) that the task belongs to; empty where a
             program plays one environment without naming it.
@@ -228,6 +229,12 @@ class Trajectory:
         """The episode in the form in which its teacher reads it."""
         return self if self.reading is None else self.reading.trajectory
 
+    @property
+    def teacher_spans(self) -> IntArray | None:
+        """(L,) int64: the span of each token for a teacher with another tokenizer; None if each
+        sampled token is a span. See `Reading`."""
+        return None if self.reading is None else self.reading.student_spans
+
     def from_teacher(self, values: FloatArray) -> FloatArray:
         """Returns values at the tokens of `for_teacher` at this trajectory's own, (L,) float32."""
         return values if self.reading is None else self.reading.to_student(self, values)
@@ -259,21 +266,55 @@ class Reading:
         trajectory: the episode in that form. Its ``loss_mask`` marks the student's tokens; nothing
             else of it was sampled.
         error: why the teacher cannot read it; None if it can.
+        student_spans: (L,) int64: for a teacher with another tokenizer, the span that each token of
+            the student belongs to, from 0; -1 for none. None: each sampled token is a span.
+        teacher_spans: (M,) int64: the same of the teacher's tokens.
+        decode: turns the teacher's ids into text, with control tokens; None if the student's
+            tokenizer does.
     """
 
     trajectory: Trajectory
     error: str | None = None
+    student_spans: IntArray | None = None
+    teacher_spans: IntArray | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
 
     def to_student(self, student: Trajectory, values: FloatArray) -> FloatArray:
-        """Returns values at the teacher's tokens at the student's, (L,) float32; 0 elsewhere.
+        """Returns the teacher's log-probs at the student's tokens, (L,) float32.
+
+        In a span of several tokens of the student each gets what makes its reward that of the
+        span under the student's recorded log-probs (`objectives.pieces.span_teacher_logp`). A
+        sampled token without a span gets the student's own log-prob, a reward of 0. Other tokens
+        get 0.
 
         Args:
             student: the episode as the student played it.
-            values: (M,), aligned with the ids of `trajectory`.
+            values: (M,), log-probs of the ids of `trajectory`.
         """
         aligned = np.zeros(len(student.ids), dtype=np.float32)
-        aligned[student.loss_mask] = values[self.trajectory.loss_mask]
+        if self.student_spans is None or self.teacher_spans is None:
+            aligned[student.loss_mask] = values[self.trajectory.loss_mask]
+            return aligned
+        count = int(self.student_spans.max(initial=-1)) + 1
+        sampled = np.flatnonzero(student.loss_mask)
+        spans_N = self.student_spans[sampled]
+        aligned[sampled] = student.logp[sampled]
+        inside = spans_N >= 0
+        at, spans_K = sampled[inside], spans_N[inside]
+        logp_K = student.logp[at].astype(np.float64)
+        others_K = _span_sums(logp_K, spans_K, count)[spans_K] - logp_K
+        asked = self.teacher_spans >= 0
+        teacher = _span_sums(values[asked], self.teacher_spans[asked], count)
+        aligned[at] = teacher[spans_K] - others_K
         return aligned
+
+
+def _span_sums(
+    values: npt.NDArray[np.floating[Any]], spans: IntArray, count: int
+) -> npt.NDArray[np.float64]:
+    sums = np.zeros(count, np.float64)
+    np.add.at(sums, spans, values)
+    return sums
 
 
 @dataclass(frozen=True)

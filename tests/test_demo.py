@@ -195,7 +195,7 @@ def test_chat_template_is_qwens(tokenizer: PreTrainedTokenizerFast) -> None:
 # What is shipped
 
 
-@pytest.mark.parametrize("name", ["student", "teacher"])
+@pytest.mark.parametrize("name", ["student", "teacher", "teacher_vocab2"])
 def test_shipped_models_are_small_and_load(name: str) -> None:
     folder = WEIGHTS / name
     assert (folder / "model.safetensors").stat().st_size <= 2 * MEGABYTE
@@ -214,8 +214,9 @@ def test_student_and_teacher_share_one_tokenizer() -> None:
     assert student == teacher
 
 
-def test_shipped_models_know_the_present_prompts() -> None:
-    note = json.loads((WEIGHTS / "recipe.json").read_text())
+@pytest.mark.parametrize("report", ["recipe.json", "teacher_vocab2.json"])
+def test_shipped_models_know_the_present_prompts(report: str) -> None:
+    note = json.loads((WEIGHTS / report).read_text())
     assert note["prompts"] == prompt_texts().fingerprint(), (
         "the system message, tools or guidelines have changed since the demo's models were made; "
         "run python -m examples.embedded_models digits"
@@ -347,13 +348,13 @@ def embedded_models(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_recipes_command_lists_what_it_makes_and_refuses_other_names() -> None:
     listed = embedded_models("--help")
     assert listed.returncode == 0
-    assert "{digits,arithmetic,figures,hints}" in listed.stdout
+    assert "{digits,digits_vocab2,arithmetic,figures,hints}" in listed.stdout
     unknown = embedded_models("letters")
     assert unknown.returncode == 2
     assert "invalid choice: 'letters'" in unknown.stderr
 
 
-@pytest.mark.parametrize("name", ["digits", "arithmetic", "figures", "hints"])
+@pytest.mark.parametrize("name", ["digits", "digits_vocab2", "arithmetic", "figures", "hints"])
 def test_the_recipes_command_has_an_option_for_every_number(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

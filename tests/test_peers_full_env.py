@@ -685,3 +685,29 @@ def test_trl_calls_our_tools_and_takes_our_rewards(
     # 1 for the winner; the others paid 0.1 for a move, and the state decides: 0.5 at 2.
     assert float(logged["rewards/reward/mean"]) == pytest.approx((1.0 + 3 * 0.4) / 4, abs=1e-4)
     assert float(logged["tools/call_frequency"]) == 1
+
+
+def test_spans_end_where_gold_cuts() -> None:
+    """TRL's ``gold`` groups the tokens of two tokenizers by the byte offsets that both share."""
+    from test_spans import aligner, byte_level, groups
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    student = byte_level([(b"t", b"h"), (b"th", b"e"), (b" ", b"c"), (b"a", b"t")])
+    teacher = byte_level([(b"h", b"e"), (b"e", b" "), (b"c", b"a"), (b"\xc3", b"\xa9")])
+    made = aligner(student, teacher)
+    for text in ("the cat", "café the", "a cat thé theme", "hehe cacat"):
+        ids = student(text, add_special_tokens=False)["input_ids"]
+        aligned = made.align(ids)
+
+        def offsets(table: Any, tokens: Any) -> list[tuple[int, int]]:
+            ends = np.cumsum([len(table.of(int(i))) for i in tokens]).tolist()
+            return list(zip([0, *ends[:-1]], ends, strict=True))
+
+        ours, theirs = offsets(made.student, ids), offsets(made.teacher, aligned.ids)
+        student_groups, teacher_groups = ULDLoss._align_by_byte_offsets(ours, theirs)
+        found = [
+            ([ids[i] for i in a], [int(aligned.ids[i]) for i in b])
+            for a, b in zip(student_groups, teacher_groups, strict=True)
+        ]
+        assert groups(aligned, ids) == found
+        assert len(found) > 1

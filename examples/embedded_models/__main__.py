@@ -1,6 +1,6 @@
 """Makes the weights that `reopold_agent.demo` ships (see README.md). From the top of a checkout:
 
-``python -m examples.embedded_models digits|arithmetic|figures|hints [--out DIR] [--seed N] ...``
+``python -m examples.embedded_models digits|digits_vocab2|... [--out DIR] ...``
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ def main() -> int:
         prog="python -m examples.embedded_models",
         description="Makes the weights that the package ships. NAME --help lists the options.",
     )
-    parser.add_argument("name", choices=("digits", "arithmetic", "figures", "hints"))
+    names = ("digits", "digits_vocab2", "arithmetic", "figures", "hints")
+    parser.add_argument("name", choices=names)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of the recipe")
     chosen = parser.parse_args()
     # Imported when chosen: each recipe loads its own tasks.

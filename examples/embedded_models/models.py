@@ -42,7 +42,7 @@ def model_config(
         "tie_word_embeddings": True,
         "use_sliding_window": False,
         "bos_token_id": None,
-        "eos_token_id": _token_id(tokenizer, "<|im_end|>"),
+        "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": _token_id(tokenizer, "<|endoftext|>"),
         "rope_parameters": {
             "rope_type": "default",
@@ -125,7 +125,7 @@ def _initialised(
         do_sample=True,
         temperature=1.0,
         top_p=1.0,
-        eos_token_id=_token_id(tokenizer, "<|im_end|>"),
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=_token_id(tokenizer, "<|endoftext|>"),
     )
     return model

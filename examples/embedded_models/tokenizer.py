@@ -74,8 +74,16 @@ QWEN_WORDS: Final = (
 checkpoint of model type ``qwen2``, whatever its tokenizer.json says (transformers 5)."""
 
 
+QWEN_TURNS: Final = ("<|im_start|>", "<|im_end|>")
+"""Where a turn begins and ends."""
+
+
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 1024, *, qwen_words: bool = False
+    texts: Iterable[str],
+    vocab_size: int = 1024,
+    *,
+    qwen_words: bool = False,
+    turns: tuple[str, str] = QWEN_TURNS,
 ) -> PreTrainedTokenizerFast:
     """Trains a tokenizer on ``texts``; the same texts give the same tokenizer.
 
@@ -84,7 +92,10 @@ def train_tokenizer(
         vocab_size: upper limit on the number of ids, including control tokens.
         qwen_words: keep merges within Qwen's words and normalise texts as Qwen does (NFC);
             otherwise merges may span anything but digits.
+        turns: control tokens for the beginning and end of a turn, in place of Qwen's.
     """
+    renamed = dict(zip(QWEN_TURNS, turns, strict=True))
+    control = [renamed.get(token, token) for token in CONTROL_TOKENS]
     raw = Tokenizer(models.BPE())
     if qwen_words:
         raw.normalizer = normalizers.NFC()
@@ -97,7 +108,7 @@ def train_tokenizer(
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(TOOL_TOKENS),
-        special_tokens=list(CONTROL_TOKENS),
+        special_tokens=control,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         min_frequency=2,
         max_token_length=LONGEST_TOKEN,
@@ -110,12 +121,15 @@ def train_tokenizer(
     fast_class: Any = PreTrainedTokenizerFast  # untyped to mypy when called
     tokenizer: PreTrainedTokenizerFast = fast_class(
         tokenizer_object=raw,
-        eos_token="<|im_end|>",
+        eos_token=turns[1],
         pad_token="<|endoftext|>",
-        additional_special_tokens=list(CONTROL_TOKENS[1:2] + CONTROL_TOKENS[3:]),
+        additional_special_tokens=[*control[1:2], *control[3:]],
         clean_up_tokenization_spaces=False,
         model_max_length=32768,
         padding_side="right",
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    template = CHAT_TEMPLATE
+    for token, other in renamed.items():
+        template = template.replace(token, other)
+    tokenizer.chat_template = template
     return tokenizer

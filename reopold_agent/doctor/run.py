@@ -117,12 +117,12 @@ def _read_models(config: TrainConfig, here: dict[str, str]) -> Iterator[Finding]
     from reopold_agent.policies.loading import (
         ModelSpec,
         Processing,
-        check_vocabularies,
         load_processing,
         resolve_path,
     )
     from reopold_agent.policies.registry import reads_weights
     from reopold_agent.rollout.checks import checked_runner
+    from reopold_agent.train.vocabularies import check_fit
 
     ready: dict[str, Processing] = {}
     served = {each.role for each in run_teachers(config) if not reads_weights(each.policy)}
@@ -151,11 +151,14 @@ def _read_models(config: TrainConfig, here: dict[str, str]) -> Iterator[Finding]
         except ReopoldError as error:
             first, _, advice = str(error).partition("\n")
             yield Finding("models", "problem", first, advice)
-    for role in ready if "student" in ready else ():
-        if role == "student":
+    for teacher in run_teachers(config):
+        if "student" not in ready or teacher.role not in ready:
             continue
-        check_vocabularies(ready["student"], ready[role], role)
-        yield Finding("models", "ok", f"student and {role} map the same ids to the same tokens")
+        check_fit(config, teacher, ready["student"], ready[teacher.role])
+        how = "map the same ids to the same tokens"
+        if teacher.model.align is not None:
+            how = f"have tokens that can be aligned by {teacher.model.align}"
+        yield Finding("models", "ok", f"student and {teacher.role} {how}")
 
 
 def servers(config: TrainConfig) -> Iterator[Finding]:

@@ -55,6 +55,35 @@ def distillation_reward(logp: Tensor, logp_teacher: Tensor) -> Tensor:
     return at_least_float32(logp_teacher.detach()) - at_least_float32(logp.detach())
 
 
+def span_teacher_logp(
+    logp_teacher: Tensor, logp_sampler: Tensor, logp: Tensor, spans: Tensor
+) -> Tensor:
+    """Returns teacher log-probs whose `distillation_reward` is that of each token's whole span.
+
+    A teacher with another tokenizer scores spans of tokens. The reward of a span is its
+    ``log pi_T - log pi``, the sums over its tokens on either side, and each token of the student
+    has the whole of it: the span is the action, and sharing it out would divide the gradient. The
+    teacher's sum belongs to its own tokenisation of the text, so that a span's reward is a
+    difference of two lower bounds of the text's log-probs.
+
+    Under the sampler's log-probs the reward is that of ``logp_teacher``. Here the current student's
+    take their place, for all tokens of the span. A span of one token stays as it is, bit for bit.
+
+    Args:
+        logp_teacher: of each token: its span's reward plus ``logp_sampler``.
+        logp_sampler: of the sampled tokens, under the policy that sampled.
+        logp: the same under the current student; no gradient flows.
+        spans: int64, number of each token's span, from 0; -1 for none.
+    """
+    moved = at_least_float32(logp.detach()) - at_least_float32(logp_sampler)
+    inside = spans >= 0
+    sums = moved.new_zeros(int(spans.max()) + 1 if inside.any() else 0)
+    sums.index_add_(0, spans[inside], moved[inside])
+    others = torch.zeros_like(moved)
+    others[inside] = sums[spans[inside]] - moved[inside]
+    return at_least_float32(logp_teacher.detach()) - others
+
+
 def differentiable_reward(logp: Tensor, logp_teacher: Tensor) -> Tensor:
     """Returns ``R = log pi_T - log pi`` with its gradient in ``logp``: reverse KL, eq. 3."""
     return at_least_float32(logp_teacher.detach()) - at_least_float32(logp)

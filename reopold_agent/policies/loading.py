@@ -523,7 +523,8 @@ def check_vocabularies(student: Processing, teacher: Processing, role: str = "te
         raise VocabularyMismatchError(
             f"student '{student.spec.path}' and {role} '{teacher.spec.path}' disagree on "
             f"{len(differing)} token ids, so the teacher would score other text than the student "
-            f"wrote. The first:\n{shown}\nUse a teacher with the student's tokenizer."
+            f"wrote. The first:\n{shown}\nUse a teacher with the student's tokenizer, or "
+            f"{model_key(role, 'align')}=bytes (docs/vocabularies.md)."
         )
     student_id, teacher_id = student.image_token_id, teacher.image_token_id
     if student_id is not None and teacher_id is not None and student_id != teacher_id:
@@ -531,13 +532,22 @@ def check_vocabularies(student: Processing, teacher: Processing, role: str = "te
             f"the image placeholder is id {student_id} for the student and {teacher_id} for the "
             f"{role}"
         )
+    check_sees(student, teacher, role)
+    if student.vision is not None and teacher.vision is not None:
+        _check_processors(student.vision, teacher.vision, role)
+
+
+def check_sees(student: Processing, teacher: Processing, role: str = "teacher") -> None:
+    """Checks that the teacher sees pictures if the student does.
+
+    Raises:
+        ModelError: it does not.
+    """
     if student.vision is not None and teacher.vision is None:
         raise ModelError(
             f"the {role} '{teacher.spec.path}' reads text only, but the student sees pictures; "
             "it would score without them"
         )
-    if student.vision is not None and teacher.vision is not None:
-        _check_processors(student.vision, teacher.vision, role)
 
 
 def _check_processors(student: VisionProcessor, teacher: VisionProcessor, role: str) -> None:

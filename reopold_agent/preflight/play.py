@@ -59,7 +59,7 @@ from reopold_agent.train.setup import (
     prepared,
     run_reader,
 )
-from reopold_agent.train.teachers import Teachers
+from reopold_agent.train.teachers import Teachers, run_teachers
 from reopold_agent.train.timing import Clock
 from reopold_agent.train.verl.compose import check_adapter, check_supported
 from reopold_agent.types import StopReason, Trajectory
@@ -267,11 +267,14 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
         template=student.spec.path if chat.other_prompts() else None,
         known=is_known_template(student, taught),
     )
+    # An aligned teacher may have other ids, pictures and prompts.
+    aligned = {each.role for each in run_teachers(config) if each.model.align is not None}
     agreements = [
         _agreement(template, student, teachers[role], role, chat, [trajectories[i] for i in places])
         for role, places in Teachers.of_run(config, {role: role for role in teachers}).parts(
             trajectories if scoring else []
         )
+        if role not in aligned
     ]
     generate = batch.stats.generate_seconds
     laps = clock.laps

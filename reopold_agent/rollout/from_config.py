@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.config import TeacherConfig, TrainConfig
 from reopold_agent.envs.from_config import make_env
+from reopold_agent.policies.spans import Aligner
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.reading import Reader
@@ -81,15 +82,18 @@ def make_reader(
     chat: ChatRenderer,
     vision: VisionProcessor | None,
     context: int | None = None,
+    aligner: Aligner | None = None,
 ) -> Reader | None:
     """Makes what gives a teacher its form of the student's episodes; None if it reads them as is.
 
     Args:
         config: the run's.
         teacher: the settings of the teacher; None without one.
-        chat, vision: the student's, which the teacher shares.
+        chat, vision: of the teacher; the student's unless it is aligned.
         context: longest sequence of the teacher, if it has one.
+        aligner: translates turns for an aligned teacher with other tokens.
     """
-    if teacher is None or teacher.view.empty:
+    if teacher is None or (teacher.view.empty and teacher.align is None):
         return None
-    return Reader(teacher.view, chat, vision, pixels=config.pixels, max_tokens=context)
+    pixels = config.pixels
+    return Reader(teacher.view, chat, vision, pixels=pixels, max_tokens=context, aligner=aligner)

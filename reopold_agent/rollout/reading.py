@@ -25,6 +25,7 @@ from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.config import HINT, PixelsConfig, ViewConfig
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import DataError
+from reopold_agent.policies.spans import Aligner, TokenBytes
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
 from reopold_agent.types import (
@@ -81,15 +82,17 @@ class Opening:
 
 
 class Reader:
-    """Reads episodes as one teacher does whose tokenizer and pictures are the student's.
+    """Reads episodes as one teacher does.
 
-    With an empty view the teacher's form equals the student's, token by token.
+    With the student's tokenizer and an empty view the teacher's form equals the student's, token by
+    token.
 
     Args:
         view: what differs.
         chat: renders conversations for the teacher's tokenizer.
         vision: encodes pictures for the teacher; None for text-only models.
         pixels: the student's limits, for pictures whose limits the view does not give.
+        aligner: translates the student's turns if the teacher's tokenizer is another.
         max_tokens: longest sequence of the teacher; None if it has no limit.
     """
 
@@ -101,8 +104,9 @@ class Reader:
         *,
         pixels: PixelsConfig,
         max_tokens: int | None = None,
+        aligner: Aligner | None = None,
     ) -> None:
-        self.view, self._chat, self._vision = view, chat, vision
+        self.view, self._chat, self._vision, self._aligner = view, chat, vision, aligner
         own = view.pixels
         self._full_size = own.prompt is not None
         self.prompt_pixels = PixelLimits(**vars(own.prompt or pixels.prompt))
@@ -111,8 +115,14 @@ class Reader:
 
     def for_pixels(self, pixels: PixelsConfig) -> Reader:
         """Returns the reader for an environment in which the student has these limits."""
-        limit = self.max_tokens
-        return Reader(self.view, self._chat, self._vision, pixels=pixels, max_tokens=limit)
+        return Reader(
+            self.view,
+            self._chat,
+            self._vision,
+            pixels=pixels,
+            max_tokens=self.max_tokens,
+            aligner=self._aligner,
+        )
 
     @property
     def factor(self) -> int:
@@ -189,27 +199,40 @@ class Reader:
         hint = feedback(episode) if self.view.hint == "feedback" else shown.hint
         ids, images = self.prompt(shown, hint)
         prompt_length = len(ids)
-        mask, logp, entropy = ([0.0] * prompt_length for _ in range(3))
+        mask = [False] * prompt_length
+        own_spans = np.full(len(episode.ids), -1)
+        spans, count = [-1] * prompt_length, 0
         for turn, message in zip_longest(episode.turns, shown.observations):
             if turn is None:  # the turn after the last observation could not be generated
                 break
-            span = slice(turn.start, turn.end)
-            ids += episode.ids[span].tolist()
-            mask += episode.loss_mask[span].tolist()
-            logp += episode.logp[span].tolist()
-            entropy += episode.entropy[span].tolist()
+            sampled = episode.ids[turn.start : turn.end]
+            if self._aligner is None:
+                ids += sampled.tolist()
+                mask += episode.loss_mask[turn.start : turn.end].tolist()
+            else:
+                aligned = self._aligner.align(sampled.tolist())
+                ids += aligned.ids.tolist()
+                mask += [True] * len(aligned.ids)
+                shift = np.where(aligned.student >= 0, count, 0)
+                own_spans[turn.start : turn.end] = aligned.student + shift
+                spans += [span + count if span >= 0 else -1 for span in aligned.teacher.tolist()]
+                count += aligned.spans
             if message is not None:
                 between, more = self._chat.continuation(message, ids[-1])
                 ids += between
                 images += more
-                for values in (mask, logp, entropy):
-                    values += [0.0] * len(between)
+                mask += [False] * len(between)
+                spans += [-1] * len(between)
         error = None
         if self.max_tokens is not None and len(ids) >= self.max_tokens:
             error = (
-                f"with the teacher's view it has {len(ids)} tokens, and with the one that scoring "
+                f"as the teacher reads it, it has {len(ids)} tokens, and with the one that scoring "
                 f"adds more than the teacher's {self.max_tokens}"
             )
+        logp, entropy = np.zeros((2, len(ids)), dtype=np.float32)
+        if self._aligner is None:
+            logp[mask] = episode.logp[episode.loss_mask]
+            entropy[mask] = episode.entropy[episode.loss_mask]
         read = Trajectory(
             task_id=episode.task_id,
             index=episode.index,
@@ -217,15 +240,19 @@ class Reader:
             prompt_length=prompt_length,
             ids=np.array(ids, dtype=np.int64),
             loss_mask=np.array(mask, dtype=np.bool_),
-            logp=np.array(logp, dtype=np.float32),
-            entropy=np.array(entropy, dtype=np.float32),
+            logp=logp,
+            entropy=entropy,
             images=images,
             turns=[],
             stop_reason=episode.stop_reason,
             reward=episode.reward,
             success=episode.success,
         )
-        return Reading(read, error)
+        if self._aligner is None:
+            return Reading(read, error)
+        return Reading(
+            read, error, own_spans, np.array(spans, dtype=np.int64), decode=self._chat.raw
+        )
 
     def _encode(
         self, pictures: Sequence[PixelArray | Image.Image], limits: PixelLimits
@@ -235,6 +262,39 @@ class Reader:
         if self._vision is None:
             raise ValueError("the environment shows pictures, but the model reads text only")
         return [self._vision.encode(picture, limits) for picture in pictures]
+
+
+def make_aligner(student: ChatRenderer, teacher: ChatRenderer, whose: str) -> Aligner | None:
+    """Makes what translates the student's turns for a teacher with another tokenizer.
+
+    Args:
+        student, teacher: render conversations for either tokenizer.
+        whose: the teacher, for messages.
+
+    Returns:
+        None if both tokenizers have the same tokens, and turns end with the same one: then the
+        teacher reads the very ids that the student sampled.
+
+    Raises:
+        VocabularyMismatchError: the tokenizers cannot be aligned; the message says why and where.
+    """
+    same = student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+    if same and student.turn_end_id == teacher.turn_end_id:
+        return None
+    ours = TokenBytes(student.tokenizer, "the student")
+    theirs = TokenBytes(teacher.tokenizer, whose)
+    theirs.check(_SAMPLES)
+    # A tool call's tag, which may end a turn as well, is a word; these are not.
+    ends = [i for i in student.stop_ids if i in ours.special or i == student.turn_end_id]
+    return Aligner(ours, theirs, dict.fromkeys(ends, teacher.turn_end_id))
+
+
+_SAMPLES = (
+    "The answer is \\boxed{12}.",
+    '  I look closer.\n\n<tool_call>\n{"name": "crop_image", "arguments": {"box": [0, 1]}}\n',
+    "na\u00efve \u4f60\u597d \u2211\u221a \U0001f600\tend \r\n ",
+)
+"""Texts whose tokens must stand for their bytes."""
 
 
 def hint_of(view: ViewConfig, env: Any, task: Task | None) -> str:

@@ -116,7 +116,8 @@ def _read(
         return {}
     read = trajectory.for_teacher
     ids = [int(i) for i in read.ids[: read.prompt_length]]
-    return {"teacher_prompt": decode and _prompt(ids, decode)}
+    own = trajectory.reading.decode or decode
+    return {"teacher_prompt": decode and own and _prompt(ids, own)}
 
 
 def _tokens(ids: list[int], decode: Callable[[Sequence[int]], str]) -> list[str]:

@@ -16,6 +16,7 @@ from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.statistics import by_environment, rollout_statistics
 from reopold_agent.train.interrupts import EvaluationStoppedError, Interrupts
 from reopold_agent.train.roles import Roles, computing
+from reopold_agent.train.teachers import Teachers
 from reopold_agent.types import Sampling, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
@@ -29,12 +30,13 @@ class HeldOutEvaluation:
 
     Args:
         config: the run's configuration.
-        runner: plays the episodes.
+        runner: plays the student's episodes.
         roles: the policies.
         tasks: number of held-out tasks of each environment.
         metrics: where rows go; those that are there already are not made again.
         progress: shows rows to the user.
         interrupts: a signal ends an evaluation at once; it is made again on resuming.
+        teacher_runners: play the teachers' episodes; None: ``runner`` does.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class HeldOutEvaluation:
         metrics: MetricsWriter,
         progress: Progress,
         interrupts: Interrupts,
+        teacher_runners: Teachers[RolloutRunner] | None = None,
     ) -> None:
-        self.runner = runner
+        self.runner, self._teacher_runners = runner, teacher_runners
         self._config, self._roles, self._tasks = config, roles, tasks
         self._metrics, self._progress, self._interrupts = metrics, progress, interrupts
         self._sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
@@ -94,9 +97,12 @@ class HeldOutEvaluation:
             parts = self._roles.teachers.parts(episodes)
         played: list[Trajectory] = []
         for policy, places in parts:
+            runner = self.runner
+            if who == "teacher" and self._teacher_runners is not None:
+                runner = self._teacher_runners.of(episodes[places[0]])
             with computing(policy):
                 played += play_held_out(
-                    self.runner,
+                    runner,
                     policy,
                     [episodes[place] for place in places],
                     sampling=sampling,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from reopold_agent.config import TrainConfig, ViewPixels
+from reopold_agent.config import TrainConfig, ViewPixels, model_key
 from reopold_agent.errors import ConfigError, MissingExtraError
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.base import Closeable, Policy, TakesWeights
@@ -19,7 +19,8 @@ from reopold_agent.policies.loading import LoadedModel, Processing
 from reopold_agent.policies.registry import POLICIES, TRANSFORMERS, is_trainers_own, make_policy
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.train.teachers import Teachers, run_teachers
+from reopold_agent.train.teachers import Teachers, TeacherSettings, run_teachers
+from reopold_agent.train.vocabularies import teacher_chat
 
 
 @dataclass
@@ -123,6 +124,7 @@ def check_roles(config: TrainConfig, objective: Objective) -> None:
         )
     stops = {member.rollout.stop_at_tool_call for member in config.members.values()}
     for teacher in teachers:
+        _check_aligned(teacher, config, objective)
         if is_trainers_own(teacher.policy):
             continue
         if len(stops) > 1 and config.evaluation.teacher and teacher.policy["name"] == "server":
@@ -143,6 +145,23 @@ def check_roles(config: TrainConfig, objective: Objective) -> None:
                 "model.teacher.follow changes the teacher's weights in the run; use "
                 f"{key}.name={TRANSFORMERS}"
             )
+
+
+def _check_aligned(teacher: TeacherSettings, config: TrainConfig, objective: Objective) -> None:
+    """Checks that the objective can use a teacher with another vocabulary, if this is one."""
+    key = model_key(teacher.role, "align")
+    reasons = {
+        Needs.DISTRIBUTIONS: "compares whole distributions",
+        Needs.DEMONSTRATIONS: "trains on tokens that the teacher writes",
+        Needs.REFERENCE: "compares each token with a reference model",
+    }
+    reason = next((why for need, why in reasons.items() if need in objective.needs), None)
+    if teacher.model.align is not None and reason is not None:
+        raise ConfigError(
+            f"objective={config.objective['name']} {reason}, and {key}={teacher.model.align} gives "
+            "spans of tokens the teacher's log-probs only.\nChoose an objective that learns "
+            f"from sampled tokens, such as reopold, or set {key}=null for one vocabulary."
+        )
 
 
 def make_roles(
@@ -176,11 +195,12 @@ def make_roles(
         made: dict[str, Policy] = {}
         for teacher in run_teachers(config) if teachers else ():
             model = teachers[teacher.role]
+            own = chat if teacher.model.align is None else teacher_chat(config, model)
             if isinstance(model, LoadedModel):
-                policy: Policy = own_policy(config, chat, model)
+                policy: Policy = own_policy(config, own, model)
             else:
                 view = teacher.model.view.pixels
-                policy = _made(config, "teacher", teacher.policy, chat, model, view)
+                policy = _made(config, "teacher", teacher.policy, own, model, view)
             made[teacher.role] = policy
             # At once, to be closed if another one fails.
             roles.teachers = Teachers.of_run(config, made)

@@ -17,7 +17,7 @@ import torch
 from reopold_agent.objectives import Objective, Outcomes
 from reopold_agent.rollout.runner import RolloutStats
 from reopold_agent.tracking.trajectories import TokenUse
-from reopold_agent.types import FloatArray, Trajectory
+from reopold_agent.types import BoolArray, FloatArray, IntArray, Trajectory
 
 
 @dataclass(eq=False)
@@ -56,6 +56,30 @@ class Row:
         if self.old_logp is None or self.entropy is None:
             raise ValueError(f"{self} has no old log-probs and entropies yet")
         return self.old_logp, self.entropy
+
+    @property
+    def span_entropy(self) -> FloatArray:
+        """(L,) float32, nats: for each token the largest entropy in its span: where it branches.
+
+        Raises:
+            ValueError: the entropies have not been computed yet.
+        """
+        _, entropy = self.behaviour
+        spans = self.trajectory.teacher_spans
+        if spans is None or not (spans >= 0).any():
+            return entropy
+        inside = spans >= 0
+        largest = np.zeros(int(spans.max()) + 1, entropy.dtype)
+        np.maximum.at(largest, spans[inside], entropy[inside])
+        shared: FloatArray = entropy.copy()
+        shared[inside] = largest[spans[inside]]
+        return shared
+
+    @property
+    def learned(self) -> BoolArray:
+        """(L,) bool: the sampled tokens that can be trained on: those that the teacher scored."""
+        mask, spans = self.trajectory.loss_mask, self.trajectory.teacher_spans
+        return mask if spans is None else mask & (spans >= 0)
 
     def __str__(self) -> str:
         t = self.trajectory
@@ -136,15 +160,31 @@ def entropy_threshold(
 
 
 def _threshold(objective: Objective, rows: Sequence[Row]) -> float | None:
-    entropy_N = torch.from_numpy(
-        np.concatenate([row.behaviour[1][row.trajectory.loss_mask] for row in rows])
-    )
+    entropy_N = torch.from_numpy(np.concatenate([row.span_entropy[row.learned] for row in rows]))
     return objective.threshold(entropy_N, torch.ones_like(entropy_N))
 
 
 def threshold_of(threshold: Threshold, env: str) -> float | None:
     """Returns the threshold for the tokens of an environment."""
     return threshold.get(env) if isinstance(threshold, Mapping) else threshold
+
+
+def spans_of(rows: Sequence[Row]) -> list[IntArray] | None:
+    """Returns the spans of the rows' tokens, each (L,), numbered through all rows; -1 for none.
+
+    None if all spans are single tokens.
+    """
+    if all(row.trajectory.teacher_spans is None for row in rows):
+        return None
+    numbered, first = [], 0
+    for row in rows:
+        spans = row.trajectory.teacher_spans
+        if spans is None:
+            mask = row.trajectory.loss_mask
+            spans = np.where(mask, np.cumsum(mask) - 1, -1)
+        numbered.append(np.where(spans >= 0, spans + first, -1))
+        first += int(spans.max(initial=-1)) + 1
+    return numbered
 
 
 def outcomes_of(rows: Sequence[Row]) -> Outcomes:

@@ -34,7 +34,8 @@ from reopold_agent.policies.registry import is_trainers_own, reads_weights
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.checks import checked_run
 from reopold_agent.rollout.from_config import make_reader, make_runner
-from reopold_agent.rollout.reading import Reader
+from reopold_agent.rollout.reading import Reader, make_aligner
+from reopold_agent.rollout.runner import RolloutRunner
 from reopold_agent.rollout.view_checks import check_view
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
@@ -70,6 +71,7 @@ from reopold_agent.train.scoring import Scoring, ScoringByTeacher
 from reopold_agent.train.step_log import StepLog
 from reopold_agent.train.teachers import Teachers, TeacherSettings, run_teachers
 from reopold_agent.train.update import Updater
+from reopold_agent.train.vocabularies import check_fit, teacher_chat
 
 
 class LocalEngine(Engine):
@@ -234,7 +236,7 @@ def load_models(
         else:
             weights = reads_weights(teacher.policy)
             teachers[role] = load_processing(specs[role], role, weights=weights)
-        check_vocabularies(student, teachers[role], role)
+        check_fit(config, teacher, student, teachers[role])
     return student, teachers
 
 
@@ -270,19 +272,44 @@ def run_reader(
     Args:
         config: the run's configuration.
         chat: renders the student's conversations.
-        student: its pictures are the teacher's, too.
+        student: its pictures are the teacher's too, unless that is aligned.
         teachers: by role; empty in runs without one.
     """
     here = {each.role: each for each in run_teachers(config) if each.role in teachers}
     known = Teachers.of_run(config, here)
 
     def made(teacher: TeacherSettings, member: TrainConfig) -> Reader | None:
-        context = context_length(teachers[teacher.role].config)
-        return make_reader(member, teacher.model, chat, student.vision, context)
+        processing, aligner = teachers[teacher.role], None
+        own, vision = chat, student.vision
+        if teacher.model.align is not None:
+            own, vision = teacher_chat(config, processing), processing.vision
+            aligner = make_aligner(chat, own, teacher.role)
+        context = context_length(processing.config)
+        return make_reader(member, teacher.model, own, vision, context, aligner)
 
     if len(here) < 2:
         return None if known.only is None else made(known.only, config)
     return {name: made(known.named(name), each) for name, each in config.members.items()}
+
+
+def evaluated_by(
+    config: TrainConfig, runner: RolloutRunner, teachers: Mapping[str, Processing]
+) -> Teachers[RolloutRunner]:
+    """Returns what plays each teacher's held-out episodes.
+
+    Args:
+        config: the run's configuration.
+        runner: plays the student's, and those of teachers with its vocabulary.
+        teachers: by role.
+    """
+    made = {}
+    for teacher in run_teachers(config):
+        made[teacher.role] = runner
+        processing = teachers.get(teacher.role)
+        if teacher.model.align is not None and processing is not None:
+            chat = teacher_chat(config, processing)
+            made[teacher.role] = make_runner(config, chat, processing.vision, split="eval")
+    return Teachers.of_run(config, made)
 
 
 def make_scoring(
@@ -380,11 +407,14 @@ def make_loop(
         command,
     )
 
+    teacher_runners = evaluated_by(config, eval_runner, teachers)
+
     def finish() -> dict[str, Any]:
         if config.steps and not save_student(student, folder, chat):
             progress.note(f"{folder.final} was not read back: too little memory is free")
         train_runner.close()
-        eval_runner.close()
+        for runner in {eval_runner, *teacher_runners.distinct}:
+            runner.close()
         note = exploration_note(config, objective)
         summary = write_summary(config, folder, recovery.seconds, command, note)
         progress.stop()
@@ -406,7 +436,14 @@ def make_loop(
         updater=updater,
         following=following,
         evaluation=HeldOutEvaluation(
-            config, eval_runner, roles, tasks_of(tasks, "eval"), log.metrics, progress, interrupts
+            config,
+            eval_runner,
+            roles,
+            tasks_of(tasks, "eval"),
+            log.metrics,
+            progress,
+            interrupts,
+            teacher_runners,
         ),
         log=log,
         guard=guard,

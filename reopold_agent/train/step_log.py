@@ -63,6 +63,7 @@ def training_metrics(
         **update.row(),
         **more,
         **{key: value for key, value in own.items() if value is not None},
+        **alignment_statistics(rows),
         **distillation_statistics(
             trajectories_of(rows),
             floor=objective.floor,
@@ -70,6 +71,29 @@ def training_metrics(
             logp=logp,
             entropy=[entropy for _, entropy in pairs],
         ),
+    }
+
+
+def alignment_statistics(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns how the student's tokens were aligned with those of teachers with other vocabularies.
+
+    ``align/span_share`` is the number of spans over that of the student's tokens in them, 1 where
+    each token is a span; ``align/unaligned_share`` the share of sampled tokens without a span,
+    which are not trained on. Empty if no teacher has another vocabulary.
+    """
+    spans = [
+        each[row.trajectory.loss_mask]
+        for row in rows
+        if (each := row.trajectory.teacher_spans) is not None
+    ]
+    if not spans:
+        return {}
+    tokens = sum(len(each) for each in spans)
+    inside = sum(int((each >= 0).sum()) for each in spans)
+    count = sum(int(each.max(initial=-1)) + 1 for each in spans)
+    return {
+        "align/span_share": count / max(1, inside),
+        "align/unaligned_share": 1 - inside / max(1, tokens),
     }
 
 

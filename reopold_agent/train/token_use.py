@@ -69,9 +69,9 @@ def expected_terms(objective: Objective, row: Row, step: int, threshold: float |
     Arguments as of `expected_use`.
     """
     trajectory = row.trajectory
-    old_logp, entropy = row.behaviour
+    old_logp, _ = row.behaviour
 
-    def sampled(values: FloatArray) -> Tensor:
+    def sampled(values: FloatArray | BoolArray) -> Tensor:
         return torch.from_numpy(np.asarray(values, dtype=np.float32)[trajectory.loss_mask])[None]
 
     logp_N = sampled(old_logp)
@@ -81,8 +81,8 @@ def expected_terms(objective: Objective, row: Row, step: int, threshold: float |
         logp=logp_N,
         logp_old=logp_N,
         logp_teacher=None if teacher is None else sampled(teacher),
-        entropy=sampled(entropy),
-        loss_mask=torch.ones_like(logp_N, dtype=torch.bool),
+        entropy=sampled(row.span_entropy),
+        loss_mask=sampled(row.learned).bool(),
         advantage=None if advantage is None else torch.full_like(logp_N, advantage),
         response_length=torch.full_like(logp_N, float(trajectory.response_tokens)),
         divergence=torch.zeros_like(logp_N) if objective.needs & Needs.DISTRIBUTIONS else None,

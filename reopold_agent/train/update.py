@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.objectives import Needs, Objective, TokenBatch
-from reopold_agent.objectives.pieces import scale_gradient, turns
+from reopold_agent.objectives.pieces import scale_gradient, span_teacher_logp, turns
 from reopold_agent.policies.base import Policy
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.grouping import split_by_tokens
@@ -22,7 +22,7 @@ from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.tracking.trajectories import TokenUse
 from reopold_agent.train.environments import environments
 from reopold_agent.train.nonfinite import Finding, describe
-from reopold_agent.train.rows import Row, Threshold, threshold_of, trajectories_of
+from reopold_agent.train.rows import Row, Threshold, spans_of, threshold_of, trajectories_of
 from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.token_use import token_uses
 from reopold_agent.train.totals import TokenTotals
@@ -290,7 +290,7 @@ class Updater:
     def _token_batch(self, rows: Sequence[Row]) -> TokenBatch:
         """Returns the loss tokens of a micro-batch, one after the other: (1, N)."""
         trajectories = trajectories_of(rows)
-        old_logps, entropies = zip(*[row.behaviour for row in rows], strict=True)
+        old_logps = [row.behaviour[0] for row in rows]
         adapter, objective = self.policy.adapter, self.objective
         divergence_N = None
         if objective.needs & Needs.DISTRIBUTIONS:
@@ -306,24 +306,29 @@ class Updater:
             pairs = zip(trajectories, values, strict=True)
             return flat([np.full(len(t.ids), value, np.float32) for t, value in pairs])
 
+        teacher = [t.teacher_logp for t in trajectories if t.teacher_logp is not None]
+        complete = len(trajectories)
+        scores = flat(teacher) if len(teacher) == complete else None
+        spans = spans_of(rows)
+        if scores is not None and spans is not None:
+            sampled = flat([t.logp for t in trajectories])
+            scores = span_teacher_logp(scores[0], sampled[0], logp_N, flat(spans)[0])[None]
         weights = [row.weight for row in rows if row.weight is not None]
         if weights:
             logp_N = scale_gradient(logp_N, flat(weights)[0])
-        teacher = [t.teacher_logp for t in trajectories if t.teacher_logp is not None]
         advantage = [t.advantage for t in trajectories if t.advantage is not None]
-        if objective.needs & Needs.TEACHER and len(teacher) != len(trajectories):
+        if objective.needs & Needs.TEACHER and scores is None:
             raise ValueError("a trajectory has no teacher scores")
         if objective.needs & Needs.OUTCOME and len(advantage) != len(trajectories):
             raise ValueError("a trajectory has no advantage")
         reference = [row.reference_logp for row in rows if row.reference_logp is not None]
-        complete = len(trajectories)
         masks = [torch.from_numpy(t.loss_mask) for t in trajectories]
         return TokenBatch(
             logp=logp_N[None],
             logp_old=flat(old_logps),
-            logp_teacher=flat(teacher) if len(teacher) == complete else None,
-            entropy=flat(entropies),
-            loss_mask=torch.ones_like(logp_N[None], dtype=torch.bool),
+            logp_teacher=scores,
+            entropy=flat([row.span_entropy for row in rows]),
+            loss_mask=flat([row.learned for row in rows]),
             advantage=spread(advantage) if len(advantage) == complete else None,
             response_length=spread([t.response_tokens for t in trajectories]),
             divergence=None if divergence_N is None else divergence_N[None],

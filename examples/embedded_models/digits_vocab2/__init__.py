@@ -1,0 +1,1 @@
+"""The recipe of the digits' teacher with another vocabulary; see README.md."""
