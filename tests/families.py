@@ -71,6 +71,7 @@ def tiny_config(
         "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10.0,
+            "mrope_interleaved": kind == "qwen3_vl",
             "mrope_section": [6, 5, 5] if kind == "qwen3_vl" else [4, 6, 6],
         },
     }
