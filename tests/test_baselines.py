@@ -147,7 +147,8 @@ def gradient_of(loss: Tensor, leaves: list[Tensor]) -> Tensor:
 
 
 def test_the_cases_are_all_objectives() -> None:
-    assert set(SETTINGS) == set(OBJECTIVES.names())
+    others = {"eopd", "exopd", "iw_opd", "sod"}  # those of later papers are in test_family.py
+    assert set(SETTINGS) == set(OBJECTIVES.names()) - others
 
 
 @pytest.mark.parametrize(("name", "settings"), CASES)
@@ -807,7 +808,9 @@ def test_bad_settings_are_refused_by_name(name: str, settings: Any, message: str
 
 
 def test_an_unknown_objective_gets_a_suggestion_and_the_list() -> None:
-    with pytest.raises(UnknownNameError, match=r"'reopolt'. Did you mean 'reopold'\? Known: gkd, "):
+    with pytest.raises(
+        UnknownNameError, match=r"'reopolt'. Did you mean 'reopold'\? Known: eopd, "
+    ):
         make_objective("reopolt", {})
     with pytest.raises(UnknownNameError, match=r"no objective is called 'ppo_clip'.*skew_rkl"):
         make_objective("ppo_clip", {})

@@ -158,13 +158,13 @@ MISTAKES = [
     Mistake("train --mutirun", "there is no flag '--mutirun'.", "mean '--multirun'?"),
     Mistake("train steps=many", "'steps' must be int, got 'many'", "--help"),
     Mistake("train seed=1,2", "seed=1,2 has several values.", "  Add --multirun to run once"),
+    Mistake("train env=[math,geometry]", "comes with a model of its own: math with", "model="),
     Mistake("train env=math,geometry", "has several values.", "  Add --multirun to run once with"),
     Mistake("train tools.read=a,b", "has several values.", "'tools.read=[a,b]' for a list, or add"),
     Mistake("train tracking=wandb,mlflow", "several values.", "tracking=[wandb,mlflow]' for"),
     *[
         Mistake(f"{start}={value}", f"'{start.split()[-1]}' takes one option, got {value}", "once")
         for start, value in (
-            ("train env", "[math,geometry]"),
             ("train model", "[demo,figures]"),
             ("train objective", "[grpo,rkl]"),
             ("plan recipe", "[paper_agentic,paper_math_7b]"),

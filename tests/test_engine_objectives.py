@@ -432,8 +432,9 @@ def test_the_teacher_plays_and_the_student_learns_its_tokens(
         def step(self: Updater, mini_batches: Any, at: int, threshold: Any) -> UpdateStats:
             (rows,) = mini_batches
             batch = trajectories_of(rows)
-            assert self.teacher is not None
-            taught, own = (p.score(batch) for p in (self.teacher, self.policy))
+            teacher = self._teachers.only
+            assert teacher is not None
+            taught, own = (p.score(batch) for p in (teacher, self.policy))
             for row, t, teacher, student in zip(rows, batch, taught, own, strict=True):
                 assert np.abs(teacher.logp - t.logp).max() < 1e-4
                 assert np.abs(student.logp - t.logp).max() > 1e-2

@@ -267,6 +267,7 @@ def test_env_math_brings_data_and_model() -> None:
         "revision": None,
         "limit": None,
         "on_bad_row": "fail",
+        "solution": None,
     }
     assert config.model.student.path == "demo:arithmetic_student"
 
