@@ -23,7 +23,7 @@ from reopold_agent.config import PixelConfig, PixelsConfig, ViewConfig, ViewPixe
 from reopold_agent.data import load_tasks
 from reopold_agent.demo.tasks import DemoTasks
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
-from reopold_agent.errors import ConfigError, DataError
+from reopold_agent.errors import ConfigError, DataError, ModelServerError
 from reopold_agent.objectives import DivergenceSettings, make_objective
 from reopold_agent.policies.attention import attend_by_rows
 from reopold_agent.policies.batch import TrajectoryBatch
@@ -321,6 +321,30 @@ def test_a_teacher_elsewhere_gets_its_own_form(play: Any) -> None:
         places = np.flatnonzero(t.for_teacher.loss_mask) + 1
         assert t.teacher_logp is not None
         assert (-t.teacher_logp[t.loss_mask]).tolist() == places.tolist()
+
+
+def test_what_a_server_fails_is_counted_without_what_its_teacher_cannot_read(play: Any) -> None:
+    class Failing(Beside):
+        def score(
+            self, trajectories: Sequence[Trajectory], *, with_entropy: bool = False
+        ) -> list[TokenScores]:
+            if trajectories[0].index in failing:
+                raise ModelServerError("full")
+            return super().score(trajectories)
+
+    rows = [Row(t) for t in play(ViewConfig(system="Zoom in.", pixels=SHARP))]
+    last = rows[-1].trajectory
+    assert last.reading is not None
+    last.reading = replace(last.reading, error="too long")
+    failing = {row.trajectory.index for row in rows[:-2]}
+    scoring = Scoring(Failing())  # type: ignore[arg-type]  # it generates nothing
+    # One row has scores, though as many failed as there were to score.
+    assert len(scoring.finish(rows, 0).failed) == len(rows) - 1
+    assert rows[-2].trajectory.teacher_logp is not None
+    failing.add(rows[-2].trajectory.index)
+    with pytest.raises(ModelServerError, match="the teacher scored nothing; full"):
+        scoring.finish(rows, 0)
+    scoring.close()
 
 
 # Settings

@@ -65,8 +65,8 @@ class Scoring:
             ModelServerError: the scoring of every row failed.
         """
         problems = ScoringProblems()
+        rows = self._readable(rows, problems)
         if self._pool is None:
-            rows = self._readable(rows, problems)
             with computing(self._teacher):
                 scores = self._teacher.score([row.trajectory.for_teacher for row in rows])
             if len(scores) != len(rows):
@@ -77,7 +77,6 @@ class Scoring:
             for row, score in zip(rows, scores, strict=True):
                 self._take(row, getattr(score, "logp", score), problems)
             return problems
-        rows = self._readable(rows, problems)
         for row in rows:
             if row.pending_score is None:
                 self.begin(row)
@@ -97,7 +96,7 @@ class Scoring:
             else:
                 self._take(row, logp, problems)
             row.pending_score = None
-        if error is not None and len(problems.failed) == len(rows):
+        if error is not None and all(row in problems.failed for row in rows):
             raise ModelServerError(f"step {step}: the teacher scored nothing; {error}") from error
         return problems
 
