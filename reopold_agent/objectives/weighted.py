@@ -21,7 +21,7 @@ class DriftWeighted(ReverseKLStopGradient):
 
     def weights_of(self, gap_N: Tensor, episode_N: Tensor, turn_N: Tensor) -> Tensor:
         """Returns the weights of the student's tokens in their order, (tokens,)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no weights")
 
     @override
     def weights(self, batch: TokenBatch) -> Tensor:

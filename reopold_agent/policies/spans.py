@@ -208,17 +208,18 @@ class Aligner:
         ends = list(itertools.accumulate(len(piece) for piece in pieces))
         characters = _characters(b"".join(pieces))
         encoded = self.teacher.encode("".join(each.text for each in characters))
-        if encoded.ends is None:  # `check` has found nothing, but this text is special
+        teacher_ends = encoded.ends
+        if teacher_ends is None:  # `check` has found nothing, but this text is special
             turn.add([-1] * len(tokens), encoded.ids, [-1] * len(encoded.ids))
             return
         places = _places(characters, encoded.runs)
         # Each span has the name of its end's position among all the ends that both sides have.
-        common = sorted(set(ends) & {places[end] for end in encoded.ends if end in places} - {0})
+        common = sorted(set(ends) & {places[end] for end in teacher_ends if end in places} - {0})
         known = sorted(places)
         asked = [
             # A token that ends inside a character, or in a normalised run, ends with it.
             bisect_left(common, max(1, places[known[bisect_left(known, end)]]))
-            for end in encoded.ends
+            for end in teacher_ends
         ]
         found = [
             bisect_left(common, end) if piece else -1

@@ -68,8 +68,7 @@ def check_settings(config: TrainConfig) -> None:
             f"engine=verl starts vLLM servers for both roles, so it takes no policy.{others[0]}.\n"
             "Leave that at its default (policy=transformers), or use engine=local."
         )
-    aligned = [key for key, each in config.model.all_teachers.items() if each.align is not None]
-    if aligned:
+    if any(each.align is not None for each in config.model.all_teachers.values()):
         raise ConfigError(
             "engine=verl scores the student's own token ids, so it takes no teacher with "
             "align=bytes.\nUse engine=local, or a teacher with the student's tokenizer."
