@@ -107,7 +107,9 @@ class TokenBytes:
         self.tokenizer, self.whose = tokenizer, whose
         normalizer = backend.normalizer
         self._normalise: Callable[[str], str] | None = None
-        decoders = _decoders(json.loads(backend.to_str())["decoder"])
+        # This part alone: to write the whole tokenizer as JSON would take most of the time here.
+        decoder = backend.decoder
+        decoders = _decoders(None if decoder is None else json.loads(decoder.__getstate__()))
         if "ByteLevel" in decoders:
             alphabet = _byte_alphabet()
 
