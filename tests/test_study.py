@@ -18,7 +18,7 @@ from running import command, composed, last_of_each, lines, start, wait_until, w
 
 from reopold_agent.common.statistics import bootstrap_confidence
 from reopold_agent.errors import CheckpointError, ConfigError, UnknownNameError
-from reopold_agent.objectives import make_objective
+from reopold_agent.objectives import OBJECTIVES, make_objective
 from reopold_agent.study.__main__ import main
 from reopold_agent.study.analyse import (
     band,
@@ -348,6 +348,42 @@ def test_better_settings_and_gradient_norms(tmp_path: Path) -> None:
     page = (tmp_path / "README.md").read_text("utf-8")
     assert "| (1) stop-gradient improves RKL (table 5.2) | +0.100" in page
     assert "python 'a b'" in page
+
+
+def test_the_family_is_ranked_and_its_newcomers_are_compared(tmp_path: Path) -> None:
+    ends = {"rkl_sg": 0.5, "reopold": 0.7, "exopd": 0.6}
+    runs = expand(STUDIES["family"], tmp_path, seeds=range(5), only=list(ends))
+    for run in runs:
+        write_run(run, (0.1, ends[run.setting.label] + 0.01 * run.seed))
+    write_report(runs, tmp_path, ["python"])
+    page = (tmp_path / "README.md").read_text("utf-8")
+    table = page.split("## Final success")[1].split("##")[0]
+    ranked = ["| Reopold |", "| ExOPD |", "| RKL + stop-gradient (1) |"]
+    assert sorted(ranked, key=table.index) == ranked
+    found = {
+        claim["claim"]: claim
+        for claim in json.loads((tmp_path / "numbers.json").read_text())["claims"]
+    }
+    over, under = (
+        found[f"ExOPD beats {other} (not in the paper)"]
+        for other in ("RKL + stop-gradient (1)", "Reopold")
+    )
+    assert (over["verdict"], over["here"][:6]) == ("yes", "+0.100")
+    assert (under["verdict"], under["here"][:6]) == ("no", "-0.100")
+    assert found["Reopold beats SFT (table 5.3)"]["verdict"] == "not measured"
+
+
+def test_the_family_has_equal_episodes_and_updates(tmp_path: Path) -> None:
+    sizes, known = set(), set()
+    for run in expand(STUDIES["family"], tmp_path, seeds=[0]):
+        config, _ = composed(*run.overrides)
+        batch = config.batch
+        sizes.add(
+            (config.steps, batch.prompts, batch.samples, batch.mini_batch, config.optimizer.lr)
+        )
+        known.add(config.objective["name"])
+    assert len(sizes) == 1
+    assert known == set(OBJECTIVES.names())
 
 
 def test_runs_from_a_repository_without_a_commit_can_be_reported(tmp_path: Path) -> None:

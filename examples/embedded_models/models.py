@@ -82,8 +82,10 @@ def new_vision_model(
     return _initialised(Qwen2_5_VLForConditionalGeneration, config, tokenizer, seed)
 
 
-def new_text_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
-    """Makes an untrained `Qwen2ForCausalLM`.
+def new_text_model(
+    tokenizer: PreTrainedTokenizerFast, seed: int, *, width: int = TEXT_WIDTH, layers: int = 2
+) -> Any:
+    """Makes an untrained `Qwen2ForCausalLM`; ``width`` is a multiple of 32.
 
     Its initial spread is 0.1, as in `model_config`. A RoPE base of 1,000 fits sequences of at most
     some hundred tokens.
@@ -91,11 +93,11 @@ def new_text_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Any:
     config_class: Any = Qwen2Config  # untyped to mypy when called
     config = config_class(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=3,  # of 32: vLLM's CPU kernels do not support heads of 24
-        num_key_value_heads=3,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,  # of 32: vLLM's CPU kernels do not support heads of 24
+        num_key_value_heads=width // 32,
         max_position_embeddings=1024,
         initializer_range=0.1,
         rms_norm_eps=1e-6,

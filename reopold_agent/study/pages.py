@@ -40,46 +40,7 @@ class Page:
 def ablation(results: Results) -> Page:
     """Composes table 5.2; figures 3, 4, 5, 6, 11, 14; table 8."""
     parts = ["rkl", "rkl_sg", "rkl_sg_clip", "rkl_sg_clip_entropy", "reopold"]
-    page = Page()
-    page.claims = [
-        claims.better("(1) stop-gradient improves RKL (table 5.2)", results, "rkl", "rkl_sg"),
-        claims.better("(2) the reward clip improves (1)", results, "rkl_sg", "rkl_sg_clip"),
-        claims.better(
-            "(3) the entropy mask improves (1+2)", results, "rkl_sg_clip", "rkl_sg_clip_entropy"
-        ),
-        claims.better("(4) two phases improve (1+2+3)", results, "rkl_sg_clip_entropy", "reopold"),
-        claims.better("Reopold beats RKL", results, "rkl", "reopold"),
-        claims.better("Reopold beats GKD (table 8)", results, "gkd", "reopold"),
-        claims.greater_mean(
-            "stop-gradient lowers gradient norms (figure 3)", results, "grad_norm", "rkl_sg", "rkl"
-        ),
-        claims.heavy_tail("rewards have a heavy negative tail (figure 4)", results, "rkl"),
-        claims.low_entropy_is_silent(
-            "the lower 60 % of tokens by entropy carry hardly any reward (figure 5)",
-            results,
-            "rkl",
-        ),
-        claims.greater_mean(
-            "RKL's entropy collapses faster than Reopold's (figure 6; first third of the steps)",
-            results,
-            "entropy/mean",
-            "rkl",
-            "reopold",
-            until=1 / 3,
-        ),
-        claims.rises("Reopold raises avg@k and pass@k together (figure 6)", results, "reopold"),
-        claims.below(
-            "PPO's clip would cut less than 0.2 % of tokens (figure 11)",
-            results,
-            "reopold",
-            "ratio/ppo_clip_share",
-            0.002,
-            0.1,
-        ),
-        claims.time_share(
-            "the teacher takes 8 to 22 % of a step (figure 14)", results, "reopold", 0.08, 0.22
-        ),
-    ]
+    page = Page(claims=_paper_claims(results))
     page.tables.append(final_table(results, "rkl"))
     table = probe_table(results)
     page.tables += [table] if table else []
@@ -116,6 +77,23 @@ def ablation(results: Results) -> Page:
     page.add(
         "time", "Parts of a step (figure 14)", styled(figures.time_figure, results, everything)
     )
+    return page
+
+
+def family(results: Results) -> Page:
+    """Composes `ablation`'s figures for all objectives, ranked, and each newcomer's comparisons."""
+    page = ablation(results)
+    page.claims += [
+        claims.better(f"Reopold beats {other.upper()} (table 5.3)", results, other, "reopold")
+        for other in ("grpo", "sft")
+    ]
+    page.claims += _efficiency_claims(results)
+    for label in NEWCOMERS:
+        for other in ("rkl_sg", "reopold"):
+            text = f"{results.title(label)} beats {results.title(other)} (not in the paper)"
+            page.claims.append(claims.better(text, results, other, label))
+    page.tables[0] = final_table(results, "rkl_sg", ranked=True)
+    page.tables += _reach_tables(results)
     return page
 
 
@@ -263,6 +241,49 @@ def agentic(results: Results) -> Page:
     return page
 
 
+def _paper_claims(results: Results) -> list[Claim]:
+    """Tests table 5.2, figures 3, 4, 5, 6, 11, 14, and table 8."""
+    return [
+        claims.better("(1) stop-gradient improves RKL (table 5.2)", results, "rkl", "rkl_sg"),
+        claims.better("(2) the reward clip improves (1)", results, "rkl_sg", "rkl_sg_clip"),
+        claims.better(
+            "(3) the entropy mask improves (1+2)", results, "rkl_sg_clip", "rkl_sg_clip_entropy"
+        ),
+        claims.better("(4) two phases improve (1+2+3)", results, "rkl_sg_clip_entropy", "reopold"),
+        claims.better("Reopold beats RKL", results, "rkl", "reopold"),
+        claims.better("Reopold beats GKD (table 8)", results, "gkd", "reopold"),
+        claims.greater_mean(
+            "stop-gradient lowers gradient norms (figure 3)", results, "grad_norm", "rkl_sg", "rkl"
+        ),
+        claims.heavy_tail("rewards have a heavy negative tail (figure 4)", results, "rkl"),
+        claims.low_entropy_is_silent(
+            "the lower 60 % of tokens by entropy carry hardly any reward (figure 5)",
+            results,
+            "rkl",
+        ),
+        claims.greater_mean(
+            "RKL's entropy collapses faster than Reopold's (figure 6; first third of the steps)",
+            results,
+            "entropy/mean",
+            "rkl",
+            "reopold",
+            until=1 / 3,
+        ),
+        claims.rises("Reopold raises avg@k and pass@k together (figure 6)", results, "reopold"),
+        claims.below(
+            "PPO's clip would cut less than 0.2 % of tokens (figure 11)",
+            results,
+            "reopold",
+            "ratio/ppo_clip_share",
+            0.002,
+            0.1,
+        ),
+        claims.time_share(
+            "the teacher takes 8 to 22 % of a step (figure 14)", results, "reopold", 0.08, 0.22
+        ),
+    ]
+
+
 def _reach_tables(results: Results) -> list[Table]:
     return [
         reach_table(results, target, list(results.records), episodes=True)
@@ -330,11 +351,15 @@ def _success(results: Results, labels: Sequence[str]) -> Figure | None:
     return figures.success_figure(results, labels)
 
 
+NEWCOMERS = ("outcome", "exopd", "eopd", "iw_opd", "sod")
+"""Settings of `family` that are later than the paper, or not in it."""
+
 PAGES: dict[str, Callable[[Results], Page]] = {
     "ablation": ablation,
     "sensitivity": sensitivity,
     "efficiency": efficiency,
     "scaling": scaling,
     "agentic": agentic,
+    "family": family,
 }
 """By `Study.report`."""

@@ -50,6 +50,23 @@ GRPO_LONGER = 1.5
 """Factor on GRPO's steps under stress. With four times the episodes per step it sees six times as
 many as distillation; the paper claims that Reopold needs at most a sixth of GRPO's samples."""
 
+BRANCHES = (
+    "env=math",
+    "model.student.path=demo:branches_student",
+    "model.teacher.path=demo:branches_teacher",
+    "data.train.operations=[+,-]",
+    "data.eval.operations=[+,-]",
+    "batch.prompts=8",
+    "batch.samples=4",  # groups for all, so that objectives with an outcome see no other episodes
+    "batch.mini_batch=2",  # four updates per rollout, as in the paper's mathematics
+    "optimizer.lr=1e-4",
+    *COMMON,
+    "evaluation.tasks=256",  # differences are smaller here
+    "evaluation.curve_tasks=256",
+)
+"""A task with the rewards of the paper's figures 4 and 5: most tokens follow from the format or from
+what was written; a few are choices, where the student's rewards have a heavy negative tail."""
+
 _TITLES = {
     "rkl": "RKL",
     "rkl_sg": "RKL + stop-gradient (1)",
@@ -61,6 +78,11 @@ _TITLES = {
     "sft": "SFT",
     "grpo": "GRPO",
     "skew_rkl": "Skew RKL",
+    "outcome": "Reopold with outcome",
+    "exopd": "ExOPD",
+    "eopd": "EOPD",
+    "iw_opd": "IW-OPD",
+    "sod": "SOD",
 }
 
 
@@ -191,6 +213,32 @@ STUDIES: dict[str, Study] = {
             report="agentic",
             probe=MODELS,
             seconds=75.0,
+        ),
+        Study(
+            name="family",
+            title="The family: every objective where most tokens are free of reward",
+            mirrors="table 5.2 (parts 1 to 4), figures 1(a), 3 to 6, 11 and 14, tables 5.3 and 8",
+            base=BRANCHES,
+            settings=(
+                _setting("rkl", probe=True),
+                _setting("rkl_sg", probe=True),
+                _setting("rkl_sg_clip"),
+                _setting("rkl_sg_clip_entropy"),
+                _setting("reopold", probe=True),
+                _setting("gkd"),
+                _setting("grpo"),
+                _setting("sft"),
+                _setting("skew_rkl"),
+                _setting("outcome", "objective=reopold", "objective.outcome=1"),
+                _setting("exopd"),
+                _setting("eopd"),
+                _setting("iw_opd"),
+                _setting("sod"),
+            ),
+            steps=60,
+            report="family",
+            seconds=60.0,
+            probe=Probe(tasks=64, samples=8),
         ),
     )
 }

@@ -21,13 +21,24 @@ class Table:
     note: str = ""
 
 
-def final_table(results: Results, reference: str | None) -> Table:
-    """Returns final success of every setting, and its paired difference from a reference."""
+def final_table(results: Results, reference: str | None, *, ranked: bool = False) -> Table:
+    """Returns final success of every setting, and its paired difference from a reference.
+
+    Args:
+        results: results of the study.
+        reference: label of the setting to compare with, if any.
+        ranked: whether the settings are in the order of their mean, the best first, instead of the
+            study's.
+    """
     header = ["setting", "seeds", "held-out success, T 1", "greedy", "train minutes"]
     if reference in results.records:
         header.append(f"less {results.title(str(reference))}")
     rows = []
-    for label, records in results.records.items():
+    labels = list(results.records)
+    if ranked:
+        labels.sort(key=lambda label: -fmean(results.final_successes(label).values()))
+    for label in labels:
+        records = results.records[label]
         row = [
             results.title(label),
             str(len(records)),

@@ -26,6 +26,7 @@ from examples.embedded_models.models import new_text_model
 from examples.embedded_models.tokenizer import train_tokenizer
 from examples.embedded_models.training import Schedule, train_supervised
 from reopold_agent.demo.arithmetic.tasks import OPERATIONS, ArithmeticTasks, Operation
+from reopold_agent.demo.base import Split
 from reopold_agent.envs.single_turn import SingleTurnEnv
 from reopold_agent.rollout.chat import observation_message
 from reopold_agent.rollout.runner import RolloutLimits
@@ -75,18 +76,29 @@ TINY: Final = Recipe(
 """A few steps, to test that the recipe runs."""
 
 
-def make_env() -> gymnasium.Env[Observation, str]:
-    """Makes the real environment on the embedded problems."""
-    return SingleTurnEnv(data={"train": ArithmeticTasks("train"), "eval": ArithmeticTasks("eval")})
+def make_env(
+    operations: tuple[Operation, ...] = OPERATIONS,
+) -> gymnasium.Env[Observation, str]:
+    """Makes the real environment on the embedded problems of these kinds."""
+    splits: tuple[Split, ...] = ("train", "eval")
+    return SingleTurnEnv(data={s: ArithmeticTasks(s, operations=operations) for s in splits})
 
 
 class ArithmeticBuilder(ModelBuilder):
-    """Builds the three models."""
+    """Builds models for the embedded problems.
+
+    Args:
+        tokenizer: of all the models.
+        operations: kinds of the held-out problems.
+    """
 
     limits = LIMITS
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
-        super().__init__(tokenizer, make_env)
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, operations: tuple[Operation, ...] = OPERATIONS
+    ) -> None:
+        super().__init__(tokenizer, lambda: make_env(operations))
+        self.operations = operations
 
     def trace(self, tasks: ArithmeticTasks, index: int, script: Script) -> Trajectory:
         """Makes the episode of a task in which the student writes the script's text."""
@@ -100,12 +112,12 @@ class ArithmeticBuilder(ModelBuilder):
 
     def figures(self, episodes: Sequence[Trajectory]) -> dict[str, Any]:
         """Returns success, length, and success by operation."""
-        tasks = ArithmeticTasks("eval")
+        tasks = ArithmeticTasks("eval", operations=self.operations)
         figures: dict[str, Any] = {
             "success": mean([e.success for e in episodes]),
             "tokens": mean([e.response_tokens for e in episodes]),
         }
-        for operation in OPERATIONS:
+        for operation in self.operations:
             chosen = [e.success for e in episodes if tasks.problem(e.index).operation == operation]
             figures[f"success_{operation}"] = mean(chosen)
         return figures
