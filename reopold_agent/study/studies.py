@@ -56,13 +56,14 @@ BRANCHES = (
     "model.teacher.path=demo:branches_teacher",
     "data.train.operations=[+,-]",
     "data.eval.operations=[+,-]",
-    "batch.prompts=8",
+    "batch.prompts=4",
     "batch.samples=4",  # groups for all, so that objectives with an outcome see no other episodes
-    "batch.mini_batch=2",  # four updates per rollout, as in the paper's mathematics
+    "batch.mini_batch=1",  # four updates per rollout, as in the paper's mathematics
     "optimizer.lr=1e-4",
     *COMMON,
     "evaluation.tasks=256",  # differences are smaller here
     "evaluation.curve_tasks=256",
+    "evaluation.every=16",
 )
 """A task with the rewards of the paper's figures 4 and 5: most tokens follow from the format or from
 what was written; a few are choices, where the student's rewards have a heavy negative tail."""
@@ -235,7 +236,7 @@ STUDIES: dict[str, Study] = {
                 _setting("iw_opd"),
                 _setting("sod"),
             ),
-            steps=60,
+            steps=STEPS,
             report="family",
             seconds=60.0,
             probe=Probe(tasks=64, samples=8),
