@@ -65,8 +65,8 @@ BRANCHES = (
     "evaluation.curve_tasks=256",
     "evaluation.every=16",
 )
-"""A task with the rewards of the paper's figures 4 and 5: most tokens follow from the format or from
-what was written; a few are choices, where the student's rewards have a heavy negative tail."""
+"""A task with the rewards of the paper's figures 4 and 5: most tokens follow from the format or
+from what was written; a few are choices, where the student's rewards have a heavy negative tail."""
 
 _TITLES = {
     "rkl": "RKL",
