@@ -601,7 +601,7 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A judge's finding counts.
     finding = {"key": "b/7/0", "correct": True}
     (runs[1] / "judged.jsonl").write_text(json.dumps(finding) + "\n")
-    assert question_means(runs[1], "b")["7:q7"] == 1.0
+    assert question_means(runs[1])["b"]["7:q7"] == 1.0
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "none")])
 

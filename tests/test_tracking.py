@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ from reopold_agent.tracking import (
     trajectory_record,
     write_json_atomic,
 )
+from reopold_agent.tracking import metrics as metrics_module
 from reopold_agent.tracking.history import History
 from reopold_agent.tracking.plots import main as plots_main
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.statistics import HISTOGRAM_EDGES, abs_by_decile, reward_histogram
-from reopold_agent.tracking.trajectories import TokenUse
+from reopold_agent.tracking.trajectories import TokenUse, row_head, token_means
 from reopold_agent.types import EncodedImage, Region, StopReason, ToolCall, Trajectory, Turn
 
 FLOOR = math.log(0.1) / 0.9
@@ -411,6 +413,48 @@ def test_truncate_after_drops_what_will_be_written_again(tmp_path: Path) -> None
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_long_file_is_continued_without_reading_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "trajectories.jsonl"
+    lines = [
+        json.dumps({"kind": "train", "step": step, "ids": [100_000] * 2000}) + "\n"
+        for step in range(1000)
+    ]
+    path.write_text("".join([*lines, '{"kind": "tra']))
+    parsed = []
+    monkeypatch.setattr(metrics_module, "_parse", lambda line: parsed.append(line))
+    tracemalloc.start()
+    with JsonLines(path) as writer:
+        assert writer.truncate_after(990) == 10
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.read_text() == "".join(lines[:990])
+    assert parsed == [b'{"kind": "tra']
+    assert peak < 4e6 < path.stat().st_size
+
+
+def test_rows_in_another_order_are_read_completely(tmp_path: Path) -> None:
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text(
+        '{"step": 5, "kind": "eval"}\n\n{"step": 5}\n{"kind": "train", "step": 5.0}\n{"kind": 1}\n'
+    )
+    with JsonLines(path) as lines:
+        assert lines.truncate_after(5) == 2
+    assert path.read_text() == '{"step": 5, "kind": "eval"}\n{"kind": 1}\n'
+    path.write_text('{"kind": "train", "step": 0}\n{"kind": "train", "step": 1, \n{"step": 2}\n')
+    damaged = pytest.raises(DataError, match=r"trajectories\.jsonl, line 2")
+    with JsonLines(path) as lines, damaged:
+        lines.truncate_after(0)
+
+
+def test_rows_are_spread_over_a_long_file(tmp_path: Path) -> None:
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text("".join(f'{{"step": {step}}}\n' for step in range(10)))
+    assert [row["step"] for row in read_json_lines(path, 4)] == [0, 3, 6, 9]
+    assert len(read_json_lines(path, 10)) == 10
+
+
 @pytest.mark.parametrize("cut", range(1, 40, 6))
 def test_half_written_last_line_is_repaired(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -536,6 +580,25 @@ def test_trajectory_record_and_pictures(tmp_path: Path) -> None:
     assert used["kept"] == [int(m) for m in t.loss_mask]
     assert read["prompt"] == "<0><99>*5<6><7>"
     assert read["tokens"] == [f"<{i}>" for i in t.ids]
+    line = dump_json(row)
+    head = row_head(line)
+    assert head == {key: read[key] for key in [*read][: [*read].index("ids")]}
+    means = head["token_means"]
+    assert t.teacher_logp is not None
+    assert means == token_means(read)
+    ratio = (t.teacher_logp - t.logp)[t.loss_mask].mean()
+    assert means == {
+        "ratio": pytest.approx(ratio, abs=1e-6),
+        "entropy": pytest.approx(t.entropy[t.loss_mask].mean(), abs=1e-6),
+        "kept": None,
+    }
+    assert row_head(line[:-1]) is None  # cut off
+    t.turns[0].tool_call.arguments = {"token_means": {"a": 1}, "ids": [1]}
+    head = row_head(dump_json({**trajectory_record(t, 7), "turns": row["turns"]}))
+    assert head is not None
+    assert head["turns"] == read["turns"]
+    old = {key: value for key, value in trajectory_record(t, 7).items() if key != "token_means"}
+    assert row_head(dump_json(old)) is None
     with pytest.raises(ValueError, match="picture paths"):
         trajectory_record(t, 0, pictures=["a"])
     t.teacher_logp = None

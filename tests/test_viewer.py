@@ -164,6 +164,23 @@ def test_rows_of_other_programs_are_summarised_too(row: dict[str, Any], tmp_path
     assert len(everything(Run(tmp_path))["rows"]) == 1
 
 
+def test_the_list_reads_no_more_of_a_row_than_its_head(tmp_path: Path) -> None:
+    row = train_row(3)
+    at = [*row].index("ids")
+    means = {"ratio": -0.25, "entropy": 0.2, "kept": None}
+    given = {**dict([*row.items()][:at]), "token_means": means, **dict([*row.items()][at:])}
+    path = tmp_path / "trajectories.jsonl"
+    write(path, [row, given])
+    damaged = path.read_text("utf-8").replace('"teacher_logp": [0.0', '"teacher_logp": [x')
+    path.write_text(damaged, "utf-8")
+    run = Run(tmp_path)
+    run.load_all()
+    (summary,) = run.summaries
+    assert run.bad == 1
+    assert {key: summary[key] for key in means} == means
+    assert summary["question"] == "Which?"
+
+
 def test_growing_run_and_a_resumed_one(tmp_path: Path) -> None:
     rows = tmp_path / "trajectories.jsonl"
     write(tmp_path / "metrics.jsonl", [])

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -177,8 +177,10 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes_atomic(path: Path, data: bytes, *, flush: bool = True) -> None:
-    """Replaces a file atomically: readers and kills see the old or the new content.
+@contextmanager
+def replaced_file(path: Path, *, flush: bool = True) -> Iterator[BinaryIO]:
+    """Yields an empty file that replaces ``path`` when the block succeeds: atomically, so readers
+    and kills see the old or the new content.
 
     The temporary file is in the same folder, since a rename cannot cross file systems. With
     ``flush`` it is flushed to disk before the rename, so that not even a power cut leaves an empty
@@ -191,13 +193,23 @@ def write_bytes_atomic(path: Path, data: bytes, *, flush: bool = True) -> None:
     with writing(path):
         try:
             with temporary.open("wb") as stream:
-                stream.write(data)
+                yield stream
                 stream.flush()
                 if flush:
                     os.fsync(stream.fileno())
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomic(path: Path, data: bytes, *, flush: bool = True) -> None:
+    """Replaces a file with these bytes, as `replaced_file` does.
+
+    Raises:
+        StorageError: it cannot be written; the old content stays, and no temporary file.
+    """
+    with replaced_file(path, flush=flush) as stream:
+        stream.write(data)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:

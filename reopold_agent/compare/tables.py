@@ -51,26 +51,30 @@ def _results(run: Path) -> dict[str, Any]:
     return results
 
 
-def question_means(run: Path, benchmark: str) -> dict[str, float]:
-    """Returns the share of right answers by question, with the judge's replies merged in."""
+def question_means(run: Path) -> dict[str, dict[str, float]]:
+    """Returns the share of right answers by benchmark and question, with the judge's replies merged
+    in."""
     judged: dict[str, Mapping[str, Any]] = {}
     if (run / "judged.jsonl").is_file():
         judged = {entry["key"]: entry for entry in read_json_lines(run / "judged.jsonl")}
-    found: dict[str, list[bool]] = {}
+    found: dict[str, dict[str, list[bool]]] = {}
     for row in read_json_lines(run / "responses.jsonl"):
-        if row["benchmark"] == benchmark:
-            key = f"{benchmark}/{row['index']}/{row['sample']}"
-            entry = judged.get(key)
-            correct = entry.get("correct", row["correct"]) if entry else row["correct"]
-            found.setdefault(f"{row['index']}:{row['id']}", []).append(bool(correct))
-    return {name: statistics.fmean(values) for name, values in found.items()}
+        entry = judged.get(f"{row['benchmark']}/{row['index']}/{row['sample']}")
+        correct = entry.get("correct", row["correct"]) if entry else row["correct"]
+        answers = found.setdefault(row["benchmark"], {})
+        answers.setdefault(f"{row['index']}:{row['id']}", []).append(bool(correct))
+    return {
+        benchmark: {name: statistics.fmean(values) for name, values in answers.items()}
+        for benchmark, answers in found.items()
+    }
 
 
 def paired_lines(first: Path, second: Path, benchmarks: Sequence[str]) -> list[str]:
     """Returns a sentence per benchmark that compares two runs on their shared questions."""
     lines = []
+    means = [question_means(run) for run in (first, second)]
     for benchmark in benchmarks:
-        a, b = question_means(first, benchmark), question_means(second, benchmark)
+        a, b = (each.get(benchmark, {}) for each in means)
         shared = sorted(a.keys() & b.keys())
         if not shared:
             lines.append(f"{benchmark}: no shared questions")

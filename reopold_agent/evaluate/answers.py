@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ def answer_questions(
     policy: Policy,
     questions: Questions,
     *,
+    saved: Iterable[Row] = (),
     responses: Path,
     folder: Path,
     on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
-    """Rolls out the answers that ``responses`` lacks; returns all rows by question and sample.
+    """Rolls out the answers that are not saved; returns all rows by question and sample.
 
     Each answer is graded and appended when its episode ends. Its random draws depend only on the
     questions' seed, question and sample, so an interrupted evaluation continues unchanged.
@@ -39,14 +40,11 @@ def answer_questions(
         runner: made by ``questions.make_runner``.
         policy: the model to evaluate.
         questions: the questions.
-        responses: file of JSON lines, one answer each.
+        saved: rows of their answers in ``responses``.
+        responses: file of JSON lines, one answer each, to which new answers are appended.
         folder: pictures are saved in ``folder/pictures``, and rows have paths relative to it.
         on_row: called with each new row.
-
-    Raises:
-        DataError: ``responses`` is damaged.
     """
-    saved = (row for row in read_rows(responses) if row["benchmark"] == questions.name)
     done = {(row["index"], row["sample"]): row for row in saved}
     wanted = [(i, sample) for i in range(questions.count) for sample in range(questions.samples)]
     missing = [EpisodeSpec("eval", *key) for key in wanted if key not in done]
@@ -74,9 +72,16 @@ def answer_questions(
     return [done[key] for key in wanted]
 
 
-def read_rows(responses: Path) -> list[Row]:
-    """Reads the saved rows of all benchmarks; a half-written last line is dropped."""
-    return list(read_json_lines(responses)) if responses.is_file() else []
+def read_rows(responses: Path) -> dict[str, list[Row]]:
+    """Reads the saved rows by benchmark; a half-written last line is dropped.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in read_json_lines(responses) if responses.is_file() else ():
+        found.setdefault(row["benchmark"], []).append(row)
+    return found
 
 
 def response_row(questions: Questions, trajectory: Trajectory, folder: Path) -> dict[str, Any]:

@@ -168,6 +168,7 @@ class Evaluation:
     def __init__(self, config: EvaluateConfig, raw: Mapping[str, Any], folder: Path) -> None:
         self.config, self._raw, self.folder = config, dict(raw), RunFolder(folder)
         self.rows: dict[str, list[Row]] = {}
+        self._saved: dict[str, list[Row]] = {}
 
     def run(self) -> dict[str, Any]:
         """Evaluates and returns the content of ``results.json``.
@@ -179,6 +180,7 @@ class Evaluation:
         with sigterm_as_interrupt(), self.folder.lock():
             self._check_resume()
             asked = self._questions()
+            self._saved = read_rows(self.folder.path / "responses.jsonl")
             self._check_answers(asked)
             spec = self._model_spec()
             weights = reads_weights(self.config.policy.student)
@@ -288,8 +290,8 @@ class Evaluation:
     def _kept_rows(self, names: Collection[str]) -> list[Row]:
         """Returns the saved rows of these benchmarks, with the replies of their judge."""
         replies = read_replies(self.folder.path / "judged.jsonl")
-        saved = read_rows(self.folder.path / "responses.jsonl") if names else []
-        return [merged_row(r, replies.get(row_key(r))) for r in saved if r["benchmark"] in names]
+        kept = (row for name, rows in self._saved.items() if name in names for row in rows)
+        return [merged_row(row, replies.get(row_key(row))) for row in kept]
 
     def _check_turns(self, asked: Sequence[Questions], spec: ModelSpec) -> None:
         """Checks, before the model is loaded, that its chat template suits the turns to play.
@@ -356,6 +358,7 @@ class Evaluation:
                     runner,
                     policy,
                     questions,
+                    saved=self._saved.get(questions.name, ()),
                     responses=folder / "responses.jsonl",
                     folder=folder,
                     on_row=count,
@@ -494,19 +497,20 @@ class Evaluation:
 
     def _check_answers(self, asked: Sequence[Questions]) -> None:
         """Refuses to continue if the questions are others than those of the saved answers."""
-        now = {each.name: (each.count, each.identity) for each in asked}
-        for row in read_rows(self.folder.path / "responses.jsonl"):
-            name, index = row["benchmark"], row["index"]
-            count, question_of = now.get(name, (0, None))
-            if question_of is None or index >= count:
+        for each in asked:
+            if each.identity is None:
                 continue
-            was, found = (row["id"], row["question"], row["answers"]), question_of(index)
-            if was != found:
-                raise CheckpointError(
-                    f"{self.folder.path} holds answers to other questions of {name} (number "
-                    f"{index} was '{was[1][:40]}', now it is '{found[1][:40]}').\n"
-                    "Give the same data to continue it, or another hydra.run.dir."
-                )
+            for row in self._saved.get(each.name, ()):
+                index = row["index"]
+                if index >= each.count:
+                    continue
+                was, found = (row["id"], row["question"], row["answers"]), each.identity(index)
+                if was != found:
+                    raise CheckpointError(
+                        f"{self.folder.path} holds answers to other questions of {each.name} "
+                        f"(number {index} was '{was[1][:40]}', now it is '{found[1][:40]}').\n"
+                        "Give the same data to continue it, or another hydra.run.dir."
+                    )
 
 
 def _close(policy: Policy | None) -> None:

@@ -16,9 +16,12 @@ from reopold_agent.plan.workload import measured_workload
 from reopold_agent.policies.architecture import Architecture
 from reopold_agent.tracking.metrics import read_json_lines, read_metrics
 
+TRAJECTORIES = 2000
+"""Enough for means of lengths; a long run has many gigabytes of them."""
+
 
 def read_run(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Reads training rows and recorded trajectories of a run.
+    """Reads training rows and at most `TRAJECTORIES` recorded trajectories of a run.
 
     The first step is left out if there are several, since it warms up.
 
@@ -28,7 +31,7 @@ def read_run(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     rows = [row for row in read_metrics(run) if row.get("kind") == "train"]
     if not rows:
         raise DataError(f"{run} has no finished training step to measure")
-    return rows[1:] or rows, read_json_lines(run / "trajectories.jsonl")
+    return rows[1:] or rows, read_json_lines(run / "trajectories.jsonl", TRAJECTORIES)
 
 
 def measured_rates(

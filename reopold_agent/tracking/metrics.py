@@ -6,8 +6,10 @@ line. Opening the file again repairs it.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,37 +17,49 @@ from typing import Any
 import numpy as np
 from typing_extensions import Self
 
-from reopold_agent.common.files import dump_json, write_bytes_atomic, writing
+from reopold_agent.common.files import dump_json, replaced_file, writing
 from reopold_agent.errors import DataError
 
+_BLOCK = 1 << 20
 
-def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+
+def read_json_lines(path: str | Path, most: int | None = None) -> list[dict[str, Any]]:
     """Reads the rows of a file, except a last line that a kill cut off.
+
+    Args:
+        path: the file.
+        most: if the file has more lines, about so many are read, evenly spread over it.
 
     Raises:
         DataError: there is no such file, or a line before the last is not a JSON object; the
             message names file and line.
     """
-    return [row for _, row in _lines(Path(path))]
+    path, every = Path(path), 1
+    if most is not None and path.exists():
+        with path.open("rb") as stream:
+            every = max(1, -(-sum(1 for _ in stream) // most))
+    return list(_rows(path, _parse, every))
 
 
-def _lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Reads rows with the bytes of their lines."""
+def _rows(
+    path: Path, parse: Callable[[bytes], dict[str, Any] | None], every: int = 1
+) -> Iterator[dict[str, Any]]:
+    """Yields what ``parse`` reads of every so many lines, blank ones left out."""
     try:
-        data = path.read_bytes()
+        stream = path.open("rb")
     except FileNotFoundError as error:
         raise DataError(f"there is no file {path}") from error
-    pieces = data.split(b"\n")
-    rows: list[tuple[bytes, dict[str, Any]]] = []
-    for number, line in enumerate(pieces, start=1):
-        if not line.strip():
-            continue
-        row = _parse(line)
-        if row is not None:
-            rows.append((line, row))
-        elif number < len(pieces):  # the last piece has no line break: it was cut off
-            raise DataError(f"{path}, line {number}: not a JSON object; repair or delete the line")
-    return rows
+    with stream:
+        for number, line in itertools.islice(enumerate(stream, start=1), 0, None, every):
+            if not line.strip():
+                continue
+            row = parse(line)
+            if row is not None:
+                yield row
+            elif line.endswith(b"\n"):  # otherwise it is the last one and was cut off
+                raise DataError(
+                    f"{path}, line {number}: not a JSON object; repair or delete the line"
+                )
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
@@ -64,6 +78,20 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:  # JSONDecodeError and UnicodeDecodeError are both ValueErrors
         return None
     return row if isinstance(row, dict) else None
+
+
+_BEGINNING = re.compile(rb'\{"kind": "(\w+)", "step": (\d+)(?=[,}])')
+
+
+def _parse_beginning(line: bytes) -> dict[str, Any] | None:
+    """Returns kind and step of a row that begins with them, as those of runs do, else all of it.
+
+    The rest may be most of a gigabyte of tokens: a run that continues need not parse it.
+    """
+    found = _BEGINNING.match(line)
+    if found is None or not line.rstrip().endswith(b"}"):
+        return _parse(line)
+    return {"kind": found[1].decode(), "step": int(found[2])}
 
 
 class JsonLines:
@@ -107,15 +135,19 @@ class JsonLines:
         Returns:
             Number of rows dropped.
         """
-        rows = _lines(self.path)
-        kept = [line for line, row in rows if not _is_after(row, step)]
-        if len(kept) < len(rows):
+        rows = _rows(self.path, _parse_beginning)
+        dropped = {number for number, row in enumerate(rows) if _is_after(row, step)}
+        if dropped:
             self._stream.close()
             try:
-                write_bytes_atomic(self.path, b"".join(line + b"\n" for line in kept))
+                with self.path.open("rb") as old, replaced_file(self.path) as new:
+                    lines = (line for line in old if line.strip())
+                    new.writelines(
+                        line for number, line in enumerate(lines) if number not in dropped
+                    )
             finally:
                 self._open()
-        return len(rows) - len(kept)
+        return len(dropped)
 
     def close(self) -> None:
         """Closes the file; writing afterwards raises ValueError."""
@@ -138,11 +170,17 @@ class JsonLines:
             self._stream = self.path.open("ab", buffering=0)
 
     def _repair(self) -> None:
-        data = self.path.read_bytes()
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            if _parse(data[end:]) is None:
-                self._stream.truncate(end)
+        with self.path.open("rb") as stream:
+            end = start = stream.seek(0, 2)
+            last = b""
+            while start and b"\n" not in last:  # rows before the last one are not read
+                start = max(0, start - max(_BLOCK, len(last)))
+                stream.seek(start)
+                last = stream.read(end - start)
+        last = last.rpartition(b"\n")[2]
+        if last:
+            if _parse(last) is None:
+                self._stream.truncate(end - len(last))
                 return
             with writing(self.path):
                 self._stream.write(b"\n")

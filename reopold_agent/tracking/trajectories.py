@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from reopold_agent.common.files import write_bytes_atomic, writing
 from reopold_agent.types import BoolArray, EncodedImage, FloatArray, PixelArray, Trajectory, Turn
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def trajectory_record(
         is written as "token*count"), ``prompt_length``, ``response_tokens``,
         ``turns`` (``start``, ``end``, ``text``, ``finish``, ``tool_call``, ``observation``,
         ``env_seconds``), ``images`` (``grid``, ``tokens``, ``width``, ``height``, ``picture``),
-        ``info`` (only plain values) and, each as long as ``ids``: ``ids``, ``loss_mask`` (0
+        ``info`` (only plain values), ``token_means`` (see `token_means`) and, each as long as
+        ``ids``: ``ids``, ``loss_mask`` (0
         or 1), ``logp``, ``entropy``, ``teacher_logp`` (null when not scored), ``token_reward`` and
         ``kept`` (0 or 1; both null when not trained on), ``tokens`` (one text per id; null without
         ``decode``). Floats are the shortest that read back as the same float32. An episode that
@@ -74,6 +79,19 @@ def trajectory_record(
     paths: Sequence[str | None] = pictures or [None] * len(trajectory.images)
     ids = [int(i) for i in trajectory.ids]
     plain = str | int | float | bool | None
+    by_token: dict[str, Any] = {
+        "ids": ids,
+        "loss_mask": [int(m) for m in trajectory.loss_mask],
+        "logp": _shortest(trajectory.logp),
+        "entropy": _shortest(trajectory.entropy),
+        "teacher_logp": None
+        if trajectory.teacher_logp is None
+        else _shortest(trajectory.teacher_logp),
+        "token_reward": None if use is None else _shortest(use.reward),
+        "kept": None if use is None else [int(kept) for kept in use.kept],
+        "tokens": decode and _tokens(ids, decode),
+        **_read(trajectory, decode),
+    }
     return {
         "kind": kind,
         "step": step,
@@ -95,18 +113,64 @@ def trajectory_record(
             _image(image, path) for image, path in zip(trajectory.images, paths, strict=True)
         ],
         "info": {key: value for key, value in trajectory.info.items() if isinstance(value, plain)},
-        "ids": ids,
-        "loss_mask": [int(m) for m in trajectory.loss_mask],
-        "logp": _shortest(trajectory.logp),
-        "entropy": _shortest(trajectory.entropy),
-        "teacher_logp": None
-        if trajectory.teacher_logp is None
-        else _shortest(trajectory.teacher_logp),
-        "token_reward": None if use is None else _shortest(use.reward),
-        "kept": None if use is None else [int(kept) for kept in use.kept],
-        "tokens": decode and _tokens(ids, decode),
-        **_read(trajectory, decode),
+        # After these the row is long: see `row_head`.
+        "token_means": token_means(by_token),
+        **by_token,
     }
+
+
+def row_head(line: bytes) -> dict[str, Any] | None:
+    """Returns a row up to its ``token_means``, which is a small part of it.
+
+    Args:
+        line: of ``trajectories.jsonl``.
+
+    Returns:
+        None for a row without ``token_means`` or in another order, as other versions and programs
+        write them.
+    """
+    # A quotation mark in a text is escaped, so only keys match, and the last match is the row's.
+    end = line.rfind(b'}, "ids": [')
+    start = line.rfind(b', "token_means": {', 0, end)
+    if end < 0 or start < 0 or not line.rstrip().endswith(b"}"):
+        return None
+    try:
+        row = json.loads(line[: end + 1] + b"}")
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and next(reversed(row)) == "token_means" else None
+
+
+def token_means(row: Mapping[str, Any]) -> dict[str, float | None]:
+    """Returns means over the student's tokens of a row, which may come from any program.
+
+    Returns:
+        ``ratio`` (teacher's log-prob less the student's, nats), ``entropy`` (nats) and ``kept``
+        (share); None where the row does not have them for each token.
+    """
+    live = _floats(row.get("loss_mask")) == 1
+
+    def mean(values: Floats) -> float | None:
+        if values.shape != live.shape:
+            return None
+        chosen = values[live & np.isfinite(values)]
+        return float(chosen.mean()) if chosen.size else None
+
+    student, teacher = _floats(row.get("logp")), _floats(row.get("teacher_logp"))
+    return {
+        "ratio": mean(teacher - student) if teacher.shape == student.shape else None,
+        "entropy": mean(_floats(row.get("entropy"))),
+        "kept": mean(_floats(row.get("kept"))),
+    }
+
+
+def _floats(values: Any) -> Floats:
+    """Returns a list of numbers as an array with NaN for null; empty for anything else."""
+    try:
+        array = np.asarray(values if isinstance(values, list) else [], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return np.zeros(0)
+    return array if array.ndim == 1 else np.zeros(0)
 
 
 def _read(

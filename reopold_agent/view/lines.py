@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,22 @@ class Line:
 class Follower:
     """Reads each complete line once; a line that is still being written is read later.
 
-    Attributes:
+    Args:
         path: the file; it need not exist yet.
+        head: reads as much of a line as is needed, or None for lines that it cannot read, which
+            are read completely.
+
+    Attributes:
+        path: the file.
         generation: grows when the file was rewritten or replaced and is read from its start again.
         bad: number of complete lines that are not JSON objects; they are skipped.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, head: Callable[[bytes], dict[str, Any] | None] | None = None
+    ) -> None:
         self.path, self.generation, self.bad = path, 0, 0
+        self._head = head or parse
         self._offset, self._tail = 0, b""
         self._inode: tuple[int, int] | None = None
 
@@ -65,7 +74,7 @@ class Follower:
                 data = stream.readline()
                 if not data.endswith(b"\n"):
                     break
-                row = parse(data)
+                row = self._head(data) or parse(data)
                 if row is not None:
                     found.append(Line(self._offset, len(data), row))
                 elif data.strip():

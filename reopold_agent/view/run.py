@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from reopold_agent.errors import DataError
+from reopold_agent.tracking.trajectories import row_head
 from reopold_agent.view.lines import Follower, parse, read_at
 from reopold_agent.view.summaries import evaluation_summary, train_summary
 
@@ -62,7 +63,7 @@ class Run:
                 "responses.jsonl.\nGive the folder that training or evaluation printed at its end."
             )
         rows = answers if self.is_evaluation else self.folder / "trajectories.jsonl"
-        self._rows = Follower(rows)
+        self._rows = Follower(rows, head=None if self.is_evaluation else row_head)
         self._metrics = Follower(self.folder / "metrics.jsonl")
         self._replies: dict[str, Mapping[str, Any]] = {}
         self._judged_stamp = ""

@@ -7,11 +7,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
+from reopold_agent.tracking.trajectories import token_means
 
 Row = Mapping[str, Any]
-Floats = npt.NDArray[np.float64]
 
 CLIP = 600
 """How many characters of a question and an answer the list keeps and searches."""
@@ -81,30 +79,8 @@ def _tools(calls: list[Any]) -> dict[str, int]:
 
 
 def _token_means(row: Row) -> dict[str, float | None]:
-    """Returns mean log-ratio and entropy of the student's tokens (nats), and the share kept."""
-    live = _floats(row.get("loss_mask")) == 1
-
-    def mean(values: Floats) -> float | None:
-        if values.shape != live.shape:
-            return None
-        chosen = values[live & np.isfinite(values)]
-        return float(chosen.mean()) if chosen.size else None
-
-    student, teacher = _floats(row.get("logp")), _floats(row.get("teacher_logp"))
-    return {
-        "ratio": mean(teacher - student) if teacher.shape == student.shape else None,
-        "entropy": mean(_floats(row.get("entropy"))),
-        "kept": mean(_floats(row.get("kept"))),
-    }
-
-
-def _floats(values: Any) -> Floats:
-    """Returns a list of numbers as an array with NaN for null; empty for anything else."""
-    try:
-        array = np.asarray(values if isinstance(values, list) else [], dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
-        return np.zeros(0)
-    return array if array.ndim == 1 else np.zeros(0)
+    given = _dict(row.get("token_means")) or token_means(row)  # earlier versions did not write them
+    return {name: _number(given.get(name)) for name in ("ratio", "entropy", "kept")}
 
 
 def _question(row: Row) -> str:
