@@ -39,13 +39,17 @@ class Page:
 
 def ablation(results: Results) -> Page:
     """Composes table 5.2; figures 3, 4, 5, 6, 11, 14; table 8."""
+    return _ablation(results, list(results.records))
+
+
+def _ablation(results: Results, shown: Sequence[str]) -> Page:
+    """Composes the page of the ablation, with curves of the ``shown`` settings."""
     parts = ["rkl", "rkl_sg", "rkl_sg_clip", "rkl_sg_clip_entropy", "reopold"]
     page = Page(claims=_paper_claims(results))
     page.tables.append(final_table(results, "rkl"))
     table = probe_table(results)
     page.tables += [table] if table else []
-    everything = list(results.records)
-    page.add("success", "Held-out success (table 5.2)", styled(_success, results, everything))
+    page.add("success", "Held-out success (table 5.2)", styled(_success, results, shown))
     page.add(
         "reward_histogram",
         "Reward of single tokens (figure 4)",
@@ -74,15 +78,14 @@ def ablation(results: Results) -> Page:
         chosen = parts[:2] if key == "grad_norm" else parts
         drawn = styled(figures.series_figure, results, chosen, key, title, unit, share=share)
         page.add(name, title, drawn)
-    page.add(
-        "time", "Parts of a step (figure 14)", styled(figures.time_figure, results, everything)
-    )
+    page.add("time", "Parts of a step (figure 14)", styled(figures.time_figure, results, shown))
     return page
 
 
 def family(results: Results) -> Page:
-    """Composes `ablation`'s figures for all objectives, ranked, and each newcomer's comparisons."""
-    page = ablation(results)
+    """Composes `ablation`'s page for all objectives, ranked, and each newcomer's comparisons."""
+    apart = ("skew_rkl", *NEWCOMERS)
+    page = _ablation(results, [label for label in results.records if label not in apart])
     page.claims += [
         claims.better(f"Reopold beats {other.upper()} (table 5.3)", results, other, "reopold")
         for other in ("grpo", "sft")
@@ -93,7 +96,14 @@ def family(results: Results) -> Page:
             text = f"{results.title(label)} beats {results.title(other)} (not in the paper)"
             page.claims.append(claims.better(text, results, other, label))
     page.tables[0] = final_table(results, "rkl_sg", ranked=True)
+    page.notes.append(
+        "Every objective has the same number of episodes and updates; SFT's episodes are the "
+        "teacher's own. They have one turn, so that SOD's weights are all 1 and it is RKL with "
+        "stop-gradient."
+    )
     page.tables += _reach_tables(results)
+    others = [label for label in ("rkl_sg", "reopold", *apart) if label in results.records]
+    page.add("success_others", "The other objectives", styled(_success, results, others))
     return page
 
 
