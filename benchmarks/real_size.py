@@ -396,7 +396,8 @@ def measure(architecture: Architecture, rows: int, device: str, dtype: torch.dty
     """Measures products of the model's own shapes: many tokens at once, and ``rows`` at a time."""
     text = architecture.text
     # Several weights in turn, so that they come from memory and not from a cache.
-    weights = [torch.randn(text.mlp, text.hidden).to(device, dtype) for _ in range(6)]
+    number = min(64, max(6, 2**28 // (text.mlp * text.hidden * dtype.itemsize)))
+    weights = [torch.randn(text.mlp, text.hidden).to(device, dtype) for _ in range(number)]
 
     def best(tokens: int) -> float:
         states = torch.randn(tokens, text.hidden).to(device, dtype)
