@@ -348,14 +348,15 @@ def embedded_models(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_recipes_command_lists_what_it_makes_and_refuses_other_names() -> None:
     listed = embedded_models("--help")
     assert listed.returncode == 0
-    assert "{digits,digits_vocab2,arithmetic,branches,figures,hints}" in listed.stdout
+    assert "{digits,digits_vocab2,arithmetic,branches,figures,hints,generalist}" in listed.stdout
     unknown = embedded_models("letters")
     assert unknown.returncode == 2
     assert "invalid choice: 'letters'" in unknown.stderr
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "digits_vocab2", "arithmetic", "branches", "figures", "hints"]
+    "name",
+    ["digits", "digits_vocab2", "arithmetic", "branches", "figures", "hints", "generalist"],
 )
 def test_the_recipes_command_has_an_option_for_every_number(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -55,7 +55,8 @@ def of(env: str, made: Trajectory) -> Trajectory:
         (
             (NONE, "model.teachers={math: DIR}"),
             r"model\.teachers\.math is the teacher of an environment that is not in the run, which "
-            r"has pixel_reasoner\.\nLeave it out, or add the environment to env=",
+            r"has pixel_reasoner\.\nLeave it out \(~model\.teachers\.math, if model= brings it\), "
+            r"or add the environment to env=",
         ),
         (
             (NONE, "model.teachers={default: {pth: DIR}}"),

@@ -16,7 +16,7 @@ def main() -> int:
         prog="python -m examples.embedded_models",
         description="Makes the weights that the package ships. NAME --help lists the options.",
     )
-    names = ("digits", "digits_vocab2", "arithmetic", "branches", "figures", "hints")
+    names = ("digits", "digits_vocab2", "arithmetic", "branches", "figures", "hints", "generalist")
     parser.add_argument("name", choices=names)
     parser.add_argument("options", nargs=argparse.REMAINDER, help="of the recipe")
     chosen = parser.parse_args()

@@ -77,7 +77,8 @@ def check_teachers(config: TrainConfig) -> None:
     if unused:
         raise ConfigError(
             f"model.teachers.{unused[0]} is the teacher of an environment that is not in the run, "
-            f"which has {', '.join(envs)}.\nLeave it out, or add the environment to env=[...]."
+            f"which has {', '.join(envs)}.\nLeave it out (~model.teachers.{unused[0]}, if model= "
+            "brings it), or add the environment to env=[...]."
         )
     missing = [name for name in envs if name not in teachers]
     if missing and DEFAULT_TEACHER not in teachers:

@@ -19,6 +19,7 @@ import gymnasium
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from examples.embedded_models.arithmetic.scripts import Careless, Script, Talkative, expert
 from examples.embedded_models.builder import ModelBuilder, mean, progress, run_recipe, write_report
@@ -95,9 +96,12 @@ class ArithmeticBuilder(ModelBuilder):
     limits = LIMITS
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, operations: tuple[Operation, ...] = OPERATIONS
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        operations: tuple[Operation, ...] = OPERATIONS,
+        processor: Qwen2VLImageProcessorPil | None = None,
     ) -> None:
-        super().__init__(tokenizer, lambda: make_env(operations))
+        super().__init__(tokenizer, lambda: make_env(operations), processor)
         self.operations = operations
 
     def trace(self, tasks: ArithmeticTasks, index: int, script: Script) -> Trajectory:

@@ -17,6 +17,7 @@ import gymnasium
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from examples.embedded_models.builder import ModelBuilder, mean, progress, run_recipe, write_report
 from examples.embedded_models.digits.prompts import make_env, prompt_texts
@@ -94,9 +95,13 @@ class DigitsBuilder(ModelBuilder):
     prompt_pixels = PROMPT_LIMITS
     observation_pixels = OBSERVATION_LIMITS
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        processor: Qwen2VLImageProcessorPil | None = None,
+    ) -> None:
         # Each picture is used once or twice, so a large cache would only take memory.
-        super().__init__(tokenizer, _env, image_processor(), cache_bytes=64 * 2**20)
+        super().__init__(tokenizer, _env, processor or image_processor(), cache_bytes=64 * 2**20)
 
     def traces(
         self, tasks: DemoTasks, indices: Sequence[int], script: Script, seed: int

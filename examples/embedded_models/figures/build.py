@@ -118,10 +118,12 @@ class FiguresBuilder(ModelBuilder):
     prompt_pixels = PIXELS
     observation_pixels = PIXELS
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         processor = image_processor(PIXELS.max_pixels, mean=PAPER_MEAN, spread=PAPER_SPREAD)
         # Without the cache, drawing and cutting patches would take most of a step.
-        super().__init__(tokenizer, make_env, processor, CACHE_BYTES)
+        super().__init__(tokenizer, make_env, processor, cache_bytes)
 
     def trace(self, tasks: FigureTasks, index: int, script: Script) -> Trajectory:
         """Makes the episode of a task in which the student writes the script's text."""

@@ -1,0 +1,1 @@
+"""The recipe of the embedded models; see README.md."""
