@@ -174,7 +174,7 @@ def ours(side: Side, orders: Iterator[str], answer: Callable[[dict[str, Any]], N
                 "tokens": sum(t.response_tokens for t in played),
                 "prompt_tokens": [t.prompt_length for t in played],
                 "prompts": prompts,
-                "prompt_of": [prompts.index(text) for text in texts],
+                "prompt_of": [t.task_id for t in played],
                 "turns": [[[turn.start, turn.end] for turn in t.turns] for t in played],
                 "lengths": [len(t.ids) for t in played],
                 "pictures": [[image.tokens for image in t.images] for t in played],

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import gymnasium
@@ -53,6 +54,14 @@ def test_trl_reads_the_schemas_that_our_prompt_has() -> None:
     environment = environment_factory(embedded)()
     for tool in embedded().tools:
         assert get_json_schema(getattr(environment, tool.name)) == tool.schema()
+
+
+def test_trl_takes_nothing_else_for_a_tool() -> None:
+    made = environment_factory(embedded)
+    # As TRL does: also `embedded` itself would be shown to the model.
+    functions = dict(inspect.getmembers(made, inspect.isfunction))
+    shown = {name for name in functions if not name.startswith("_")} - {"reset"}
+    assert shown == {tool.name for tool in embedded().tools}
 
 
 def test_optional_arguments_and_schemas_of_servers() -> None:

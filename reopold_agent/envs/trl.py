@@ -29,11 +29,11 @@ Content: TypeAlias = "str | list[dict[str, Any]]"
 class TrlEnvironment:
     """What an object of an `environment_factory` is; its public methods are the tools."""
 
-    make_env: ClassVar[Callable[[], ToolEnv]]
-    split: ClassVar[str]
+    _make_env: ClassVar[Callable[[], ToolEnv]]
+    _split: ClassVar[str]
 
     def __init__(self) -> None:
-        self._env = type(self).make_env()
+        self._env = type(self)._make_env()
         self._over = True
         self._reward = 0.0
 
@@ -44,8 +44,8 @@ class TrlEnvironment:
             index: of the task in the split; a column of `rows`.
             **row: the row's other columns, which are not needed.
         """
-        options = {"split": self.split, "index": index}
-        observation, _ = self._env.reset(seed=task_seed(self.split, index), options=options)
+        options = {"split": self._split, "index": index}
+        observation, _ = self._env.reset(seed=task_seed(self._split, index), options=options)
         self._over, self._reward = False, 0.0
         return _content(observation)
 
@@ -101,7 +101,8 @@ def environment_factory(
                 f"Show it under another name: tools=[{{name: {tool.name}, as: NAME}}]."
             )
         methods[tool.name] = _method(tool.schema()["function"])
-    members = {"make_env": staticmethod(make_env), "split": split, **methods}
+    # TRL takes every function without an underscore for a tool.
+    members = {"_make_env": staticmethod(make_env), "_split": split, **methods}
     return type("TrlEnvironment", (TrlEnvironment,), members)
 
 
