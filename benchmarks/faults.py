@@ -414,8 +414,8 @@ def composed(name: str, words: Sequence[str]) -> Any:
         return compose(name, list(words))
 
 
-def train_job(kills: int) -> Job:
-    words = [*TRAIN, f"steps={max(6, 2 * kills)}"]
+def train_job(kills: int, settings: Sequence[str]) -> Job:
+    words = [*TRAIN, *settings, f"steps={max(6, 2 * kills)}"]
     config, raw = load_config(composed("train", words))
     return Job(
         "train",
@@ -435,8 +435,8 @@ def train_job(kills: int) -> Job:
     )
 
 
-def evaluate_job(kills: int) -> Job:
-    words = [*EVALUATE, f"benchmarks.demo.limit={max(24, 3 * kills)}"]
+def evaluate_job(kills: int, settings: Sequence[str]) -> Job:
+    words = [*EVALUATE, *settings, f"benchmarks.demo.limit={max(24, 3 * kills)}"]
     config, raw = eval_run.load_config(composed("evaluate", words))
     return Job(
         "evaluate",
@@ -456,6 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", choices=("train", "evaluate"), help="only this one")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--keep", action="store_true", help="keep the folders")
+    parser.add_argument("settings", nargs="*", help="further settings: engine.ahead=1")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     place = Path(tempfile.mkdtemp(prefix="reopold-faults-"))
@@ -464,7 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for name, make in makers.items():
             if given.job in (None, name):
-                report = prove(make(given.kills), given.kills, given.seed, place)
+                report = prove(make(given.kills, given.settings), given.kills, given.seed, place)
                 reports.append(report)
                 where = ", ".join(
                     f"{count} {phase}" for phase, count in report.landed.most_common()

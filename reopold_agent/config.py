@@ -404,6 +404,8 @@ class EngineConfig:
             ``rollout.max_response_tokens`` (with ``verl`` at most 8,192).
         old_logp: ``rollout`` uses the log-probs recorded while sampling, ``recompute`` runs the
             model once more before the update, ``auto`` recomputes unless in float32.
+        ahead: 1 generates the episodes of the next step while this one is scored and updated, with
+            weights that are one step old (`local` only); 0 waits for the update.
 
     The other attributes apply to ``verl`` only:
         nodes, gpus_per_node: machines, and GPUs per machine for student and teacher together.
@@ -433,6 +435,7 @@ class EngineConfig:
     packed: bool | None = None
     attention: str = "auto"
     old_logp: str = "auto"
+    ahead: int = 0
     nodes: int = 1
     gpus_per_node: int = 1
     teacher: str | None = None
@@ -456,6 +459,11 @@ class EngineConfig:
             _positive(self, "engine", "threads")
         _one_of("engine.precision", self.precision, ("auto", "float32", "bfloat16"))
         _one_of("engine.old_logp", self.old_logp, ("auto", "rollout", "recompute"))
+        if self.ahead not in (0, 1):
+            raise ConfigError(
+                f"engine.ahead is by how many steps generation is ahead, got {self.ahead}.\n"
+                "Set 1 to generate the next step's episodes meanwhile, or 0 to wait."
+            )
         kernels = ("auto", "sdpa", "flash_attention_2", "varlen")
         _one_of("engine.attention", self.attention, kernels)
         if self.packed is False and self.attention != "auto":

@@ -221,6 +221,21 @@ def test_one_gpu_does_all_in_turn() -> None:
     assert adapters.flops.update < made.flops.update
 
 
+def test_generating_ahead_needs_another_copy_at_the_same_time() -> None:
+    words = ("engine=local", "recipe=paper_math_1_5b")
+    waits, ahead = plan(*words), plan(*words, "engine.ahead=1")
+    before, after = waits.memory[0].phases, ahead.memory[0].phases
+    copy = 4 * waits.student.parameters + 2 * waits.student.parameters  # float32, and bfloat16
+    cache = before["rollout"]["KV cache"]
+    for phase, more in (("rollout", copy), ("old log-probs", copy + cache)):
+        total = sum(before[phase].values())
+        assert sum(after[phase].values()) == pytest.approx(total + more)
+    assert after["update"]["sampler"] == copy
+    lora = "model.student.lora={r: 16, lora_alpha: 32, target_modules: all-linear}"
+    adapters = plan(*words, lora, "engine.ahead=1").memory[0].phases["update"]
+    assert adapters["sampler"] < 0.6 * copy, "frozen weights are shared"
+
+
 def test_no_teacher_no_time_for_it() -> None:
     made = plan(
         "recipe=paper_math_1_5b", "objective=grpo", "model.teacher=null", "evaluation.teacher=false"

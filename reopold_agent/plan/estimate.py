@@ -134,6 +134,7 @@ def make_plan(
         checkpointing=config.model.student.gradient_checkpointing,
         lora=config.model.student.lora is not None,
         recompute_old=config.engine.old_logp == "recompute"
+        or config.engine.ahead > 0
         or (config.engine.old_logp == "auto" and half),
         padding=padding_share(_passes(config, work, layout, updating=True)),
         old_padding=padding_share(_passes(config, work, layout, updating=False)),
@@ -337,7 +338,11 @@ def _memory(
             phases = {"rollout": {**resident, **awake}, **phases}
         else:
             cache = student.text.kv_bytes(_compute_bytes(config)) * work.length * server.slots
-            phases = {"rollout": {**resident, "KV cache": cache}, **phases}
+            rollout = {"KV cache": cache}
+            if config.engine.ahead:  # another copy generates while the trainer computes
+                rollout["sampler"] = trainer.copied(student)
+                phases = {name: {**parts, **rollout} for name, parts in phases.items()}
+            phases = {"rollout": {**resident, **rollout}, **phases}
         if config.objective["name"] == "exopd":
             path = config.objective.get("reference")
             held = {"reference": _weights(config.model.student, _reference(student, path), 1)}

@@ -78,6 +78,10 @@ class TrainerMemory:
         """Returns the bytes of the weights of one rank."""
         return {"weights": self.master_bytes * model.parameters / self.ranks}
 
+    def copied(self, model: Architecture) -> float:
+        """Returns the bytes of a copy of the trained weights that generates (``engine.ahead``)."""
+        return self.master_bytes * self.trained + self._copies(model, 0.0)
+
     def scoring(self, model: Architecture, largest: Pass, pictures: float) -> dict[str, float]:
         """Returns the bytes held in a pass for the old log-probs.
 

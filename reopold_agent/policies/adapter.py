@@ -6,6 +6,7 @@ image-text model; `logprobs` does the projection to the vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -60,6 +61,12 @@ class ModelAdapter:
         self._additive_mask = attention == "eager"
         if self.head.bias is not None:
             raise ModelError("models whose output embedding has a bias are not supported")
+
+    def copied(self) -> ModelAdapter:
+        """Returns the adapter of a copy of the model; weights that are not trained are shared."""
+        frozen = [each for each in self.model.parameters() if not each.requires_grad]
+        model = copy.deepcopy(self.model, {id(each): each for each in frozen})
+        return ModelAdapter(model, self.vision, self.image_token_id, autocast=self._autocast)
 
     @property
     def device(self) -> torch.device:

@@ -38,7 +38,7 @@ from reopold_agent.policies.architecture import FAMILIES, OWN_CODE, Family, unkn
 from reopold_agent.policies.attention import attend_by_rows
 from reopold_agent.policies.lora import merge_adapter, with_adapter
 from reopold_agent.policies.templates import ChatTemplate, chat_template
-from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.policies.transformers_policy import CopiedPolicy, TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
 
 _log = logging.getLogger(__name__)
@@ -144,10 +144,15 @@ class LoadedModel(Processing):
         forbidden_ids: Sequence[int],
         stop_ids: Sequence[int],
         max_tokens_per_pass: int = 16384,
+        copied: bool = False,
     ) -> TransformersPolicy:
-        """Returns a policy; the ids are those of the conversation format (`ChatRenderer`)."""
-        return TransformersPolicy(
-            self.adapter,
+        """Returns a policy; the ids are those of the conversation format (`ChatRenderer`).
+
+        With ``copied`` it has weights of its own (`CopiedPolicy`).
+        """
+        kind = CopiedPolicy if copied else TransformersPolicy
+        return kind(
+            self.adapter.copied() if copied else self.adapter,
             allowed_ids=len(self.tokenizer),
             forbidden_ids=forbidden_ids,
             stop_ids=stop_ids,

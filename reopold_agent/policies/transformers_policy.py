@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reopold_agent.objectives import DivergenceSettings
 from reopold_agent.objectives.divergence import divergence_of_states, top_tokens, topk_divergence
@@ -167,6 +167,24 @@ class TransformersPolicy:
         # The state before a token predicts it.
         hidden_ND = hidden_BTD[batch.row_N, batch.column_N - 1]
         return hidden_ND, batch.ids_BT[batch.row_N, batch.column_N]
+
+
+class CopiedPolicy(TransformersPolicy):
+    """A copy of the trainer's model that generates beside it; implements `TakesWeights`."""
+
+    @torch.no_grad()
+    def sync(self, model: nn.Module) -> None:
+        """Takes the weights of the model of which this one's is a copy (`ModelAdapter.copied`)."""
+        pairs = zip(self.adapter.model.parameters(), model.parameters(), strict=True)
+        for own, trainers in pairs:
+            if own is not trainers:
+                own.copy_(trainers)
+
+    def sleep(self) -> None:
+        """Does nothing: it keeps its memory, since it generates while the trainer computes."""
+
+    def wake(self) -> None:
+        """Does nothing."""
 
 
 def _spread(trajectories: Sequence[Trajectory], values_N: Tensor) -> Iterator[FloatArray]:

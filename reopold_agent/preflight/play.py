@@ -193,7 +193,7 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     reader = run_reader(config, chat, student, teachers)
     runner = make_runner(config, chat, student.vision, reader=reader)
     counts = tasks_of(tasks, "train")
-    collector = Collector(config, objective, runner, roles.sampler, roles.teacher, counts, guard)
+    collector = Collector(config, objective, runner, roles.sampler, roles.teacher, counts)
     clock.lap("start")
     try:
         samples = min(config.batch.samples, episodes) if objective.needs & Needs.OUTCOME else 1

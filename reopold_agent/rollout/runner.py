@@ -52,6 +52,11 @@ Env: TypeAlias = "gymnasium.Env[Any, str]"
 
 _log = logging.getLogger(__name__)
 
+
+class RolloutCancelledError(Exception):
+    """Ends a rollout that another thread has cancelled."""
+
+
 _INVALID = (AttributeError, LookupError, TypeError, ValueError)
 """What the code here raises for values of an environment that are none."""
 
@@ -175,6 +180,7 @@ class RolloutRunner:
         self.limits = limits
         self._members = dict(members or {})
         self._idle: list[Worker] = []
+        self._cancelled = False
         self.stats = RolloutStats()
 
     def check_template(self) -> None:
@@ -278,6 +284,9 @@ class RolloutRunner:
                 its environment's name where there are several. The environment's seed depends on
                 split and index only, so that all samples of a group get the same task.
             on_done: called with each trajectory when its episode ends.
+
+        Raises:
+            RolloutCancelledError: `cancel` was called.
         """
         self.stats = RolloutStats()
         specs = list(episodes)
@@ -288,6 +297,8 @@ class RolloutRunner:
         playing: dict[int, _Episode] = {}
         try:
             while len(finished) < len(specs):
+                if self._cancelled:
+                    raise RolloutCancelledError
                 while waiting and len(playing) < self.limits.concurrency:
                     key, spec = waiting.pop()
                     rules = self._members[spec.env] if self._members else self
@@ -321,6 +332,10 @@ class RolloutRunner:
             for episode in playing.values():
                 episode.worker.abandon()
         return [finished[key] for key in range(len(specs))]
+
+    def cancel(self) -> None:
+        """Ends `run`, which is on another thread, at its next token; it cannot run again."""
+        self._cancelled = True
 
     def close(self) -> None:
         """Closes the environments."""

@@ -78,7 +78,10 @@ class Record:
 
     def time_shares(self) -> dict[str, float]:
         """Returns the share of training time by part of a step."""
-        seconds = {part: float(self.history.column(f"time/{part}").sum()) for part in PARTS}
+        parts: Sequence[str] = PARTS
+        if self.history.has("time/wait"):  # generated ahead, beside the other parts
+            parts = ("wait", *PARTS[2:])
+        seconds = {part: float(self.history.column(f"time/{part}").sum()) for part in parts}
         whole = sum(seconds.values()) or 1.0
         return {part: value / whole for part, value in seconds.items()}
 

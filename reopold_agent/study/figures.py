@@ -208,7 +208,9 @@ def time_figure(results: Results, labels: Sequence[str]) -> Figure | None:
         shares = mean_time_shares(results, label)
         left = 0.0
         for key, name, colour in PHASES:
-            share = shares[key]
+            share = shares.get(key, 0.0)  # which parts there are depends on engine.ahead
+            if not share:
+                continue
             named = name if place == 0 else None
             axes.barh(place, share, left=left, color=colour, edgecolor="white", label=named)
             if share >= 0.07:

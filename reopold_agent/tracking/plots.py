@@ -33,6 +33,7 @@ PURPLE, SKY, GREY = "#CC79A7", "#56B4E9", "#666666"
 PHASES = (
     ("generate", "student generates", BLUE),
     ("environment", "environment, tools", SKY),
+    ("wait", "waiting for episodes", BLUE),
     ("teacher", "teacher scores", ORANGE),
     ("old_logp", "old log-probs", PURPLE),
     ("update", "update", GREEN),
@@ -264,6 +265,11 @@ def time_figure(history: History) -> Figure | None:
     parts = [part for part in PHASES if history.has(f"time/{part[0]}")]
     if not parts:
         return None
+    # Episodes that are generated ahead are so beside the other parts.
+    meanwhile = history.column("time/generate") + history.column("time/environment")
+    ahead = history.has("time/wait")
+    if ahead:
+        parts = [part for part in parts if part[0] not in ("generate", "environment")]
     seconds = np.stack([history.column(f"time/{key}") for key, _, _ in parts])
     total = float(seconds.sum())
     shares = seconds.sum(axis=1) / (total or 1.0)
@@ -280,6 +286,9 @@ def time_figure(history: History) -> Figure | None:
             middle = left + share / 2
             bottom.text(middle, 0, f"{100 * share:.0f} %", color=ink, ha="center", va="center")
         base, left = base + values, left + share
+    if ahead:
+        label = "its episodes, generated before"
+        top.plot(history.steps, meanwhile, "--", color="black", lw=1.4, label=label)
     _finish(top, "Time of a training step", "seconds", steps=True)
     top.set_xlim(history.steps[0] - 0.5, history.steps[-1] + 0.5)
     handles, labels = top.get_legend_handles_labels()  # reversed: as the stack, top to bottom

@@ -112,13 +112,18 @@ def exploration_note(config: TrainConfig, objective: Objective) -> str | None:
 
 
 def importance_note(config: TrainConfig, objective: Objective) -> str | None:
-    """Says that a given ``objective.importance_cap`` has no effect; None if that need not be said.
+    """Says that ``objective.importance_cap`` has no effect, or is missed; None if neither is so.
 
     Args:
         config: the run's configuration.
         objective: the run's.
     """
     cap = config.importance_cap
+    if config.engine.ahead and objective.weighs_tokens and cap is None:
+        return (
+            "warning: engine.ahead=1 trains on tokens that older weights sampled, and "
+            "objective.importance_cap=null leaves that uncorrected."
+        )
     if objective.weighs_tokens or cap is None or cap == IMPORTANCE_CAP:
         return None
     return (

@@ -25,6 +25,7 @@ from reopold_agent.policies.saving import save_checked
 from reopold_agent.train.update import Updater
 
 _PREFIX = "step-"
+_ROLLOUTS = "rollouts.pt"
 
 # A full disk is an OSError to Python, but safetensors and torch.save have their own kinds.
 _NOT_WRITTEN = (OSError, RuntimeError, SafetensorError)
@@ -41,6 +42,7 @@ def save_checkpoint(
     keep: int,
     seconds: float = 0.0,
     teacher: LoadedModel | None = None,
+    rollouts: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes ``folder/step-NNNNNN`` and removes all but the newest ``keep`` checkpoints.
 
@@ -58,6 +60,7 @@ def save_checkpoint(
         keep: how many checkpoints stay.
         seconds: time spent on the run so far, over all its processes.
         teacher: model to save under ``teacher/``, where it changes in the run.
+        rollouts: state of episodes that are generated ahead (`Rollouts.state`).
 
     Raises:
         CheckpointError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -84,6 +87,8 @@ def save_checkpoint(
             },
             temporary / "state.pt",
         )
+        if rollouts is not None:
+            torch.save(dict(rollouts), temporary / _ROLLOUTS)
         trainer["files"] = _checksums(temporary)
         (temporary / "trainer.json").write_text(json.dumps(trainer), encoding="utf-8")
     with writing(folder):
@@ -221,12 +226,11 @@ def restore(checkpoint: Path, updater: Updater) -> None:
         CheckpointError: the folder is damaged or belongs to another model.
     """
     path = checkpoint / "state.pt"
+    state = _loaded(path)
     try:
-        # weights_only: a checkpoint from elsewhere must not be able to run code.
-        state = torch.load(path, map_location="cpu", weights_only=True)
         updater.optimizer.load_state_dict(state["optimizer"])
         updater.scheduler.load_state_dict(state["scheduler"])
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
+    except (ValueError, KeyError, RuntimeError) as error:
         raise damaged(path, error) from error
     torch.set_rng_state(state["torch_rng"])
     if state["cuda_rng"] and torch.cuda.is_available():
@@ -237,6 +241,25 @@ def restore(checkpoint: Path, updater: Updater) -> None:
     numpy_state = trainer["numpy_rng"]
     numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
     np.random.set_state(numpy_state)
+
+
+def load_rollouts(checkpoint: Path) -> dict[str, Any] | None:
+    """Reads the state of episodes that were generated ahead; None if there were none.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = checkpoint / _ROLLOUTS
+    return _loaded(path) if path.exists() else None
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    try:
+        # weights_only: a checkpoint from elsewhere must not be able to run code.
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, UnpicklingError) as error:
+        raise damaged(path, error) from error
+    return state
 
 
 def _checkpoints(folder: Path) -> list[Path]:

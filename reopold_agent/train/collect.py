@@ -15,7 +15,7 @@ from reopold_agent.policies.base import Policy
 from reopold_agent.rollout.demonstrations import demonstrated
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner, RolloutStats
 from reopold_agent.train.data_order import TaskOrder
-from reopold_agent.train.nonfinite import NonFiniteGuard, invalid_outcome
+from reopold_agent.train.nonfinite import invalid_outcome
 from reopold_agent.train.roles import computing
 from reopold_agent.train.rows import Row, StepBatch, set_advantages
 from reopold_agent.types import Sampling, Trajectory
@@ -30,7 +30,6 @@ class Collector:
         runner: plays the episodes.
         student, teacher: policies that may play the episodes.
         tasks: number of training tasks of each environment.
-        guard: rejects rewards that are not finite.
         recorded: the expert's conversations (`read_demonstrations`), for objectives that train on
             them.
 
@@ -46,10 +45,8 @@ class Collector:
         student: Policy,
         teacher: Policy | None,
         tasks: Mapping[str, int],
-        guard: NonFiniteGuard,
         recorded: Sequence[Demonstration] | None = None,
     ) -> None:
-        self.guard = guard
         self.config, self.objective, self.runner = config, objective, runner
         self.student, self.teacher = student, teacher
         self.sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
@@ -164,7 +161,9 @@ class Collector:
         if not self.objective.needs & Needs.OUTCOME:
             return
         checked = [(row, invalid_outcome(row.trajectory)) for row in batch.usable]
-        batch.drop(self.guard.reject([(row, why) for row, why in checked if why is not None]))
+        invalid = [(row, why) for row, why in checked if why is not None]
+        batch.invalid += invalid
+        batch.drop([row for row, _ in invalid])
 
     def _choose(self, usable: list[Row]) -> list[Row]:
         """Returns the rows to update on; for objectives that need outcomes, sets advantages."""

@@ -37,6 +37,7 @@ class HeldOutEvaluation:
         progress: shows rows to the user.
         interrupts: a signal ends an evaluation at once; it is made again on resuming.
         teacher_runners: play the teachers' episodes; None: ``runner`` does.
+        use_current: called before the student plays: gives its sampler the trainer's weights.
     """
 
     def __init__(
@@ -49,11 +50,13 @@ class HeldOutEvaluation:
         progress: Progress,
         interrupts: Interrupts,
         teacher_runners: Teachers[RolloutRunner] | None = None,
+        use_current: Callable[[], None] = lambda: None,
     ) -> None:
         self.runner, self._teacher_runners = runner, teacher_runners
         self._config, self._roles, self._tasks = config, roles, tasks
         self._metrics, self._progress, self._interrupts = metrics, progress, interrupts
         self._sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
+        self._use_current = use_current
 
     def before_training(self) -> None:
         """Evaluates the student, and the teacher as it is at the start.
@@ -91,6 +94,7 @@ class HeldOutEvaluation:
 
     def _evaluate(self, who: str, step: int, sampling: Sampling, *, curve: bool) -> None:
         settings = self._config.evaluation
+        self._use_current()
         episodes = held_out(self._tasks, settings.curve_tasks if curve else settings.tasks)
         parts = [(self._roles.sampler, list(range(len(episodes))))]
         if who == "teacher":  # each in its own environments

@@ -26,6 +26,7 @@ from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.recovery import Recovery
 from reopold_agent.train.reference import Reference
 from reopold_agent.train.roles import Roles
+from reopold_agent.train.rollouts import Rollouts
 from reopold_agent.train.rows import StepBatch, entropy_threshold
 from reopold_agent.train.scoring import Scoring, ScoringByTeacher, use_sampled_as_teacher
 from reopold_agent.train.step_log import StepLog
@@ -42,6 +43,7 @@ class TrainingLoop:
         objective: the loss.
         roles: the policies that learn, generate and teach.
         collector: rolls out, or reads, the trajectories of a step.
+        rollouts: says when they are generated, and with which weights.
         behaviour_source: the source of log-probs before the update: `behaviour.old_logp_source`.
         importance_cap: the largest importance weight of a token; None: no weights.
         scoring: the scoring by the teachers; None for objectives that need none.
@@ -59,6 +61,7 @@ class TrainingLoop:
     objective: Objective
     roles: Roles
     collector: Collector
+    rollouts: Rollouts
     behaviour_source: str
     importance_cap: float | None
     scoring: Scoring | ScoringByTeacher | None
@@ -118,11 +121,10 @@ class TrainingLoop:
 
         # Roll out: the student plays `batch.samples` episodes of each of `batch.prompts` tasks. A
         # teacher that can score meanwhile gets each row as its episode ends.
-        batch = self.collector.collect(
-            step, position, None if self.scoring is None else self.scoring.begin
-        )
+        batch = self.rollouts.collect(step, position)
+        self.guard.reject(batch.invalid)
         clock.lap("rollout")
-        self.roles.rest()
+        self.rollouts.before_update(step, batch.position)
         clock.lap("sync")
 
         # Behaviour: the student's log-probs and entropies before the update, and importance
@@ -150,10 +152,7 @@ class TrainingLoop:
             update = self.updater.step(batches, step, threshold)
             self.guard.note(self.updater.rejected)
         clock.lap("update")
-        if batch.chosen:
-            self.roles.sync()
-        else:
-            self.roles.wake()
+        self.rollouts.after_update(changed=bool(batch.chosen))
         clock.lap("sync")
 
         # Log; `run` saves.
@@ -175,6 +174,7 @@ class TrainingLoop:
 
     def close(self) -> None:
         """Closes policies and files, after which the loop cannot be used."""
+        self.rollouts.close()
         self.log.close()
         if self.scoring is not None:
             self.scoring.close()

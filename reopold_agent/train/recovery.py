@@ -15,12 +15,14 @@ from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train.checkpoint import (
     checkpoint_path,
+    load_rollouts,
     load_trainer_state,
     restore,
     save_checkpoint,
 )
 from reopold_agent.train.interrupts import Interrupts, say_stopped
 from reopold_agent.train.nonfinite import NonFiniteGuard
+from reopold_agent.train.rollouts import Rollouts
 from reopold_agent.train.step_log import StepLog
 from reopold_agent.train.update import Updater
 
@@ -35,6 +37,7 @@ class Recovery:
         student: the model that learns.
         moving_teacher: the teacher if its weights change during the run.
         updater: owns the optimizer.
+        rollouts: may have begun a step's episodes when it is saved.
         log: the run's files.
         guard: holds rejected rows, which are written before the run fails.
         progress: shows notes to the user.
@@ -50,6 +53,7 @@ class Recovery:
         student: LoadedModel,
         moving_teacher: LoadedModel | None,
         updater: Updater,
+        rollouts: Rollouts,
         log: StepLog,
         guard: NonFiniteGuard,
         progress: Progress,
@@ -58,7 +62,7 @@ class Recovery:
     ) -> None:
         self._config, self._objective, self._folder = config, objective, folder
         self._student, self._moving_teacher, self._updater = student, moving_teacher, updater
-        self._log, self._guard, self._progress = log, guard, progress
+        self._rollouts, self._log, self._guard, self._progress = rollouts, log, guard, progress
         self._interrupts, self._command = interrupts, command
         self._started = time.perf_counter()
 
@@ -80,6 +84,9 @@ class Recovery:
             restore(checkpoint, self._updater)
             state = load_trainer_state(checkpoint)
             step, position = int(state["step"]), int(state["position"])
+            begun = load_rollouts(checkpoint)
+            if begun is not None:
+                self._rollouts.restore(step, begun)
             self._started -= float(state["seconds"])
         # Without a checkpoint the run starts over, so even the rows of step 0 are removed.
         self._log.truncate_after(step if checkpoint is not None else -1)
@@ -167,4 +174,5 @@ class Recovery:
             keep=self._config.checkpoint.keep,
             seconds=self.seconds,
             teacher=self._moving_teacher,
+            rollouts=self._rollouts.state(step),
         )

@@ -94,6 +94,7 @@ class RunState:
         before["objective"] = {**usual, **(before.get("objective") or {})}
         now = dict(self._raw)
         now["objective"] = filled_in({**usual, **now["objective"]}, before["objective"])
+        before["engine"] = {"ahead": 0, **(before.get("engine") or {})}
         for each in (before, now):
             each["model"] = dict(each.get("model") or {})
         folder.same_template(before["model"], now["model"], self._config.model.chat_template)

@@ -29,8 +29,8 @@ class Roles:
 
     Attributes:
         trainer: the student that learns, in this process.
-        sampler: generates the student's episodes: the trainer itself, or a copy that is
-            synchronised after every update.
+        sampler: generates the student's episodes: the trainer itself, or a copy that gets its
+            weights between two steps' episodes.
         teachers: score (and, for demonstrations, generate); empty for objectives without one.
     """
 
@@ -122,6 +122,8 @@ def check_roles(config: TrainConfig, objective: Objective) -> None:
             f"policy.student.name={student['name']} gives none; use engine.old_logp=recompute "
             "(or auto)"
         )
+    if config.engine.ahead:
+        _check_ahead(config, objective)
     stops = {member.rollout.stop_at_tool_call for member in config.members.values()}
     for teacher in teachers:
         _check_aligned(teacher, config, objective)
@@ -145,6 +147,26 @@ def check_roles(config: TrainConfig, objective: Objective) -> None:
                 "model.teacher.follow changes the teacher's weights in the run; use "
                 f"{key}.name={TRANSFORMERS}"
             )
+
+
+def _check_ahead(config: TrainConfig, objective: Objective) -> None:
+    """Checks that generation can be ahead of the update."""
+    if objective.needs & Needs.DEMONSTRATIONS:
+        raise ConfigError(
+            f"engine.ahead=1 generates the student's episodes early, and objective="
+            f"{config.objective['name']} does not train on them.\nSet engine.ahead=0."
+        )
+    if config.engine.old_logp == "rollout":
+        raise ConfigError(
+            "engine.ahead=1 needs the log-probs of the weights before the update, and "
+            "engine.old_logp=rollout takes those of older ones.\nSet engine.old_logp=recompute "
+            "(or auto), or engine.ahead=0."
+        )
+    if config.policy.student.get("sleep"):
+        raise ConfigError(
+            "engine.ahead=1 generates while the trainer computes, and policy.student.sleep=true "
+            "gives the sampler's memory back meanwhile.\nSet one of the two to its default."
+        )
 
 
 def _check_aligned(teacher: TeacherSettings, config: TrainConfig, objective: Objective) -> None:
@@ -184,7 +206,10 @@ def make_roles(
     trainer = own_policy(config, chat, student)
     roles = Roles(trainer, trainer, Teachers({}))
     try:
-        if not is_trainers_own(config.policy.student):
+        if is_trainers_own(config.policy.student):
+            if config.engine.ahead:
+                roles.sampler = own_policy(config, chat, student, copied=True)
+        else:
             roles.sampler = _made(config, "student", config.policy.student, chat, student)
             if not isinstance(roles.sampler, TakesWeights):
                 raise ConfigError(
@@ -215,12 +240,15 @@ def computing(policy: Policy) -> AbstractContextManager[Any]:
     return policy.adapter.autocast() if isinstance(policy, TransformersPolicy) else nullcontext()
 
 
-def own_policy(config: TrainConfig, chat: ChatRenderer, model: LoadedModel) -> TransformersPolicy:
-    """Returns the policy of a model in this process."""
+def own_policy(
+    config: TrainConfig, chat: ChatRenderer, model: LoadedModel, *, copied: bool = False
+) -> TransformersPolicy:
+    """Returns the policy of a model in this process, or of a copy of it."""
     return model.policy(
         forbidden_ids=chat.forbidden_ids,
         stop_ids=chat.stop_ids,
         max_tokens_per_pass=config.engine.max_tokens_per_pass,
+        copied=copied,
     )
 
 

@@ -96,14 +96,19 @@ class StepBatch:
         rows: every episode, in the order of the draws.
         usable: the rows without an error.
         chosen: the rows to update on.
+        invalid: rows that were left out, each with what is wrong.
         stats: time and tokens of the rollouts.
+        staleness: number of updates made since the weights that generated the rows; None if
+            generation waits for the update.
     """
 
     position: int
     rows: list[Row] = field(default_factory=list)
     usable: list[Row] = field(default_factory=list)
     chosen: list[Row] = field(default_factory=list)
+    invalid: list[tuple[Row, str]] = field(default_factory=list)
     stats: RolloutStats = field(default_factory=RolloutStats)
+    staleness: int | None = None
 
     @property
     def trajectories(self) -> list[Trajectory]:

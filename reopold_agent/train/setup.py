@@ -67,6 +67,7 @@ from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.recovery import Recovery
 from reopold_agent.train.reference import Reference
 from reopold_agent.train.roles import Roles, check_roles, make_roles, own_policy
+from reopold_agent.train.rollouts import Rollouts, RolloutsAhead
 from reopold_agent.train.scoring import Scoring, ScoringByTeacher
 from reopold_agent.train.step_log import StepLog
 from reopold_agent.train.teachers import Teachers, TeacherSettings, run_teachers
@@ -389,9 +390,12 @@ def make_loop(
         roles.sampler,
         roles.teacher,
         tasks_of(tasks, "train"),
-        guard,
         recorded,
     )
+    on_done = None if scoring is None else scoring.begin
+    rollouts = Rollouts(collector, roles, on_done)
+    if config.engine.ahead:
+        rollouts = RolloutsAhead(collector, roles, on_done, updater, config.steps)
     log = StepLog(config, objective, folder, roles, collector, guard, chat.raw, progress)
     recovery = Recovery(
         config,
@@ -400,6 +404,7 @@ def make_loop(
         student,
         None if following is None else following.teacher,
         updater,
+        rollouts,
         log,
         guard,
         progress,
@@ -429,6 +434,7 @@ def make_loop(
         objective=objective,
         roles=roles,
         collector=collector,
+        rollouts=rollouts,
         behaviour_source=old_logp_source(source, roles.trainer),
         importance_cap=effective_importance_cap(config, objective),
         scoring=scoring,
@@ -444,6 +450,7 @@ def make_loop(
             progress,
             interrupts,
             teacher_runners,
+            rollouts.use_current,
         ),
         log=log,
         guard=guard,

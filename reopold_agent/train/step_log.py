@@ -161,9 +161,11 @@ class StepLog:
         if self._guard.skips:
             row["update/skipped"] = update.skipped
             row["nonfinite/trajectories"] = len(self._guard.rejected)
+        if batch.staleness is not None:
+            row["rollout/staleness"] = batch.staleness
         self.write_trajectories(step, batch.rows)
         clock.lap("other")
-        row.update(step_times(clock, batch.stats))
+        row.update(step_times(clock, batch.stats, ahead=batch.staleness is not None))
         row["tokens_per_second"] = batch.stats.sampled_tokens / max(1e-9, row["time/step"])
         self.metrics.write(row)
         self._progress.step(row)

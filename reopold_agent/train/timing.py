@@ -25,21 +25,23 @@ class Clock:
         self._last = now
 
 
-def step_times(clock: Clock, stats: RolloutStats) -> dict[str, float]:
+def step_times(clock: Clock, stats: RolloutStats, *, ahead: bool = False) -> dict[str, float]:
     """Returns the seconds of a step by part, ``time/<part>``, and in all, ``time/step``.
 
     ``teacher`` is the time spent waiting for scores after the rollout: a teacher that scores during
     generation takes no time of its own.
+
+    Args:
+        clock: the laps of the step.
+        stats: of its rollouts.
+        ahead: the episodes were generated during the step before. ``generate`` and
+            ``environment`` are then no part of this step, but ``wait`` is: for their end.
     """
     laps = clock.laps
-    parts = {
-        "generate": stats.generate_seconds,
-        "environment": stats.env_wait_seconds,
-        "teacher": laps["teacher"],
-        "old_logp": laps["old_logp"],
-        "update": laps["update"],
-        "sync": laps["sync"],
-    }
+    episodes = {"generate": stats.generate_seconds, "environment": stats.env_wait_seconds}
+    parts = {name: laps[name] for name in ("teacher", "old_logp", "update", "sync")}
+    parts = {"wait": laps["rollout"], **parts} if ahead else {**episodes, **parts}
     total = sum(laps.values())
     parts["other"] = max(0.0, total - sum(parts.values()))
-    return {**{f"time/{name}": seconds for name, seconds in parts.items()}, "time/step": total}
+    named = {f"time/{name}": seconds for name, seconds in {**episodes, **parts}.items()}
+    return {**named, "time/step": total}

@@ -153,6 +153,11 @@ class Updater:
             self.optimizer, lambda done: min(1.0, (done + 1) / warmup) if warmup else 1.0
         )
 
+    @property
+    def done(self) -> int:
+        """Number of updates of the whole run so far, also those of earlier processes."""
+        return int(self.scheduler.last_epoch)
+
     def step(
         self, mini_batches: Sequence[Sequence[Row]], step: int, threshold: Threshold
     ) -> UpdateStats:

@@ -73,6 +73,11 @@ def check_settings(config: TrainConfig) -> None:
             "engine=verl scores the student's own token ids, so it takes no teacher with "
             "align=bytes.\nUse engine=local, or a teacher with the student's tokenizer."
         )
+    if config.engine.ahead:
+        raise ConfigError(
+            "engine=verl trains with verl's synchronous trainer, whose rollouts end before the "
+            "update.\nSet engine.ahead=0, or use engine=local (docs/verl.md)."
+        )
     check_overrides(config.engine.overrides)
     if config.engine.old_logp != "recompute":
         raise ConfigError(
