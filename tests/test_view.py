@@ -27,16 +27,20 @@ from reopold_agent.errors import ConfigError, DataError, ModelServerError
 from reopold_agent.objectives import DivergenceSettings, make_objective
 from reopold_agent.policies.attention import attend_by_rows
 from reopold_agent.policies.batch import TrajectoryBatch
+from reopold_agent.policies.loading import ModelSpec, load_processing
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
+from reopold_agent.rollout.from_config import make_runner
 from reopold_agent.rollout.reading import Reader, feedback, hint_of
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
+from reopold_agent.rollout.view_checks import check_view
 from reopold_agent.tracking.trajectories import trajectory_record
 from reopold_agent.train import finish
 from reopold_agent.train.banner import self_teacher_note
 from reopold_agent.train.rows import Row
 from reopold_agent.train.scoring import Scoring
+from reopold_agent.train.setup import evaluated_by
 from reopold_agent.train.verl.supported import check_settings
 from reopold_agent.types import Message, Request, StopReason, Task, TokenScores, Trajectory
 
@@ -71,13 +75,16 @@ def env_of(**settings: Any) -> PixelReasonerEnv:
 def play(
     chat: ChatRenderer, vision: VisionProcessor, say: Callable[..., list[int]]
 ) -> Callable[..., list[Trajectory]]:
-    """``play(view)``: the same scripted episodes of up to three turns, as a teacher reads them."""
+    """``play(view)``: the same scripted episodes of up to three turns, as a teacher reads them;
+    with ``by_teacher`` it is the teacher who plays."""
 
     def script(request: Request, turn: int) -> list[int]:
         text = [FRAMES if request.key % 2 else CROP, CROP, "It is \\boxed{3}."][turn]
         return say(f"Turn {turn}. " + text, end=request.key % 3 > 0)
 
-    def run(view: ViewConfig | None, **settings: Any) -> list[Trajectory]:
+    def run(
+        view: ViewConfig | None, *, by_teacher: bool = False, **settings: Any
+    ) -> list[Trajectory]:
         reader = None
         if view is not None:
             reader = Reader(view, chat, vision, pixels=PIXELS, max_tokens=settings.get("context"))
@@ -88,7 +95,8 @@ def play(
             prompt_pixels=PixelLimits(3136, 3136),
             observation_pixels=PixelLimits(3136, 3136),
             limits=RolloutLimits(max_turns=3),
-            reader=reader,
+            reader=None if by_teacher else reader,
+            plays_as=reader if by_teacher else None,
         )
         episodes = [EpisodeSpec("train", i) for i in range(TASKS)]
         try:
@@ -225,6 +233,43 @@ def test_the_teacher_reads_the_conversation_rendered_by_hand(
         np.abs(t.teacher_logp - s.logp).max() for t, s in zip(trajectories, unread, strict=True)
     ]
     assert min(moved) > 1e-3
+
+
+@pytest.mark.parametrize(("view", "words"), VIEWS)
+def test_a_teacher_that_plays_reads_its_view(
+    play: Any, chat: ChatRenderer, vision: VisionProcessor, view: ViewConfig, words: Any
+) -> None:
+    answers = [task.answers[0] for task in DemoTasks("train", TASKS, 3, video_share=0.5)]
+    for t in play(view, by_teacher=True):
+        # There is no feedback on an attempt that has yet to be made.
+        told = words is not None and view.hint != "feedback"
+        messages = by_hand(t, vision, view, words(t, answers[t.index]) if told else None)
+        expected = whole_conversation(chat.tokenizer, messages, False)
+        assert expected[: len(t.ids)] == t.ids.tolist()
+        assert t.images == [
+            part for m in messages for part in m.content if not isinstance(part, str)
+        ]
+        assert t.reading is None
+
+
+def test_each_teacher_is_evaluated_with_its_view(
+    chat: ChatRenderer, vision: VisionProcessor, say: Callable[..., list[int]]
+) -> None:
+    teacher = load_processing(ModelSpec("demo:student"), "teacher")
+    config = composed("model.teacher.path=self", "model.teacher.view.system='Look at the card.'")[0]
+    runner = make_runner(config, chat, vision, split="eval")
+    (own,) = evaluated_by(config, runner, {"teacher": teacher}).distinct
+    spec = EpisodeSpec("eval", 0)
+    policy = ScriptedPolicy(lambda *_: say("It is \\boxed{3}."))
+    prompts = []
+    for each in (runner, own):
+        try:
+            (episode,) = each.run(policy, [spec], T1, (1,))
+        finally:
+            each.close()
+        prompts.append(chat.raw(episode.ids[: episode.prompt_length].tolist()))
+    assert "Look at the card." in prompts[1]
+    assert "Look at the card." not in prompts[0]
 
 
 def score_by_hand(
@@ -411,6 +456,33 @@ def test_views_that_cannot_work(tmp_path: Path, words: tuple[str, ...], message:
         train(tmp_path, *words)
     assert len(str(caught.value).splitlines()) == 2 or "Did you mean" in message
     assert not (tmp_path / "config.yaml").exists()
+
+
+def test_held_out_tasks_need_the_hint_if_the_teacher_plays_them() -> None:
+    student = load_processing(ModelSpec("demo:student"), "student")
+    config = composed("model.teacher.path=self", "model.teacher.view.hint=environment")[0]
+    envs = "reopold_agent.rollout.view_checks.make_env"
+
+    class OnlyTrain(PixelReasonerEnv):
+        @override
+        def teacher_prompt(self, task: Task) -> str | None:
+            return "Look." if "train" in task.id else None
+
+    def made(*_: Any) -> PixelReasonerEnv:
+        tasks = {split: DemoTasks(split, TASKS, 3) for split in ("train", "eval")}
+        return OnlyTrain(data=tasks, max_turns=3)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(envs, made)
+        with pytest.raises(DataError, match=r"Or use evaluation\.teacher=false") as caught:
+            check_view(config, config.model.teacher, student, None)
+        assert len(str(caught.value).splitlines()) == 2
+        check_view(
+            replace(config, evaluation=replace(config.evaluation, teacher=False)),
+            config.model.teacher,
+            student,
+            None,
+        )
 
 
 def test_a_hint_needs_a_task_that_has_one() -> None:

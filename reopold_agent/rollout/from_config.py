@@ -24,6 +24,7 @@ def make_runner(
     concurrency: int | None = None,
     wrap: Callable[[Env], Env] | None = None,
     reader: Reader | Mapping[str, Reader | None] | None = None,
+    plays_as: Reader | None = None,
 ) -> RolloutRunner:
     """Makes the runner for a run's environment and budgets, or for all those of a mixture.
 
@@ -37,6 +38,7 @@ def make_runner(
         wrap: wraps each environment, for example to record what it shows.
         reader: makes the teacher's form of each episode (`make_reader`); several teachers have
             one for each environment.
+        plays_as: renders for a teacher with a view that plays the episodes itself.
     """
 
     turns = config.max_turns(split) if max_turns is None else max_turns
@@ -50,7 +52,13 @@ def make_runner(
             else:
                 read = None if reader is None else reader.for_pixels(member.pixels)
             members[name] = make_runner(
-                member, own, vision, split=split, max_turns=max_turns, reader=read
+                member,
+                own,
+                vision,
+                split=split,
+                max_turns=max_turns,
+                reader=read,
+                plays_as=None if plays_as is None else plays_as.for_pixels(member.pixels),
             )
 
     def make() -> Env:
@@ -72,6 +80,7 @@ def make_runner(
             max_prompt_tokens=config.engine.max_prompt_tokens,
         ),
         reader=None if isinstance(reader, Mapping) else reader,
+        plays_as=plays_as,
         members=members,
     )
 

@@ -33,7 +33,7 @@ from reopold_agent.errors import DataError, ModelError, told_in_full
 from reopold_agent.policies.base import Generator, Policy, RunsBeside
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
-from reopold_agent.rollout.reading import Reader, Shown
+from reopold_agent.rollout.reading import Opening, Reader, Shown
 from reopold_agent.rollout.workers import Outcome, Worker
 from reopold_agent.types import (
     Completion,
@@ -159,6 +159,8 @@ class RolloutRunner:
             episodes all of the above; this runner plays them together, as many at once as its own
             ``limits`` say.
         reader: makes the teacher's form of each episode; None if that is the student's.
+        plays_as: renders prompts and pictures for a teacher with a view that plays episodes itself;
+            None for all others.
     """
 
     def __init__(
@@ -172,9 +174,10 @@ class RolloutRunner:
         limits: RolloutLimits,
         members: Mapping[str, RolloutRunner] | None = None,
         reader: Reader | None = None,
+        plays_as: Reader | None = None,
     ) -> None:
         self._make_env = make_env
-        self.reader = reader
+        self.reader, self._plays_as = reader, plays_as
         self.chat, self.vision = chat, vision
         self.prompt_pixels, self.observation_pixels = prompt_pixels, observation_pixels
         self.limits = limits
@@ -220,16 +223,20 @@ class RolloutRunner:
             self._make().close()
 
     def prompt(
-        self, observation: Observation, info: Mapping[str, Any]
+        self, observation: Observation, info: Mapping[str, Any], opening: Opening | None = None
     ) -> tuple[list[int], list[EncodedImage]]:
         """Renders the first turns: system message and history of ``info``, and the question.
 
         Args:
             observation, info: what the environment's ``reset`` returned.
+            opening: what it knows for a teacher; needed where one with a view plays.
 
         Returns:
-            The ids for the student to continue, and the pictures in order.
+            The ids for the policy to continue, and the pictures in order.
         """
+        if self._plays_as is not None and opening is not None:
+            shown = self._plays_as.begin(observation, info, opening)
+            return self._plays_as.prompt(shown, shown.hint)
         system = str(info.get("system_prompt", ""))
         messages = [Message("system", (system,))] if system else []
         for role, turn in [*info.get("history", ()), ("user", observation)]:
@@ -249,8 +256,8 @@ class RolloutRunner:
         if outcome.error is not None:
             return None
         try:
-            observation, info, *_ = outcome.value
-            return len(self.prompt(as_observation(observation), info)[0])
+            observation, info, *opening = outcome.value
+            return len(self.prompt(as_observation(observation), info, *opening)[0])
         except _INVALID:
             return None
 
@@ -262,7 +269,8 @@ class RolloutRunner:
         Returns:
             The ids up to the student's next turn, and the pictures in order.
         """
-        images = self._encode(observation, self.observation_pixels)
+        limits = (self._plays_as or self).observation_pixels
+        images = self._encode(observation, limits)
         return self.chat.continuation(observation_message(observation, images), last)
 
     def run(
@@ -360,7 +368,7 @@ class RolloutRunner:
     def _begin(self, worker: Worker, spec: EpisodeSpec) -> None:
         options = {"split": spec.split, "index": spec.index}
         seed = task_seed(spec.split, spec.index)
-        reader = self.reader
+        reader = self.reader or self._plays_as
 
         def reset(env: Env) -> tuple[Any, ...]:
             shown = env.reset(seed=seed, options=options)
@@ -404,7 +412,7 @@ class RolloutRunner:
             observation, info, *opening = outcome.value
             episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
             observation = as_observation(observation)
-            self._add_prompt(episode, observation, info)
+            self._add_prompt(episode, *episode.rules.prompt(observation, info, *opening))
             if episode.rules.reader is not None:
                 episode.shown = episode.rules.reader.begin(observation, info, *opening)
             return True
@@ -447,10 +455,8 @@ class RolloutRunner:
         episode.info["error"] = error
         episode.stop = StopReason.POLICY_ERROR
 
-    def _add_prompt(
-        self, episode: _Episode, observation: Observation, info: Mapping[str, Any]
-    ) -> None:
-        ids, images = episode.rules.prompt(observation, info)
+    @staticmethod
+    def _add_prompt(episode: _Episode, ids: list[int], images: list[EncodedImage]) -> None:
         most = episode.rules.limits.max_prompt_tokens
         if most is not None and len(ids) > most:
             raise DataError(f"the prompt has {len(ids)} tokens; engine.max_prompt_tokens is {most}")

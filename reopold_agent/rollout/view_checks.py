@@ -29,9 +29,10 @@ def check_view(
     context: int | None,
     name: str = "model.teacher.view",
 ) -> None:
-    """Checks that the training tasks have the teacher's hint, and that its prompts fit.
+    """Checks that the tasks have the teacher's hint, and that its prompts fit.
 
-    All tasks from files are looked at; of others, which are made when they are read, `SAMPLE`.
+    All training tasks from files are looked at; of others, which are made when they are read,
+    `SAMPLE`. If the teacher is evaluated, so are the held-out tasks that it will play.
 
     Args:
         config: the run's, with the longest prompt filled in.
@@ -60,24 +61,39 @@ def check_view(
             if reader.view.hint not in (None, "feedback"):
                 hint_of(reader.view, env, None)
             return
-        total = env.num_tasks("train")
-        files = isinstance(env, DataEnv) and env.data_report("train") is not None
-        step = 1 if files else max(1, total // SAMPLE)
         most = None if context is None else context - config.rollout.max_response_tokens - 1
-        _check_tasks(reader, env, range(0, total, step), most, name)
+        played = config.evaluation.tasks if config.evaluation.teacher else 0
+        for split in ("train", "eval") if played else ("train",):
+            total = env.num_tasks(split)
+            if split == "eval":
+                total = min(total, played)
+            files = isinstance(env, DataEnv) and env.data_report(split) is not None
+            step = 1 if files else max(1, total // SAMPLE)
+            _check_tasks(reader, env, split, range(0, total, step), most, name)
     finally:
         made.close()
 
 
 def _check_tasks(
-    reader: Reader, env: ToolEnv, indices: Sequence[int], most: int | None, name: str
+    reader: Reader,
+    env: ToolEnv,
+    split: str,
+    indices: Sequence[int],
+    most: int | None,
+    name: str,
 ) -> None:
     view, factor = reader.view, reader.factor
     picture = reader.prompt_pixels.max_pixels // factor**2 + _MARKS
     for index in indices:
-        task = env.task("train", index)
+        task = env.task(split, index)
         told = view.hint not in (None, "feedback")
-        hint = hint_of(view, env, task) if told else None
+        try:
+            hint = hint_of(view, env, task) if told else None
+        except DataError as error:
+            if split == "train":
+                raise
+            way_out = "Or use evaluation.teacher=false: this task is held out."
+            raise DataError(f"{error} {way_out}") from None
         if most is None:
             continue
         words = [
@@ -92,7 +108,7 @@ def _check_tasks(
         if size + len(task.images) * picture <= most:
             continue
         observation, info = env.reset(
-            seed=task_seed("train", index), options={"split": "train", "index": index}
+            seed=task_seed(split, index), options={"split": split, "index": index}
         )
         shown = reader.begin(observation, info, reader.opening(env))
         tokens = len(reader.prompt(shown, hint)[0])

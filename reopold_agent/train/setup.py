@@ -300,16 +300,21 @@ def evaluated_by(
 
     Args:
         config: the run's configuration.
-        runner: plays the student's, and those of teachers with its vocabulary.
+        runner: plays the student's, and those of teachers with its vocabulary and no view.
         teachers: by role.
     """
     made = {}
     for teacher in run_teachers(config):
         made[teacher.role] = runner
-        processing = teachers.get(teacher.role)
-        if teacher.model.align is not None and processing is not None:
-            chat = teacher_chat(config, processing)
-            made[teacher.role] = make_runner(config, chat, processing.vision, split="eval")
+        processing, view = teachers.get(teacher.role), teacher.model.view
+        if processing is None or (teacher.model.align is None and view.empty):
+            continue
+        aligned = teacher.model.align is not None
+        chat = teacher_chat(config, processing) if aligned else runner.chat
+        vision = processing.vision if aligned else runner.vision
+        # An attempt of its own is to be judged, so that feedback on it cannot be given before.
+        plays_as = None if view.empty else Reader(view, chat, vision, pixels=config.pixels)
+        made[teacher.role] = make_runner(config, chat, vision, split="eval", plays_as=plays_as)
     return Teachers.of_run(config, made)
 
 
