@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,12 @@ def test_two_steps_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     played = {row["env"] for row in lines(tmp_path / "trajectories.jsonl")}
     assert played == set(TASKS)
     assert all(row["teacher_logp"] for row in lines(tmp_path / "trajectories.jsonl"))
+
+
+def test_the_page_gives_the_recipe_s_figures() -> None:
+    page = (ROOT / "docs" / "teachers.md").read_text("utf-8")
+    held_out = report()["held_out"]
+    for name in MODELS:
+        [row] = re.findall(rf"^\| `demo:{PREFIX}{name}`.*$", page, re.MULTILINE)
+        cells = [cell.strip(" *") for cell in row.split("|")[2:5]]
+        assert cells == [f"{held_out[name][task]['success']:.2f}" for task in TASKS]
