@@ -284,7 +284,7 @@ def bare_step(context: Context, *, lora: bool) -> dict[str, Any]:
                 image_grid_thw=grids.to(adapter.device),
                 use_cache=False,
             ).logits
-        picked = output[batch.row_N, batch.column_N - 1].float()
+        picked = output[batch.row_N, batch.before_N].float()
         targets = batch.ids_BT[batch.row_N, batch.column_N, None]
         return torch.log_softmax(picked, dim=-1).gather(1, targets)[:, 0]
 

@@ -292,7 +292,7 @@ def words_of(case: str, objective: str, folder: Path, script: Script, threads: i
         "logging.trajectories=0",
         f"engine.threads={threads}",
         "engine.device=cpu",
-        "engine.packed=true",  # no padding
+        "engine.packed=true",  # no padding; samples of a task share their prompt
         "optimizer.lr=1e-6",
         "data.eval=null",
     ]

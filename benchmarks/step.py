@@ -70,7 +70,7 @@ def forward(model: Any, adapter: Any, batch: TrajectoryBatch) -> torch.Tensor:
         image_grid_thw=grids,
         use_cache=False,
     ).logits
-    logp = torch.log_softmax(logits[batch.row_N, batch.column_N - 1].float(), dim=-1)
+    logp = torch.log_softmax(logits[batch.row_N, batch.before_N].float(), dim=-1)
     return logp.gather(1, batch.ids_BT[batch.row_N, batch.column_N, None])[:, 0]
 
 

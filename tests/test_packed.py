@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -219,16 +220,101 @@ def test_scores_do_not_depend_on_the_passes(
     assert padded.passes.padding_share == pytest.approx(1 - total / (longest * len(rows)))
 
 
-def test_values_are_laid_out_as_the_ids(
+def continued(row: Trajectory, other: Trajectory, pictures: int) -> Trajectory:
+    """A row's prompt, of which so many pictures, with the response of another."""
+    start, begin = row.prompt_length, other.prompt_length
+    shift = start - begin
+    return dataclasses.replace(
+        row,
+        ids=np.concatenate([row.ids[:start], other.ids[begin:]]),
+        loss_mask=np.concatenate([row.loss_mask[:start], other.loss_mask[begin:]]),
+        logp=np.concatenate([row.logp[:start], other.logp[begin:]]),
+        entropy=np.concatenate([row.entropy[:start], other.entropy[begin:]]),
+        images=[*row.images[:pictures], *other.images],
+        turns=[
+            dataclasses.replace(t, start=t.start + shift, end=t.end + shift) for t in other.turns
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def groups(
     rows: list[Trajectory],
+    random_trajectory: Callable[..., Trajectory],
+    encode: Callable[..., EncodedImage],
+) -> list[Trajectory]:
+    """Samples of two tasks in turn, a row that is alone, and one like it but for its picture."""
+    first, second, alone = rows[0], rows[3], rows[2]
+    others = [random_trajectory(seed, [], 2, 5 + 3 * seed) for seed in (11, 12, 13)]
+    # The picture that a tool showed is in the response.
+    seen = random_trajectory(14, [encode(6), encode(7)], 2, 6)
+    seen = dataclasses.replace(seen, images=seen.images[1:])
+    # Encoded again, and so with another key: the same picture.
+    again = [dataclasses.replace(image, key=-1 - n) for n, image in enumerate(first.images)]
+    return [
+        first,
+        second,
+        continued(dataclasses.replace(first, images=again), seen, 1),
+        alone,
+        continued(second, others[0], 0),
+        dataclasses.replace(alone, images=[encode(8)]),
+        continued(second, others[1], 0),
+        continued(first, others[2], 1),
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_of_a_task_share_their_prompt(
+    kind: str,
+    groups: list[Trajectory],
+    make_pair: Callable[..., tuple[TransformersPolicy, TransformersPolicy]],
+) -> None:
+    padded, packed = make_pair(kind)
+    rows = readable(groups, padded.adapter.model)
+    seeing = bool(rows[0].images)
+    for policy in (padded, packed):
+        policy.adapter.model.train()
+    batches = [TrajectoryBatch.build(policy.adapter, rows) for policy in (padded, packed)]
+    shared = [rows[0].prompt_length] * 2 + [rows[1].prompt_length] * 2
+    if not seeing:  # and then the last two differ in nothing
+        shared.append(rows[3].prompt_length)
+    assert batches[1].tokens == batches[1].ids_BT.numel() == batches[0].tokens - sum(shared)
+    logp_N, packed_N = (
+        policy.logprobs(batch)[0] for policy, batch in zip((padded, packed), batches, strict=True)
+    )
+    assert_close(packed_N.detach(), logp_N.detach())
+    expected, found = gradients(padded, logp_N), gradients(packed, packed_N)
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient, name)
+
+
+def test_no_prompt_is_shared_that_ends_inside_of_a_picture(
+    groups: list[Trajectory],
+    make_pair: Callable[..., tuple[TransformersPolicy, TransformersPolicy]],
+) -> None:
+    padded, packed = make_pair("qwen2_5_vl")
+    image = padded.adapter.image_token_id
+    rows = [groups[0], groups[2]]
+    inside = int(np.flatnonzero(groups[0].ids == image)[1])
+    rows = [dataclasses.replace(row, prompt_length=inside) for row in rows]
+    for score, other in zip(packed.score(rows), padded.score(rows), strict=True):
+        assert_close(score.logp, other.logp)
+    assert packed.passes.computed == sum(len(row.ids) for row in rows)
+
+
+def test_values_are_laid_out_as_the_ids(
+    groups: list[Trajectory],
     make_pair: Callable[..., tuple[TransformersPolicy, TransformersPolicy]],
 ) -> None:
     _, packed = make_pair("qwen2_5_vl")
-    batch = TrajectoryBatch.build(packed.adapter, rows)
-    mask = batch.aligned([row.loss_mask for row in rows])
-    assert mask.shape == batch.ids_BT.shape
-    logp = batch.aligned([row.logp for row in rows])
-    assert torch.equal(batch.scatter(logp[mask]), logp)
+    batch = TrajectoryBatch.build(packed.adapter, groups)
+    ids = torch.cat([torch.from_numpy(row.ids[row.loss_mask]) for row in groups])
+    assert torch.equal(batch.ids_BT[batch.row_N, batch.column_N], ids)
+    assert torch.equal(batch.aligned([row.ids for row in groups]), batch.ids_BT)
+    mask = batch.aligned([row.loss_mask for row in groups])
+    logp = batch.aligned([row.logp for row in groups])
+    assert mask.sum() == len(ids)
+    assert torch.equal(batch.scatter(logp[0, batch.column_N]), logp)
 
 
 @given(st.lists(st.integers(1, 60), max_size=25), st.integers(1, 150))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from reopold_agent.errors import ModelError
-from reopold_agent.policies.attention import attends_by_rows
+from reopold_agent.policies.attention import attends_by_rows, shares_prompts
 from reopold_agent.policies.lora import without_adapter
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.types import EncodedImage, IntArray
@@ -32,6 +32,7 @@ class ModelAdapter:
 
     Attributes:
         packed: whether the model takes packed rows (`attention.attend_by_rows`).
+        shares_prompts: whether such rows can read the prompt of an earlier one.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class ModelAdapter:
         self.head: nn.Linear = base.get_output_embeddings()
         attention = str(getattr(self.text_config, "_attn_implementation", "sdpa"))
         self.packed = attends_by_rows(attention)
+        self.shares_prompts = shares_prompts(attention)
         if not self.packed and attention not in ("sdpa", "eager"):
             raise ModelError(
                 f"attention '{attention}' cannot mask sequences of different lengths in one batch; "
@@ -138,7 +140,8 @@ class ModelAdapter:
             attention_mask: (batch, time), or (batch, 1, query, key) bool, or None.
             cache: keys and values of earlier tokens; updated in place.
             places_BT: place of each token in its row, where several rows are packed into one
-                sequence; it tells the rows apart.
+                sequence; it tells the rows apart. A row that begins at a place above 0 goes on
+                from the tokens before that place of the last row that begins at 0.
         """
         if attention_mask is not None and attention_mask.dim() == 4 and self._additive_mask:
             lowest = torch.finfo(self.head.weight.dtype).min

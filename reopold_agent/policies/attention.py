@@ -90,6 +90,11 @@ def attends_by_rows(implementation: str) -> bool:
     return implementation.startswith(IMPLEMENTATION)
 
 
+def shares_prompts(implementation: str) -> bool:
+    """Returns whether packed rows can go on from the prompt of an earlier row."""
+    return implementation == f"{IMPLEMENTATION}sdpa"
+
+
 IMPLEMENTATION = "reopold_flash_"
 """Begins the names of the attention implementations. Because of "flash" in it, Qwen's vision tower
 hands over the bounds of all its windows at once, rather than one call per window."""
@@ -217,8 +222,10 @@ def _attention(
     """Attends within rows; has the arguments and results of transformers' attention functions.
 
     Rows are given by ``cu_seq_lens_q`` (the vision tower's windows), else by ``position_ids`` of a
-    batch of one sequence, each row beginning where they do not go on.
+    batch of one sequence, each row beginning where they do not go on. One that begins above 0 goes
+    on from the last one that begins at 0, as far as that place.
     """
+    begins: list[int] = []
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     if attention_mask is not None:
         out, _ = sdpa_attention_forward(
@@ -228,7 +235,7 @@ def _attention(
     if cu_seq_lens_q is not None:
         bounds, lengths = _bounds(cu_seq_lens_q)
     elif position_ids is not None and len(query) == 1:
-        bounds, lengths = _bounds_of_positions(position_ids)
+        bounds, lengths, begins = _bounds_of_positions(position_ids)
     else:
         bounds, lengths = None, [query.shape[2]]
     device = query.device.type
@@ -245,21 +252,28 @@ def _attention(
         return out[None], None
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        length, mask = query.shape[2], None
-        if causal and sliding_window is not None and length > sliding_window:
+        length, begin, mask = key.shape[2], key.shape[2] - query.shape[2], None
+        if causal and (begin or (sliding_window is not None and length > sliding_window)):
             places = torch.arange(length, device=query.device)
-            back = places[:, None] - places
-            mask = ((back >= 0) & (back < sliding_window))[None, None]
+            back = places[begin:, None] - places
+            mask = ((back >= 0) & (back < (sliding_window or length)))[None, None]
         out, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, causal)
         return out
 
     if len(lengths) == 1:
         return attend(query, key, value), None
+    parts = [list(torch.split(each, lengths, dim=2)) for each in (query, key, value)]
+    first = 0
+    for row, begin in enumerate(begins):
+        if not begin:
+            first = row
+            continue
+        for part in parts[1:]:
+            part[row] = torch.cat([part[first][:, :, :begin], part[row]], dim=2)
     # Rows of one length, such as the windows of pictures, are computed by one call.
-    alike: dict[int, list[int]] = {}
+    alike: dict[tuple[int, int], list[int]] = {}
     for row, length in enumerate(lengths):
-        alike.setdefault(length, []).append(row)
-    parts = [torch.split(each, lengths, dim=2) for each in (query, key, value)]
+        alike.setdefault((length, parts[1][row].shape[2]), []).append(row)
     found: list[Tensor] = [query] * len(lengths)
     for rows in alike.values():
         out = attend(*(torch.cat([part[row] for row in rows]) for part in parts))
@@ -276,9 +290,9 @@ def _bounds(bounds: Tensor) -> tuple[Tensor, list[int]]:
 
 
 @lru_cache(maxsize=8)
-def _bounds_of_positions(position_ids: Tensor) -> tuple[Tensor, list[int]]:
-    """Returns the bounds of the rows of a packed sequence as int32, and the rows' lengths."""
+def _bounds_of_positions(position_ids: Tensor) -> tuple[Tensor, list[int], list[int]]:
+    """Returns for a packed sequence the bounds as int32, and each row's length and first place."""
     breaks = torch.nonzero(position_ids[0].diff() != 1)[:, 0] + 1
     ends = breaks.new_tensor([0]), breaks, breaks.new_tensor([position_ids.shape[1]])
     bounds = torch.cat(ends)
-    return bounds.to(torch.int32), bounds.diff().tolist()
+    return bounds.to(torch.int32), bounds.diff().tolist(), position_ids[0, bounds[:-1]].tolist()

@@ -164,8 +164,7 @@ class TransformersPolicy:
             batch.attention_BT,
             places_BT=batch.places_BT,
         )
-        # The state before a token predicts it.
-        hidden_ND = hidden_BTD[batch.row_N, batch.column_N - 1]
+        hidden_ND = hidden_BTD[batch.row_N, batch.before_N]
         return hidden_ND, batch.ids_BT[batch.row_N, batch.column_N]
 
 
