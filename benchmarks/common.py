@@ -63,7 +63,7 @@ def demo_loop(config: TrainConfig, folder: Path) -> TrainingLoop:
         RunFacts(config.steps, config.rollout.max_response_tokens)
     )
     probe = make_env(config)
-    tasks = {split: num_tasks(probe, split) for split in ("train", "eval")}
+    tasks = {config.env.name: {split: num_tasks(probe, split) for split in ("train", "eval")}}
     probe.close()
     run = RunFolder(folder)
     run.path.mkdir(parents=True, exist_ok=True)
