@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
 from types import UnionType
@@ -653,6 +653,9 @@ class ModelsConfig:
         student, teacher: the checkpoints.
         teachers: in place of ``teacher``, several by name: a path, or the settings of ``teacher``.
             The name is an environment's, or ``default`` for all others.
+        teacher_key: column of the rows (and key of `reopold_agent.types.Task.metadata`) whose value
+            is the name of the task's teacher in ``teachers``; a task without a value has that of
+            its environment, or the ``default``. null: teachers are chosen by environment alone.
         chat_template: a shipped template's name or a Jinja file, in place of the student's own
             template; null keeps that. The teacher scores the same ids, whatever its template.
     """
@@ -660,6 +663,7 @@ class ModelsConfig:
     student: ModelConfig
     teacher: TeacherConfig | None = None
     teachers: dict[str, Any] | None = None
+    teacher_key: str | None = None
     chat_template: str | None = None
 
     @property
@@ -685,6 +689,12 @@ class ModelsConfig:
                     )
                 made[name] = self._itself(each)
             object.__setattr__(self, "teachers", made or None)
+        if self.teacher_key is not None and self.teachers is None:
+            raise ConfigError(
+                f"model.teacher_key={self.teacher_key} chooses among model.teachers, which is not "
+                "set.\nSet model.teacher=null and model.teachers={NAME: PATH, ...}, or leave out "
+                "model.teacher_key."
+            )
         if self.teacher is None:
             return
         teacher = self._itself(self.teacher)
@@ -700,6 +710,15 @@ class ModelsConfig:
                 "every reward is 0.\nGive it model.teacher.view (a hint, say), or another "
                 "model.teacher.path or model.teacher.follow."
             )
+
+    def teacher_name(self, env: str, value: str = "") -> str | None:
+        """Returns the name of a task's teacher in `all_teachers`; None if it has none there.
+
+        Args:
+            env: the task's environment.
+            value: what the task has in the column ``teacher_key``; empty for nothing.
+        """
+        return teacher_name(self.all_teachers, env, value)
 
     def _itself(self, teacher: TeacherConfig) -> TeacherConfig:
         """Returns a teacher with the student's own checkpoint in place of `SELF`."""
@@ -722,6 +741,12 @@ class ModelsConfig:
 
 DEFAULT_TEACHER = "default"
 """Name in ``model.teachers`` of the teacher of all that has none of its own."""
+
+
+def teacher_name(names: Container[str], env: str, value: str = "") -> str | None:
+    """Returns which of some names is that of a task's teacher; see `ModelsConfig.teacher_name`."""
+    wanted = (value,) if value else (env, DEFAULT_TEACHER)
+    return next((name for name in wanted if name in names), None)
 
 
 def model_key(role: str, name: str) -> str:

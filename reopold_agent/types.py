@@ -95,6 +95,11 @@ class Task:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     history: tuple[tuple[Role, str], ...] = ()
 
+    def named_teacher(self, key: str) -> str:
+        """Returns the name of its own teacher, at ``key`` in ``metadata``; empty for none."""
+        value = self.metadata.get(key)
+        return "" if value is None else str(value)
+
 
 _image_keys = itertools.count()
 
@@ -197,6 +202,7 @@ class Trajectory:
         env: name of the environment (after ``env=``) that the task belongs to; empty where a
             program plays one environment without naming it.
         reading: the episode in its teacher's form, if that is another one; else None.
+        teacher: what the task says of its teacher (``model.teacher_key``); empty for nothing.
     """
 
     task_id: str
@@ -218,6 +224,7 @@ class Trajectory:
     advantage: float | None = None
     env: str = ""
     reading: Reading | None = None
+    teacher: str = ""
 
     @property
     def group(self) -> tuple[str, int]:
@@ -295,7 +302,7 @@ class Reading:
         if self.student_spans is None or self.teacher_spans is None:
             aligned[student.loss_mask] = values[self.trajectory.loss_mask]
             return aligned
-        count = int(self.student_spans.max(initial=-1)) + 1
+        count = span_count(self.student_spans)
         sampled = np.flatnonzero(student.loss_mask)
         spans_N = self.student_spans[sampled]
         aligned[sampled] = student.logp[sampled]
@@ -307,6 +314,11 @@ class Reading:
         teacher = _span_sums(values[asked], self.teacher_spans[asked], count)
         aligned[at] = teacher[spans_K] - others_K
         return aligned
+
+
+def span_count(spans: IntArray) -> int:
+    """Returns the number of spans, given each token's: (L,) int64 from 0, -1 for none."""
+    return int(spans.max(initial=-1)) + 1
 
 
 def _span_sums(

@@ -15,7 +15,7 @@ from conftest import random_picture
 from families import SEEING, picture_processor, save_checkpoint, tiny_config, tiny_model
 from hydra import compose, initialize_config_module
 from PIL import Image
-from running import assert_same_weights, train, train_rows
+from running import assert_same_weights, composed, train, train_rows
 from test_policy import T1, Talk, assert_equals_full_pass, play
 from transformers import ProcessorMixin, Qwen2_5_VLProcessor, Qwen2VLProcessor, Qwen3VLProcessor
 
@@ -23,11 +23,13 @@ from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.errors import ConfigError, ModelError, VocabularyMismatchError
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.attention import attend_by_rows
+from reopold_agent.policies.base import PolicyRole
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.loading import (
     ModelSpec,
     Processing,
     check_available,
+    check_for_vllm,
     check_vocabularies,
     load_model,
     load_processing,
@@ -35,9 +37,12 @@ from reopold_agent.policies.loading import (
 from reopold_agent.policies.templates import chat_template
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
+from reopold_agent.policies.vllm import make_vllm_policy
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.train import finish
+from reopold_agent.train import finish, setup
+from reopold_agent.train.engine import run_objective
 from reopold_agent.train.settings import check_student, load_config
+from reopold_agent.train.verl.engine import VerlEngine
 from reopold_agent.types import EncodedImage, Message, Trajectory, Turn
 
 PROCESSORS: dict[str, Any] = {
@@ -377,3 +382,33 @@ def test_another_models_picture_processor_is_refused(tmp_path: Path, chat: ChatR
     picture_processor("qwen2_5_vl").save_pretrained(folder)
     with pytest.raises(ModelError, match=r"patch_size 16, .* has 14\.\nPut"):
         load_processing(ModelSpec(str(folder)), "student")
+
+
+def test_a_qwen3_vl_whose_positions_vllm_would_not_mix_is_refused(
+    tmp_path: Path, chat: ChatRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any weights are read: under verl, by a policy, and for either role of a run."""
+    folder = save_checkpoint(tmp_path / "model", "qwen3_vl", chat.tokenizer)
+    spec = ModelSpec(str(folder))
+    check_for_vllm(check_available(spec, "student"), spec.path, "student")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    rope = config["text_config"]["rope_parameters"]
+    assert rope.pop("mrope_interleaved")
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    told = 'config.json of the %s .* lacks "mrope_interleaved": true, without .*\nAdd it to text'
+    with pytest.raises(ModelError, match=told % "student") as caught:
+        VerlEngine._check_models({"student": spec})
+    assert str(caught.value).count("\n") == 1
+    role = PolicyRole("teacher", {}, load_processing(spec, "teacher"), "float32", (), ())
+    with pytest.raises(ModelError, match=told % "teacher"):
+        make_vllm_policy(role)
+    monkeypatch.setattr(setup, "check_roles", lambda *_: None)  # asks for vLLM's package
+    for name in ("student", "teacher"):
+        words = [f"model.{each}.path={folder}" for each in ("student", "teacher")]
+        run, _ = composed(*words, f"policy.{name}.name=vllm")
+        with pytest.raises(ModelError, match=told % name):
+            setup.prepared(run, run_objective(run), tmp_path / "report.json")
+    del rope["mrope_section"]
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
+    with pytest.raises(ModelError, match=r'true and "mrope_section": \[24, 20, 20\], without'):
+        check_for_vllm(check_available(spec, "student"), spec.path, "student")

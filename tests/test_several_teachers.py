@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,21 @@ import torch
 from running import composed, results, train
 
 from reopold_agent.config import TeacherConfig
-from reopold_agent.errors import ConfigError, ModelServerError, VocabularyMismatchError
+from reopold_agent.data.checks import BadRowsError
+from reopold_agent.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelServerError,
+    VocabularyMismatchError,
+)
 from reopold_agent.objectives import GKD
 from reopold_agent.plan.compose import plan_run
+from reopold_agent.policies.loading import load_processing, student_spec
 from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.rollout.checks import checked_run
+from reopold_agent.rollout.runner import EpisodeSpec
+from reopold_agent.rollout.task_teachers import check_task_teachers
 from reopold_agent.train import finish
 from reopold_agent.train.engine import run_objective
 from reopold_agent.train.roles import check_roles
@@ -23,6 +35,7 @@ from reopold_agent.train.rows import Row
 from reopold_agent.train.scoring import Scoring, ScoringByTeacher
 from reopold_agent.train.teachers import Teachers, run_teachers
 from reopold_agent.train.update import Updater
+from reopold_agent.train.verl.records import from_row, to_row
 from reopold_agent.train.verl.supported import check_settings, teacher_replicas
 from reopold_agent.types import TokenScores, Trajectory
 
@@ -70,6 +83,10 @@ def of(env: str, made: Trajectory) -> Trajectory:
         (
             (NONE, "model.teachers={default: {path: DIR, follow: 0.5}}"),
             r"model\.teachers\.default\.follow: only model\.teacher can follow the student, alone",
+        ),
+        (
+            ("model.teacher_key=domain",),
+            r"model\.teacher_key=domain chooses among model\.teachers, which is not set\.\nSet ",
         ),
         (
             ("policy.teachers={math: {name: server}}",),
@@ -292,6 +309,151 @@ def test_a_mixture_s_episodes_are_scored_and_played_by_their_environment_s_teach
 
     for env in ("pixel_reasoner", "geometry"):
         assert taught("both", env) == taught(env, env) != []
+
+
+# Tasks that name their teachers
+
+ROWS = [
+    {"problem": "1+2", "answer": "3", "domain": "near"},
+    {"problem": "2+2", "answer": "4", "domain": "far"},
+    {"problem": "3+2", "answer": "5", "domain": None},
+    {"problem": "4+2", "answer": "6"},
+]
+NEAR, FAR = "near: demo:arithmetic_teacher", "far: demo:arithmetic_far"
+
+
+def named_rows(folder: Path, rows: list[dict[str, Any]], *more: str) -> list[str]:
+    """Words of a run on rows of files, of which each is trained on and held out."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [f"data.{split}.path={path}" for split in ("train", "eval")]
+    batch = [f"batch.prompts={len(rows)}", f"batch.mini_batch={len(rows)}", "steps=1"]
+    ends = ["evaluation.every=0", f"evaluation.tasks={len(rows)}", "logging.trajectories=9"]
+    return ["env=math", "data=math_jsonl", *data, *batch, *ends, *more]
+
+
+def by_column(more: str = "default: demo:arithmetic_teacher") -> list[str]:
+    teachers = ", ".join(each for each in (NEAR, FAR, more) if each)
+    return [NONE, f"model.teachers={{{teachers}}}", "model.teacher_key=domain"]
+
+
+def test_a_task_s_teacher_is_the_one_it_names_or_its_environment_s(random_trajectory: Any) -> None:
+    a, b, c = object(), object(), object()
+    teachers = Teachers({"geometry": a, "math": b, "default": c})
+    tasks = [("math", ""), ("math", "geometry"), ("digits", ""), ("digits", "math")]
+    made = [of(env, random_trajectory(n)) for n, (env, _) in enumerate(tasks)]
+    for trajectory, (_, name) in zip(made, tasks, strict=True):
+        trajectory.teacher = name
+    assert [teachers.of(each) for each in made] == [b, a, c, b]
+    assert teachers.of(EpisodeSpec("eval", 0, env="math", teacher="geometry")) is a
+    with pytest.raises(ValueError, match="an episode of 'music' needs the teacher"):
+        teachers.named("math", "music")
+
+
+def test_rows_are_scored_and_played_by_the_teachers_that_they_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As runs with each of these teachers alone; one of them has a system message of its own."""
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    view = "{path: demo:arithmetic_far, view: {system: Answer at once.}}"
+    several = f"{{far: {view}, default: demo:arithmetic_teacher}}"
+    teachers = {
+        "both": [NONE, f"model.teachers={several}", "model.teacher_key=domain"],
+        "default": ["model.teacher.path=demo:arithmetic_teacher"],
+        "far": [NONE, f"model.teachers={{default: {view}}}"],
+    }
+    rows = [{**row, "domain": row.get("domain") and "far"} for row in ROWS]
+    rows[0]["domain"] = "default"
+    found = {}
+    for name, words in teachers.items():
+        with torch.random.fork_rng(devices=[]):
+            train(tmp_path / name, *named_rows(tmp_path / name, rows), *words)
+        found[name] = results(tmp_path / name)
+    both = found["both"]["trajectories.jsonl"]
+    assert sorted(row.get("teacher", "") for row in both) == ["", "", "default", "far"]
+    for place, row in enumerate(both):
+        own = "far" if row.get("teacher") == "far" else "default"
+        alone = found[own]["trajectories.jsonl"][place]
+        assert row["ids"] == alone["ids"]
+        np.testing.assert_allclose(row["teacher_logp"], alone["teacher_logp"], atol=1e-5)
+        assert row.get("teacher_prompt") == alone.get("teacher_prompt")
+        assert ("Answer at once." in row.get("teacher_prompt", "")) == (own == "far")
+    metrics = found["both"]["metrics.jsonl"]
+    (step,) = (row for row in metrics if row["kind"] == "train")
+    assert (step["teacher/far/episodes"], step["teacher/default/episodes"]) == (1, 3)
+    assert step["teacher/far/kept_share"] + step["teacher/default/kept_share"] == pytest.approx(1)
+    for sampling in ("sampled", "greedy"):
+        ends = {
+            name: next(
+                row
+                for row in each["metrics.jsonl"]
+                if row.get("who") == "teacher" and row["sampling"] == sampling
+            )
+            for name, each in found.items()
+        }
+        assert (ends["both"]["teacher/far/n"], ends["both"]["teacher/default/n"]) == (1, 3)
+        total = sum(
+            n * ends["both"][f"teacher/{t}/success"] for t, n in (("far", 1), ("default", 3))
+        )
+        assert total / 4 == ends["both"]["success"]
+
+
+def test_a_teacher_that_is_not_there_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [*ROWS, {"problem": "5+2", "answer": "7", "domain": "music"}]
+    words = named_rows(tmp_path, rows, *by_column())
+    told = "unknown teacher .*'domain' is 'music', and model.teachers has near, far, default"
+    with pytest.raises(BadRowsError, match=told):
+        train(tmp_path / "run", *words)
+    skipping = [f"data.{split}.on_bad_row=skip" for split in ("train", "eval")]
+    config, _ = composed(*words, *skipping)
+    student = load_processing(student_spec(config.model), "student")
+    found, counts = checked_run(config, student, [None], tmp_path / "report.json")
+    assert counts == {"math": {"train": 4, "eval": 4}}
+    assert found.data.left_out == {"train": [4], "eval": [4]}
+
+
+def test_a_row_without_a_teacher_and_a_teacher_without_a_row(tmp_path: Path) -> None:
+    words = named_rows(tmp_path, ROWS)
+    with pytest.raises(BadRowsError, match=r"no teacher .* nothing in 'domain', and .* no default"):
+        train(tmp_path / "run", *words, *by_column(""))
+    unused = by_column("math: demo:arithmetic_teacher, music: demo:arithmetic_far")
+    with pytest.raises(ConfigError, match=r"model\.teachers\.music teaches nothing: .*\nLeave it"):
+        train(tmp_path / "run", *words, *unused)
+    odd = named_rows(tmp_path / "odd", [{**ROWS[0], "domain": [1]}], *by_column())
+    with pytest.raises(BadRowsError, match=r"must name a teacher, got \[1\]"):
+        train(tmp_path / "run", *odd)
+
+
+def test_made_tasks_without_a_teacher_are_refused_too() -> None:
+    config, _ = composed(
+        NONE, "model.teachers={far: demo:teacher}", "model.teacher_key=domain", "data.train.size=9"
+    )
+    told = r"task .* of 'train' in env=pixel_reasoner has no teacher: .*\nAdd model\.teachers\."
+    with pytest.raises(DataError, match=told):
+        check_task_teachers(config)
+
+
+def test_a_continued_run_has_the_same_column_and_the_same_names_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    words = [*named_rows(tmp_path, ROWS, *by_column()), "evaluation.tasks=0"]
+    with torch.random.fork_rng(devices=[]):
+        train(tmp_path / "run", *words)
+    with pytest.raises(CheckpointError, match=r"model\.teacher_key: domain -> subject"):
+        train(tmp_path / "run", *words, "model.teacher_key=subject", "steps=2")
+    changed = [{**row, "domain": "far"} if n == 0 else row for n, row in enumerate(ROWS)]
+    changed[1] = {**ROWS[1], "domain": "near"}
+    named_rows(tmp_path, changed)
+    with pytest.raises(CheckpointError, match=r"rows of data\.train, but others now"):
+        train(tmp_path / "run", *words, "steps=2")
+
+
+def test_verl_stores_the_teacher_that_a_task_names(random_trajectory: Any) -> None:
+    made = of("math", random_trajectory(0))
+    made.teacher = "far"
+    assert from_row(to_row(made)).trajectory.teacher == "far"
 
 
 # Commands beside training

@@ -12,7 +12,10 @@ from hydra import compose, initialize_config_module
 from running import command, words
 
 from reopold_agent.errors import ConfigError
-from reopold_agent.policies.loading import resolve_path
+from reopold_agent.policies.loading import load_processing, resolve_path, student_spec
+from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.train.banner import banner
+from reopold_agent.train.engine import run_objective
 from reopold_agent.train.settings import billions, check_student, load_config
 
 
@@ -158,6 +161,25 @@ def test_a_run_begins_with_a_banner(tmp_path: Path) -> None:
     assert all(len(line) <= 80 for line in lines[:-1])
     log = (tmp_path / "run" / "train.log").read_text()
     assert all(line in log for line in lines)
+
+
+def test_the_banner_names_the_reference_and_what_chooses_teachers(tmp_path: Path) -> None:
+    teachers = "{far: demo:self_student, default: demo:teacher}"
+    words = ("objective=exopd", "model.teacher=null", f"model.teachers={teachers}")
+    config, _ = load_config(composed(*words, "model.teacher_key=domain"))
+    lines = banner(
+        config,
+        RunFolder(tmp_path),
+        load_processing(student_spec(config.model), "student"),
+        {"pixel_reasoner": {"train": 9, "eval": 9}},
+        device="cpu",
+        precision="float32",
+        objective=run_objective(config),
+        teacher=True,
+    )
+    told = " ".join(line.strip() for line in lines)
+    assert "each task's by 'domain' reference demo:student, 0.3M parameters, float32" in told
+    assert "weights, frozen data" in told
 
 
 @pytest.mark.slow

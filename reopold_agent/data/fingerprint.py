@@ -11,20 +11,31 @@ from reopold_agent.data.demonstrations import Demonstration, RecordedCall
 from reopold_agent.types import IMAGE_MARK, Task, TaskSource
 
 
-def tasks_digest(tasks: TaskSource) -> str:
-    """Returns the SHA-256 of tasks in order: what is asked and answered; pictures are counted."""
+def tasks_digest(tasks: TaskSource, teacher_key: str | None = None) -> str:
+    """Returns the SHA-256 of tasks in order: what is asked and answered; pictures are counted.
+
+    Args:
+        tasks: the tasks.
+        teacher_key: key of their metadata that counts too, since it names their teacher.
+    """
     each = (tasks[index] for index in range(len(tasks)))
     return _digest(
-        [t.id, t.question, t.answers, t.history, len(t.images), *_asked_otherwise(t)] for t in each
+        [
+            *(t.id, t.question, t.answers, t.history, len(t.images)),
+            *_asked_otherwise(t, teacher_key),
+        ]
+        for t in each
     )
 
 
-def _asked_otherwise(task: Task) -> list[Any]:
+def _asked_otherwise(task: Task, teacher_key: str | None) -> list[Any]:
     """Returns what few tasks have; nothing for others, so that earlier runs know their data."""
     also = {key: task.metadata.get(key) for key in ("system_message", "options")}
     given = {key: value for key, value in also.items() if value is not None}
     if task.is_video:
         given["is_video"] = True
+    if teacher_key is not None and task.named_teacher(teacher_key):
+        given["teacher"] = task.named_teacher(teacher_key)
     return [given] if given else []
 
 

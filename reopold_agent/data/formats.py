@@ -140,6 +140,21 @@ def solution_of(row: Mapping[str, Any], column: str) -> str:
     return value.strip()
 
 
+def teacher_of(row: Mapping[str, Any], column: str) -> str | None:
+    """Returns the name of a row's teacher; None if the row has none in this column.
+
+    Raises:
+        RowError: it is neither a text nor a whole number.
+    """
+    value = row.get(column)
+    if value is None or value == "":
+        return None
+    if not isinstance(value, (str, int)) or isinstance(value, bool):
+        told = f"the column '{column}' must name a teacher, got {value!r:.60}"
+        raise RowError("no teacher", told)
+    return str(value)
+
+
 def choice_task(task: Task, row: Mapping[str, Any]) -> Task:
     """Returns a task with the options in its row, as `question_task` shows and checks them.
 

@@ -26,6 +26,7 @@ from reopold_agent.data.formats import (
     choice_task,
     pixel_reasoner_task,
     solution_of,
+    teacher_of,
     verl_task,
 )
 from reopold_agent.data.hold_out import HELD_OUT_SHARE, check_part, in_part
@@ -83,7 +84,8 @@ def load_tasks(spec: Mapping[str, Any]) -> TaskSource:
             `reopold_agent.config.DataChecks`, and ``part``: ``train`` or ``held_out`` of data
             without a test split, with ``held_out_share`` (`reopold_agent.data.hold_out`), and
             ``solution``: a column with reference solutions, which become the tasks' metadata
-            ``solution`` (``model.teacher.view.hint=solution``).
+            ``solution`` (``model.teacher.view.hint=solution``), and ``teacher``: a column that
+            names the task's teacher, which becomes metadata of that name (``model.teacher_key``).
 
     Returns:
         The tasks. Those from files are `reopold_agent.data.checks.CheckedTasks`, with a report on
@@ -106,7 +108,8 @@ def _load(key: str) -> TaskSource:
     if source not in _SOURCES:
         raise UnknownNameError("data source", str(source), _SOURCES)
     if source in EMBEDDED:
-        spec.pop("checks", None)  # embedded tasks have no files to check
+        for name in ("checks", "teacher"):  # embedded tasks have neither files nor columns
+            spec.pop(name, None)
     try:
         return _SOURCES[source](**spec)
     except (TypeError, ValueError) as error:
@@ -151,6 +154,7 @@ def _rows(
         part: str | None = None,
         held_out_share: float = HELD_OUT_SHARE,
         solution: str | None = None,
+        teacher: str | None = None,
     ) -> TaskSource:
         if on_bad_row not in ("fail", "skip"):
             raise ConfigError(f"on_bad_row must be 'fail' or 'skip', got '{on_bad_row}'")
@@ -165,11 +169,14 @@ def _rows(
             task = checked_task(
                 lambda: make(row, number, folder, pictures), row, columns, f"source '{name}'"
             )
-            if solution is None:
-                return task
-            return replace(task, metadata={**task.metadata, "solution": solution_of(row, solution)})
+            more: dict[str, str | None] = {}
+            if solution is not None:
+                more["solution"] = solution_of(row, solution)
+            if teacher is not None:
+                more[teacher] = teacher_of(row, teacher)
+            return replace(task, metadata={**task.metadata, **more}) if more else task
 
-        unread = [column for column in without if column != solution]
+        unread = [column for column in without if column not in (solution, teacher)]
         rows = labelled_rows(find_row_files(root, split), report, unread)
         rows = (each for each in rows if in_part(each[1], part, held_out_share))
         tasks = _read_tasks(rows, task_of, limit, chosen, report)

@@ -65,13 +65,13 @@ class DataEnv(ToolEnv):
         tasks = self._split(split)
         return tasks.report if isinstance(tasks, CheckedTasks) else None
 
-    def digest(self, split: str) -> str:
-        """Returns the fingerprint of a split's tasks; it reads all of them.
+    def digest(self, split: str, teacher_key: str | None = None) -> str:
+        """Returns the fingerprint of a split's tasks (`tasks_digest`); it reads all of them.
 
         Raises:
             ConfigError, DataError: the tasks cannot be loaded.
         """
-        return tasks_digest(self._split(split))
+        return tasks_digest(self._split(split), teacher_key)
 
 
 class _Without:

@@ -43,7 +43,10 @@ def make_env(config: TrainConfig, *, max_turns: int | None = None) -> gymnasium.
     kwargs: dict[str, Any] = dict(config.env.kwargs)
     if config.env.takes_data:
         kwargs = {**config.data.env_kwargs, **kwargs}
-        kwargs.setdefault("data", {s: config.data.specification(s) for s in ("train", "eval")})
+        data = {s: config.data.specification(s) for s in ("train", "eval")}
+        if (column := config.model.teacher_key) is not None:
+            data = {s: spec and {**spec, "teacher": column} for s, spec in data.items()}
+        kwargs.setdefault("data", data)
     creator = find_env(config.env.id, "env.id").entry_point
     made: Any = load_env_creator(creator) if isinstance(creator, str) else creator
     if config.data.left_out:
@@ -140,7 +143,7 @@ def _checked_splits(
             if told is not None:
                 found[key] = told.record()
                 if isinstance(inner, DataEnv):
-                    found[key]["sha256"] = inner.digest(split)
+                    found[key]["sha256"] = inner.digest(split, config.model.teacher_key)
     finally:
         env.close()
     return counts

@@ -239,6 +239,36 @@ def family(config: Any) -> Family:
     return FAMILIES.get(config.model_type, OWN_CODE)
 
 
+def check_for_vllm(config: Any, path: str, role: str) -> None:
+    """Checks that vLLM gives a checkpoint's tokens the positions that transformers gives them.
+
+    Qwen3-VL mixes positions in time, rows and columns by turns. transformers always does so, and
+    vLLM where the configuration says it, as the published ones do.
+
+    Args:
+        config: of the checkpoint (`check_available`).
+        path: of the checkpoint, for messages.
+        role: ``student``, ``teacher`` or the like; used in messages.
+
+    Raises:
+        ModelError: it would not; the message says what to add.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    if config.model_type != "qwen3_vl":
+        return
+    lacks = []
+    if not rope.get("mrope_interleaved"):
+        lacks.append('"mrope_interleaved": true')
+    if "mrope_section" not in rope:
+        lacks.append('"mrope_section": [24, 20, 20]')
+    if lacks:
+        raise ModelError(
+            f"config.json of the {role} '{path}' lacks {' and '.join(lacks)}, without which vLLM "
+            "computes other positions than transformers.\nAdd it to text_config.rope_parameters "
+            "there (rope_scaling in older files), or use policy=transformers and engine=local."
+        )
+
+
 def context_length(config: Any) -> int | None:
     """Returns the longest sequence of a checkpoint with this configuration; None if it has none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)

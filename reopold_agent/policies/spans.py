@@ -20,7 +20,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from reopold_agent.errors import VocabularyMismatchError
-from reopold_agent.types import IntArray
+from reopold_agent.types import IntArray, span_count
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 """What a teacher reads in place of bytes that are no character."""
@@ -43,7 +43,7 @@ class AlignedTurn:
     @property
     def spans(self) -> int:
         """Number of spans."""
-        return int(self.student.max(initial=-1)) + 1
+        return span_count(self.student)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,11 @@ from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.from_config import make_runner
 from reopold_agent.rollout.lengths import prompt_limit
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
+from reopold_agent.rollout.task_teachers import (
+    check_task_teachers,
+    taught_splits,
+    teacher_problem,
+)
 from reopold_agent.types import IMAGE_MARK, Message
 
 _MARKS = 32
@@ -56,7 +61,10 @@ def checked_run(
 
     def examine(name: str, env: DataEnv, split: str) -> BadTasks:
         examined.add((name, split))
+        member = config.members[name]
         found = _bad_tasks(env, split, runners[name], most, why)
+        if split in taught_splits(config):
+            found = {**_without_teacher(env, split, member), **found}
         if found:
             left_out[name][split] = sorted(found)
         return found
@@ -68,7 +76,9 @@ def checked_run(
                 _check_first_prompt(runner, name, split, most, why)
         runner.close()
     engine = replace(config.engine, max_prompt_tokens=most)
-    return replace(config.leaving_out(left_out), engine=engine), counts
+    config = replace(config.leaving_out(left_out), engine=engine)
+    check_task_teachers(config)
+    return config, counts
 
 
 def _check_first_prompt(runner: RolloutRunner, name: str, split: str, most: int, why: str) -> None:
@@ -100,6 +110,19 @@ def checked_runner(config: TrainConfig, student: Processing) -> RolloutRunner:
     runner.check_template()
     runner.check_pictures()
     return runner
+
+
+def _without_teacher(
+    env: DataEnv, split: str, config: TrainConfig
+) -> dict[int, tuple[str, DataError]]:
+    """Returns the tasks of which ``model.teachers`` does not have the teacher that they name."""
+    found: dict[int, tuple[str, DataError]] = {}
+    for index in range(env.num_tasks(split)) if config.model.teacher_key is not None else ():
+        task = env.task(split, index)
+        problem = teacher_problem(config, task)
+        if problem is not None:
+            found[index] = task.id, problem
+    return found
 
 
 def _bad_tasks(

@@ -10,7 +10,7 @@ from reopold_agent.envs.from_config import make_env
 from reopold_agent.policies.spans import Aligner
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.reading import Reader
+from reopold_agent.rollout.reading import Reader, Readers
 from reopold_agent.rollout.runner import Env, RolloutLimits, RolloutRunner
 
 
@@ -23,7 +23,7 @@ def make_runner(
     max_turns: int | None = None,
     concurrency: int | None = None,
     wrap: Callable[[Env], Env] | None = None,
-    reader: Reader | Mapping[str, Reader | None] | None = None,
+    reader: Reader | Mapping[str, Reader | Readers | None] | None = None,
     plays_as: Reader | None = None,
 ) -> RolloutRunner:
     """Makes the runner for a run's environment and budgets, or for all those of a mixture.
@@ -37,7 +37,7 @@ def make_runner(
         concurrency: episodes at once; None takes the configuration's.
         wrap: wraps each environment, for example to record what it shows.
         reader: makes the teacher's form of each episode (`make_reader`); several teachers have
-            one for each environment.
+            one for each environment, or several where tasks name their teachers.
         plays_as: renders for a teacher with a view that plays the episodes itself.
     """
 
@@ -47,10 +47,11 @@ def make_runner(
         for name, member in config.members.items():
             stop = member.rollout.stop_at_tool_call
             own = ChatRenderer(chat.tokenizer, stop_at_tool_call=stop)
+            read: Mapping[str, Reader | Readers | None]
             if isinstance(reader, Mapping):
-                read = reader[name]
+                read = {name: reader[name]}
             else:
-                read = None if reader is None else reader.for_pixels(member.pixels)
+                read = {name: None if reader is None else reader.for_pixels(member.pixels)}
             members[name] = make_runner(
                 member,
                 own,
@@ -79,9 +80,10 @@ def make_runner(
             concurrency=config.rollout.concurrency if concurrency is None else concurrency,
             max_prompt_tokens=config.engine.max_prompt_tokens,
         ),
-        reader=None if isinstance(reader, Mapping) else reader,
+        reader=reader.get(config.env.name) if isinstance(reader, Mapping) else reader,
         plays_as=plays_as,
         members=members,
+        teacher_key=config.model.teacher_key,
     )
 
 

@@ -264,6 +264,27 @@ class Reader:
         return [self._vision.encode(picture, limits) for picture in pictures]
 
 
+@dataclass(frozen=True)
+class Readers:
+    """The readers of an environment whose tasks name their teachers.
+
+    Attributes:
+        named: the reader of each teacher by its name in ``model.teachers``.
+        other: that of tasks that name none.
+    """
+
+    named: Mapping[str, Reader | None]
+    other: Reader | None
+
+    def of(self, teacher: str) -> Reader | None:
+        """Returns the reader for the teacher that a task names; None if that reads as it is.
+
+        Raises:
+            KeyError: there is no such teacher, which the checks before a run exclude.
+        """
+        return self.named[teacher] if teacher else self.other
+
+
 def make_aligner(student: ChatRenderer, teacher: ChatRenderer, whose: str) -> Aligner | None:
     """Makes what translates the student's turns for a teacher with another tokenizer.
 

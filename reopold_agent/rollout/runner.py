@@ -33,7 +33,8 @@ from reopold_agent.errors import DataError, ModelError, told_in_full
 from reopold_agent.policies.base import Generator, Policy, RunsBeside
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
-from reopold_agent.rollout.reading import Opening, Reader, Shown
+from reopold_agent.rollout.reading import Opening, Reader, Readers, Shown
+from reopold_agent.rollout.task_teachers import named_teacher
 from reopold_agent.rollout.workers import Outcome, Worker
 from reopold_agent.types import (
     Completion,
@@ -96,12 +97,14 @@ class EpisodeSpec:
     """The episode to play: repetition ``sample`` of task ``index`` of ``split``.
 
     ``env`` is the environment's name, for the trajectory; with several it says which one plays.
+    ``teacher`` is `Trajectory.teacher` where it is known before the episode is played.
     """
 
     split: str
     index: int
     sample: int = 0
     env: str = ""
+    teacher: str = ""
 
 
 @dataclass
@@ -134,6 +137,8 @@ class _Episode:
     success: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     last_info: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str = ""
+    reader: Reader | None = None
     shown: Shown | None = None
 
     def append(self, ids: Sequence[int]) -> None:
@@ -158,9 +163,11 @@ class RolloutRunner:
         members: with several environments the runner of each by its name, which gives their
             episodes all of the above; this runner plays them together, as many at once as its own
             ``limits`` say.
-        reader: makes the teacher's form of each episode; None if that is the student's.
+        reader: makes the teacher's form of each episode, for several teachers `Readers`; None if
+            that is the student's.
         plays_as: renders prompts and pictures for a teacher with a view that plays episodes itself;
             None for all others.
+        teacher_key: metadata of the tasks that name their teachers; None if they do not.
     """
 
     def __init__(
@@ -173,11 +180,12 @@ class RolloutRunner:
         observation_pixels: PixelLimits,
         limits: RolloutLimits,
         members: Mapping[str, RolloutRunner] | None = None,
-        reader: Reader | None = None,
+        reader: Reader | Readers | None = None,
         plays_as: Reader | None = None,
+        teacher_key: str | None = None,
     ) -> None:
         self._make_env = make_env
-        self.reader, self._plays_as = reader, plays_as
+        self.reader, self._plays_as, self._teacher_key = reader, plays_as, teacher_key
         self.chat, self.vision = chat, vision
         self.prompt_pixels, self.observation_pixels = prompt_pixels, observation_pixels
         self.limits = limits
@@ -256,8 +264,8 @@ class RolloutRunner:
         if outcome.error is not None:
             return None
         try:
-            observation, info, *opening = outcome.value
-            return len(self.prompt(as_observation(observation), info, *opening)[0])
+            observation, info, *more = outcome.value
+            return len(self.prompt(as_observation(observation), info, *more[:1])[0])
         except _INVALID:
             return None
 
@@ -368,11 +376,16 @@ class RolloutRunner:
     def _begin(self, worker: Worker, spec: EpisodeSpec) -> None:
         options = {"split": spec.split, "index": spec.index}
         seed = task_seed(spec.split, spec.index)
-        reader = self.reader or self._plays_as
+        readers, plays_as, key = self.reader, self._plays_as, self._teacher_key
 
         def reset(env: Env) -> tuple[Any, ...]:
             shown = env.reset(seed=seed, options=options)
-            return shown if reader is None else (*shown, reader.opening(env))
+            if readers is None and plays_as is None and key is None:
+                return shown
+            teacher = "" if key is None else named_teacher(env, key)
+            reader = readers.of(teacher) if isinstance(readers, Readers) else readers
+            opener = reader or plays_as
+            return (*shown, None if opener is None else opener.opening(env), teacher, reader)
 
         worker.call(reset)
 
@@ -409,12 +422,15 @@ class RolloutRunner:
         if outcome.error is not None:
             return self._fail_env(episode, outcome.error)
         if not episode.turns:
-            observation, info, *opening = outcome.value
+            observation, info, *more = outcome.value
             episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
             observation = as_observation(observation)
-            self._add_prompt(episode, *episode.rules.prompt(observation, info, *opening))
-            if episode.rules.reader is not None:
-                episode.shown = episode.rules.reader.begin(observation, info, *opening)
+            opening = more[0] if more else None
+            self._add_prompt(episode, *episode.rules.prompt(observation, info, opening))
+            if more:
+                _, episode.teacher, episode.reader = more
+            if episode.reader is not None:
+                episode.shown = episode.reader.begin(observation, info, opening)
             return True
         observation, reward, terminated, truncated, info = outcome.value
         turn = episode.turns[-1]
@@ -487,8 +503,8 @@ class RolloutRunner:
             return self._truncate(episode, StopReason.MAX_TOKENS)
         episode.append(ids)
         episode.images += images
-        if episode.rules.reader is not None and episode.shown is not None:
-            episode.rules.reader.observe(episode.shown, observation)
+        if episode.reader is not None and episode.shown is not None:
+            episode.reader.observe(episode.shown, observation)
         return True
 
     def _encode(self, observation: Observation, limits: PixelLimits) -> list[EncodedImage]:
@@ -565,8 +581,9 @@ class RolloutRunner:
             info=episode.info,
             seconds=time.perf_counter() - episode.started,
             env=episode.spec.env,
+            teacher=episode.teacher,
         )
-        reader = episode.rules.reader
+        reader = episode.reader
         if reader is not None and episode.shown is not None and trajectory.trainable:
             trajectory.reading = reader.read(trajectory, episode.shown)
         return trajectory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from reopold_agent.config import TeacherConfig, TrainConfig, ViewPixels
 from reopold_agent.envs.base import ToolEnv
@@ -14,6 +14,7 @@ from reopold_agent.policies.loading import Processing
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.from_config import make_reader
 from reopold_agent.rollout.reading import TEMPLATES, Reader, hint_of
+from reopold_agent.types import Task
 
 SAMPLE = 64
 """Tasks that are looked at where they are made and not read from files."""
@@ -28,6 +29,7 @@ def check_view(
     student: Processing,
     context: int | None,
     name: str = "model.teacher.view",
+    taught: Callable[[Task], bool] = lambda task: True,
 ) -> None:
     """Checks that the tasks have the teacher's hint, and that its prompts fit.
 
@@ -40,6 +42,7 @@ def check_view(
         student: its tokenizer and pictures are the teacher's.
         context: longest sequence of the teacher, if it has one.
         name: of the settings, for messages.
+        taught: whether it teaches a task; others are passed over.
 
     Raises:
         ConfigError: the view cannot work with this student.
@@ -69,7 +72,7 @@ def check_view(
                 total = min(total, played)
             files = isinstance(env, DataEnv) and env.data_report(split) is not None
             step = 1 if files else max(1, total // SAMPLE)
-            _check_tasks(reader, env, split, range(0, total, step), most, name)
+            _check_tasks(reader, env, split, range(0, total, step), most, name, taught)
     finally:
         made.close()
 
@@ -81,11 +84,14 @@ def _check_tasks(
     indices: Sequence[int],
     most: int | None,
     name: str,
+    taught: Callable[[Task], bool],
 ) -> None:
     view, factor = reader.view, reader.factor
     picture = reader.prompt_pixels.max_pixels // factor**2 + _MARKS
     for index in indices:
         task = env.task(split, index)
+        if not taught(task):
+            continue
         told = view.hint not in (None, "feedback")
         try:
             hint = hint_of(view, env, task) if told else None

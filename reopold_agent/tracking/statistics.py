@@ -6,7 +6,7 @@ Keys are those of ``metrics.jsonl``. A share or mean over no values is NaN (null
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,15 +173,30 @@ def environment_statistics(
         the share of all kept tokens that are this environment's; nothing for one environment.
     """
     parts = by_environment(trajectories)
-    if len(parts) < 2:
-        return {}
+    return part_statistics("env", parts, trajectories, kept) if len(parts) > 1 else {}
+
+
+def part_statistics(
+    kind: str,
+    parts: Mapping[str, Sequence[Trajectory]],
+    trajectories: Sequence[Trajectory],
+    kept: Sequence[float],
+) -> dict[str, float]:
+    """Computes the figures of parts of a step, under keys that begin with ``KIND/NAME/``.
+
+    Args:
+        kind: what they are parts by.
+        parts: trajectories of the step by the name of their part.
+        trajectories, kept: as for `environment_statistics`.
+    """
     row: dict[str, float] = {}
+    tokens = {id(t): count for t, count in zip(trajectories, kept, strict=True)}
     for name, part in parts.items():
         found = rollout_statistics(part)
         for key in _BY_ENVIRONMENT:
-            row[f"env/{name}/{key}"] = found[f"rollout/{key}"]
-        own = sum(count for t, count in zip(trajectories, kept, strict=True) if t.env == name)
-        row[f"env/{name}/kept_share"] = own / sum(kept) if sum(kept) else math.nan
+            row[f"{kind}/{name}/{key}"] = found[f"rollout/{key}"]
+        own = sum(tokens[id(t)] for t in part)
+        row[f"{kind}/{name}/kept_share"] = own / sum(kept) if sum(kept) else math.nan
     return row
 
 

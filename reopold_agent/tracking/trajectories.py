@@ -69,7 +69,8 @@ def trajectory_record(
         or 1), ``logp``, ``entropy``, ``teacher_logp`` (null when not scored), ``token_reward`` and
         ``kept`` (0 or 1; both null when not trained on), ``tokens`` (one text per id; null without
         ``decode``). Floats are the shortest that read back as the same float32. An episode that
-        its teacher reads in another form also has ``teacher_prompt``, as ``prompt``.
+        its teacher reads in another form also has ``teacher_prompt``, as ``prompt``; one whose task
+        names its teacher has ``teacher``.
 
     Raises:
         ValueError: ``pictures`` has another length than the images.
@@ -113,6 +114,7 @@ def trajectory_record(
             _image(image, path) for image, path in zip(trajectory.images, paths, strict=True)
         ],
         "info": {key: value for key, value in trajectory.info.items() if isinstance(value, plain)},
+        **({"teacher": trajectory.teacher} if trajectory.teacher else {}),
         # After these the row is long: see `row_head`.
         "token_means": token_means(by_token),
         **by_token,

@@ -24,11 +24,12 @@ from reopold_agent.envs.from_config import report_keys
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective, Reopold, RunFacts
 from reopold_agent.policies.architecture import find_architecture
-from reopold_agent.policies.loading import Processing
+from reopold_agent.policies.loading import ModelSpec, Processing
 from reopold_agent.policies.templates import ChatTemplate
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.train.engine import reference_spec
 from reopold_agent.train.settings import billions
 from reopold_agent.train.teachers import TeacherSettings, run_teachers
 
@@ -189,6 +190,7 @@ def banner(
     rows = {
         "student": _model(models.student) + (", LoRA" if models.student.lora else ""),
         "teacher": "none",
+        "reference": "",
         "template": _source(config),
         "mixture": _shares(config),
         "data": _rows(config, "train", tasks, folder.data_report),
@@ -206,6 +208,13 @@ def banner(
     }
     if teacher:
         rows["teacher"] = "; ".join(_teacher(each) for each in run_teachers(config))
+        if models.teacher_key is not None:
+            rows["teacher"] += f"; each task's by '{models.teacher_key}'"
+    reference = reference_spec(config, objective)
+    if reference is None:
+        del rows["reference"]
+    else:
+        rows["reference"] = _model(reference) + ", frozen"
     if config.mix is None:
         del rows["mixture"]
     if models.chat_template is None:
@@ -230,7 +239,7 @@ def _source(config: TrainConfig) -> str:
     return template.source if isinstance(template, ChatTemplate) else str(template)
 
 
-def _model(spec: ModelConfig) -> str:
+def _model(spec: ModelConfig | ModelSpec) -> str:
     try:
         size = f", {billions(find_architecture(spec.path).parameters)} parameters"
     except ConfigError:  # only on a server, or of a family whose size is not known

@@ -11,12 +11,13 @@ from reopold_agent.common.statistics import wilson_interval
 from reopold_agent.config import TrainConfig
 from reopold_agent.policies.base import Policy
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
+from reopold_agent.rollout.task_teachers import with_teachers
 from reopold_agent.tracking.metrics import MetricsWriter, read_metrics
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.statistics import by_environment, rollout_statistics
 from reopold_agent.train.interrupts import EvaluationStoppedError, Interrupts
 from reopold_agent.train.roles import Roles, computing
-from reopold_agent.train.teachers import Teachers
+from reopold_agent.train.teachers import Teachers, by_teacher
 from reopold_agent.types import Sampling, Trajectory
 
 GREEDY = Sampling(temperature=0.0)
@@ -97,7 +98,8 @@ class HeldOutEvaluation:
         self._use_current()
         episodes = held_out(self._tasks, settings.curve_tasks if curve else settings.tasks)
         parts = [(self._roles.sampler, list(range(len(episodes))))]
-        if who == "teacher":  # each in its own environments
+        if who == "teacher":  # each on its own tasks
+            episodes = with_teachers(self._config, episodes)
             parts = self._roles.teachers.parts(episodes)
         played: list[Trajectory] = []
         for policy, places in parts:
@@ -114,6 +116,7 @@ class HeldOutEvaluation:
                     on_done=self._stop_if_asked,
                 )
         row = evaluation_row(EvaluationResult.of(played), who, step, sampling, curve=curve)
+        row |= success_by_teacher(self._config, played)
         self._metrics.write(row)
         self._progress.evaluation(row)
 
@@ -258,6 +261,20 @@ def evaluation_row(
         "curve": curve,
         **result.row(),
     }
+
+
+def success_by_teacher(config: TrainConfig, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Returns success on the tasks of each teacher, where tasks name them (``teacher/NAME/...``).
+
+    Args:
+        config: the run's.
+        trajectories: of a held-out evaluation, the student's or the teachers'.
+    """
+    row: dict[str, float] = {}
+    for name, part in by_teacher(config, trajectories).items():
+        row[f"teacher/{name}/success"] = sum(t.success for t in part) / len(part)
+        row[f"teacher/{name}/n"] = len(part)
+    return row
 
 
 def end_rows(rows: Sequence[MetricsRow], who: str, step: int) -> dict[str, MetricsRow]:

@@ -17,7 +17,7 @@ import torch
 from reopold_agent.objectives import Objective, Outcomes
 from reopold_agent.rollout.runner import RolloutStats
 from reopold_agent.tracking.trajectories import TokenUse
-from reopold_agent.types import BoolArray, FloatArray, IntArray, Trajectory
+from reopold_agent.types import BoolArray, FloatArray, IntArray, Trajectory, span_count
 
 
 @dataclass(eq=False)
@@ -188,7 +188,7 @@ def spans_of(rows: Sequence[Row]) -> list[IntArray] | None:
             mask = row.trajectory.loss_mask
             spans = np.where(mask, np.cumsum(mask) - 1, -1)
         numbered.append(np.where(spans >= 0, spans + first, -1))
-        first += int(spans.max(initial=-1)) + 1
+        first += span_count(spans)
     return numbered
 
 

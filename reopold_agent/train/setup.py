@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from reopold_agent.policies.loading import (
     Processing,
     check_attention,
     check_available,
+    check_for_vllm,
     check_vocabularies,
     context_length,
     device_name,
@@ -31,10 +33,11 @@ from reopold_agent.policies.loading import (
     pick_device,
 )
 from reopold_agent.policies.registry import is_trainers_own, reads_weights
+from reopold_agent.policies.spans import Aligner
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.checks import checked_run
 from reopold_agent.rollout.from_config import make_reader, make_runner
-from reopold_agent.rollout.reading import Reader, make_aligner
+from reopold_agent.rollout.reading import Reader, Readers, make_aligner
 from reopold_agent.rollout.runner import RolloutRunner
 from reopold_agent.rollout.view_checks import check_view
 from reopold_agent.tracking.progress import Progress
@@ -70,7 +73,7 @@ from reopold_agent.train.roles import Roles, check_roles, make_roles, own_policy
 from reopold_agent.train.rollouts import Rollouts, RolloutsAhead
 from reopold_agent.train.scoring import Scoring, ScoringByTeacher
 from reopold_agent.train.step_log import StepLog
-from reopold_agent.train.teachers import Teachers, TeacherSettings, run_teachers
+from reopold_agent.train.teachers import Teachers, TeacherSettings, run_teachers, teaches
 from reopold_agent.train.update import Updater
 from reopold_agent.train.vocabularies import check_fit, teacher_chat
 
@@ -176,10 +179,13 @@ def prepared(
     check_roles(config, objective)
     specs = model_specs(config, objective)
     served = {t.role for t in run_teachers(config) if not reads_weights(t.policy)}
-    contexts = {
-        role: context_length(check_available(spec, role, weights=role not in served))
-        for role, spec in specs.items()
-    }
+    policies = {t.role: t.policy for t in run_teachers(config)} | {"student": config.policy.student}
+    contexts = {}
+    for role, spec in specs.items():
+        found = check_available(spec, role, weights=role not in served)
+        if policies.get(role, {}).get("name") == "vllm":
+            check_for_vllm(found, spec.path, role)
+        contexts[role] = context_length(found)
     device, _ = compute_device(config.engine)  # refuses a GPU that there is not
     kernel = packed_kernel(config.engine, device.type)
     for role, spec in specs.items():
@@ -190,11 +196,13 @@ def prepared(
     student = load_processing(specs["student"], "student")
     config, tasks = checked_run(config, student, contexts.values(), report)
     by_role = {each.role: each for each in run_teachers(config) if each.role in specs}
-    teachers = Teachers.of_run(config, by_role)
-    for name, member in config.members.items() if by_role else ():
-        teacher = teachers.named(name)
-        context = contexts[teacher.role]
-        check_view(member, teacher.model, student, context, model_key(teacher.role, "view"))
+    for name, member in config.members.items():
+        for teacher in by_role.values():
+            if config.model.teacher_key is None and not teaches(config, teacher, name):
+                continue
+            context, view = contexts[teacher.role], model_key(teacher.role, "view")
+            taught = partial(teaches, config, teacher, name)
+            check_view(member, teacher.model, student, context, view, taught)
     return config, specs, tasks
 
 
@@ -265,10 +273,10 @@ def run_reader(
     chat: ChatRenderer,
     student: Processing,
     teachers: Mapping[str, Processing],
-) -> Reader | Mapping[str, Reader | None] | None:
+) -> Reader | Mapping[str, Reader | Readers | None] | None:
     """Returns what gives teachers their form of the episodes; None if they read them as they are.
 
-    With several teachers there is one for each environment.
+    With several teachers there is one for each environment, or `Readers` where tasks name them.
 
     Args:
         config: the run's configuration.
@@ -277,6 +285,7 @@ def run_reader(
         teachers: by role; empty in runs without one.
     """
     here = {each.role: each for each in run_teachers(config) if each.role in teachers}
+    aligners: dict[str, Aligner | None] = {}  # each reads two whole vocabularies
     known = Teachers.of_run(config, here)
 
     def made(teacher: TeacherSettings, member: TrainConfig) -> Reader | None:
@@ -284,13 +293,21 @@ def run_reader(
         own, vision = chat, student.vision
         if teacher.model.align is not None:
             own, vision = teacher_chat(config, processing), processing.vision
-            aligner = make_aligner(chat, own, teacher.role)
+            if teacher.role not in aligners:
+                aligners[teacher.role] = make_aligner(chat, own, teacher.role)
+            aligner = aligners[teacher.role]
         context = context_length(processing.config)
         return make_reader(member, teacher.model, own, vision, context, aligner)
 
     if len(here) < 2:
         return None if known.only is None else made(known.only, config)
-    return {name: made(known.named(name), each) for name, each in config.members.items()}
+    if config.model.teacher_key is None:
+        return {name: made(known.named(name), each) for name, each in config.members.items()}
+    readers: dict[str, Reader | Readers | None] = {}
+    for name, member in config.members.items():
+        named = {n: made(teacher, member) for teacher in here.values() for n in teacher.names}
+        readers[name] = Readers(named, named.get(config.model.teacher_name(name) or ""))
+    return readers
 
 
 def evaluated_by(

@@ -15,6 +15,7 @@ from reopold_agent.tracking.statistics import (
     environment_statistics,
     gap_statistics,
     importance_statistics,
+    part_statistics,
     rollout_statistics,
 )
 from reopold_agent.tracking.trajectories import save_pictures, trajectory_record
@@ -23,9 +24,10 @@ from reopold_agent.train.engine import effective_importance_cap
 from reopold_agent.train.nonfinite import NonFiniteGuard
 from reopold_agent.train.roles import Roles
 from reopold_agent.train.rows import Row, StepBatch, kept_tokens, trajectories_of
+from reopold_agent.train.teachers import by_teacher
 from reopold_agent.train.timing import Clock, step_times
 from reopold_agent.train.update import UpdateStats
-from reopold_agent.types import StopReason, Trajectory
+from reopold_agent.types import StopReason, Trajectory, span_count
 
 
 def training_metrics(
@@ -90,10 +92,26 @@ def alignment_statistics(rows: Sequence[Row]) -> dict[str, float]:
         return {}
     tokens = sum(len(each) for each in spans)
     inside = sum(int((each >= 0).sum()) for each in spans)
-    count = sum(int(each.max(initial=-1)) + 1 for each in spans)
+    count = sum(map(span_count, spans))
     return {
         "align/span_share": count / max(1, inside),
         "align/unaligned_share": 1 - inside / max(1, tokens),
+    }
+
+
+def parts_of_step(
+    config: TrainConfig, trajectories: Sequence[Trajectory], kept: Sequence[float]
+) -> dict[str, float]:
+    """Returns the figures of a step by environment, and by teacher where tasks name theirs.
+
+    Args:
+        config: the run's.
+        trajectories, kept: as for `environment_statistics`.
+    """
+    parts = by_teacher(config, trajectories)
+    return {
+        **environment_statistics(trajectories, kept),
+        **part_statistics("teacher", parts, trajectories, kept),
     }
 
 
@@ -153,7 +171,9 @@ class StepLog:
         row = {
             **training_metrics(self._objective, step, batch.chosen, update, self._importance_cap),
             **self._rollout_metrics(batch.trajectories),
-            **environment_statistics(batch.trajectories, [kept_tokens(row) for row in batch.rows]),
+            **parts_of_step(
+                self._config, batch.trajectories, [kept_tokens(row) for row in batch.rows]
+            ),
             "rollout/trained_share": len(batch.chosen) / len(batch.rows),
             "perf/padding_share": self._roles.take_passes().padding_share,
             **self._serving_metrics(batch, unscored),

@@ -1,7 +1,7 @@
 """Says which of a run's teachers teaches which episode.
 
-With ``model.teacher`` there is one. With ``model.teachers`` there is one for each environment, of
-which some may be the same.
+With ``model.teacher`` there is one. With ``model.teachers`` there is one for each environment, or
+with ``model.teacher_key`` the one that a task names; some of them may be the same.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from reopold_agent.config import DEFAULT_TEACHER, TeacherConfig, TrainConfig
+from reopold_agent.config import DEFAULT_TEACHER, TeacherConfig, TrainConfig, teacher_name
 from reopold_agent.errors import ConfigError
 
 if TYPE_CHECKING:
     from reopold_agent.rollout.runner import EpisodeSpec
-    from reopold_agent.types import Trajectory
+    from reopold_agent.types import Task, Trajectory
 
 T = TypeVar("T")
 
@@ -70,7 +70,7 @@ def check_teachers(config: TrainConfig) -> None:
             f"policy.teachers.{strangers[0]} is for a teacher that model.teachers lacks.\nLeave it "
             f"out, or add model.teachers.{strangers[0]}=PATH."
         )
-    if not teachers:
+    if not teachers or config.model.teacher_key is not None:  # the rows decide, once they are read
         return
     envs = list(config.weights)
     unused = sorted(set(teachers) - {DEFAULT_TEACHER, *envs})
@@ -89,9 +89,28 @@ def check_teachers(config: TrainConfig) -> None:
         )
 
 
-def teacher_key(episode: Trajectory | EpisodeSpec) -> str:
-    """Returns the name under which an episode's teacher is looked up: its environment's."""
-    return episode.env
+def teaches(
+    config: TrainConfig, teacher: TeacherSettings, env: str, task: Task | None = None
+) -> bool:
+    """Tells whether a task of an environment, or one that names no teacher, has this one."""
+    key = config.model.teacher_key
+    named = "" if key is None or task is None else task.named_teacher(key)
+    return config.model.teacher_name(env, named) in teacher.names
+
+
+def by_teacher(
+    config: TrainConfig, trajectories: Sequence[Trajectory]
+) -> dict[str, list[Trajectory]]:
+    """Returns the trajectories of each teacher by its name in ``model.teachers``, in their order.
+
+    Empty where tasks do not name their teachers: then they are those of environments.
+    """
+    found: dict[str, list[Trajectory]] = {}
+    for each in trajectories if config.model.teacher_key is not None else ():
+        name = config.model.teacher_name(each.env, each.teacher)
+        if name is not None:  # held-out tasks may have none, if no teacher is evaluated
+            found.setdefault(name, []).append(each)
+    return found
 
 
 class Teachers(Generic[T]):
@@ -127,20 +146,22 @@ class Teachers(Generic[T]):
         found = self.distinct
         return found[0] if len(found) == 1 else None
 
-    def named(self, name: str) -> T:
-        """Returns that of an environment.
+    def named(self, env: str, teacher: str = "") -> T:
+        """Returns that of an environment, or of its tasks that name a teacher.
 
         Raises:
             ValueError: there is none, which the checks before a run exclude.
         """
-        found = self._by_name.get(name, self._by_name.get(DEFAULT_TEACHER))
-        if found is None:
-            raise ValueError(f"an episode of '{name}' needs the teacher, and there is none")
-        return found
+        name = teacher_name(self._by_name, env, teacher)
+        if name is None:
+            raise ValueError(
+                f"an episode of '{teacher or env}' needs the teacher, and there is none"
+            )
+        return self._by_name[name]
 
     def of(self, episode: Trajectory | EpisodeSpec) -> T:
         """Returns that of an episode."""
-        return self.named(teacher_key(episode))
+        return self.named(episode.env, episode.teacher)
 
     def parts(self, episodes: Sequence[Trajectory | EpisodeSpec]) -> list[tuple[T, list[int]]]:
         """Returns each that some of the episodes need, with their positions."""

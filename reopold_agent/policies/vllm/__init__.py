@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from reopold_agent.config import build
 from reopold_agent.policies.base import PolicyRole
-from reopold_agent.policies.loading import resolve_path
+from reopold_agent.policies.loading import check_for_vllm, resolve_path
 from reopold_agent.policies.vllm.engine import VllmEngine
 from reopold_agent.policies.vllm.policy import VllmPolicy
 from reopold_agent.policies.vllm.settings import VllmSettings, engine_arguments
@@ -22,10 +22,11 @@ def make_vllm_policy(role: PolicyRole) -> VllmPolicy:
     Raises:
         MissingExtraError: vLLM is not installed.
         ConfigError: a setting is wrong.
-        ModelError: the engine did not start.
+        ModelError: vLLM would compute other positions, or the engine did not start.
     """
     settings = build(VllmSettings, role.settings, f"policy.{role.role}.")
     spec, config = role.processing.spec, role.processing.config
+    check_for_vllm(config, spec.path, role.role)
     arguments = engine_arguments(
         settings,
         path=resolve_path(spec.path),

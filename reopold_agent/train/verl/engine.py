@@ -25,6 +25,7 @@ from reopold_agent.policies.loading import (
     ModelSpec,
     Processing,
     check_available,
+    check_for_vllm,
     check_vocabularies,
     load_model,
     load_processing,
@@ -157,6 +158,7 @@ class VerlEngine(Engine):
         contexts = {}
         for role, spec in specs.items():
             found = check_available(spec, role)
+            check_for_vllm(found, spec.path, role)
             contexts[role] = int(found.get_text_config().max_position_embeddings)
         student = load_processing(specs["student"], "student")
         for role, spec in specs.items():

@@ -116,8 +116,8 @@ def pixels_of(row: Mapping[str, Any]) -> list[PixelArray]:
 
 def _written(trajectory: Trajectory) -> str:
     """Returns JSON, since verl's tables turn dataclasses into dictionaries."""
-    names = ("task_id", "env", "index", "sample", "stop_reason", "reward", "success", "info")
-    episode = {name: getattr(trajectory, name) for name in (*names, "seconds")}
+    names = ("task_id", "env", "teacher", "index", "sample", "stop_reason", "reward", "success")
+    episode = {name: getattr(trajectory, name) for name in (*names, "info", "seconds")}
     episode["turns"] = [asdict(turn) for turn in trajectory.turns]
     return json.dumps(episode, default=str)  # an environment may put any value into info
 

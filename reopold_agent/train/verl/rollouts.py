@@ -107,7 +107,7 @@ class Player:
         by_teacher: bool = False,
     ) -> Trajectory:
         """Plays one episode on a thread."""
-        servers = self.teachers.named(spec.env) if by_teacher else self.student
+        servers = self.teachers.of(spec) if by_teacher else self.student
         policy = VerlPolicy(servers)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._play, policy, spec, sampling, seed)

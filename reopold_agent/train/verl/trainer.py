@@ -34,12 +34,19 @@ from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.batch import PassTokens
 from reopold_agent.policies.loading import load_processing, student_spec
 from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.task_teachers import with_teachers
 from reopold_agent.tracking.metrics import JsonLines, MetricsWriter, read_metrics
-from reopold_agent.tracking.statistics import environment_statistics, rollout_statistics
+from reopold_agent.tracking.statistics import rollout_statistics
 from reopold_agent.tracking.trajectories import TokenUse, save_pictures, trajectory_record
 from reopold_agent.train.behaviour import invalid_behaviour
 from reopold_agent.train.data_order import TaskOrder, tasks_of
-from reopold_agent.train.evaluation import EvaluationResult, ends_due, evaluation_row, held_out
+from reopold_agent.train.evaluation import (
+    EvaluationResult,
+    ends_due,
+    evaluation_row,
+    held_out,
+    success_by_teacher,
+)
 from reopold_agent.train.nonfinite import MAX_STEPS_WITHOUT_UPDATE, describe
 from reopold_agent.train.rows import (
     Row,
@@ -48,7 +55,7 @@ from reopold_agent.train.rows import (
     threshold_of,
     trajectories_of,
 )
-from reopold_agent.train.step_log import sampler_gap, training_metrics
+from reopold_agent.train.step_log import parts_of_step, sampler_gap, training_metrics
 from reopold_agent.train.token_use import expected_use
 from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.update import UpdateStats
@@ -429,11 +436,12 @@ class Trainer(PPOTrainerSync):
             asyncio.run(_together([replica.sleep() for replica in self._teachers()]))
 
     def _environments(self, step: int) -> dict[str, float]:
-        """Returns the figures of each environment of a mixture."""
-        if self.run_config.mix is None:
+        """Returns the figures of each environment of a mixture, and of teachers that tasks name."""
+        config = self.run_config
+        if config.mix is None and config.model.teacher_key is None:
             return {}
         kept = [float(self._use(row, step).kept.sum()) for row in self._rows]
-        return environment_statistics(trajectories_of(self._rows), kept)
+        return parts_of_step(config, trajectories_of(self._rows), kept)
 
     def _skipped(self) -> dict[str, int]:
         skips = self.run_config.on_nonfinite == "skip"
@@ -483,9 +491,12 @@ class Trainer(PPOTrainerSync):
         if swap:
             self.checkpoint_manager.sleep_replicas()
         wanted = settings.curve_tasks if curve else settings.tasks
+        episodes = held_out(tasks_of(self.task_counts, "eval"), wanted)
+        if by_teacher:
+            episodes = with_teachers(self.run_config, episodes)
         with self._teacher_awake() if swap else nullcontext():
             played = self.rollouts.evaluate(
-                held_out(tasks_of(self.task_counts, "eval"), wanted),
+                episodes,
                 sampling,
                 (self.run_config.seed, 2),
                 by_teacher=by_teacher,
@@ -495,7 +506,8 @@ class Trainer(PPOTrainerSync):
         if swap:
             self.checkpoint_manager.update_weights(self.global_steps)  # wakes the student
         result = EvaluationResult.of(played)
-        self.metrics.write(evaluation_row(result, who, step, sampling, curve=curve))
+        row = evaluation_row(result, who, step, sampling, curve=curve)
+        self.metrics.write({**row, **success_by_teacher(self.run_config, played)})
 
 
 def importance_weights(table: TensorDict, settings: Any) -> dict[str, Any]:

@@ -1,0 +1,130 @@
+"""Finds the teachers that tasks name themselves (``model.teacher_key``), and checks them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import gymnasium
+
+from reopold_agent.config import DEFAULT_TEACHER, TrainConfig
+from reopold_agent.data.checks import RowError
+from reopold_agent.envs.base import ToolEnv
+from reopold_agent.envs.data_env import DataEnv
+from reopold_agent.envs.from_config import make_env
+from reopold_agent.errors import ConfigError, DataError
+from reopold_agent.types import Task
+
+if TYPE_CHECKING:
+    from reopold_agent.rollout.runner import EpisodeSpec
+
+SAMPLE = 64
+"""Tasks that are looked at where they are made and not read from files."""
+
+
+def named_teacher(env: gymnasium.Env[Any, Any], key: str) -> str:
+    """Returns the teacher that the task of an environment's running episode names.
+
+    Args:
+        env: the environment; one that is no `ToolEnv` has no tasks, so that they name none.
+        key: of the tasks' metadata.
+    """
+    inner = env.unwrapped
+    state = inner.episode if isinstance(inner, ToolEnv) else None
+    return "" if state is None else state.task.named_teacher(key)
+
+
+def teacher_problem(config: TrainConfig, task: Task) -> RowError | None:
+    """Returns why a task of a run's environment has no teacher; None if it has one.
+
+    Args:
+        config: the run's; of a mixture the member's (`TrainConfig.members`).
+        task: the task.
+    """
+    key, models = config.model.teacher_key, config.model
+    if key is None:
+        return None
+    named = task.named_teacher(key)
+    if models.teacher_name(config.env.name, named) is not None:
+        return None
+    known = ", ".join(models.all_teachers)
+    if named:
+        told = f"'{key}' is '{named[:80]}', and model.teachers has {known}"
+        return RowError("unknown teacher", told)
+    told = f"nothing in '{key}', and model.teachers has no {DEFAULT_TEACHER}, only {known}"
+    return RowError("no teacher", told)
+
+
+def taught_splits(config: TrainConfig) -> tuple[str, ...]:
+    """Returns the splits in which a run's teachers are used."""
+    return config.splits if config.evaluation.teacher else ("train",)
+
+
+def with_teachers(config: TrainConfig, episodes: Sequence[EpisodeSpec]) -> list[EpisodeSpec]:
+    """Returns episodes with the teachers that their tasks name (``model.teacher_key``)."""
+    key, members = config.model.teacher_key, config.members
+    if key is None:
+        return list(episodes)
+    envs = {name: make_env(members[name]) for name in {episode.env for episode in episodes}}
+    found = []
+    for episode in episodes:
+        env = envs[episode.env].unwrapped
+        if isinstance(env, ToolEnv):
+            named = env.task(episode.split, episode.index).named_teacher(key)
+            episode = replace(episode, teacher=named)
+        found.append(episode)
+    for each in envs.values():
+        each.close()
+    return found
+
+
+def check_task_teachers(config: TrainConfig) -> None:
+    """Checks that each task has a teacher, and each teacher a training task.
+
+    All tasks from files are looked at, without those that are left out; of others, which are made
+    when they are read, `SAMPLE`.
+
+    Args:
+        config: the run's, with the tasks to leave out filled in.
+
+    Raises:
+        ConfigError: a teacher is named by no training task.
+        DataError: a task has no teacher.
+    """
+    key = config.model.teacher_key
+    if key is None:
+        return
+    used: set[str | None] = set()
+    whole = True
+    for name, member in config.members.items():
+        made = make_env(member)
+        try:
+            env = made.unwrapped
+            if not isinstance(env, ToolEnv):
+                used.add(member.model.teacher_name(name))
+                continue
+            for split in taught_splits(config):
+                total = env.num_tasks(split)
+                files = isinstance(env, DataEnv) and env.data_report(split) is not None
+                step = 1 if files else max(1, total // SAMPLE)
+                whole &= step == 1 or split != "train"
+                for index in range(0, total, step):
+                    task = env.task(split, index)
+                    problem = teacher_problem(member, task)
+                    if problem is not None:
+                        raise DataError(
+                            f"task {task.id} of '{split}' in env={name} has no teacher: {problem}."
+                            f"\nAdd model.teachers.{task.named_teacher(key) or DEFAULT_TEACHER}="
+                            "PATH, or correct model.teacher_key."
+                        )
+                    if split == "train":
+                        used.add(member.model.teacher_name(name, task.named_teacher(key)))
+        finally:
+            made.close()
+    unused = sorted(set(config.model.all_teachers) - used - {DEFAULT_TEACHER})
+    if unused and whole:
+        raise ConfigError(
+            f"model.teachers.{unused[0]} teaches nothing: no training task names it in '{key}' "
+            "(model.teacher_key).\nLeave it out, or correct the name or the column."
+        )
