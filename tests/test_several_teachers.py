@@ -13,6 +13,7 @@ import torch
 from running import composed, results, train
 
 from reopold_agent.config import TeacherConfig
+from reopold_agent.data import loading
 from reopold_agent.data.checks import BadRowsError
 from reopold_agent.errors import (
     CheckpointError,
@@ -446,6 +447,7 @@ def test_a_continued_run_has_the_same_column_and_the_same_names_in_it(
     changed = [{**row, "domain": "far"} if n == 0 else row for n, row in enumerate(ROWS)]
     changed[1] = {**ROWS[1], "domain": "near"}
     named_rows(tmp_path, changed)
+    loading._load.cache_clear()  # another process reads the file anew
     with pytest.raises(CheckpointError, match=r"rows of data\.train, but others now"):
         train(tmp_path / "run", *words, "steps=2")
 
