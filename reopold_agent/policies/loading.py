@@ -253,9 +253,9 @@ def check_for_vllm(config: Any, path: str, role: str) -> None:
     Raises:
         ModelError: it would not; the message says what to add.
     """
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if config.model_type != "qwen3_vl":
         return
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     lacks = []
     if not rope.get("mrope_interleaved"):
         lacks.append('"mrope_interleaved": true')
