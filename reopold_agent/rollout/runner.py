@@ -425,7 +425,7 @@ class RolloutRunner:
             observation, info, *more = outcome.value
             episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
             observation = as_observation(observation)
-            opening = more[0] if more else None
+            opening: Any = more[0] if more else None
             self._add_prompt(episode, *episode.rules.prompt(observation, info, opening))
             if more:
                 _, episode.teacher, episode.reader = more
