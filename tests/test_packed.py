@@ -43,7 +43,7 @@ from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.train import finish
-from reopold_agent.types import EncodedImage, Trajectory
+from reopold_agent.types import Completion, EncodedImage, Request, Sampling, Trajectory
 
 KINDS = [
     *("qwen2_5_vl", "qwen2_5_vl sliding", "qwen2_5_vl checkpointed"),
@@ -300,6 +300,35 @@ def test_no_prompt_is_shared_that_ends_inside_of_a_picture(
     for score, other in zip(packed.score(rows), padded.score(rows), strict=True):
         assert_close(score.logp, other.logp)
     assert packed.passes.computed == sum(len(row.ids) for row in rows)
+
+
+def test_decoding_does_not_copy_the_keys_of_a_group_of_heads(
+    make_pair: Callable[..., tuple[TransformersPolicy, TransformersPolicy]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    padded, packed = make_pair("qwen2")
+    requests = [Request(n, list(range(10, 14 + 5 * n)), [], 6, seed=(n,)) for n in range(3)]
+
+    def played(policy: TransformersPolicy) -> list[Completion]:
+        generator = policy.generator(Sampling())
+        generator.submit(requests)
+        copied = attention.sdpa_attention_forward
+
+        def prefill_only(module: Any, query: Tensor, *args: Any) -> Any:
+            assert query.shape[2] > 1
+            return copied(module, query, *args)
+
+        monkeypatch.setattr(attention, "sdpa_attention_forward", prefill_only)
+        done: list[Completion] = []
+        while generator.in_flight:
+            done += generator.step()
+        monkeypatch.setattr(attention, "sdpa_attention_forward", copied)
+        return sorted(done, key=lambda each: each.key)
+
+    for one, other in zip(played(packed), played(padded), strict=True):
+        assert one.ids == other.ids
+        assert_close(one.logp, other.logp)
+        assert_close(one.entropy, other.entropy)
 
 
 def test_values_are_laid_out_as_the_ids(

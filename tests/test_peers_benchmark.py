@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from reopold_agent.plan import flops
+from reopold_agent.policies import generation
 from reopold_agent.policies.architecture import find_architecture
+from reopold_agent.policies.loading import resolve_path
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,6 +39,39 @@ def test_turns_end_where_and_as_the_script_says(peers: Any) -> None:
     assert turn(1, 4) == [10, 6, 4]
     assert turn(1, 5) == [10, 6, 5]
     assert script.token(7, 2, 5, 10) == 5  # turns that nobody expects are like the last
+
+
+@pytest.mark.parametrize("case", ["two_turns_tool", "group"])
+def test_our_side_plays_the_script_and_learns(
+    peers: Any, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    side = sys.modules["peers_side"]
+    monkeypatch.setattr(peers, "find_data", lambda part: None)
+    # What the side puts in the place of these is taken back afterwards.
+    for owner, name in (
+        (generation, "sample_tokens"),
+        (generation.TransformersGenerator, "_sample"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    source = Path(resolve_path("demo:student"))
+    answers: list[dict[str, Any]] = []
+    with torch.random.fork_rng(devices=[]):
+        peers.write_models(tmp_path, peers.TINY, source, source / "chat_template.jinja")
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student_vl")
+        peers.write_rows(tmp_path / f"rows_{case}", case, peers.TINY, tokenizer)
+        script = peers.script_of(case, peers.TINY, tokenizer)
+        words = peers.words_of(case, "grpo", tmp_path, script, 1)
+        given = side.Side(1, str(tmp_path / "run"), asdict(script), words)
+        side.ours(given, iter(["step"]), answers.append)
+    (found,) = answers
+    turns = [[end - start for start, end in episode] for episode in found["turns"]]
+    # Ours ends a call's turn itself, and so has one token less.
+    assert turns == [[63, 12] if case == "two_turns_tool" else [12]] * 8
+    assert found["tokens"] == sum(map(sum, turns))
+    assert len(set(found["prompt_of"])) == {"two_turns_tool": 4, "group": 1}[case]
+    assert found["grad_norm"] > 0
+    assert found["cpu_seconds"] > 0
+    assert 0.1 < found["peak_gib"] < 4
 
 
 def test_bare_parts_are_what_a_step_has_to_compute(peers: Any) -> None:

@@ -228,6 +228,8 @@ def _attention(
     begins: list[int] = []
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     if attention_mask is not None:
+        if query.shape[2] == 1 and query.shape[1] > key.shape[1] and not dropout:
+            return _decode(query, key, value, attention_mask, scaling), None
         out, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, causal
         )
@@ -280,6 +282,22 @@ def _attention(
         for row, each in zip(rows, torch.split(out, 1), strict=True):
             found[row] = each
     return torch.cat(found, dim=1), None
+
+
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None
+) -> Tensor:
+    """Attends with one query per row, in the form of transformers' functions.
+
+    Heads with the same keys are taken for queries of one head: `sdpa_attention_forward` would copy
+    all cached keys and values for each head.
+    """
+    rows, heads, _, width = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, width)
+    out = nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=mask, scale=scaling
+    )
+    return out.reshape(rows, 1, heads, width)
 
 
 # Every layer of a pass gives the same tensor: reading it from the GPU once is enough.
