@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def left_padded(prompts: Sequence[npt.NDArray[np.int64]]) -> tuple[torch.Tensor,
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, width - len(prompt) :] = 1
     return ids, mask
+
+
+def last_line(figures: Mapping[str, float]) -> None:
+    """Prints figures of which less is better; `all.sh` keeps those of a benchmark's last line."""
+    print(json.dumps({name: float(f"{value:.4g}") for name, value in figures.items()}), flush=True)
 
 
 def demo_config(*overrides: str) -> TrainConfig:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import demo_config, demo_loop
+from common import demo_config, demo_loop, last_line
 
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.rollout.runner import EpisodeSpec
@@ -102,6 +102,7 @@ def main() -> None:
     print(f"episodes with equal ids: {same} of {options.episodes}")
     fast, slow = min(seconds["batched"]), min(seconds["one by one"])
     print(f"batched with slots {fast:.3f} s, one by one {slow:.3f} s, ratio {slow / fast:.1f}")
+    last_line({"batched_over_one_by_one": fast / slow})
 
 
 if __name__ == "__main__":

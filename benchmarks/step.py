@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import demo_config, demo_loop, left_padded
+from common import demo_config, demo_loop, last_line, left_padded
 
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.train.loop import TrainingLoop
@@ -135,6 +135,7 @@ def main() -> None:
         f"({min(ratios):.2f} to {max(ratios):.2f}), {len(ratios)} steps of "
         f"{loop.config.batch.prompts} episodes, one thread"
     )
+    last_line({"step_over_parts": statistics.median(ratios)})
 
 
 if __name__ == "__main__":

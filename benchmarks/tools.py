@@ -1,14 +1,18 @@
 """Tools in the rollout's worker threads against VerlTool's tool server, on the same crops.
 
-    python benchmarks/tools.py [--repeats 5] [--server http://127.0.0.1:5000]
+    python benchmarks/tools.py [--repeats 5] [--server http://127.0.0.1:5000] [--alone]
 
-Needs fastapi, uvicorn and aiohttp, which come with the vllm extra. Ours: an episode's environment
-runs the call on its thread, and the part is resized for the model. Theirs: `tool_server.py`, or
-VerlTool's own server that listens at --server, asked by an asyncio client with kept connections.
-Both end with the resized picture in the trainer's process; each has the two cores to itself in
-turn. Printed: calls per second, medians over the repeats, and their ratio; the same for CPU
-seconds (of all processes), which a busy machine changes less; then the share of tools in a training
-step of the embedded task.
+--alone compares with the resize alone only, which is the limit: cropping the same parts out of the
+decoded pictures and resizing them, on one thread without environment, call or check. Its share of
+our CPU seconds is printed in any case. The rest needs fastapi, uvicorn and aiohttp, which come with
+the vllm extra.
+
+Ours: an episode's environment runs the call on its thread, and the part is resized for the model.
+Theirs: `tool_server.py`, or VerlTool's own server that listens at --server, asked by an asyncio
+client with kept connections. Both end with the resized picture in the trainer's process; each has
+the two cores to itself in turn. Printed: calls per second, medians over the repeats, and their
+ratio; the same for CPU seconds (of all processes), which a busy machine changes less; and the share
+of tools in a training step of the embedded task.
 """
 
 from __future__ import annotations
@@ -26,11 +30,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import numpy as np
-from common import demo_config, demo_loop
+from common import demo_config, demo_loop, last_line
 from PIL import Image
-from tool_server import MAX_PIXELS, MIN_PIXELS, decode_image_url, encode_image_url
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from reopold_agent.common.pixels import PixelLimits
@@ -38,8 +40,11 @@ from reopold_agent.demo.tasks import ArrayImage, _photographs
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.workers import Worker
+from reopold_agent.tools import find_tool_call
+from reopold_agent.tools.crop import pixel_box
 from reopold_agent.types import Task
 
+FACTOR, MIN_PIXELS, MAX_PIXELS = 28, 3136, 784_000
 LIMITS = PixelLimits(MIN_PIXELS, MAX_PIXELS)
 
 
@@ -96,10 +101,28 @@ def ours(tasks: Sequence[Task], actions: Sequence[Sequence[str]]) -> tuple[float
     return seconds, cpu, pixels
 
 
+def resize_alone(tasks: Sequence[Task], actions: Sequence[Sequence[str]]) -> tuple[float, int]:
+    """CPU seconds, and pixels that came out."""
+    pictures = [source.open() for task in tasks for source in task.images]
+    calls = [[find_tool_call(text) for text in turns] for turns in actions]
+    pixels, cpu = 0, time.process_time()
+    for number in range(len(actions[0])):
+        for picture, turns in zip(pictures, calls, strict=True):
+            call: Any = turns[number]
+            box = call.arguments["bbox_2d"]
+            part = picture.crop(pixel_box(box, *picture.size, padding=0.1, min_side=28))
+            resized = part.resize(LIMITS.resized(part.size, FACTOR), Image.Resampling.BICUBIC)
+            pixels += np.asarray(resized).size
+    return time.process_time() - cpu, pixels
+
+
 async def theirs(
     tasks: Sequence[Task], actions: Sequence[Sequence[str]], url: str, tag: str, pid: int | None
 ) -> tuple[float, float, int]:
     """The same with the tool server; pictures of the prompt are made data URLs in the time."""
+    import aiohttp
+    from tool_server import decode_image_url, encode_image_url
+
     timeout = aiohttp.ClientTimeout(total=60)
     connector = aiohttp.TCPConnector(limit=len(tasks), limit_per_host=len(tasks))
     opened = [[source.open() for source in task.images] for task in tasks]
@@ -148,27 +171,43 @@ def cpu_seconds(pid: int | None) -> float:
     return total
 
 
-def compare(repeats: int, url: str, *, pid: int | None) -> None:
-    for name, width, height, share, count, calls in (
-        ("embedded task, 224 x 224, one call an episode", 224, 224, 0.25, 64, 1),
-        ("embedded task's size, four calls an episode", 224, 224, 0.25, 64, 4),
-        ("photographs, 1600 x 1200, four calls an episode", 1600, 1200, 0.4, 16, 4),
+def compare(repeats: int, url: str | None, *, pid: int | None) -> None:
+    """Prints the ratios; without a server, those to the resize alone."""
+    figures: dict[str, float] = {}
+    for key, name, width, height, share, count, calls in (
+        ("small", "embedded task, 224 x 224, one call an episode", 224, 224, 0.25, 64, 1),
+        ("small_four", "embedded task's size, four calls an episode", 224, 224, 0.25, 64, 4),
+        ("photographs", "photographs, 1600 x 1200, four calls an episode", 1600, 1200, 0.4, 16, 4),
     ):
         mine: list[float] = []
         other: list[float] = []
-        my_cpu = other_cpu = 0.0
+        my_cpu = other_cpu = least = 0.0
         for repeat in range(repeats + 1):
             tasks = make_tasks(count, width, height, repeat)
             actions = make_actions(tasks, calls, share, repeat)
             seconds, cpu, pixels = ours(tasks, actions)
+            alone, resized = resize_alone(tasks, actions)
+            assert pixels == resized, (pixels, resized)
+            if repeat:  # the first one warms up
+                mine.append(count * calls / seconds)
+                my_cpu += cpu
+                least += alone
+            if url is None:
+                continue
             http, http_cpu, same = asyncio.run(theirs(tasks, actions, url, f"{name}-{repeat}", pid))
             # VerlTool rounds a box's corners down.
             assert pixels == same if pid else abs(pixels / same - 1) < 0.1, (pixels, same)
-            if repeat:  # the first one warms up
-                mine.append(count * calls / seconds)
+            if repeat:
                 other.append(count * calls / http)
-                my_cpu += cpu
                 other_cpu += http_cpu
+        figures[f"{key}_over_resize"] = my_cpu / least
+        print(
+            f"{name}: {1e3 * my_cpu / repeats / count / calls:.2f} CPU milliseconds a call, "
+            f"{my_cpu / least:.2f} times the resize alone",
+            flush=True,
+        )
+        if not other:
+            continue
         ratios = [a / b for a, b in zip(mine, other, strict=True)]
         print(
             f"{name}: ours {statistics.median(mine):.0f} calls/s, tool server "
@@ -177,6 +216,8 @@ def compare(repeats: int, url: str, *, pid: int | None) -> None:
             + (f", of CPU seconds {other_cpu / my_cpu:.1f}" if pid else ""),
             flush=True,
         )
+        figures[f"{key}_over_server"] = 1 / statistics.median(ratios)
+    last_line(figures)
 
 
 def share_of_a_step(repeats: int) -> None:
@@ -214,7 +255,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--server", help="a VerlTool server (tool_type pixel_reasoner)")
+    parser.add_argument("--alone", action="store_true", help="without a tool server")
     options = parser.parse_args()
+    if options.alone:
+        compare(options.repeats, None, pid=None)
+        return
     if options.server:
         compare(options.repeats, options.server, pid=None)
         return
@@ -226,11 +271,11 @@ def main() -> None:
     try:
         assert server.stdout is not None
         port = int(server.stdout.readline())
+        share_of_a_step(options.repeats)
         compare(options.repeats, f"http://127.0.0.1:{port}", pid=server.pid)
     finally:
         server.terminate()
         server.wait()
-    share_of_a_step(options.repeats)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def safe_join(root: Path, relative: str) -> Path:
     try:
         path.exists()  # raises for a name that is too long; resolve does not
         resolved = path.resolve()
-        homes = [root.resolve(), *_hub_blobs(root)]
+        home = root.resolve()
+        homes = [home, *_hub_blobs(home)]
     except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL, links in a circle
         raise DataError(f"the path '{relative[:200]}' cannot be used: {error}") from error
     if not any(resolved.is_relative_to(home) for home in homes):
@@ -121,6 +122,10 @@ def safe_join(root: Path, relative: str) -> Path:
 
 
 def _hub_blobs(root: Path) -> list[Path]:
-    """Returns the folder of files that a snapshot folder of huggingface_hub links to."""
-    blobs = root.resolve().parent.parent / "blobs"
-    return [blobs] if root.resolve().parent.name == "snapshots" and blobs.is_dir() else []
+    """Returns the folder of files that a snapshot folder of huggingface_hub links to.
+
+    Args:
+        root: the snapshot folder, resolved.
+    """
+    blobs = root.parent.parent / "blobs"
+    return [blobs] if root.parent.name == "snapshots" and blobs.is_dir() else []

@@ -51,7 +51,9 @@ class VisionProcessor:
                 "a picture must be a non-empty (height, width, 3) uint8 array, got "
                 f"shape {array.shape}, dtype {array.dtype}"
             )
-        digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
+        # Of a photograph this takes a fifth of the resize's time: twice as fast as BLAKE2 where the
+        # processor has instructions for it, and nobody attacks this cache.
+        digest = hashlib.sha1(np.ascontiguousarray(array).data, usedforsecurity=False)
         digest.update(repr((array.shape, limits)).encode())
         key = digest.digest()
         found = self._encoded.get(key)
