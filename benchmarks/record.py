@@ -2,8 +2,8 @@
 
     python benchmarks/step.py | python benchmarks/record.py step
 
-The last line of the input is a JSON object of figures, of which less is better. They are added to
-``results/NAME.json``, and those more than 10 % above the last ones are printed.
+The last line of the input is a JSON object of figures, also in objects, of which less is better.
+They are added to ``results/NAME.json``, and those more than 10 % above the last ones are printed.
 ``results/index.html`` shows the figures of all files over their runs.
 """
 
@@ -34,13 +34,7 @@ def add(name: str, lines: Iterable[str], folder: Path) -> list[str]:
     Raises:
         ValueError: the last line holds no figures.
     """
-    last = ([line for line in lines if line.strip()] or [""])[-1]
-    try:
-        figures = json.loads(last)
-    except ValueError:
-        figures = None
-    if not isinstance(figures, dict):
-        raise ValueError(f"the last line of {name} holds no figures: {last[:80]}")
+    figures = figures_of(name, ([line for line in lines if line.strip()] or [""])[-1])
     path = folder / f"{name}.json"
     runs = json.loads(path.read_text("utf-8")) if path.exists() else []
     before = runs[-1]["figures"] if runs else {}
@@ -60,6 +54,23 @@ def add(name: str, lines: Iterable[str], folder: Path) -> list[str]:
         for key, value in figures.items()
         if before.get(key) and value > WORSE * before[key]
     ]
+
+
+def figures_of(name: str, line: str) -> dict[str, float]:
+    """Returns the fractional numbers of a line of JSON, without counts, versions and the like."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"the last line of {name} holds no figures: {line[:80]}")
+    inner = {
+        f"{key}/{part}": value
+        for key, parts in found.items()
+        if isinstance(parts, dict)
+        for part, value in parts.items()
+    }
+    return {key: value for key, value in {**found, **inner}.items() if isinstance(value, float)}
 
 
 def page(folder: Path) -> str:

@@ -21,12 +21,17 @@ def test_figures_are_kept_and_worse_ones_told(benchmarks: None, tmp_path: Path) 
     import record
 
     (tmp_path / "gpu.json").write_text('{"device": "cpu"}')
-    first = ["step 0: 1 s\n", '{"a": 1.0, "b": 2.0, "none": null}\n', "\n"]
+    first = [
+        "step 0: 1 s\n",
+        '{"a": 1.0, "b": 2.0, "none": null, "torch": "2", "cpu": {"d": 1.5}}\n',
+        "\n",
+    ]
     assert record.add("step", first, tmp_path) == []
     later = ['{"a": 1.09, "b": 2.5, "none": 1.0, "c<": 3.0}']
     assert record.add("step", later, tmp_path) == ["WORSE: step b 2 -> 2.5 (+25%)"]
     runs = json.loads((tmp_path / "step.json").read_text())
-    assert [run["figures"].get("b") for run in runs] == [2.0, 2.5]
+    assert runs[0]["figures"] == {"a": 1.0, "b": 2.0, "cpu/d": 1.5}
+    assert runs[1]["figures"]["b"] == 2.5
     page = record.page(tmp_path)
     assert page.count("<tr><td>") == 4
     assert "<td>c&lt;</td><td>3</td><td>3 to 3</td>" in page

@@ -887,6 +887,20 @@ def test_a_bounded_function_keeps_its_own_errors_and_values() -> None:
     stop.set()
 
 
+def test_only_inline_tools_hand_over_their_pictures() -> None:
+    own = {mode: Image.new(mode, (40, 40), 7) for mode in ("RGB", "L")}
+
+    def draws(state: EpisodeState) -> ToolResult:
+        return ToolResult(2 * IMAGE_MARK, (own["RGB"], own["L"]))
+
+    bounded = make_tool(draws)
+    for made, is_same in ((bounded, False), (replace(bounded, inline=True), True)):
+        rgb, grey = made.call(state_of(), {})[1].images
+        assert (rgb is own["RGB"]) == is_same
+        assert rgb.tobytes() == own["RGB"].tobytes()
+        assert grey.mode == "RGB"
+
+
 def test_only_inline_tools_run_on_the_callers_thread() -> None:
     def tells(state: EpisodeState) -> ToolResult:
         return ToolResult(threading.current_thread().name)

@@ -174,7 +174,8 @@ class Tool:
         input_schema: JSON schema of the arguments, for a function whose signature does not tell
             them (``**arguments``); calls are checked against it.
         inline: whether it may run on the caller's thread, which is faster but enforces no time
-            limit: for a tool whose work is bounded by the size of the episode's pictures.
+            limit: for a tool whose work is bounded by the size of the episode's pictures. Its new
+            pictures are shown as they are, not copied: it must not change them afterwards.
         original_words: for a tool with the option ``sizes`` (``shown`` or ``original``): by
             argument, the description under ``original``. Under ``shown`` such an argument is in
             pixels as the model sees them, and an environment that shows the tool's own words
@@ -355,7 +356,7 @@ def on_thread(
         Exception: as `ToolRunner` does.
     """
     if tool.inline:
-        return usable(tool.function(state, **arguments), state.images)
+        return usable(tool.function(state, **arguments), state.images, handed_over=True)
     theirs = replace(state)
     call = partial(tool.function, theirs)
     try:
@@ -370,12 +371,15 @@ def on_thread(
         state.extra = theirs.extra
 
 
-def usable(result: object, known: Sequence[Image.Image]) -> ToolResult:
+def usable(
+    result: object, known: Sequence[Image.Image], *, handed_over: bool = False
+) -> ToolResult:
     """Checks a tool's result and returns it with its pictures loaded, as RGB.
 
     Args:
         result: what the tool returned.
         known: the episode's pictures, which are not copied if the tool returns them.
+        handed_over: whether the tool will not change its pictures, so that these need no copy.
 
     Raises:
         ToolResultError: the result is invalid; see `checked`.
@@ -383,9 +387,16 @@ def usable(result: object, known: Sequence[Image.Image]) -> ToolResult:
     """
     valid = checked(result)
     same = {id(image) for image in known}
-    # A copy, even of RGB: the tool may go on using its own picture.
-    images = (image if id(image) in same else image.convert("RGB") for image in valid.images)
-    return replace(valid, images=tuple(images))
+
+    def rgb(image: Image.Image) -> Image.Image:
+        if id(image) in same:
+            return image
+        if handed_over and image.mode == "RGB":
+            image.load()
+            return image
+        return image.convert("RGB")  # a copy, even of RGB: the tool may go on using its own
+
+    return replace(valid, images=tuple(map(rgb, valid.images)))
 
 
 def checked(result: object) -> ToolResult:
