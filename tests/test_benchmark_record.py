@@ -41,7 +41,9 @@ def test_figures_are_kept_and_worse_ones_told(benchmarks: None, tmp_path: Path) 
             record.add("step", bad, tmp_path)
 
 
-def test_commands_on_a_run_like_those_of_training(benchmarks: None, tmp_path: Path) -> None:
+def test_commands_on_a_run_like_those_of_training(
+    benchmarks: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scaling: Any = pytest.importorskip("scaling")
     from reopold_agent.tracking.trajectories import row_head
 
@@ -56,4 +58,9 @@ def test_commands_on_a_run_like_those_of_training(benchmarks: None, tmp_path: Pa
         scaling.COMMANDS[name](tmp_path)
     with (tmp_path / "run" / "trajectories.jsonl").open("rb") as lines:
         assert sum(1 for _ in lines) == 64  # of 4 steps the last two were dropped
+    # A step of the kind whose turns are written down: two calls and an answer.
+    monkeypatch.setattr(scaling, "EPISODES", 2)
+    seconds, tokens = scaling.step_seconds("tools", 2, tmp_path / "step", 1)
+    assert seconds > 0
+    assert tokens > 100
     sys.modules.pop("scaling")
