@@ -102,3 +102,12 @@ def test_the_page_gives_the_recipe_s_figures() -> None:
         [row] = re.findall(rf"^\| `demo:{PREFIX}{name}`.*$", page, re.MULTILINE)
         cells = [cell.strip(" *") for cell in row.split("|")[2:5]]
         assert cells == [f"{held_out[name][task]['success']:.2f}" for task in TASKS]
+
+
+def test_the_page_gives_the_run_s_figures() -> None:
+    page = (ROOT / "docs" / "teachers.md").read_text("utf-8")
+    run = json.loads((ROOT / "docs" / "results" / "generalist.json").read_text())
+    [row] = re.findall(r"^\| student after .*$", page, re.MULTILINE)
+    cells = [cell.strip() for cell in row.split("|")[2:5]]
+    after = [run["after"][task] for task in TASKS]
+    assert cells == [f"{a['success']:.2f} ({a['low']:.2f} to {a['high']:.2f})" for a in after]
