@@ -245,7 +245,7 @@ def update(pair: Pair, rollouts: RolloutsAhead) -> None:
 
 def test_the_next_episodes_begin_before_the_update_and_end_whenever(pair: Pair) -> None:
     episodes = Episodes(pair)
-    rollouts = ahead(pair, episodes)
+    rollouts = ahead(pair, episodes, steps=4)
     episodes.end.set()
     assert rollouts.collect(0, 0).weight == 0  # type: ignore[attr-defined]
     episodes.end.clear()
@@ -265,7 +265,11 @@ def test_the_next_episodes_begin_before_the_update_and_end_whenever(pair: Pair) 
     batch = rollouts.collect(2, 2)
     assert (batch.weight, batch.staleness) == (1, 1)
     rollouts.before_update(2, 3)
-    assert episodes.begun == [0, 1, 2], "there is no step 3"
+    update(pair, rollouts)
+    batch = rollouts.collect(3, 3)
+    assert (batch.weight, batch.staleness) == (2, 1), "without an evaluation in between"
+    rollouts.before_update(3, 4)
+    assert episodes.begun == [0, 1, 2, 3], "there is no step 4"
 
 
 def test_an_error_of_the_thread_is_raised_where_its_step_begins(pair: Pair) -> None:
