@@ -756,6 +756,8 @@ def model_key(role: str, name: str) -> str:
 
 def _teacher(name: str, value: Any) -> TeacherConfig:
     """Returns a teacher of ``model.teachers``, given as a path or as settings."""
+    if isinstance(value, TeacherConfig):  # `dataclasses.replace` gives what was made before
+        return value
     values = {"path": value} if isinstance(value, str) else value
     made = _convert(TeacherConfig, values, f"model.teachers.{name}")
     assert isinstance(made, TeacherConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,15 @@ def test_a_path_or_settings_and_names_that_share_a_teacher() -> None:
     assert shared.names == ("pixel_reasoner", "default")
     (alone,) = run_teachers(composed()[0])
     assert (alone.names, alone.role) == (("default",), "teacher")
+
+
+def test_a_config_with_several_teachers_can_be_made_from_another() -> None:
+    words = (NONE, "+model.teachers={default: demo:teacher, pixel_reasoner: self}")
+    config = composed(*words, "+policy.teachers={default: {name: transformers}}")[0]
+    again = replace(config, model=replace(config.model), policy=replace(config.policy))
+    assert again == config
+    # As an export does, to give the student its run's chat template.
+    student_spec(replace(config.model, chat_template="chat.jinja"))
 
 
 def test_settings_of_the_policy_are_merged_by_kind() -> None:

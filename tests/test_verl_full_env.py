@@ -191,6 +191,8 @@ def test_rows_files_and_phases_are_those_of_the_local_engine(run: Run) -> None:
         assert row["importance/mean"] == pytest.approx(1, abs=1e-4)
         assert row["importance/capped_share"] == 0
         assert row["perf/padding_share"] == 0, "rows are packed"
+    # Teachers on the student's GPUs sleep until all episodes have been played.
+    assert [row["time/teacher"] > 0 for row in rows] == [False, True, True]
     assert rows[0]["mask/kept_share"] == pytest.approx(rows[0]["mask/exploration_share"])
     assert rows[1]["mask/kept_share"] == pytest.approx(rows[1]["mask/refinement_share"])
     summary = json.loads((folder / "summary.json").read_text())

@@ -1,9 +1,9 @@
-"""Another package's tools and a LoRA adapter under verl, with one GPU for student and teacher.
+"""Another package's tools, a LoRA adapter, two teachers and the outcome in one run under verl.
 
 The tools run in worker processes, without being asked. The plugin's tool reads the run's secrets,
-writes where it must not, and now and then ends its own process; the run completes. The teacher's
-server sleeps while the student generates and learns. A tracker follows the run, too. The run is a
-mixture: a quarter of the tasks are those of another environment.
+writes where it must not, and now and then ends its own process; the run completes. A tracker
+follows it, too. It is a mixture: a quarter of the tasks are those of another environment, which has
+another teacher. Each teacher has a GPU of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 import yaml
 from recorded import policy, trajectory
 
+from reopold_agent.objectives import Reopold
 from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model
 from reopold_agent.tracking.metrics import read_json_lines
 from reopold_agent.train.data_order import TaskOrder
@@ -35,6 +36,8 @@ pytest.importorskip("verl", reason="needs the full environment")
 pytest.importorskip("vllm", reason="needs the full environment")
 
 STEPS, PROMPTS, SAMPLES = 2, 8, 4
+TEACHERS = {"spied": "demo:teacher", "geometry": "demo:self_student"}
+ALPHA = 0.5
 LORA = "{r: 8, lora_alpha: 32, target_modules: all-linear}"
 
 # As the embedded student knows the tool: its name, words and arguments.
@@ -93,7 +96,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         *(sys.executable, "-m", "reopold_agent.train", "env=[spied,geometry]"),
         *("model=demo", "mix.weights={spied: 3}", "engine=verl"),
         *("objective.threshold_over=environment", "objective.normalise_over=environment"),
-        *("engine.device=cpu", "engine.gpus_per_node=1", "engine.teacher=shared"),
+        *("engine.device=cpu", "engine.gpus_per_node=3", "engine.teacher_gpus_per_node=2"),
+        *("model.teacher=null", *(f"+model.teachers.{k}={v}" for k, v in TEACHERS.items())),
+        f"objective.outcome={ALPHA}",
         *("engine.rollout_workers=1", f"steps={STEPS}", f"batch.prompts={PROMPTS}"),
         *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "rollout.max_turns=3"),
         *("rollout.max_response_tokens=1024", "evaluation.tasks=2", "evaluation.every=0"),
@@ -139,16 +144,56 @@ def test_plugins_tools_run_confined_and_may_die(run: tuple[Path, Path, str]) -> 
         assert re.match(r"process \d+ refused none Here is the cropped image", text), text
 
 
-def test_a_teacher_on_the_students_gpu_gives_its_scores(run: tuple[Path, Path, str]) -> None:
+def test_episodes_are_scored_by_the_teacher_of_their_environment(
+    run: tuple[Path, Path, str],
+) -> None:
     folder, _, _ = run
-    teacher = load_model(ModelSpec("demo:teacher"), "teacher", torch.device("cpu"))
     records = read_json_lines(folder / "trajectories.jsonl")
-    played = [trajectory(record, folder, teacher) for record in records]
-    for t, score in zip(played, policy(teacher).score(played), strict=True):
-        np.testing.assert_allclose(t.teacher_logp, score.logp, atol=2e-4)
+    models = {
+        env: load_model(ModelSpec(path), "teacher", torch.device("cpu"))
+        for env, path in TEACHERS.items()
+    }
+    for env, teacher in models.items():
+        own = [record for record in records if record["env"] == env]
+        played = [trajectory(record, folder, teacher) for record in own]
+        for t, score in zip(played, policy(teacher).score(played), strict=True):
+            np.testing.assert_allclose(t.teacher_logp, score.logp, atol=2e-4)
+        (other,) = (model for name, model in models.items() if name != env)
+        for t, score in zip(played, policy(other).score(played), strict=True):
+            assert np.abs(t.teacher_logp - score.logp).max() > 0.01
     rows = read_json_lines(folder / "metrics.jsonl")
-    assert all(row["time/teacher"] > 0 for row in rows if row["kind"] == "train")
     assert [row["who"] for row in rows if row["kind"] == "eval"].count("teacher") > 0
+
+
+def test_the_outcome_is_added_to_the_rewards_of_every_token(run: tuple[Path, Path, str]) -> None:
+    """Advantages by hand, within the groups of a task; what is left are the objective's rewards."""
+    folder, _, _ = run
+    records = read_json_lines(folder / "trajectories.jsonl")
+    floor = Reopold().floor
+    groups: dict[tuple[int, str, int], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["step"], record["env"], record["index"]), []).append(record)
+    found, taught = [], 0
+    for group in groups.values():
+        rewards = np.array([record["reward"] for record in group])
+        deviation = rewards.std(ddof=1)
+        for record, reward in zip(group, rewards, strict=True):
+            expected = (reward - rewards.mean()) / (deviation + 1e-6)
+            assert record["advantage"] == pytest.approx(expected, abs=1e-5)
+            found.append(expected)
+            sampled = np.array(record["loss_mask"]) == 1
+            assert np.array_equal(np.array(record["kept"]) == 1, sampled)
+            own = (np.array(record["token_reward"]) - ALPHA * expected)[sampled]
+            gap = (np.array(record["teacher_logp"]) - np.array(record["logp"]))[sampled]
+            # The trainer's log-probs, from which rewards are made, differ a little from these.
+            of_teacher = np.abs(own - np.maximum(gap, floor)) < 2e-3
+            assert (of_teacher | (np.abs(own) < 1e-5)).all()
+            taught += int(of_teacher.sum())
+    assert taught > 0
+    assert min(found) < -0.1
+    assert max(found) > 0.1
+    rows = read_json_lines(folder / "metrics.jsonl")
+    assert {row["outcome/alpha"] for row in rows if row["kind"] == "train"} == {ALPHA}
 
 
 def test_a_mixture_has_its_draws_rules_and_loss(run: tuple[Path, Path, str]) -> None:
