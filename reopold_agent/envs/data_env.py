@@ -18,6 +18,9 @@ from reopold_agent.types import Task, TaskSource
 SplitData: TypeAlias = "Mapping[str, Any] | TaskSource | None"
 """Tasks, a specification for `reopold_agent.data.load_tasks`, or None if the split has none."""
 
+SAMPLE = 64
+"""About how many tasks `tasks_to_check` takes of those that are made when they are read."""
+
 
 class DataEnv(ToolEnv):
     """A `ToolEnv` whose tasks come from data.
@@ -72,6 +75,21 @@ class DataEnv(ToolEnv):
             ConfigError, DataError: the tasks cannot be loaded.
         """
         return tasks_digest(self._split(split), teacher_key)
+
+
+def tasks_to_check(env: ToolEnv, split: str, most: int | None = None) -> range:
+    """Returns the tasks to look at before a run: all from files, about `SAMPLE` that are made.
+
+    Args:
+        env: the environment.
+        split: of the tasks.
+        most: how many of the split's first tasks are used; None for all.
+    """
+    total = env.num_tasks(split)
+    if most is not None:
+        total = min(total, most)
+    files = isinstance(env, DataEnv) and env.data_report(split) is not None
+    return range(0, total, 1 if files else max(1, total // SAMPLE))
 
 
 class _Without:

@@ -11,16 +11,13 @@ import gymnasium
 from reopold_agent.config import DEFAULT_TEACHER, TrainConfig
 from reopold_agent.data.checks import RowError
 from reopold_agent.envs.base import ToolEnv
-from reopold_agent.envs.data_env import DataEnv
+from reopold_agent.envs.data_env import tasks_to_check
 from reopold_agent.envs.from_config import make_env
 from reopold_agent.errors import ConfigError, DataError
 from reopold_agent.types import Task
 
 if TYPE_CHECKING:
     from reopold_agent.rollout.runner import EpisodeSpec
-
-SAMPLE = 64
-"""Tasks that are looked at where they are made and not read from files."""
 
 
 def named_teacher(env: gymnasium.Env[Any, Any], key: str) -> str:
@@ -82,8 +79,7 @@ def with_teachers(config: TrainConfig, episodes: Sequence[EpisodeSpec]) -> list[
 def check_task_teachers(config: TrainConfig) -> None:
     """Checks that each task has a teacher, and each teacher a training task.
 
-    All tasks from files are looked at, without those that are left out; of others, which are made
-    when they are read, `SAMPLE`.
+    It looks at `tasks_to_check`, without those that are left out.
 
     Args:
         config: the run's, with the tasks to leave out filled in.
@@ -105,11 +101,9 @@ def check_task_teachers(config: TrainConfig) -> None:
                 used.add(member.model.teacher_name(name))
                 continue
             for split in taught_splits(config):
-                total = env.num_tasks(split)
-                files = isinstance(env, DataEnv) and env.data_report(split) is not None
-                step = 1 if files else max(1, total // SAMPLE)
-                whole &= step == 1 or split != "train"
-                for index in range(0, total, step):
+                indices = tasks_to_check(env, split)
+                whole &= indices.step == 1 or split != "train"
+                for index in indices:
                     task = env.task(split, index)
                     problem = teacher_problem(member, task)
                     if problem is not None:

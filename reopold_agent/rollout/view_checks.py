@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from reopold_agent.config import TeacherConfig, TrainConfig, ViewPixels
 from reopold_agent.envs.base import ToolEnv
-from reopold_agent.envs.data_env import DataEnv
+from reopold_agent.envs.data_env import tasks_to_check
 from reopold_agent.envs.from_config import make_env
 from reopold_agent.envs.registration import task_seed
 from reopold_agent.errors import ConfigError, DataError
@@ -15,9 +15,6 @@ from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.from_config import make_reader
 from reopold_agent.rollout.reading import TEMPLATES, Reader, hint_of
 from reopold_agent.types import Task
-
-SAMPLE = 64
-"""Tasks that are looked at where they are made and not read from files."""
 
 _MARKS = 32
 """Most tokens that a message or a picture adds besides its own."""
@@ -33,8 +30,8 @@ def check_view(
 ) -> None:
     """Checks that the tasks have the teacher's hint, and that its prompts fit.
 
-    All training tasks from files are looked at; of others, which are made when they are read,
-    `SAMPLE`. If the teacher is evaluated, so are the held-out tasks that it will play.
+    It looks at `tasks_to_check` of the training tasks and, if the teacher is evaluated, of the
+    held-out tasks that it will play.
 
     Args:
         config: the run's, with the longest prompt filled in.
@@ -67,12 +64,8 @@ def check_view(
         most = None if context is None else context - config.rollout.max_response_tokens - 1
         played = config.evaluation.tasks if config.evaluation.teacher else 0
         for split in ("train", "eval") if played else ("train",):
-            total = env.num_tasks(split)
-            if split == "eval":
-                total = min(total, played)
-            files = isinstance(env, DataEnv) and env.data_report(split) is not None
-            step = 1 if files else max(1, total // SAMPLE)
-            _check_tasks(reader, env, split, range(0, total, step), most, name, taught)
+            indices = tasks_to_check(env, split, played if split == "eval" else None)
+            _check_tasks(reader, env, split, indices, most, name, taught)
     finally:
         made.close()
 
