@@ -107,6 +107,21 @@ class EpisodeSpec:
     teacher: str = ""
 
 
+@dataclass(frozen=True)
+class _ForTeacher:
+    """What the start of an episode says about its teacher.
+
+    Attributes:
+        name: `Trajectory.teacher`.
+        reader: makes the teacher's form of the episode; None if that is the student's.
+        opening: what the environment knows for a teacher with a view, whether it reads or plays.
+    """
+
+    name: str
+    reader: Reader | None
+    opening: Opening | None
+
+
 @dataclass
 class RolloutStats:
     """Wall-clock seconds that the main thread spent on a rollout, and the tokens sampled."""
@@ -137,8 +152,7 @@ class _Episode:
     success: bool = False
     info: dict[str, Any] = field(default_factory=dict)
     last_info: Mapping[str, Any] = field(default_factory=dict)
-    teacher: str = ""
-    reader: Reader | None = None
+    teacher: _ForTeacher = _ForTeacher("", None, None)
     shown: Shown | None = None
 
     def append(self, ids: Sequence[int]) -> None:
@@ -264,8 +278,8 @@ class RolloutRunner:
         if outcome.error is not None:
             return None
         try:
-            observation, info, *more = outcome.value
-            return len(self.prompt(as_observation(observation), info, *more[:1])[0])
+            (observation, info), teacher = outcome.value
+            return len(self.prompt(as_observation(observation), info, teacher.opening)[0])
         except _INVALID:
             return None
 
@@ -378,14 +392,13 @@ class RolloutRunner:
         seed = task_seed(spec.split, spec.index)
         readers, plays_as, key = self.reader, self._plays_as, self._teacher_key
 
-        def reset(env: Env) -> tuple[Any, ...]:
+        def reset(env: Env) -> tuple[Any, _ForTeacher]:
             shown = env.reset(seed=seed, options=options)
-            if readers is None and plays_as is None and key is None:
-                return shown
-            teacher = "" if key is None else named_teacher(env, key)
-            reader = readers.of(teacher) if isinstance(readers, Readers) else readers
+            name = "" if key is None else named_teacher(env, key)
+            reader = readers.of(name) if isinstance(readers, Readers) else readers
             opener = reader or plays_as
-            return (*shown, None if opener is None else opener.opening(env), teacher, reader)
+            opening = None if opener is None else opener.opening(env)
+            return shown, _ForTeacher(name, reader, opening)
 
         worker.call(reset)
 
@@ -422,15 +435,14 @@ class RolloutRunner:
         if outcome.error is not None:
             return self._fail_env(episode, outcome.error)
         if not episode.turns:
-            observation, info, *more = outcome.value
+            (observation, info), teacher = outcome.value
             episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
             observation = as_observation(observation)
-            opening: Any = more[0] if more else None
-            self._add_prompt(episode, *episode.rules.prompt(observation, info, opening))
-            if more:
-                _, episode.teacher, episode.reader = more
-            if episode.reader is not None:
-                episode.shown = episode.reader.begin(observation, info, opening)
+            ids, images = episode.rules.prompt(observation, info, teacher.opening)
+            self._add_prompt(episode, ids, images)
+            episode.teacher = teacher
+            if teacher.reader is not None and teacher.opening is not None:
+                episode.shown = teacher.reader.begin(observation, info, teacher.opening)
             return True
         observation, reward, terminated, truncated, info = outcome.value
         turn = episode.turns[-1]
@@ -503,8 +515,8 @@ class RolloutRunner:
             return self._truncate(episode, StopReason.MAX_TOKENS)
         episode.append(ids)
         episode.images += images
-        if episode.reader is not None and episode.shown is not None:
-            episode.reader.observe(episode.shown, observation)
+        if episode.teacher.reader is not None and episode.shown is not None:
+            episode.teacher.reader.observe(episode.shown, observation)
         return True
 
     def _encode(self, observation: Observation, limits: PixelLimits) -> list[EncodedImage]:
@@ -581,9 +593,9 @@ class RolloutRunner:
             info=episode.info,
             seconds=time.perf_counter() - episode.started,
             env=episode.spec.env,
-            teacher=episode.teacher,
+            teacher=episode.teacher.name,
         )
-        reader = episode.reader
+        reader = episode.teacher.reader
         if reader is not None and episode.shown is not None and trajectory.trainable:
             trajectory.reading = reader.read(trajectory, episode.shown)
         return trajectory
