@@ -17,6 +17,7 @@ from reopold_agent.study.grid import Run, Setting
 from reopold_agent.study.run import finished
 from reopold_agent.tracking.history import History, number
 from reopold_agent.tracking.metrics import read_metrics
+from reopold_agent.tracking.plots import step_parts
 
 SERIES = (
     "rollout/success",
@@ -32,9 +33,6 @@ SERIES = (
     "time/step",
 )
 """Metrics of a training step that ``numbers.json`` keeps."""
-
-PARTS = ("generate", "environment", "teacher", "old_logp", "update", "sync", "other")
-"""Parts of a step's time."""
 
 
 class Record:
@@ -78,9 +76,7 @@ class Record:
 
     def time_shares(self) -> dict[str, float]:
         """Returns the share of training time by part of a step."""
-        parts: Sequence[str] = PARTS
-        if self.history.has("time/wait"):  # generated ahead, beside the other parts
-            parts = ("wait", *PARTS[2:])
+        parts = [part for part, _, _ in step_parts(self.history)]
         seconds = {part: float(self.history.column(f"time/{part}").sum()) for part in parts}
         whole = sum(seconds.values()) or 1.0
         return {part: value / whole for part, value in seconds.items()}

@@ -260,16 +260,21 @@ def entropy_figure(history: History) -> Figure | None:
     return figure
 
 
+def step_parts(history: History) -> list[tuple[str, str, str]]:
+    """Returns those of `PHASES` that make up the run's steps.
+
+    Episodes that are generated ahead are so beside the other parts, so that only the wait for them
+    is one.
+    """
+    others = ("generate", "environment") if history.has("time/wait") else ("wait",)
+    return [part for part in PHASES if part[0] not in others]
+
+
 def time_figure(history: History) -> Figure | None:
     """Draws seconds of each part of a step, and their shares of the run (paper, figure 14)."""
-    parts = [part for part in PHASES if history.has(f"time/{part[0]}")]
+    parts = [part for part in step_parts(history) if history.has(f"time/{part[0]}")]
     if not parts:
         return None
-    # Episodes that are generated ahead are so beside the other parts.
-    meanwhile = history.column("time/generate") + history.column("time/environment")
-    ahead = history.has("time/wait")
-    if ahead:
-        parts = [part for part in parts if part[0] not in ("generate", "environment")]
     seconds = np.stack([history.column(f"time/{key}") for key, _, _ in parts])
     total = float(seconds.sum())
     shares = seconds.sum(axis=1) / (total or 1.0)
@@ -286,7 +291,8 @@ def time_figure(history: History) -> Figure | None:
             middle = left + share / 2
             bottom.text(middle, 0, f"{100 * share:.0f} %", color=ink, ha="center", va="center")
         base, left = base + values, left + share
-    if ahead:
+    if history.has("time/wait"):
+        meanwhile = history.column("time/generate") + history.column("time/environment")
         label = "its episodes, generated before"
         top.plot(history.steps, meanwhile, "--", color="black", lw=1.4, label=label)
     _finish(top, "Time of a training step", "seconds", steps=True)
