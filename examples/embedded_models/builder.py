@@ -147,6 +147,11 @@ def mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
 
 
+def of_step(step: int, count: int) -> range:
+    """Returns the rows of a step (from 0) that takes ``count`` of them."""
+    return range(step * count, (step + 1) * count)
+
+
 def progress(log: Log, name: str, steps: int) -> Callable[[int, float], None]:
     """Returns a report function for `train_supervised` that logs every 50th step and its loss.
 

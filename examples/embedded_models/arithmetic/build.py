@@ -22,7 +22,14 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from examples.embedded_models.arithmetic.scripts import Careless, Script, Talkative, expert
-from examples.embedded_models.builder import ModelBuilder, mean, progress, run_recipe, write_report
+from examples.embedded_models.builder import (
+    ModelBuilder,
+    mean,
+    of_step,
+    progress,
+    run_recipe,
+    write_report,
+)
 from examples.embedded_models.models import new_text_model
 from examples.embedded_models.tokenizer import train_tokenizer
 from examples.embedded_models.training import Schedule, train_supervised
@@ -114,6 +121,10 @@ class ArithmeticBuilder(ModelBuilder):
         text = script(tasks.problem(index), np.random.default_rng((tasks.seed, 1, index)))
         return self.exchange(task.id, messages, text, index=index)
 
+    def traces(self, tasks: ArithmeticTasks, rows: range, script: Script) -> list[Trajectory]:
+        """Makes the `trace` of each row."""
+        return [self.trace(tasks, row, script) for row in rows]
+
     def figures(self, episodes: Sequence[Trajectory]) -> dict[str, Any]:
         """Returns success, length, and success by operation."""
         tasks = ArithmeticTasks("eval", operations=self.operations)
@@ -127,12 +138,27 @@ class ArithmeticBuilder(ModelBuilder):
         return figures
 
 
-def corpus(env: gymnasium.Env[Observation, str]) -> list[str]:
-    """Returns texts to train the tokenizer on: the chat format, prompts and every style."""
-    tasks = ArithmeticTasks("train", seed=9)
+STYLES: Final[tuple[Script, ...]] = (expert, Careless(at_once=1.0), Talkative(proper=0.0))
+"""Scripts that between them write every word."""
+
+
+def corpus(
+    env: gymnasium.Env[Observation, str],
+    operations: tuple[Operation, ...] = OPERATIONS,
+    scripts: Sequence[Script] = STYLES,
+    count: int = 60,
+) -> list[str]:
+    """Returns texts to train the tokenizer on: the chat format, prompts and every style.
+
+    Args:
+        env: shows the prompts.
+        operations: kinds of the problems.
+        scripts: write each problem's texts.
+        count: number of problems.
+    """
+    tasks = ArithmeticTasks("train", seed=9, operations=operations)
     texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-    scripts: tuple[Script, ...] = (expert, Careless(at_once=1.0), Talkative(proper=0.0))
-    for index in range(60):
+    for index in range(count):
         observation, _ = env.reset(options={"task": tasks[index]})
         rng = np.random.default_rng((tasks.seed, index))
         texts += [observation["text"], *(script(tasks.problem(index), rng) for script in scripts)]
@@ -170,8 +196,7 @@ def build(
         name: str, model: Any, script: Script, schedule: Schedule, tasks: ArithmeticTasks
     ) -> None:
         def batch(step: int) -> list[Trajectory]:
-            rows = range(step * schedule.batch, (step + 1) * schedule.batch)
-            return [builder.trace(tasks, row, script) for row in rows]
+            return builder.traces(tasks, of_step(step, schedule.batch), script)
 
         policy = builder.policy(model)
         train_supervised(policy, schedule, batch, progress(log, name, schedule.steps))

@@ -12,19 +12,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import gymnasium
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from examples.embedded_models.arithmetic.build import ArithmeticBuilder, fingerprint, make_env
+from examples.embedded_models.arithmetic.build import (
+    ArithmeticBuilder,
+    corpus,
+    fingerprint,
+    make_env,
+)
 from examples.embedded_models.branches.scripts import FOREIGN, Branching
-from examples.embedded_models.builder import progress, run_recipe, write_report
+from examples.embedded_models.builder import of_step, progress, run_recipe, write_report
 from examples.embedded_models.models import TEXT_WIDTH, new_text_model
 from examples.embedded_models.tokenizer import train_tokenizer
 from examples.embedded_models.training import Schedule, train_supervised
 from reopold_agent.demo.arithmetic.tasks import ArithmeticTasks, Operation
-from reopold_agent.types import Observation, Trajectory
+from reopold_agent.types import Trajectory
 
 PREFIX: Final = "branches_"
 OPERATIONS: Final[tuple[Operation, ...]] = ("+", "-")
@@ -61,6 +65,10 @@ TINY: Final = Recipe(teacher_steps=2, student_steps=2, batch=4, held_out=4)
 """A few steps, to test that the recipe runs."""
 
 
+STYLES: Final = (TEACHER, STUDENT, Branching(1.0, 0.0, 0.0), Branching(0.0, 0.0, 0.5, 1.0, 1.0))
+"""Scripts that between them write every word."""
+
+
 class BranchingBuilder(ArithmeticBuilder):
     """Builds the two models."""
 
@@ -76,18 +84,6 @@ class BranchingBuilder(ArithmeticBuilder):
         return replace(trace, loss_mask=trace.loss_mask & ~np.isin(trace.ids, self.foreign_ids))
 
 
-def corpus(env: gymnasium.Env[Observation, str]) -> list[str]:
-    """Returns texts to train the tokenizer on: the chat format, prompts and both styles."""
-    tasks = ArithmeticTasks("train", seed=9, operations=OPERATIONS)
-    texts = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-    scripts = (TEACHER, STUDENT, Branching(1.0, 0.0, 0.0), Branching(0.0, 0.0, 0.5, 1.0, 1.0))
-    for index in range(120):
-        observation, _ = env.reset(options={"task": tasks[index]})
-        rng = np.random.default_rng((tasks.seed, index))
-        texts += [observation["text"], *(script(tasks.problem(index), rng) for script in scripts)]
-    return texts * 2  # words that occur only once are not merged
-
-
 def build(
     out: Path, recipe: Recipe, log: Callable[[str], None] = print
 ) -> dict[str, dict[str, Any]]:
@@ -98,7 +94,8 @@ def build(
         recipe and a fingerprint of the training prompts.
     """
     torch.set_num_threads(1)
-    builder = BranchingBuilder(train_tokenizer(corpus(make_env()), vocab_size=512, qwen_words=True))
+    texts = corpus(make_env(), OPERATIONS, STYLES, 120)
+    builder = BranchingBuilder(train_tokenizer(texts, vocab_size=512, qwen_words=True))
     log(f"tokenizer: {len(builder.tokenizer)} ids")
     figures: dict[str, dict[str, Any]] = {}
 
@@ -108,8 +105,7 @@ def build(
         tasks = ArithmeticTasks("train", 2**31, 1000 * number + recipe.seed, OPERATIONS)
 
         def batch(step: int) -> list[Trajectory]:
-            rows = range(step * schedule.batch, (step + 1) * schedule.batch)
-            traces = [builder.trace(tasks, row, script) for row in rows]
+            traces = builder.traces(tasks, of_step(step, schedule.batch), script)
             return [builder.read_only(t) for t in traces] if name == "teacher" else traces
 
         policy = builder.policy(model)

@@ -19,7 +19,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from examples.embedded_models.builder import ModelBuilder, mean, progress, run_recipe, write_report
+from examples.embedded_models.builder import (
+    ModelBuilder,
+    mean,
+    of_step,
+    progress,
+    run_recipe,
+    write_report,
+)
 from examples.embedded_models.digits.prompts import make_env, prompt_texts
 from examples.embedded_models.digits.scripts import (
     OBSERVATION_LIMITS,
@@ -156,10 +163,10 @@ def build(
         return replace(base, backdrop=min(1.0, step / recipe.fade_steps))
 
     def lessons(step: int, batch: int) -> list[Trajectory]:
-        return builder.lessons(faded(step), range(step * batch, (step + 1) * batch))
+        return builder.lessons(faded(step), of_step(step, batch))
 
     def traces(step: int, tasks: DemoTasks, script: Script, batch: int) -> list[Trajectory]:
-        rows = range(step * batch, (step + 1) * batch)
+        rows = of_step(step, batch)
         lesson_step = 2 * recipe.reading_steps + recipe.fade_steps + step  # only new lessons
         return [
             *builder.traces(tasks, rows, script, tasks.seed),

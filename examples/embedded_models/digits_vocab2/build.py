@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from examples.embedded_models.builder import progress, run_recipe, write_report
+from examples.embedded_models.builder import of_step, progress, run_recipe, write_report
 from examples.embedded_models.digits.build import DigitsBuilder
 from examples.embedded_models.digits.prompts import HEADERS, prompt_texts
 from examples.embedded_models.digits.scripts import expert
@@ -106,8 +106,8 @@ def build(out: Path, recipe: Recipe, log: Callable[[str], None] = print) -> dict
     )
 
     def rows(step: int) -> list[Any]:
-        played = range(step * recipe.traces, (step + 1) * recipe.traces)
-        lessons = range(step * recipe.lessons, (step + 1) * recipe.lessons)
+        played = of_step(step, recipe.traces)
+        lessons = of_step(step, recipe.lessons)
         return [
             *builder.traces(tasks, played, expert, tasks.seed),
             *builder.lessons(tasks, lessons),

@@ -19,7 +19,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from examples.embedded_models.builder import ModelBuilder, mean, progress, run_recipe, write_report
+from examples.embedded_models.builder import (
+    ModelBuilder,
+    mean,
+    of_step,
+    progress,
+    run_recipe,
+    write_report,
+)
 from examples.embedded_models.figures.scripts import (
     CALCULATE,
     READ,
@@ -228,7 +235,7 @@ def build(
     def whole(step: int, batch: int, script: Script, number: int) -> list[Trajectory]:
         seed = 1000 * number + recipe.seed
         tasks = FigureTasks("train", size=2**31, seed=seed)
-        rows = range(step * batch, (step + 1) * batch)
+        rows = of_step(step, batch)
         beside = range(rows.start // 4, rows.stop // 4)
         return [
             *(
@@ -243,7 +250,7 @@ def build(
     log_reading = progress(log, "reading", recipe.reading_steps)
 
     def exercises(step: int) -> list[Trajectory]:
-        rows = range(step * recipe.reading_batch, (step + 1) * recipe.reading_batch)
+        rows = of_step(step, recipe.reading_batch)
         return [builder.reading(recipe.seed, row, difficulty) for row in rows]
 
     def paced(step: int, loss: float) -> None:

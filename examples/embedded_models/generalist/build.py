@@ -24,6 +24,7 @@ from examples.embedded_models.arithmetic import scripts as sum_scripts
 from examples.embedded_models.builder import (
     WEIGHTS,
     ModelBuilder,
+    of_step,
     progress,
     run_recipe,
     write_report,
@@ -137,9 +138,9 @@ class Builders:
         """Returns a step's exercises in reading digits and figures."""
         tasks = self._cards(1000 + self._recipe.seed, min(1.0, step / self._recipe.fade_steps))
         digits, drawn = self._recipe.reading_lessons, self._recipe.reading_figures
-        rows = range(step * drawn, (step + 1) * drawn)
+        rows = of_step(step, drawn)
         return [
-            *self.digits.lessons(tasks, range(step * digits, (step + 1) * digits)),
+            *self.digits.lessons(tasks, of_step(step, digits)),
             *(self._pooled("reading", 0, row, self.geometry.reading) for row in rows),
         ]
 
@@ -147,7 +148,7 @@ class Builders:
         """Returns a step's exercises in finding cards."""
         tasks = DemoTasks("train", 2**31, 4000 + self._recipe.seed, video_share=0.0)
         count = self._recipe.looking_lessons
-        return [self._place(tasks, row) for row in range(step * count, (step + 1) * count)]
+        return [self._place(tasks, row) for row in of_step(step, count)]
 
     def _place(self, tasks: DemoTasks, index: int) -> Trajectory:
         """Makes an exercise: the box of the card in a picture; only its numbers count.
@@ -171,8 +172,8 @@ class Builders:
         """Returns a step's traces of the digits, with short exchanges that train reading."""
         tasks = self._cards(seed)
         return [
-            *self.digits.traces(tasks, range(step * traces, (step + 1) * traces), script, seed),
-            *self.digits.lessons(tasks, range(step * lessons, (step + 1) * lessons)),
+            *self.digits.traces(tasks, of_step(step, traces), script, seed),
+            *self.digits.lessons(tasks, of_step(step, lessons)),
         ]
 
     def _cards(self, seed: int, backdrop: float = 1.0) -> DemoTasks:
@@ -186,16 +187,14 @@ class Builders:
     ) -> list[Trajectory]:
         """Returns a step's sums; the hardest kind is drawn twice as often."""
         tasks = ArithmeticTasks("train", 2**31, seed, (*OPERATIONS, "x"))
-        return [
-            self.sums.trace(tasks, row, script) for row in range(step * count, (step + 1) * count)
-        ]
+        return self.sums.traces(tasks, of_step(step, count), script)
 
     def figures(
         self, step: int, seed: int, script: drawing_scripts.Script, count: int
     ) -> list[Trajectory]:
         """Returns a step's figures, with exercises in reading and calculation."""
         tasks = FigureTasks("train", size=2**31, seed=seed)
-        rows = range(step * count, (step + 1) * count)
+        rows = of_step(step, count)
         beside = range(rows.start // 4, rows.stop // 4)
         drawing = self.geometry
         return [

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from examples.embedded_models.builder import progress, run_recipe, write_report
+from examples.embedded_models.builder import of_step, progress, run_recipe, write_report
 from examples.embedded_models.digits.build import DigitsBuilder
 from examples.embedded_models.digits.prompts import prompt_texts
 from examples.embedded_models.digits.scripts import (
@@ -116,7 +116,7 @@ def build(
         for count, script, view in kinds:
             found += builder.read(tasks, range(first, first + count), script, view)
             first += count
-        lessons = range(step * recipe.lessons, (step + 1) * recipe.lessons)
+        lessons = of_step(step, recipe.lessons)
         return [*found, *builder.lessons(tasks, lessons)]
 
     train_supervised(
