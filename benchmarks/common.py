@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,13 @@ from hydra import compose, initialize_config_module
 from reopold_agent.config import TrainConfig
 from reopold_agent.envs.from_config import make_env, num_tasks
 from reopold_agent.objectives import RunFacts, make_objective
-from reopold_agent.policies.loading import ModelSpec, Processing, load_model
-from reopold_agent.policies.registry import is_trainers_own
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.train.engine import model_specs
 from reopold_agent.train.interrupts import Interrupts
 from reopold_agent.train.loop import TrainingLoop
 from reopold_agent.train.settings import load_config
-from reopold_agent.train.setup import make_loop
+from reopold_agent.train.setup import load_models, make_loop
 
 
 def left_padded(prompts: Sequence[npt.NDArray[np.int64]]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,31 +41,20 @@ def last_line(figures: Mapping[str, float]) -> None:
 
 def demo_config(*overrides: str) -> TrainConfig:
     with initialize_config_module("reopold_agent.configs", version_base="1.3"):
-        composed = compose("train", overrides=["env=pixel_reasoner", *overrides])
+        composed = compose(
+            "train", overrides=["env=pixel_reasoner", "engine.device=cpu", *overrides]
+        )
     return load_config(composed)[0]
 
 
 def demo_loop(config: TrainConfig, folder: Path) -> TrainingLoop:
     """The training loop of the embedded task, ready for its first step."""
     torch.set_num_threads(config.engine.threads or 1)
-    device = torch.device("cpu")
-    known = {field.name for field in fields(ModelSpec)}
-    student, teacher = (
-        load_model(
-            ModelSpec(**{k: v for k, v in vars(getattr(config.model, role)).items() if k in known}),
-            role,
-            device,
-        )
-        for role in ("student", "teacher")
-    )
-    teacher.adapter.model.requires_grad_(False)
-    taught: Processing = teacher
-    if not is_trainers_own(config.policy.teacher):
-        taught = Processing(**{k: v for k, v in vars(teacher).items() if k != "adapter"})
     settings = dict(config.objective)
     objective = make_objective(settings.pop("name"), settings).for_run(
         RunFacts(config.steps, config.rollout.max_response_tokens)
     )
+    student, teachers = load_models(config, model_specs(config, objective))
     probe = make_env(config)
     tasks = {config.env.name: {split: num_tasks(probe, split) for split in ("train", "eval")}}
     probe.close()
@@ -78,7 +65,7 @@ def demo_loop(config: TrainConfig, folder: Path) -> TrainingLoop:
         objective,
         run,
         student,
-        {"teacher": taught},
+        teachers,
         tasks,
         progress=Progress(config.steps),
         interrupts=Interrupts(),
