@@ -34,16 +34,24 @@ class ConfigError(ReopoldError, ValueError):
 
 
 class UnknownNameError(ReopoldError, KeyError):
-    """A registry has no such name; the message lists the known names and the closest match."""
+    """A registry has no such name; the message lists the known names and the closest match.
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
-        self.kind, self.name, self.known = kind, name, sorted(known)
-        super().__init__(kind, name, self.known)
+    Args:
+        kind: what has names, in a word or two.
+        name: the unknown one.
+        known: the others.
+        where: where they were looked for, if there are several places.
+    """
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], where: str = "") -> None:
+        self.kind, self.name, self.known, self.where = kind, name, sorted(known), where
+        super().__init__(kind, name, self.known, where)
 
     def __str__(self) -> str:
         hint = suggestion(self.name, self.known, cutoff=0.5)
         listed = ", ".join(self.known) or "none"
-        return f"no {self.kind} is called '{self.name}'. {hint}Known: {listed}."
+        where = f" in {self.where}" if self.where else ""
+        return f"no {self.kind} is called '{self.name}'{where}. {hint}Known: {listed}."
 
 
 class MissingExtraError(ReopoldError, ImportError):

@@ -16,6 +16,7 @@ import torch
 from hydra import compose, initialize_config_module
 from safetensors.torch import load_file
 
+from reopold_agent.cli.groups import searched
 from reopold_agent.config import TrainConfig
 from reopold_agent.train.mixture import mixed_words
 from reopold_agent.train.settings import load_config
@@ -53,7 +54,7 @@ def load_script(file: Path) -> Any:
 
 def composed(*overrides: str) -> tuple[TrainConfig, dict[str, Any]]:
     """Composes the configuration as ``python -m reopold_agent.train`` does."""
-    words = mixed_words(overrides)
+    words = mixed_words(searched(overrides))
     with initialize_config_module("reopold_agent.configs", version_base="1.3"):
         return load_config(compose("train", words))
 

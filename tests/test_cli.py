@@ -185,7 +185,7 @@ MISTAKES = [
     Mistake("train steps=${foo}", "steps: Interpolation key 'foo' not found", "--help"),
     Mistake("train hydra.run.dir=${no}", "hydra.run.dir: Interpolation key 'no'", EVERY),
     Mistake("train data=verl", "must be given: data.eval.path, data.train.path", "--help"),
-    Mistake("train --config-dir /nosuch", "directory '/nosuch' not found", EVERY),
+    Mistake("train --config-dir /nosuch", "configurations '/nosuch' is not there.", "Name one"),
     Mistake("train hydra.run.dir=FILE", "File exists: FILE", "where a folder is needed", True),
     Mistake("train hydra.run.dir=FILE/x", "Not a directory: FILE/x", "choose another path", True),
     Mistake("train tracking=wandb", "tracking=wandb has no API key.", "wandb login", True),

@@ -282,7 +282,13 @@ def test_the_folder_of_configurations_is_repeated(tmp_path: Path) -> None:
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("# @package _global_\ndefaults: [math]\n")
     flag = ["--config-dir", str(tmp_path / "own")]
-    short = ("env=mine", "steps=0", "evaluation.tasks=1", "evaluation.teacher=false")
+    short = (
+        "env=[mine,geometry]",
+        "model=demo",
+        "steps=0",
+        "evaluation.tasks=1",
+        "evaluation.teacher=false",
+    )
     arguments = [*words(tmp_path / "run", *short), *flag]
     done = command(arguments, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -290,7 +296,7 @@ def test_the_folder_of_configurations_is_repeated(tmp_path: Path) -> None:
     assert shlex.join(flag) in printed
     done = command(f"{printed} --cfg job", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["env"]["name"] == "math"
+    assert yaml.safe_load(done.stdout)["mix"]["envs"]["mine"]["env"]["name"] == "math"
 
 
 def test_time_limits_may_change_and_other_settings_may_not() -> None:

@@ -30,14 +30,18 @@ from running import (
 )
 
 from reopold_agent.common.statistics import wilson_interval
-from reopold_agent.config import TrainConfig, build, whole_weights
+from reopold_agent.config import TrainConfig, ViewConfig, build, whole_weights
 from reopold_agent.errors import ConfigError, DataError, ReopoldError, UnknownNameError
 from reopold_agent.evaluate.words import prepared_words
 from reopold_agent.objectives import TokenBatch
 from reopold_agent.objectives.distillation import EntropyMaskedReverseKL, ReverseKLStopGradient
 from reopold_agent.plan.workload import assumed_workload
 from reopold_agent.play.session import play
+from reopold_agent.policies.loading import ModelSpec, load_processing
+from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.demonstrations import unsampled
+from reopold_agent.rollout.from_config import make_runner
+from reopold_agent.rollout.reading import Reader
 from reopold_agent.study.probe import load_config
 from reopold_agent.tracking.history import History
 from reopold_agent.tracking.metrics import read_metrics
@@ -175,6 +179,83 @@ def test_what_cannot_be_meant_is_refused_in_two_lines(words: str, told: str) -> 
     with pytest.raises(ReopoldError, match=told) as raised:
         compose_run(listed)
     assert "\n" in str(raised.value) or raised.type is UnknownNameError
+
+
+# Environments of the user's
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A folder of configurations with two environments."""
+    folder = tmp_path / "my, [own] configs/env"
+    folder.mkdir(parents=True)
+    for name, base, size in (("mine", "geometry", 9), ("other", "math", 7)):
+        text = (
+            f"# @package _global_\ndefaults: [{base}, _self_]\ndata: {{train: {{size: {size}}}}}\n"
+        )
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return folder.parent
+
+
+@pytest.mark.parametrize("names", [("mine", "pixel_reasoner"), ("mine", "other")])
+def test_environments_of_a_folder_are_composed_as_alone(own: Path, names: Sequence[str]) -> None:
+    flag = ["--config-dir", str(own)]
+    run = compose_run([*flag, f"env=[{','.join(names)}]", "model=demo", "mix.weights.mine=2"])
+    assert list(run.members) == list(names)
+    for name, member in run.members.items():
+        alone = compose_run([f"env={name}", *flag])
+        assert (member.env, member.data, member.rollout) == (alone.env, alone.data, alone.rollout)
+    assert run.members["mine"].data.train is not None
+    assert run.members["mine"].data.train["size"] == 9
+    if "other" not in names:
+        place = f"hydra.searchpath=['file://{own}']"
+        assert compose_run([place, "env=[mine,pixel_reasoner]", "model=demo"]).members == {
+            name: replace(member, mix=None) for name, member in run.members.items()
+        }
+
+
+def test_the_flag_for_a_folder_stays_where_it_was(own: Path) -> None:
+    # Hydra takes no settings behind a flag that stands behind settings.
+    flag = [f"--config-dir={own}"]
+    made = mixed_words([*flag, "model=demo", "env=[mine,other]", "seed=2", "--multirun"])
+    assert [*made[:2], *made[-2:]] == [*flag, "model=demo", "seed=2", "--multirun"]
+    assert made[2] == "env=mine+other"
+
+
+def test_an_unknown_environment_is_looked_for_in_both_places(own: Path) -> None:
+    told = rf"'mime' in the package's configs/env or {re.escape(str(own))}/env\. Did you .*'mine'"
+    for chosen in (["env=[mime,math]", "model=demo"], ["env=mime"]):
+        with pytest.raises(UnknownNameError, match=told):
+            compose_run(["--config-dir", str(own), *chosen])
+    for place in ([f"--config-dir={own}/no"], ["--config-dir"]):
+        with pytest.raises(ConfigError, match=r"configurations '.*' is not there\.\nName one"):
+            compose_run(["env=[mine,math]", "model=demo", *place])
+    with pytest.raises(ConfigError, match=r"no list of folders\.\nWrite 'hydra\.searchpath=\[DIR"):
+        compose_run(["env=math", "hydra.searchpath=3"])
+
+
+def test_a_teachers_form_follows_the_name_in_the_mixture(own: Path) -> None:
+    # The option `mine` has the environment that is registered as `geometry`.
+    run = compose_run([f"--config-dir={own}", "env=[mine,pixel_reasoner]", "model=demo"])
+    student = load_processing(ModelSpec("demo:student"), "student")
+    chat = ChatRenderer(student.tokenizer)
+    readers = {name: Reader(ViewConfig(), chat, None, pixels=run.pixels) for name in run.members}
+    runner = make_runner(run, chat, student.vision, reader=readers)
+    assert {name: each.reader for name, each in runner._members.items()} == readers
+
+
+def test_a_mixture_with_an_environment_of_a_folder_goes_on(own: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    more = (f"--config-dir={own}", "env=[mine,pixel_reasoner]", "model=demo", "checkpoint.every=1")
+    for steps in (1, 2):
+        train(folder, *more, "evaluation.tasks=0", "evaluation.teacher=false", f"steps={steps}")
+    assert [row["step"] for row in train_rows(folder)] == [0, 1]
+    prepared_words([*more[:1], "env=mine", f"model={folder}"])
+    chosen = ConfigStore.instance().repo["environments"]["chosen.yaml"].node
+    run = build(TrainConfig, yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
+    assert run.members["mine"].env.name == "geometry"
+    assert chosen["mine"].data.eval == run.members["mine"].data.eval
+    assert chosen["mine"].rollout.max_turn_tokens == 40  # the run's, not the option's
 
 
 # Runs

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
+from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,7 +23,10 @@ from reopold_agent.errors import ConfigError, UnknownNameError, first_line
 
 _log = logging.getLogger(__name__)
 
-_FOLDERS = ("--config-dir", "-cd", "hydra.searchpath")
+_FOLDER_FLAGS = ("--config-dir", "-cd")
+
+SEARCH_PATH = "hydra.searchpath"
+"""Hydra's setting for further places with configurations."""
 
 SEVERAL = ("tracking",)
 """Groups of which one run may select several options, as a list."""
@@ -51,8 +58,9 @@ def prepare_groups(arguments: Sequence[str], config: str = "train") -> None:
     _store_trackers()
     if "judge" in groups_of(config):
         _store_judges()
-    if any(word.startswith(_FOLDERS) for word in arguments):
-        return  # only Hydra knows the options in the user's own folder of configurations
+    places = _search_path(arguments)
+    if any("://" in place for place in places):
+        return  # only Hydra knows the options in a package
     for argument in arguments:
         group, equals, value = argument.partition("=")
         sweep = "," in value and not value.startswith("[")  # [a,b] selects several at once
@@ -61,8 +69,68 @@ def prepare_groups(arguments: Sequence[str], config: str = "train") -> None:
         for name in value.strip("[]").split(","):
             if group == "env" and name.startswith(GYM):
                 continue  # stored above
-            if name.strip() not in options_of(group):
-                raise UnknownNameError(_noun(group), name.strip(), options_of(group))
+            known = {*options_of(group), *_options_in(places, group)}
+            if name.strip() not in known:
+                where = ", ".join(str(Path(place, group)) for place in places)
+                where = where and f"the package's configs/{group} or {where}"
+                raise UnknownNameError(_noun(group), name.strip(), known, where)
+
+
+def searched(words: Sequence[str]) -> list[str]:
+    """Returns words with Hydra's flag ``--config-dir DIR`` as its setting ``hydra.searchpath``.
+
+    `hydra.compose` takes the setting only. As with the flag, the folder comes after the package's
+    own configurations and before those of the user's ``hydra.searchpath``.
+
+    Raises:
+        ConfigError: the flag names no folder, or the user's own setting is no list of them.
+    """
+    rest, flags = list(words), [w for w in words if w.partition("=")[0] in _FOLDER_FLAGS]
+    if not flags:
+        return rest
+    at = rest.index(flags[0])
+    _, equals, folder = rest.pop(at).partition("=")
+    if not equals:
+        folder = rest.pop(at) if at < len(rest) else ""
+    if not (folder and Path(folder).is_dir()):
+        raise ConfigError(
+            f"the folder of configurations '{folder}' is not there.\n"
+            "Name one that holds env/NAME.yaml or options of other groups: --config-dir DIR."
+        )
+    own = [word for word in rest if key_of(word) == SEARCH_PATH]
+    places = [str(Path(folder).absolute()), *_search_path(own)]
+    # Hydra's quoted strings are JSON's where they have no control characters.
+    word = f"{SEARCH_PATH}=[{','.join(json.dumps(p, ensure_ascii=False) for p in places)}]"
+    return [word, *(each for each in rest if each not in own)]
+
+
+def _search_path(words: Sequence[str]) -> list[str]:
+    """Returns the places in which Hydra looks for options beside the package: folders or URLs.
+
+    Raises:
+        ConfigError: ``hydra.searchpath`` is no list of them.
+    """
+    found: list[str] = []
+    for word in searched(words):
+        if key_of(word) != SEARCH_PATH:
+            continue
+        try:
+            value: Any = OverridesParser.create().parse_override(word).value()
+        except HydraException:
+            value = None
+        if not isinstance(value, list) or not all(isinstance(place, str) for place in value):
+            raise ConfigError(
+                f"'{word}' is no list of folders.\nWrite '{SEARCH_PATH}=[DIR]' or --config-dir DIR."
+            )
+        found += [place.removeprefix("file://") for place in value]
+    return found
+
+
+def _options_in(places: Sequence[str], group: str) -> set[str]:
+    """Returns the options of a group in folders of the user's."""
+    tops = [Path(place, group) for place in places]
+    files = [(top, file) for top in tops for file in top.rglob("*.yaml")]
+    return {file.relative_to(top).with_suffix("").as_posix() for top, file in files}
 
 
 def _check_lists(arguments: Sequence[str], groups: Sequence[str]) -> None:

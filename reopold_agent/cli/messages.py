@@ -229,8 +229,10 @@ def _settings(config: str | None) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
 
-    groups = _groups(config)
-    chosen = [word for word in sys.argv[1:] if word.partition("=")[0] in groups]
+    from reopold_agent.cli.groups import SEARCH_PATH, searched
+
+    keys = (*_groups(config), SEARCH_PATH)
+    chosen = [word for word in searched(sys.argv[1:]) if word.partition("=")[0] in keys]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("reopold_agent.configs", version_base="1.3"):

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 import reopold_agent
+from reopold_agent.cli.groups import searched
 from reopold_agent.cli.hydra import PROBLEMS_FOUND, report_errors
 from reopold_agent.doctor.examine import examine, parse
 from reopold_agent.doctor.report import as_json, show
@@ -33,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     with report_errors():
+        words = searched(words)
         unknown = [w for w in words if w.startswith("-") and w != "--json"]
         if unknown:
             raise ConfigError(f"unknown option {unknown[0]}; known are --json and --help")

@@ -19,7 +19,14 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.cli.groups import SEVERAL, check_once, options_of, prepare_groups
+from reopold_agent.cli.groups import (
+    SEARCH_PATH,
+    SEVERAL,
+    check_once,
+    options_of,
+    prepare_groups,
+    searched,
+)
 from reopold_agent.cli.messages import dotted, explain
 from reopold_agent.config import EvaluationConfig
 from reopold_agent.errors import ConfigError, suggestion
@@ -46,8 +53,6 @@ _STUDENT = "model.student."
 _LISTS = ("benchmark", "env", *SEVERAL)
 """Settings that may be lists."""
 
-_FOLDER_FLAGS = ("--config-dir", "-cd")
-
 
 def prepared_words(words: Sequence[str]) -> list[str]:
     """Returns the arguments for Hydra.
@@ -62,6 +67,8 @@ def prepared_words(words: Sequence[str]) -> list[str]:
         UnknownNameError: there is no such environment or option; suggests the closest.
     """
     check_once(words, _LISTS)
+    words = searched(words)
+    places = _places(words)
     _check_benchmarks(words)
     names = _listed(words, "env")
     if not names:
@@ -73,11 +80,10 @@ def prepared_words(words: Sequence[str]) -> list[str]:
                 )
         return [_addable(_checkpoint(word)) for word in words if _key(word) != "env"]
     groups, keys, rest = _divided(words)
-    prepare_groups([*(f"env={name}" for name in names), *groups, *_folders(words)], "train")
+    prepare_groups([*(f"env={name}" for name in names), *groups, *places], "train")
     checkpoint = _value(keys, f"{_STUDENT}path") or _value(rest, "checkpoint")
-    searched = [f"hydra.searchpath=[{Path(f).absolute().as_uri()}]" for f in _folders(words)[1:]]
     bases = {
-        name: _base(_composed("train", [f"env={name}", *groups, *searched]), groups, checkpoint)
+        name: _base(name, _composed("train", [f"env={name}", *groups, *places]), groups, checkpoint)
         for name in names
     }
     if not any(base["env"]["takes_data"] for base in bases.values()):
@@ -136,7 +142,7 @@ def _check_benchmarks(words: Sequence[str]) -> None:
         )
     places = {"benchmark": known, "suite": suites}
     if any(set(chosen[which]) - places[which] for which in places) or set(chosen["env"]) & known:
-        prepare_groups(_folders(words), "train")  # so that environments of plugins are known
+        prepare_groups(_places(words), "train")  # so that environments of plugins are known
         places["env"] = set(options_of("env"))
         for which, names in chosen.items():
             for name in names:
@@ -178,13 +184,13 @@ def _divided(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _base(
-    composed: dict[str, Any], groups: Sequence[str], checkpoint: str | None
+    name: str, composed: dict[str, Any], groups: Sequence[str], checkpoint: str | None
 ) -> dict[str, Any]:
     """Replaces sections of a composed training run by those of the run that made the checkpoint.
 
     A run of another environment changes nothing, and data that the command line chooses stays.
     """
-    run = _run_settings(checkpoint, composed["env"]["name"])
+    run = _run_settings(checkpoint, name, composed["env"]["name"])
     data_chosen = any(_key(word) == "data" for word in groups)
     for section in SECTIONS:
         if section in run and not (data_chosen and section in ("data", "pixels")):
@@ -242,8 +248,14 @@ def _check_held_out(name: str, train: Any, held_out: Any) -> None:
         )
 
 
-def _run_settings(checkpoint: str | None, name: str) -> dict[str, Any]:
-    """Returns the settings of the run whose student is evaluated; none if it has another env."""
+def _run_settings(checkpoint: str | None, name: str, registered: str) -> dict[str, Any]:
+    """Returns the settings of the run whose student is evaluated; none if it has another env.
+
+    Args:
+        checkpoint: the student.
+        name: the option ``env=NAME``, by which a mixture knows its environments.
+        registered: its ``env.name``, which a run of one environment has.
+    """
     if checkpoint is None:
         return {}
     folder = Path(checkpoint).expanduser().absolute()
@@ -253,7 +265,7 @@ def _run_settings(checkpoint: str | None, name: str) -> dict[str, Any]:
             if not isinstance(saved, dict):
                 continue
             run_settings = {str(key): value for key, value in saved.items()}
-            if (run_settings.get("env") or {}).get("name") == name:
+            if (run_settings.get("env") or {}).get("name") == registered:
                 return run_settings
             of_mixture = ((run_settings.get("mix") or {}).get("envs") or {}).get(name)
             if of_mixture is not None:
@@ -323,13 +335,9 @@ def _listed(words: Sequence[str], key: str) -> list[str]:
     return list(dict.fromkeys(str(name) for name in names))
 
 
-def _folders(words: Sequence[str]) -> list[str]:
-    """Returns the flag of Hydra for a folder of the user's own configurations, and the folder."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        flag, equals, value = word.partition("=")
-        if flag in _FOLDER_FLAGS:
-            return [flag, value if equals else following]
-    return []
+def _places(words: Sequence[str]) -> list[str]:
+    """Returns the word that names places with configurations of the user's, if there is one."""
+    return [word for word in words if _key(word) == SEARCH_PATH]
 
 
 def _value(words: Sequence[str], key: str) -> str | None:

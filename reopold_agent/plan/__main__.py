@@ -27,6 +27,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from reopold_agent.cli.groups import searched
 from reopold_agent.cli.hydra import report_errors
 from reopold_agent.cli.messages import program
 from reopold_agent.plan.compose import paper_plans, plan_run
@@ -44,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("words", nargs="*", metavar="key=value")
     parser.add_argument("--json", action="store_true", help="plain values instead of tables")
     parser.add_argument("--paper", action="store_true", help="compare with the paper's GPU-hours")
-    options = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 160)
     with report_errors(config="train"):
+        options = parser.parse_args(searched(sys.argv[1:] if argv is None else argv))
         if options.paper:
             print_paper(paper_plans(), console)
             return 0

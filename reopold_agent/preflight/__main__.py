@@ -21,7 +21,7 @@ from contextlib import nullcontext
 
 from rich.console import Console
 
-from reopold_agent.cli.groups import check_once
+from reopold_agent.cli.groups import SEARCH_PATH, check_once, searched
 from reopold_agent.cli.hydra import report_errors
 from reopold_agent.common.terminal import is_terminal
 from reopold_agent.errors import ConfigError, PreflightError
@@ -51,7 +51,7 @@ def parse(words: Sequence[str]) -> tuple[int, list[str], list[str]]:
             episodes = int(value)
         elif key in ("gpu", "gpus"):
             plan.append(word)
-        elif not key.startswith("hydra."):  # the folder of the run, which is not touched
+        elif key == SEARCH_PATH or not key.startswith("hydra."):  # not the run's folder
             run.append(word)
             plan.append(word)
     return episodes, run, plan
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     with report_errors(config="train"):
         as_json = "--json" in words
-        episodes, run, plan = parse([word for word in words if word != "--json"])
+        episodes, run, plan = parse([word for word in searched(words) if word != "--json"])
         # Imported here so that errors of the command line do not wait for PyTorch.
         from reopold_agent.plan.compose import check_hardware
         from reopold_agent.preflight.findings import judged, unfit

@@ -64,7 +64,7 @@ def checked_run(
         member = config.members[name]
         found = _bad_tasks(env, split, runners[name], most, why)
         if split in taught_splits(config):
-            found = {**_without_teacher(env, split, member), **found}
+            found = {**_without_teacher(name, env, split, member), **found}
         if found:
             left_out[name][split] = sorted(found)
         return found
@@ -113,13 +113,13 @@ def checked_runner(config: TrainConfig, student: Processing) -> RolloutRunner:
 
 
 def _without_teacher(
-    env: DataEnv, split: str, config: TrainConfig
+    name: str, env: DataEnv, split: str, config: TrainConfig
 ) -> dict[int, tuple[str, DataError]]:
     """Returns the tasks of which ``model.teachers`` does not have the teacher that they name."""
     found: dict[int, tuple[str, DataError]] = {}
     for index in range(env.num_tasks(split)) if config.model.teacher_key is not None else ():
         task = env.task(split, index)
-        problem = teacher_problem(config, task)
+        problem = teacher_problem(config, name, task)
         if problem is not None:
             found[index] = task.id, problem
     return found

@@ -23,7 +23,7 @@ def make_runner(
     max_turns: int | None = None,
     concurrency: int | None = None,
     wrap: Callable[[Env], Env] | None = None,
-    reader: Reader | Mapping[str, Reader | Readers | None] | None = None,
+    reader: Reader | Readers | Mapping[str, Reader | Readers | None] | None = None,
     plays_as: Reader | None = None,
 ) -> RolloutRunner:
     """Makes the runner for a run's environment and budgets, or for all those of a mixture.
@@ -47,11 +47,11 @@ def make_runner(
         for name, member in config.members.items():
             stop = member.rollout.stop_at_tool_call
             own = ChatRenderer(chat.tokenizer, stop_at_tool_call=stop)
-            read: Mapping[str, Reader | Readers | None]
+            read: Reader | Readers | None
             if isinstance(reader, Mapping):
-                read = {name: reader[name]}
+                read = reader[name]  # of the mixture's name, which need not be `EnvConfig.name`
             else:
-                read = {name: None if reader is None else reader.for_pixels(member.pixels)}
+                read = reader.for_pixels(member.pixels) if isinstance(reader, Reader) else reader
             members[name] = make_runner(
                 member,
                 own,

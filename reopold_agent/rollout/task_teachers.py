@@ -32,18 +32,19 @@ def named_teacher(env: gymnasium.Env[Any, Any], key: str) -> str:
     return "" if state is None else state.task.named_teacher(key)
 
 
-def teacher_problem(config: TrainConfig, task: Task) -> RowError | None:
+def teacher_problem(config: TrainConfig, env: str, task: Task) -> RowError | None:
     """Returns why a task of a run's environment has no teacher; None if it has one.
 
     Args:
-        config: the run's; of a mixture the member's (`TrainConfig.members`).
+        config: the run's.
+        env: the environment's name among the run's (`TrainConfig.members`).
         task: the task.
     """
     key, models = config.model.teacher_key, config.model
     if key is None:
         return None
     named = task.named_teacher(key)
-    if models.teacher_name(config.env.name, named) is not None:
+    if models.teacher_name(env, named) is not None:
         return None
     known = ", ".join(models.all_teachers)
     if named:
@@ -105,7 +106,7 @@ def check_task_teachers(config: TrainConfig) -> None:
                 whole &= indices.step == 1 or split != "train"
                 for index in indices:
                     task = env.task(split, index)
-                    problem = teacher_problem(member, task)
+                    problem = teacher_problem(member, name, task)
                     if problem is not None:
                         raise DataError(
                             f"task {task.id} of '{split}' in env={name} has no teacher: {problem}."

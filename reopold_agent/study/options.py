@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from reopold_agent.cli.groups import check_once, prepare_groups
+from reopold_agent.cli.groups import check_once, prepare_groups, searched
 from reopold_agent.errors import ConfigError, suggestion
 from reopold_agent.study.grid import Study
 from reopold_agent.study.studies import STUDIES, find_study
@@ -79,7 +79,7 @@ def parse(words: Sequence[str]) -> Options:
         raise ConfigError(f"report={given['report']} is not an option; the only one is report=only")
     only = tuple(label for label in given.get("only", "").split(",") if label)
     study.chosen(only)
-    extra = tuple(words[split + 1 :])
+    extra = tuple(searched(words[split + 1 :]))
     prepare_groups(extra)
     jobs = given.get("jobs", "auto")
     return Options(

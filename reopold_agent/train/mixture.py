@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.cli.groups import key_of, options_of, prepare_groups
+from reopold_agent.cli.groups import SEARCH_PATH, key_of, options_of, prepare_groups, searched
 from reopold_agent.cli.messages import explain
 from reopold_agent.errors import ConfigError, suggestion
 
@@ -29,8 +29,6 @@ _BOUNDS: dict[str, Callable[[Iterable[Any]], Any]] = {
     "stop_at_tool_call": any,
 }
 """How `TrainConfig.rollout` of a mixture follows from its environments'."""
-
-_FOLDERS = ("--config-dir", "-cd", "hydra.searchpath")
 
 _typed: dict[str, tuple[list[str], set[str]]] = {}
 """The words that made each stored option, and the keys of the words that were added with it."""
@@ -57,8 +55,10 @@ def mixed_words(words: Sequence[str]) -> list[str]:
         return list(words)
     if len(names) == 1:
         return [f"env={names[0]}" if word in listed else word for word in words]
-    prepare_groups([f"env={name}" for name in names])
-    rest = [word for word in words if word not in (*listed, *about)]
+    settings = searched(words)
+    places = [word for word in settings if key_of(word) == SEARCH_PATH]
+    prepare_groups([*places, *(f"env={name}" for name in names)])
+    rest = [word for word in settings if word not in (*listed, *about)]
     _check(rest, names)
     own = {name: _own_words(about, name) for name in names}
     weights = _weights(about, names)
@@ -75,11 +75,16 @@ def mixed_words(words: Sequence[str]) -> list[str]:
     env = {"name": option, "id": "", "takes_data": False, "kwargs": {}}
     node = {"env": env, "mix": {"weights": weights, "envs": members}}
     ConfigStore.instance().store(group="env", name=option, node=node, package="_global_")
-    kept = [word for word in rest if not _of_member(word)]
     added = [*of_run, *_bounds(members)]
-    replaced = [*listed, *about, *(word for word in rest if word not in kept)]
+    replaced = [*listed, *about, *(word for word in rest if _of_member(word))]
     _typed[f"env={option}"] = replaced, {key_of(word) for word in added}
-    return [f"env={option}", *added, *kept]  # first: nothing may follow Hydra's flags
+    made: list[str] = []
+    for word in words:  # in place: Hydra takes no settings behind a flag that follows settings
+        if word in listed:
+            made += [f"env={option}", *added]
+        elif word not in replaced:
+            made.append(word)
+    return made
 
 
 def as_typed(words: Sequence[str]) -> list[str]:
@@ -117,11 +122,6 @@ def _check(words: Sequence[str], names: Sequence[str]) -> None:
             raise ConfigError(
                 f"'{key}' leaves open which environment of env=[{','.join(names)}] is meant.\n"
                 f"Write mix.envs.{names[0]}.{word.lstrip('+')}, and likewise for the others."
-            )
-        if word.startswith(_FOLDERS):
-            raise ConfigError(
-                f"{key} cannot be used with several environments yet.\n"
-                "Leave it out, or train in one environment (env=NAME)."
             )
 
 
@@ -210,10 +210,11 @@ def _members(
         ConfigError: no model is given and the environments bring several, or a setting is wrong.
     """
     shared = [word for word in words if _of_member(word)]
+    places = [word for word in words if key_of(word) == SEARCH_PATH]
     choices = [word for word in words if key_of(word) in ("model", "recipe")]
     of_run = ["data=none"]
     if not choices:
-        brought = {name: _composed([f"env={name}"])[1]["model"] for name in own}
+        brought = {name: _composed([f"env={name}", *places])[1]["model"] for name in own}
         if len(set(brought.values())) > 1:
             told = ", ".join(f"{name} with {model}" for name, model in brought.items())
             advice = "model=generalist" if "generalist" in options_of("model") else "model=NAME"
@@ -223,14 +224,15 @@ def _members(
             )
         of_run.append(f"model={next(iter(brought.values()))}")
     played_word = [word for word in words if key_of(word) == "evaluation.tasks"]
-    run, chosen = _composed([*choices, *played_word, *of_run])
+    run, chosen = _composed([*choices, *played_word, *of_run, *places])
     model = [] if "toy" in run else [f"model={chosen['model']}", *choices]
     model = list({key_of(word): word for word in model}.values())
     played = bool(run.evaluation.tasks)
     members = {}
     for name, mine in own.items():
         try:
-            composed, _ = _composed([f"env={name}", *model, *_overridden(shared, mine), *mine])
+            its = [f"env={name}", *model, *_overridden(shared, mine), *mine, *places]
+            composed, _ = _composed(its)
             members[name] = _plain(composed, name, played)
         except ConfigError as error:
             text = str(error)

@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.cli.groups import check_once, key_of, prepare_groups
+from reopold_agent.cli.groups import check_once, key_of, prepare_groups, searched
 from reopold_agent.cli.hydra import plain_values
 from reopold_agent.cli.messages import explain, verl_only
 from reopold_agent.config import TrainConfig, build, flatten, only_for_verl
@@ -160,7 +160,7 @@ def compose_run(words: Sequence[str], *, with_student: bool = False) -> TrainCon
         UnknownNameError: a group has no such option.
     """
     check_once(words)
-    words = mixed_words(words)
+    words = mixed_words(searched(words))
     prepare_groups(words)
     GlobalHydra.instance().clear()
     try:
