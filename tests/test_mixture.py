@@ -250,12 +250,6 @@ def test_a_mixture_with_an_environment_of_a_folder_goes_on(own: Path, tmp_path: 
     for steps in (1, 2):
         train(folder, *more, "evaluation.tasks=0", "evaluation.teacher=false", f"steps={steps}")
     assert [row["step"] for row in train_rows(folder)] == [0, 1]
-    prepared_words([*more[:1], "env=mine", f"model={folder}"])
-    chosen = ConfigStore.instance().repo["environments"]["chosen.yaml"].node
-    run = build(TrainConfig, yaml.safe_load((folder / "config.yaml").read_text("utf-8")))
-    assert run.members["mine"].env.name == "geometry"
-    assert chosen["mine"].data.eval == run.members["mine"].data.eval
-    assert chosen["mine"].rollout.max_turn_tokens == 40  # the run's, not the option's
 
 
 # Runs
