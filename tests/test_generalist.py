@@ -70,7 +70,7 @@ def test_specialists_fail_outside_their_own_task_and_the_student_has_much_to_lea
             if task == name:
                 assert success >= student[task]["success"] + 0.30
             else:
-                assert success <= 0.25  # guesses are right as often
+                assert success <= 0.30  # against 0.83 to 0.95 of the specialist there
 
 
 def test_each_environment_has_its_data_its_limits_and_its_teacher() -> None:
@@ -104,10 +104,15 @@ def test_the_page_gives_the_recipe_s_figures() -> None:
         assert cells == [f"{held_out[name][task]['success']:.2f}" for task in TASKS]
 
 
-def test_the_page_gives_the_run_s_figures() -> None:
+def test_the_page_gives_the_runs_figures() -> None:
     page = (ROOT / "docs" / "teachers.md").read_text("utf-8")
-    run = json.loads((ROOT / "docs" / "results" / "generalist.json").read_text())
-    [row] = re.findall(r"^\| student after .*$", page, re.MULTILINE)
-    cells = [cell.strip() for cell in row.split("|")[2:5]]
-    after = [run["after"][task] for task in TASKS]
-    assert cells == [f"{a['success']:.2f} ({a['low']:.2f} to {a['high']:.2f})" for a in after]
+    runs = json.loads((ROOT / "docs" / "results" / "generalist.json").read_text())["runs"]
+    held_out = report()["held_out"]
+    for run in runs:
+        [row] = re.findall(rf"^\| student after .* seed {run['seed']} \|.*$", page, re.MULTILINE)
+        cells = [cell.strip() for cell in row.split("|")[2:6]]
+        after = [run["after"][task] for task in (*TASKS, "mean")]
+        assert cells == [f"{a['success']:.2f} ({a['low']:.2f} to {a['high']:.2f})" for a in after]
+        best = max(sum(held_out[name][task]["success"] for task in TASKS) / 3 for name in TASKS)
+        assert run["after"]["mean"]["low"] > best, "any single specialist is worse"
+    assert len(runs) >= 3

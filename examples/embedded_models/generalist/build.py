@@ -4,8 +4,8 @@ It takes minutes on one thread and is seeded. A base model starts from the figur
 weights the package ships; it learns to read digits, then all three tasks, then to find cards, then
 all three tasks again. Each specialist is the base trained further on one task alone, which makes it
 forget the others (the teachers of MiMo-V2-Flash, arXiv 2601.02780, also begin from one model). The
-student is the base trained further on careless texts of all three. So all four share tokenizer and
-architecture, and the student can do all tasks but mostly guesses.
+student is the base trained a little further on texts most of which guess at once. So all four share
+tokenizer and architecture, and the student can do all tasks but has the habit of guessing.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ PREFIX: Final = "generalist_"
 START: Final = "figures_teacher"
 LAYERS: Final = 4
 VOCABULARY: Final = 1408
+AT_ONCE: Final = 0.75
+"""Share of the student's texts that answer at once with a guess; the others are an expert's."""
 TASKS: Final = ("pixel_reasoner", "math", "geometry")
 """The environments, after which the teachers are named."""
 
@@ -72,8 +74,9 @@ class Recipe:
         fade_steps: steps of stage 1 over which the digits' photographs fade in.
         looking_steps: stage 3: cards to find in small pictures, without the long system message.
         looking_lessons: cards per step of stage 3.
-        practice_steps: stage 4, all three tasks again.
+        practice_steps: stage 4, all three tasks again, with twice as many sums and figures.
         specialist_steps: stage 5, from stage 4, one task each; twice as many texts of it.
+        math_steps: the same for sums, whose texts have no picture and make a model forget slowly.
         student_steps: stage 6, from stage 4: careless texts.
         pool: number of different figures, and of different exercises of each sort.
         held_out: number of held-out tasks for the final figures.
@@ -91,9 +94,10 @@ class Recipe:
     fade_steps: int = 150
     looking_steps: int = 300
     looking_lessons: int = 64
-    practice_steps: int = 150
+    practice_steps: int = 600
     specialist_steps: int = 120
-    student_steps: int = 120
+    math_steps: int = 200
+    student_steps: int = 40
     pool: int = 1024
     held_out: int = 256
 
@@ -112,6 +116,7 @@ TINY: Final = Recipe(
     looking_lessons=2,
     practice_steps=2,
     specialist_steps=2,
+    math_steps=2,
     student_steps=2,
     pool=8,
     held_out=2,
@@ -206,15 +211,15 @@ class Builders:
             *(self._pooled("calculation", seed, row, drawing.calculation) for row in beside),
         ]
 
-    def experts(self, seed: int) -> Batch:
-        """Returns what makes a step's texts of experts of all tasks."""
+    def experts(self, seed: int, times: int = 1) -> Batch:
+        """Returns what makes a step's texts of experts; ``times`` as many sums and figures."""
         size = self._recipe
         return lambda step: [
             *self.pixel_reasoner(
                 step, 500 + seed, card_scripts.expert, size.digit_traces, size.lessons
             ),
-            *self.math(step, seed, sum_scripts.expert, size.problems),
-            *self.figures(step, seed, drawing_scripts.expert, size.figures),
+            *self.math(step, seed, sum_scripts.expert, times * size.problems),
+            *self.figures(step, seed, drawing_scripts.expert, times * size.figures),
         ]
 
     def careless(self, seed: int) -> Batch:
@@ -222,10 +227,10 @@ class Builders:
         size = self._recipe
         return lambda step: [
             *self.pixel_reasoner(
-                step, seed, card_scripts.Careless(), size.digit_traces, size.lessons
+                step, seed, card_scripts.Careless(AT_ONCE, 0.0), size.digit_traces, size.lessons
             ),
-            *self.math(step, seed, sum_scripts.Careless(), size.problems),
-            *self.figures(step, seed, drawing_scripts.Careless(), size.figures),
+            *self.math(step, seed, sum_scripts.Careless(AT_ONCE, 0.0), size.problems),
+            *self.figures(step, seed, drawing_scripts.Careless(AT_ONCE, 0.0), size.figures),
         ]
 
     def specialist(self, task: str, seed: int) -> Batch:
@@ -319,13 +324,14 @@ def build(
     batch = builders.experts(1000 + recipe.seed)
     train("base", base, Schedule(recipe.base_steps, peak=2e-3, final_share=0.05), batch)
     train("looking", base, Schedule(recipe.looking_steps, peak=3e-3), builders.looking)
-    batch = builders.experts(3000 + recipe.seed)
+    batch = builders.experts(3000 + recipe.seed, times=2)
     schedule = Schedule(recipe.practice_steps, peak=2e-3, warmup=20, final_share=0.05)
     train("practice", base, schedule, batch)
     for name in TASKS:
         model = copy.deepcopy(base)
         batch = builders.specialist(name, 2000 + recipe.seed)
-        train(name, model, Schedule(recipe.specialist_steps, peak=2e-3, warmup=10), batch)
+        steps = recipe.math_steps if name == "math" else recipe.specialist_steps
+        train(name, model, Schedule(steps, peak=2e-3, warmup=10), batch)
         finish(name, model)
     batch = builders.careless(2001 + recipe.seed)
     train("student", base, Schedule(recipe.student_steps, peak=1e-3, warmup=10), batch)
