@@ -374,5 +374,32 @@ def test_a_reference_model_is_in_the_memory() -> None:
     with_it, without = (plan_run([f"objective={name}"]) for name in ("exopd", "rkl_sg"))
     for one, other in zip(with_it.memory, without.memory, strict=True):
         for phase, parts in one.phases.items():
-            assert parts.pop("reference") == 4.0 * with_it.student.parameters  # float32
-            assert parts == other.phases[phase]
+            held = dict(parts)
+            assert held.pop("reference") == 4.0 * with_it.student.parameters  # float32
+            if phase == "reference":  # no gradients, and no copies of frozen weights
+                scoring = other.phases["old log-probs"]
+                assert held == {name: scoring[name] for name in held}
+                assert {"weights", "optimizer", "activations", "head"} <= held.keys()
+            else:
+                assert held == other.phases[phase]
+
+
+def test_a_reference_models_pass_is_in_the_time() -> None:
+    words = ["env=math", "model=qwen2_5_vl_3b", "data=openr1_math", "engine.old_logp=recompute"]
+    small, large, none = (
+        plan_run([*words, *more])
+        for more in (
+            ["objective=exopd"],
+            ["objective=exopd", "objective.reference=Qwen/Qwen2.5-VL-7B-Instruct"],
+            ["objective=rkl_sg"],
+        )
+    )
+    # It is a pass of the student's old log-probs.
+    added = small.flops.teacher - none.flops.teacher
+    assert added == pytest.approx(none.flops.old_logp)
+    assert small.flops.total - none.flops.total == pytest.approx(added)
+    seconds = small.seconds.teacher - none.seconds.teacher
+    assert seconds == pytest.approx(none.seconds.old_logp)
+    assert large.flops.teacher - none.flops.teacher > 1.8 * added
+    held = [plan.memory[0].phases["reference"]["reference"] for plan in (small, large)]
+    assert held[1] > 2 * held[0]

@@ -139,9 +139,10 @@ def make_plan(
         padding=padding_share(_passes(config, work, layout, updating=True)),
         old_padding=padding_share(_passes(config, work, layout, updating=False)),
     )
-    counted = step_flops(student, teacher, work, how)
+    reference = _reference(config, student)
+    counted = step_flops(student, teacher, work, how, reference)
     seconds = _seconds(config, counted, student, teacher, work, layout, rates)
-    memory = _memory(config, layout, student, teacher, work, gpu, server)
+    memory = _memory(config, layout, student, teacher, reference, work, gpu, server)
     warnings = warnings_for(config, layout, memory, seconds, gpu, room, how.padding, rates)
     return Plan(
         *(config, gpu, rates, layout, student, teacher, work, counted, seconds, memory, warnings),
@@ -311,6 +312,7 @@ def _memory(
     layout: Layout,
     student: Architecture,
     teacher: Architecture | None,
+    reference: Architecture | None,
     work: Workload,
     gpu: Gpu,
     server: Server,
@@ -343,9 +345,13 @@ def _memory(
                 rollout["sampler"] = trainer.copied(student)
                 phases = {name: {**parts, **rollout} for name, parts in phases.items()}
             phases = {"rollout": {**resident, **rollout}, **phases}
-        if config.objective["name"] == "exopd":
-            path = config.objective.get("reference")
-            held = {"reference": _weights(config.model.student, _reference(student, path), 1)}
+        if reference is not None:
+            scored = trainer.scoring(reference, old, shown * old.tokens)
+            # Frozen weights are cast anew for each use, so that no copy of them stays.
+            passing = {name: scored[name] for name in ("activations", "head")}
+            beside = {name: held for name, held in phases["update"].items() if name not in update}
+            phases["reference"] = {**beside, **resident, **passing}
+            held = {"reference": _weights(config.model.student, reference, 1)}
             phases = {name: {**parts, **held} for name, parts in phases.items()}
         here = [each for each in run_teachers(config) if each.policy["name"] != "server"]
         if teacher is None or not here:
@@ -404,8 +410,11 @@ def _weights(spec: ModelConfig, largest: Architecture, teachers: int) -> float:
     return float((4 if spec.dtype == "float32" else 2) * size.parameters)
 
 
-def _reference(student: Architecture, path: str | None) -> Architecture:
-    """Returns the shapes of the reference model, which is the student unless it has a path."""
+def _reference(config: TrainConfig, student: Architecture) -> Architecture | None:
+    """Returns the shapes of the objective's reference model, by default the starting student's."""
+    if config.objective["name"] != "exopd":
+        return None
+    path = config.objective.get("reference")
     return student if path is None else find_architecture(path)
 
 

@@ -55,7 +55,12 @@ class Training:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of a step; ``vision`` is the vision towers' share of all."""
+    """FLOPs of a step.
+
+    Attributes:
+        teacher: scoring, also by an objective's reference model, as in a run's ``time/teacher``.
+        vision: the vision towers' share of all.
+    """
 
     prompt: float
     decode: float
@@ -72,7 +77,11 @@ class StepFlops:
 
 
 def step_flops(
-    student: Architecture, teacher: Architecture | None, work: Workload, how: Training
+    student: Architecture,
+    teacher: Architecture | None,
+    work: Workload,
+    how: Training,
+    reference: Architecture | None = None,
 ) -> StepFlops:
     """Counts the FLOPs of a step.
 
@@ -107,6 +116,13 @@ def step_flops(
             _vision(teacher, work.prompt_pictures) + _vision(teacher, work.observation_pictures)
         )
         taught = other.layers + other.logits + taught_seen
+    if reference is not None:  # by the passes of the old log-probs
+        other = _whole(reference, work, lengths, all_logits=False)
+        looked = episodes * (
+            _vision(reference, work.prompt_pictures) + _vision(reference, work.observation_pictures)
+        )
+        taught += other.layers / (1 - how.old_padding) + other.logits + looked
+        taught_seen += looked
     vision = sights + observed + taught_seen + seen * (passes + how.recompute_old)
     counted = StepFlops(prompt + sights + observed, decode, taught, old, update, 0.0)
     return StepFlops(
