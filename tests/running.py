@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,6 +72,17 @@ def environment() -> dict[str, str]:
     plain = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "REOPOLD_DEBUG")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{plain.get('PATH', '')}"
     return {**plain, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def write_plugin(folder: Path, name: str, entry_points: str, **modules: str) -> Path:
+    """A package as pip would leave it in ``folder``."""
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(textwrap.dedent(entry_points))
+    for module, code in modules.items():
+        (folder / f"{module}.py").write_text(textwrap.dedent(code))
+    return folder
 
 
 def words(folder: Path, *overrides: str) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import write_plugin
 
 from reopold_agent.config import OUTCOME_DEFAULTS
 
@@ -67,17 +68,6 @@ def answer_of(code: str, *path: Path, cwd: Path) -> Any:
     done = start("-W", "error", "-c", textwrap.dedent(code), path=list(path), cwd=cwd)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def write_plugin(folder: Path, name: str, entry_points: str, **modules: str) -> Path:
-    """A package as pip would leave it in ``folder``."""
-    info = folder / f"{name}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(textwrap.dedent(entry_points))
-    for module, code in modules.items():
-        (folder / f"{module}.py").write_text(textwrap.dedent(code))
-    return folder
 
 
 # Discovery

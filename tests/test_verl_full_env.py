@@ -1,7 +1,8 @@
 """The distributed engine with verl, Ray, FSDP and vLLM servers on this CPU.
 
 Needs the environment that ``.ci/run`` builds: ``pytest -m full_env``. A run takes minutes, most of
-them for starting some fifteen processes, so one run with two ranks serves several tests.
+them for starting some fifteen processes, so one run with two ranks serves several tests. Its
+student and teacher are random Qwen3-VL models; those of `test_verl_tools_full_env` are Qwen2.5-VL.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import save_checkpoint
 from omegaconf import OmegaConf
 from recorded import policy, trajectory
-from running import last_of_each
+from running import last_of_each, write_plugin
 from step_rows import update_rows
 
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.objectives import Needs, Reopold
 from reopold_agent.objectives.pieces import importance_weight
-from reopold_agent.policies.loading import ModelSpec, load_model
+from reopold_agent.policies.loading import ModelSpec, load_model, load_processing
 from reopold_agent.tracking.metrics import read_json_lines
 from reopold_agent.train.rows import Row
 from reopold_agent.train.update import Updater
@@ -39,9 +41,10 @@ pytest.importorskip("vllm", reason="needs the full environment")
 psutil = pytest.importorskip("psutil", reason="comes with verl")
 
 STEPS, PROMPTS, SAMPLES = 3, 4, 2
+ROLES = ("student", "teacher")
 COMMAND = (sys.executable, "-m", "reopold_agent.train")
 WORDS = [
-    *("env=pixel_reasoner", "engine=verl", "engine.device=cpu"),
+    *("env=reflex", "model=demo", "engine=verl", "engine.device=cpu"),
     *("engine.gpus_per_node=3", "engine.teacher_gpus_per_node=1"),
     *("engine.packed=true", "engine.rollout_workers=1", f"steps={STEPS}"),
     f"batch.prompts={PROMPTS}",
@@ -57,11 +60,34 @@ MOVED = {
 }
 """The teacher on the student's two GPUs, and one server of each role on both."""
 
+# Random models write no calls: two turns of three stand for one, with another box each.
+PLUGIN = """
+    from reopold_agent.envs import register_env
+    from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
+    from reopold_agent.tools.parse import write_tool_call
+
+    class ReflexEnv(PixelReasonerEnv):
+        def step(self, action):
+            if len(action) % 3:
+                x, y = (len(action) % sides / 2 / sides for sides in (5, 7))
+                box = {"bbox_2d": [x, y, x + 0.5, y + 0.5], "target_image": 1}
+                action = write_tool_call("crop_image", box)
+            return super().step(action)
+
+    register_env(
+        "reflex", id="reflex/Reflex-v0", entry_point="reflex_plugin:ReflexEnv",
+        config={"takes_data": True},
+    )
+"""
+
 
 def start(folder: Path, *more: str) -> subprocess.Popen[bytes]:
+    models = [f"model.{role}.path={folder.parent / role}" for role in ROLES]
+    path = [str(folder.parent / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         return subprocess.Popen(
-            [*COMMAND, *last_of_each(*WORDS, *more), f"hydra.run.dir={folder}"],
+            [*COMMAND, *last_of_each(*WORDS, *models, *more), f"hydra.run.dir={folder}"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -120,6 +146,11 @@ class Run:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("verl") / "run"
+    points = "[reopold_agent.envs]\nreflex = reflex_plugin\n"
+    write_plugin(folder.parent / "site", "reflex", points, reflex_plugin=PLUGIN)
+    tokenizer = load_processing(ModelSpec("demo:student"), "student").tokenizer
+    for seed, role in enumerate(ROLES):
+        save_checkpoint(folder.parent / role, "qwen3_vl", tokenizer, seed)
     first = start(folder)
     servers = set()
     try:
@@ -208,11 +239,13 @@ def test_an_update_is_the_local_engines(run: Run, step: int) -> None:
     row = rows_of(folder, "train")[step]
     cpu = torch.device("cpu")
     earlier = folder / f"checkpoints/global_step_{step}/actor/huggingface"
-    student = load_model(ModelSpec("demo:student" if step == 0 else str(earlier)), "student", cpu)
-    teacher = load_model(ModelSpec("demo:teacher"), "teacher", cpu)
+    begun = earlier if step else folder.parent / "student"
+    student = load_model(ModelSpec(str(begun)), "student", cpu)
+    teacher = load_model(ModelSpec(str(folder.parent / "teacher")), "teacher", cpu)
     records = [r for r in read_json_lines(folder / "trajectories.jsonl") if r["step"] == step]
     batch = [trajectory(record, folder, student) for record in records]
     assert len(batch) == PROMPTS * SAMPLES
+    assert any(len(t.images) > 1 for t in batch), "tools gave pictures"
 
     for t, score in zip(batch, policy(teacher).score(batch), strict=True):
         np.testing.assert_allclose(t.teacher_logp, score.logp, atol=2e-4)

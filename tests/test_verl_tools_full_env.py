@@ -13,7 +13,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import pytest
 import torch
 import yaml
 from recorded import policy, trajectory
+from running import write_plugin
 
 from reopold_agent.objectives import Reopold
 from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model
@@ -86,11 +86,8 @@ PLUGIN = """
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """The run's folder, the file that the tool wanted to write, and what the run said."""
     root = tmp_path_factory.mktemp("spied")
-    info = root / "site" / "spied-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: spied\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[reopold_agent.envs]\nspied = spied_plugin\n")
-    (root / "site" / "spied_plugin.py").write_text(textwrap.dedent(PLUGIN))
+    points = "[reopold_agent.envs]\nspied = spied_plugin\n"
+    site = write_plugin(root / "site", "spied", points, spied_plugin=PLUGIN)
     spoil = root / "spoil"
     command = [
         *(sys.executable, "-m", "reopold_agent.train", "env=[spied,geometry]"),
@@ -106,7 +103,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         *(f"model.student.lora={LORA}", "checkpoint.every=1"),
         *("optimizer.lr=0.001", "checkpoint.keep=10"),
     ]
-    variables = {"PYTHONPATH": str(root / "site"), "SPOIL": str(spoil), "SPIED_API_KEY": "s3cret"}
+    variables = {"PYTHONPATH": str(site), "SPOIL": str(spoil), "SPIED_API_KEY": "s3cret"}
     process = subprocess.Popen(
         command,
         env={**os.environ, **variables},
