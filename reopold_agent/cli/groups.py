@@ -97,11 +97,16 @@ def searched(words: Sequence[str]) -> list[str]:
             f"the folder of configurations '{folder}' is not there.\n"
             "Name one that holds env/NAME.yaml or options of other groups: --config-dir DIR."
         )
-    own = [word for word in rest if key_of(word) == SEARCH_PATH]
+    own = place_words(rest)
     places = [str(Path(folder).absolute()), *_search_path(own)]
     # Hydra's quoted strings are JSON's where they have no control characters.
     word = f"{SEARCH_PATH}=[{','.join(json.dumps(p, ensure_ascii=False) for p in places)}]"
     return [word, *(each for each in rest if each not in own)]
+
+
+def place_words(words: Sequence[str]) -> list[str]:
+    """Returns the words that set ``hydra.searchpath``, the places of the user's configurations."""
+    return [word for word in words if key_of(word) == SEARCH_PATH]
 
 
 def _search_path(words: Sequence[str]) -> list[str]:
@@ -111,9 +116,7 @@ def _search_path(words: Sequence[str]) -> list[str]:
         ConfigError: ``hydra.searchpath`` is no list of them.
     """
     found: list[str] = []
-    for word in searched(words):
-        if key_of(word) != SEARCH_PATH:
-            continue
+    for word in place_words(searched(words)):
         try:
             value: Any = OverridesParser.create().parse_override(word).value()
         except HydraException:

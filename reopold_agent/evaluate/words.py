@@ -20,10 +20,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reopold_agent.cli.groups import (
-    SEARCH_PATH,
     SEVERAL,
     check_once,
     options_of,
+    place_words,
     prepare_groups,
     searched,
 )
@@ -68,7 +68,7 @@ def prepared_words(words: Sequence[str]) -> list[str]:
     """
     check_once(words, _LISTS)
     words = searched(words)
-    places = _places(words)
+    places = place_words(words)
     _check_benchmarks(words)
     names = _listed(words, "env")
     if not names:
@@ -142,7 +142,7 @@ def _check_benchmarks(words: Sequence[str]) -> None:
         )
     places = {"benchmark": known, "suite": suites}
     if any(set(chosen[which]) - places[which] for which in places) or set(chosen["env"]) & known:
-        prepare_groups(_places(words), "train")  # so that environments of plugins are known
+        prepare_groups(place_words(words), "train")  # so that environments of plugins are known
         places["env"] = set(options_of("env"))
         for which, names in chosen.items():
             for name in names:
@@ -333,11 +333,6 @@ def _listed(words: Sequence[str], key: str) -> list[str]:
             f"{key}={value} has several values.\nWrite '{key}=[{value}]' for all of them."
         )
     return list(dict.fromkeys(str(name) for name in names))
-
-
-def _places(words: Sequence[str]) -> list[str]:
-    """Returns the word that names places with configurations of the user's, if there is one."""
-    return [word for word in words if _key(word) == SEARCH_PATH]
 
 
 def _value(words: Sequence[str], key: str) -> str | None:

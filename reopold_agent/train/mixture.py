@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.cli.groups import SEARCH_PATH, key_of, options_of, prepare_groups, searched
+from reopold_agent.cli.groups import key_of, options_of, place_words, prepare_groups, searched
 from reopold_agent.cli.messages import explain
 from reopold_agent.errors import ConfigError, suggestion
 
@@ -56,7 +56,7 @@ def mixed_words(words: Sequence[str]) -> list[str]:
     if len(names) == 1:
         return [f"env={names[0]}" if word in listed else word for word in words]
     settings = searched(words)
-    places = [word for word in settings if key_of(word) == SEARCH_PATH]
+    places = place_words(settings)
     prepare_groups([*places, *(f"env={name}" for name in names)])
     rest = [word for word in settings if word not in (*listed, *about)]
     _check(rest, names)
@@ -210,7 +210,7 @@ def _members(
         ConfigError: no model is given and the environments bring several, or a setting is wrong.
     """
     shared = [word for word in words if _of_member(word)]
-    places = [word for word in words if key_of(word) == SEARCH_PATH]
+    places = place_words(words)
     choices = [word for word in words if key_of(word) in ("model", "recipe")]
     of_run = ["data=none"]
     if not choices:
