@@ -101,9 +101,7 @@ def step_flops(
         flops.text_forward(text, start + length, length, start) for length in lengths
     )
     passed = _whole(student, work, lengths, all_logits=False)
-    seen = episodes * (
-        _vision(student, work.prompt_pictures) + _vision(student, work.observation_pictures)
-    )
+    seen = _seen(student, work)
     passes = (2 if how.lora else 3) + how.checkpointing
     # Logits are computed for the student's tokens only, and once more for the backward pass.
     update = passes * (passed.layers / (1 - how.padding) + seen) + 4 * passed.logits
@@ -112,17 +110,13 @@ def step_flops(
     taught, taught_seen = 0.0, 0.0
     if teacher is not None:
         other = _whole(teacher, work, lengths, all_logits=True)
-        taught_seen = episodes * (
-            _vision(teacher, work.prompt_pictures) + _vision(teacher, work.observation_pictures)
-        )
+        taught_seen = _seen(teacher, work)
         taught = other.layers + other.logits + taught_seen
     if reference is not None:  # by the passes of the old log-probs
         other = _whole(reference, work, lengths, all_logits=False)
-        looked = episodes * (
-            _vision(reference, work.prompt_pictures) + _vision(reference, work.observation_pictures)
-        )
-        taught += other.layers / (1 - how.old_padding) + other.logits + looked
-        taught_seen += looked
+        reference_seen = _seen(reference, work)
+        taught += other.layers / (1 - how.old_padding) + other.logits + reference_seen
+        taught_seen += reference_seen
     vision = sights + observed + taught_seen + seen * (passes + how.recompute_old)
     counted = StepFlops(prompt + sights + observed, decode, taught, old, update, 0.0)
     return StepFlops(
@@ -145,6 +139,12 @@ def _whole(
     layers = statistics.fmean(flops.text_forward(model.text, start + n, 0) for n in lengths)
     tokens = work.length if all_logits else work.response
     return _Whole(work.episodes * layers, work.episodes * flops.logits_forward(model.text, tokens))
+
+
+def _seen(model: Architecture, work: Workload) -> float:
+    """Returns the FLOPs in which a model's vision tower reads all pictures of a step's episodes."""
+    pictures = (work.prompt_pictures, work.observation_pictures)
+    return work.episodes * sum(_vision(model, each) for each in pictures)
 
 
 def _vision(model: Architecture, pictures: PictureLoad) -> float:
