@@ -69,8 +69,8 @@ def test_specialists_fail_outside_their_own_task_and_the_student_has_much_to_lea
             success = held_out[name][task]["success"]
             if task == name:
                 assert success >= student[task]["success"] + 0.30
-            else:
-                assert success <= 0.30  # against 0.83 to 0.95 of the specialist there
+            else:  # guesses are right as often; 66 of 256 figures are the most
+                assert success <= (0.26 if (name, task) == ("math", "geometry") else 0.25)
 
 
 def test_each_environment_has_its_data_its_limits_and_its_teacher() -> None:
@@ -104,12 +104,15 @@ def test_the_page_gives_the_recipe_s_figures() -> None:
         assert cells == [f"{held_out[name][task]['success']:.2f}" for task in TASKS]
 
 
+def reported(objective: str) -> list[dict[str, Any]]:
+    path = ROOT / "docs" / "results" / "generalist.json"
+    return json.loads(path.read_text("utf-8"))[objective]["runs"]
+
+
 @pytest.mark.parametrize("objective", ["gkd", "reopold"])
 def test_the_page_gives_the_runs_figures(objective: str) -> None:
     page = (ROOT / "docs" / "teachers.md").read_text("utf-8")
-    runs = json.loads((ROOT / "docs" / "results" / "generalist.json").read_text())[objective][
-        "runs"
-    ]
+    runs = reported(objective)
     held_out = report()["held_out"]
     single = max(sum(held_out[name][task]["success"] for task in TASKS) / 3 for name in TASKS)
     assert [run["seed"] for run in runs] == [0, 1, 2]
@@ -128,7 +131,7 @@ def test_the_page_gives_the_runs_figures(objective: str) -> None:
 
 def test_the_readme_gives_the_first_run_s_mean() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    run = json.loads((ROOT / "docs" / "results" / "generalist.json").read_text())["gkd"]["runs"][0]
+    run = reported("gkd")[0]
     [row] = re.findall(r"^\|.*model=generalist.*$", readme, re.MULTILINE)
     for when, cell in zip(("before", "after"), row.split("|")[2:4], strict=True):
         mean = run[when]["mean"]
