@@ -54,6 +54,18 @@ def test_a_command_in_the_background_accepts_ctrl_c(name: str, tmp_path: Path) -
     assert "Traceback" not in error
 
 
+def test_ctrl_c_in_code_that_is_compiled_from_text(tmp_path: Path) -> None:
+    """As in the middle of a dataclass while modules are imported."""
+    (tmp_path / "command.py").write_text(
+        "from reopold_agent.cli.hydra import report_errors\n"
+        "with report_errors():\n"
+        "    exec('raise KeyboardInterrupt')\n"
+    )
+    process = start([sys.executable, "-m", "command"], tmp_path)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "")
+
+
 @pytest.mark.slow
 def test_a_training_in_the_background_of_a_script_saves(tmp_path: Path) -> None:
     command = words(tmp_path / "run", "steps=50", "checkpoint.every=0", "evaluation.tasks=1")

@@ -14,6 +14,7 @@ import sys
 
 import reopold_agent
 from reopold_agent.cli.commands import COMMANDS, module_of, usage
+from reopold_agent.common.signals import end_interrupt
 
 
 def main() -> int:
@@ -23,6 +24,7 @@ def main() -> int:
         sys.stdout.flush()  # a closed pipe must raise here, where it is handled
         return status
     except KeyboardInterrupt:  # while the command was still being imported
+        end_interrupt()
         return 130
     except BrokenPipeError:  # the reader of the output ended: reopold --help | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

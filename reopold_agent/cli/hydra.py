@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reopold_agent.cli.messages import explain, program
-from reopold_agent.common.signals import accept_sigint
+from reopold_agent.common.signals import accept_sigint, end_interrupt
 from reopold_agent.config import flatten
 from reopold_agent.errors import ConfigError, Terminated, first_line, suggestion
 
@@ -159,6 +159,7 @@ def report_errors(stopped: str = "", config: str | None = None) -> Iterator[None
         yield
         sys.stdout.flush()  # a closed pipe must raise here, where it is handled
     except KeyboardInterrupt as error:
+        end_interrupt()
         if stopped:
             print(stopped, file=sys.stderr)
         sys.exit(TERMINATED if isinstance(error, Terminated) else INTERRUPTED)

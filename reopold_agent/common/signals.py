@@ -22,6 +22,16 @@ def accept_sigint() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def end_interrupt() -> None:
+    """Tells Python that a `KeyboardInterrupt` was handled.
+
+    CPython notes one that leaves code compiled from text, as when a dataclass is defined during an
+    import. At its end ``python -m`` then kills itself with SIGINT, whatever status the program
+    gave (``_Py_UnhandledKeyboardInterrupt``), unless more such code has run since.
+    """
+    exec("")  # noqa: S102
+
+
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
     """Makes SIGTERM raise `Terminated` within the block; a second one ends the process at once.
