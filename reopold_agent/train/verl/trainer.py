@@ -373,9 +373,10 @@ class Trainer(PPOTrainerSync):
     def _compute_metrics(
         self, batch: Any, metrics: dict[str, Any], timing_raw: Any, global_steps: int, epoch: int
     ) -> None:
-        """Writes the step's row and trajectories; ends the run here if it should stop."""
+        """Writes the step's trajectories and then its row; ends the run here if it should stop."""
         step = global_steps - 1
         self._made = global_steps
+        self._write_trajectories(step)
         trajectories = trajectories_of(self._rows)
         wanted = self.run_config.batch.prompts * self.run_config.batch.samples
         row = {
@@ -394,7 +395,6 @@ class Trainer(PPOTrainerSync):
         sampled = sum(t.response_tokens for t in trajectories)
         row["tokens_per_second"] = sampled / max(1e-9, row["time/step"])
         self.metrics.write(row)
-        self._write_trajectories(step)
         every = self.run_config.evaluation.every
         if every and global_steps % every == 0 and global_steps < self.run_config.steps:
             self._evaluate("student", global_steps, self._sampling(), curve=True)
