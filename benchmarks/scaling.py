@@ -162,9 +162,10 @@ def steps(part: str, repeats: int, quick: bool) -> dict[str, float]:
                 flush=True,
             )
     slope, last = exponents([(size, seconds) for size, seconds, _ in points])
-    # Less than a few MiB is what the allocator keeps.
-    grown, _ = exponents([(size, max(grown, 4.0)) for size, _, grown in points])
-    print(f"{part}: CPU ~ {part}^{slope:.2f} (last doubling {last:.2f}), memory ^{grown:.2f}")
+    # Of the last doubling: the smallest sizes also use what the first step left. Less than a few
+    # MiB is what the allocator keeps.
+    _, grown = exponents([(size, max(grown, 4.0)) for size, _, grown in points])
+    print(f"{part}: CPU ~ {part}^{slope:.2f}; last doubling {last:.2f}, of the memory {grown:.2f}")
     return {f"{part}_cpu_exponent": slope, f"{part}_memory_exponent": max(grown, 0.01)}
 
 
