@@ -51,6 +51,7 @@ WORDS = [
     *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "objective.switch_step=1"),
     *("checkpoint.every=1", "checkpoint.keep=10", "logging.trajectories=100"),
     *("evaluation.tasks=4", "evaluation.every=0", "evaluation.teacher=true"),
+    "rollout.max_turn_tokens=24",  # random models write to the limit
 ]
 MOVED = {
     "engine.gpus_per_node": 2,
