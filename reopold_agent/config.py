@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from fractions import Fraction
@@ -20,7 +21,7 @@ class EnvConfig:
     """The environment.
 
     Attributes:
-        name: the name after ``env=``.
+        name: the registered name; an option of one's own, ``env=mine``, may have that of another.
         id: Gymnasium id.
         kwargs: arguments of `gymnasium.make`.
         takes_data: whether the environment also gets the run's ``data`` section (as ``data``).
@@ -906,7 +907,7 @@ class TrainConfig:
         if self.steps == 0 and self.engine.name == "verl":
             raise ConfigError(
                 "engine=verl cannot run without training steps.\nUse engine=local, or `reopold "
-                f"evaluate env={self.env.name} model=DIR`."
+                f"evaluate {shlex.quote(self.env_word)} model=DIR`."
             )
         if self.steps == 0 and self.evaluation.tasks == 0:
             raise ConfigError(
@@ -946,6 +947,12 @@ class TrainConfig:
     def weights(self) -> dict[str, float]:
         """The share of each environment in the draws of tasks, up to a common factor."""
         return {self.env.name: 1.0} if self.mix is None else self.mix.weights
+
+    @property
+    def env_word(self) -> str:
+        """The word of a command line that chooses the run's environments."""
+        names = ",".join(self.weights)
+        return f"env={names}" if self.mix is None else f"env=[{names}]"
 
     def leaving_out(self, tasks: Mapping[str, dict[str, list[int]]]) -> TrainConfig:
         """Returns the run without some tasks, given by environment, split and position."""

@@ -309,6 +309,8 @@ def test_no_steps_and_no_held_out_tasks() -> None:
         composed("steps=0", "evaluation.tasks=0")
     with pytest.raises(ConfigError, match=r"\nUse engine=local, or `reopold evaluate env=math"):
         composed("env=math", "engine=verl", "steps=0")
+    with pytest.raises(ConfigError, match=r"`reopold evaluate 'env=\[pixel_reasoner,geometry\]'"):
+        composed("env=[pixel_reasoner,geometry]", "model=demo", "engine=verl", "steps=0")
     config, _ = composed(
         "env=math", "data=math_jsonl", "data.train.path=x", "evaluation.tasks=0", "objective=grpo",
         "model.teacher=null",

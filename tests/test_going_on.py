@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 from running import command, composed, lines, results, train, train_rows, words
 
 from reopold_agent.config import config_differences
@@ -20,6 +21,7 @@ from reopold_agent.errors import CheckpointError, ModelError
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train import evaluation, finish, setup
 from reopold_agent.train.checkpoint import newest_checkpoint
+from reopold_agent.train.finish import next_commands
 from reopold_agent.train.interrupts import again
 from reopold_agent.train.resume import FREE_TO_CHANGE, RunState
 
@@ -278,10 +280,10 @@ def test_folders_and_logs_of_commands_that_end_early(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_folder_of_configurations_is_repeated(tmp_path: Path) -> None:
-    own = tmp_path / "own/env"
+    own = tmp_path / "my, [own] configs/env"
     own.mkdir(parents=True)
     (own / "mine.yaml").write_text("# @package _global_\ndefaults: [math]\n")
-    flag = ["--config-dir", str(tmp_path / "own")]
+    flag = ["--config-dir", str(own.parent)]
     short = (
         "env=[mine,geometry]",
         "model=demo",
@@ -292,11 +294,24 @@ def test_the_folder_of_configurations_is_repeated(tmp_path: Path) -> None:
     arguments = [*words(tmp_path / "run", *short), *flag]
     done = command(arguments, tmp_path)
     assert done.returncode == 0, done.stderr
-    printed = next(x for x in done.stdout.splitlines() if "reopold_agent.train" in x).strip()
-    assert shlex.join(flag) in printed
-    done = command(f"{printed} --cfg job", tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert yaml.safe_load(done.stdout)["mix"]["envs"]["mine"]["env"]["name"] == "math"
+    for module, section in (("train", "mix.envs"), ("evaluate", "environments")):
+        lines = done.stdout.splitlines()
+        printed = next(line for line in lines if f"reopold_agent.{module} " in line).strip()
+        assert shlex.join(flag) in printed
+        pasted = command(f"{printed} --cfg job", tmp_path)
+        assert pasted.returncode == 0, pasted.stderr
+        made = OmegaConf.create(pasted.stdout)
+        assert OmegaConf.select(made, f"{section}.mine.env.name") == "math"
+
+
+def test_the_evaluation_to_come_asks_for_the_option_of_the_run() -> None:
+    # The option `mine` has the environment that is registered as `math`.
+    config, _ = composed("env=math", "steps=0")
+    places = ["--config-dir=a b", "hydra.searchpath=[file://c]"]
+    for typed, asked in (("env=mine", "env=mine"), ("seed=1", "env=math")):
+        _, evaluate = next_commands(config, Path("run"), [*places, "batch.prompts=4", typed])
+        module = ["python", "-m", "reopold_agent.evaluate"]
+        assert shlex.split(evaluate) == [*module, *places, asked, "model=DIR"]
 
 
 def test_time_limits_may_change_and_other_settings_may_not() -> None:

@@ -31,6 +31,7 @@ from running import (
 
 from reopold_agent.common.statistics import wilson_interval
 from reopold_agent.config import TrainConfig, ViewConfig, build, whole_weights
+from reopold_agent.doctor.run import environment
 from reopold_agent.errors import ConfigError, DataError, ReopoldError, UnknownNameError
 from reopold_agent.evaluate.words import prepared_words
 from reopold_agent.objectives import TokenBatch
@@ -234,6 +235,17 @@ def test_an_unknown_environment_is_looked_for_in_both_places(own: Path) -> None:
         compose_run(["env=math", "hydra.searchpath=3"])
 
 
+def test_messages_have_the_option_s_name_and_its_folder(own: Path) -> None:
+    flag = f"--config-dir={own}"
+    config = compose_run([flag, "env=[mine,pixel_reasoner]", "model=demo"])
+    splits = [(name, split) for name in config.members for split in ("train", "eval")]
+    for found, (name, split) in zip(environment(config), splits, strict=True):
+        assert found.text.startswith(f"{name}, {split}: ")
+    advice = re.escape(f"""`reopold evaluate 'hydra.searchpath=["{own}"]' env=mine --cfg job`""")
+    with pytest.raises(ConfigError, match=rf"unknown setting 'rollout\.turn'.*\n.*{advice} shows"):
+        prepared_words([flag, "env=mine", "rollout.turn=3"])
+
+
 def test_a_teachers_form_follows_the_name_in_the_mixture(own: Path) -> None:
     # The option `mine` has the environment that is registered as `geometry`.
     run = compose_run([f"--config-dir={own}", "env=[mine,pixel_reasoner]", "model=demo"])
@@ -247,9 +259,13 @@ def test_a_teachers_form_follows_the_name_in_the_mixture(own: Path) -> None:
 def test_a_mixture_with_an_environment_of_a_folder_goes_on(own: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     more = (f"--config-dir={own}", "env=[mine,pixel_reasoner]", "model=demo", "checkpoint.every=1")
+    less = ("mix.envs.mine.rollout.max_turn_tokens=33", "evaluation.tasks=0")
     for steps in (1, 2):
-        train(folder, *more, "evaluation.tasks=0", "evaluation.teacher=false", f"steps={steps}")
+        train(folder, *more, *less, "evaluation.teacher=false", f"steps={steps}")
     assert [row["step"] for row in train_rows(folder)] == [0, 1]
+    prepared_words([more[0], "env=mine", f"model={folder}"])
+    chosen = ConfigStore.instance().repo["environments"]["chosen.yaml"].node
+    assert chosen["mine"].rollout.max_turn_tokens == 33  # those of `mine`, registered as geometry
 
 
 # Runs
@@ -455,9 +471,9 @@ def test_a_plan_has_the_mean_episode() -> None:
 
 
 def test_what_plays_one_environment_refuses_a_mixture(whole: Path) -> None:
-    with pytest.raises(DataError, match=r"a probe plays one\.\nUse `reopold evaluate env=\[pix"):
+    with pytest.raises(DataError, match=r"a probe plays one\.\nUse `reopold evaluate 'env=\[pix"):
         load_config(whole)
-    with pytest.raises(ConfigError, match=r"play is about one environment.*\nGive env=NAME"):
+    with pytest.raises(ConfigError, match=r"one environment, got env=\[pix.*\nGive env=NAME"):
         play(["env=[pixel_reasoner,geometry]", "model=demo"], io.StringIO(), Console())
     words = ["env=[pixel_reasoner,geometry]", "model=demo", "objective=sft"]
     config = compose_run([*words, "objective.source=recorded"])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from running import composed, results, train
 
-from reopold_agent.config import TeacherConfig
+from reopold_agent.config import TeacherConfig, TrainConfig
 from reopold_agent.data import loading
 from reopold_agent.data.checks import BadRowsError
 from reopold_agent.errors import (
@@ -27,7 +28,10 @@ from reopold_agent.objectives import GKD
 from reopold_agent.plan.compose import plan_run
 from reopold_agent.policies.loading import load_processing, student_spec
 from reopold_agent.policies.transformers_policy import TransformersPolicy
+from reopold_agent.rollout import task_teachers
+from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.checks import checked_run
+from reopold_agent.rollout.reading import Readers
 from reopold_agent.rollout.runner import EpisodeSpec
 from reopold_agent.rollout.task_teachers import check_task_teachers
 from reopold_agent.train import finish
@@ -35,6 +39,7 @@ from reopold_agent.train.engine import run_objective
 from reopold_agent.train.roles import check_roles
 from reopold_agent.train.rows import Row
 from reopold_agent.train.scoring import Scoring, ScoringByTeacher
+from reopold_agent.train.setup import prepared, run_reader
 from reopold_agent.train.teachers import Teachers, run_teachers
 from reopold_agent.train.update import Updater
 from reopold_agent.train.verl.records import from_row, to_row
@@ -443,6 +448,44 @@ def test_made_tasks_without_a_teacher_are_refused_too() -> None:
     told = r"task .* of 'train' in env=pixel_reasoner has no teacher: .*\nAdd model\.teachers\."
     with pytest.raises(DataError, match=told):
         check_task_teachers(config)
+
+
+@pytest.mark.parametrize("key", ["domain", "null"])
+def test_the_teacher_of_an_option_s_tasks_has_the_option_s_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """The option ``mine`` has the environment that is registered as ``math``."""
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env/mine.yaml").write_text("# @package _global_\ndefaults: [math]\n")
+    named_rows(tmp_path, [ROWS[3]])  # it names no teacher
+
+    def config_of(mine: str) -> TrainConfig:
+        models = f"mine: {{path: demo:student, view: {mine}}}, geometry: demo:teacher"
+        paths = [f"mix.envs.mine.data.{x}.path={tmp_path}/rows.jsonl" for x in ("train", "eval")]
+        return composed(
+            *(f"--config-dir={tmp_path}", "env=[mine,geometry]", "mix.envs.mine.data=math_jsonl"),
+            *("model=demo", NONE, f"model.teachers={{{models}}}", f"model.teacher_key={key}"),
+            *(*paths, "mix.envs.geometry.data.train.size=9", "evaluation.tasks=2", "steps=1"),
+        )[0]
+
+    def check(config: TrainConfig) -> TrainConfig:
+        return prepared(config, run_objective(config), tmp_path / "report.json")[0]
+
+    config = check(config_of("{system: Add.}"))
+    student = load_processing(student_spec(config.model), "student")
+    teachers = {each.role: student for each in run_teachers(config)}
+    readers = run_reader(config, ChatRenderer(student.tokenizer), student, teachers)
+    assert isinstance(readers, Mapping)
+    reader = readers["mine"]
+    reader = reader.of("") if isinstance(reader, Readers) else reader
+    assert reader is not None
+    assert reader.view.system == "Add."
+    with pytest.raises(DataError, match="solution"):
+        check(config_of("{hint: solution}"))
+    if key != "null":
+        with monkeypatch.context() as patch:  # an environment that names no teachers
+            patch.setattr(task_teachers, "make_env", lambda member: gymnasium.Env())
+            check_task_teachers(config)
 
 
 def test_a_continued_run_has_the_same_column_and_the_same_names_in_it(

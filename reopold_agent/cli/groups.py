@@ -105,8 +105,15 @@ def searched(words: Sequence[str]) -> list[str]:
 
 
 def place_words(words: Sequence[str]) -> list[str]:
-    """Returns the words that set ``hydra.searchpath``, the places of the user's configurations."""
-    return [word for word in words if key_of(word) == SEARCH_PATH]
+    """Returns the words that name places of the user's configurations.
+
+    These are ``hydra.searchpath=[...]``, and ``--config-dir`` with its folder, in one word or two.
+    """
+    return [
+        word
+        for before, word in zip(("", *words), words, strict=False)
+        if before in _FOLDER_FLAGS or key_of(word) in (SEARCH_PATH, *_FOLDER_FLAGS)
+    ]
 
 
 def _search_path(words: Sequence[str]) -> list[str]:

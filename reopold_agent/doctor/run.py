@@ -200,11 +200,11 @@ def environment(config: TrainConfig) -> Iterator[Finding]:
 
     Nothing is downloaded: data sets from the hub must be cached.
     """
-    for member in config.members.values():
-        yield from _environment(member)
+    for name, member in config.members.items():
+        yield from _environment(name, member)
 
 
-def _environment(config: TrainConfig) -> Iterator[Finding]:
+def _environment(env_name: str, config: TrainConfig) -> Iterator[Finding]:
     here: dict[str, Any] = {}
     for split, spec in _hub_data(config).items():
         snapshot = cached(str(spec["path"]), "datasets", spec.get("revision"))
@@ -222,7 +222,7 @@ def _environment(config: TrainConfig) -> Iterator[Finding]:
             sizes = [f"{p.shape[1]}x{p.shape[0]}" for p in parts if not isinstance(p, str)]
             shown = f"pictures {', '.join(sizes)}" if sizes else "no picture"
             name = info.get("task_id", 0)
-            text = f"{config.env.name}, {split}: {count} tasks; the first ({name}) has {shown}"
+            text = f"{env_name}, {split}: {count} tasks; the first ({name}) has {shown}"
             status: Status = "ok" if observation in env.observation_space else "warning"
             advice = "" if status == "ok" else "Its observation is not in its observation_space."
             yield Finding("environment", status, text, advice)

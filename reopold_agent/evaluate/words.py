@@ -6,6 +6,7 @@ the run whose student is evaluated, and then the command line's.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -93,7 +94,7 @@ def prepared_words(words: Sequence[str]) -> list[str]:
                     f"'{_key(word)}': env={names[0]} makes its own tasks and takes no data.\nIts "
                     "settings are env.kwargs: +env.kwargs.NAME=VALUE."
                 )
-    settings = {name: _settings(name, bases[name], keys) for name in names}
+    settings = {name: _settings(name, bases[name], keys, places) for name in names}
     students = {name: each.pop("model")["student"] for name, each in settings.items()}
     if _value(rest, "checkpoint") is None:
         rest = [*_default_checkpoint(students, rest), *rest]
@@ -200,7 +201,9 @@ def _base(
     return composed
 
 
-def _settings(name: str, base: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+def _settings(
+    name: str, base: Mapping[str, Any], keys: Sequence[str], places: Sequence[str]
+) -> dict[str, Any]:
     """Returns the sections of one environment with the command line's settings, and ``model``."""
     node = {section: dict(base[section]) for section in SECTIONS}
     train = node["data"].get("train")
@@ -217,9 +220,10 @@ def _settings(name: str, base: Mapping[str, Any], keys: Sequence[str]) -> dict[s
             hint = suggestion(_key(word), sorted(known))
             if _key(word).startswith("env.kwargs."):
                 hint = f"An argument that is not set yet takes a +: '+{word}'. "
+            command = shlex.join(["reopold", "evaluate", *places, f"env={name}", "--cfg", "job"])
             raise ConfigError(
                 f"unknown setting '{_key(word)}' of env={name}.\n{hint}"
-                f"`reopold evaluate env={name} --cfg job` shows its settings (environments.{name})."
+                f"`{command}` shows its settings (environments.{name})."
             )
     ConfigStore.instance().store(name="_environment", node=node)
     found = _composed("_environment", keys)

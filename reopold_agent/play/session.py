@@ -45,7 +45,7 @@ def play(words: Sequence[str], source: IO[str], console: Console) -> int:
     config = compose_run(rest)
     recorder = None if options.record is None else Recorder(Path(options.record).expanduser())
     if config.mix is not None:
-        raise ConfigError(f"play is about one environment, got {config.env.name}.\nGive env=NAME.")
+        raise ConfigError(f"play is about one environment, got {config.env_word}.\nGive env=NAME.")
     turns = config.max_turns(options.split)
     budget: Budget | None = None
 

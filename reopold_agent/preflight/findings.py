@@ -43,6 +43,9 @@ rare: 8 episodes or more. With fewer, a student that calls tools now and then ma
 LEFT_OUT = 0.1
 """Share of rows left out that warns."""
 
+_LOOK = "`reopold train` with the same words and steps=1, then `reopold view`"
+"""How to see an episode, for advice."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -270,7 +273,7 @@ def _teacher(played: Played) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"the teacher rejects what the student is sure of in some places {what}",
-            "Look at an episode: reopold train steps=1, then reopold view.",
+            f"Look at an episode: {_LOOK}.",
         )
     # Not at the first tokens of turns, where a matching teacher often decides otherwise.
     unlikely = [
@@ -283,8 +286,8 @@ def _teacher(played: Played) -> Iterator[Finding]:
         yield Finding(
             "warning",
             f"most tokens of some kinds are at or below the reward floor ({shown})",
-            "The teacher would write otherwise there: look at an episode (reopold train steps=1, "
-            "then reopold view), at the chat template and at the student's form.",
+            f"The teacher would write otherwise there: look at an episode ({_LOOK}), at the chat "
+            "template and at the student's form.",
         )
 
 
@@ -302,7 +305,7 @@ def _answers(played: Played) -> Iterator[Finding]:
             "warning",
             f"none of {outcome.episodes} episodes succeeds",
             "A teacher can still teach the student, objectives on outcomes cannot: look at an "
-            "answer (reopold train steps=1, then reopold view), or choose easier tasks.",
+            f"answer ({_LOOK}), or choose easier tasks.",
         )
     if not unread or not outcome.answered or unread < MOSTLY * outcome.answered:
         return

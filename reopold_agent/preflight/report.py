@@ -40,7 +40,7 @@ def lines_of(played: Played, projection: Projection, paper: Mapping[str, Any] | 
     rows = [
         (
             "preflight",
-            f"{models}; {outcome.episodes} episodes of env={config.env.name} on {played.device}, "
+            f"{models}; {outcome.episodes} episodes of {config.env_word} on {played.device}, "
             f"{played.precision}, no update",
         ),
         ("success", _success(played, paper)),

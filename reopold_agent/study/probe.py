@@ -7,6 +7,7 @@ its checkpoints, its final student, its student before training, or its teacher.
 from __future__ import annotations
 
 import argparse
+import shlex
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,8 @@ def load_config(run: Path) -> TrainConfig:
     if config.mix is not None:
         raise DataError(
             f"{run} trained on several environments, and a probe plays one.\n"
-            f"Use `reopold evaluate env=[{','.join(config.members)}] model={run}`."
+            f"Use `reopold evaluate {shlex.join([config.env_word, f'model={run}'])}`, with "
+            "--config-dir if the run had it."
         )
     return config
 

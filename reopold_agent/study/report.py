@@ -104,7 +104,7 @@ def readme(results: Results, page: Page, command: Sequence[str]) -> str:
         lines += ["", f"![{caption}]({name})", "", f"*{caption}.*"]
     lines += ["", "## How to read the numbers", HOW.strip()]
     lines += ["", "## Settings", "", "Words of `python -m reopold_agent.train`, common to all:"]
-    lines += ["", "```", " ".join(_shared_overrides(results)), "```", ""]
+    lines += ["", "```", shlex.join(_shared_overrides(results)), "```", ""]
     rows = [
         [results.title(label), f"`{label}`", _specific_overrides(results, label)]
         for label in results.records
@@ -202,7 +202,7 @@ def _specific_overrides(results: Results, label: str) -> str:
     record = next(iter(results.records[label].values()))
     shared = set(_shared_overrides(results))
     specific = [w for w in record.run.overrides if w not in shared and not w.startswith("seed=")]
-    return f"`{' '.join(specific)}`" if specific else "-"
+    return f"`{shlex.join(specific)}`" if specific else "-"
 
 
 def _markdown(table: Table) -> list[str]:

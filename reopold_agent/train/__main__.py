@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from reopold_agent.cli.groups import check_once
+from reopold_agent.cli.groups import check_once, place_words
 from reopold_agent.cli.hydra import report_errors, run_hydra
 from reopold_agent.train.mixture import as_typed, mixed_words
 from reopold_agent.train.settings import check_engine, check_student, load_config
@@ -41,8 +41,7 @@ def started_with() -> list[str]:
     hydra = HydraConfig.get()
     folders = [s.path for s in hydra.runtime.config_sources if s.provider == "command-line"]
     flags = [word for folder in folders for word in ("--config-dir", folder)]
-    own = _as_typed(hydra.overrides.hydra)
-    own = [word for word in own if word.startswith("hydra.searchpath=")]
+    own = place_words(_as_typed(hydra.overrides.hydra))
     return [*flags, *own, *as_typed(_as_typed(hydra.overrides.task))]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from reopold_agent.cli.groups import key_of, place_words
 from reopold_agent.common.files import write_json_atomic
 from reopold_agent.config import TrainConfig
 from reopold_agent.errors import ModelError
@@ -73,8 +74,13 @@ def write_summary(
 
 
 def next_commands(config: TrainConfig, folder: Path, command: Sequence[str]) -> list[str]:
-    """Returns commands for after the run, which repeat the words that it was started with."""
-    evaluate = ["python", "-m", "reopold_agent.evaluate", _env_word(config)]
+    """Returns commands for after the run, which repeat the words that it was started with.
+
+    The evaluation takes an environment's settings from the run, but looks for its option where the
+    run did. Viewer and export read the run's folder only.
+    """
+    env = [word for word in command if key_of(word) == "env"] or [config.env_word]
+    evaluate = ["python", "-m", "reopold_agent.evaluate", *place_words(command), env[-1]]
     if not config.steps:
         return [again(command, "steps=100"), shlex.join([*evaluate, "model=DIR"])]
     export = ["python", "-m", "reopold_agent.train.export", str(folder), f"{folder}-bf16"]
@@ -85,11 +91,6 @@ def next_commands(config: TrainConfig, folder: Path, command: Sequence[str]) -> 
         again(command, f"steps={2 * config.steps}", f"hydra.run.dir={folder}"),
         shlex.join([*export, "dtype=bfloat16"]),
     ]
-
-
-def _env_word(config: TrainConfig) -> str:
-    names = ",".join(config.members)
-    return f"env={names}" if config.mix is None else f"env=[{names}]"
 
 
 def show_summary(summary: Mapping[str, Any], folder: RunFolder) -> None:

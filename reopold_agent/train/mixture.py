@@ -272,8 +272,9 @@ def _plain(composed: DictConfig, name: str, played: bool) -> dict[str, Any]:
     Raises:
         ConfigError: some are missing; the message names them as settings of the mixture.
     """
-    if not played and composed.data.get("eval") is not None:
-        composed.data.eval = None  # held-out data is not needed, so its path may be missing
+    held_out = composed.data.get("eval")
+    if not played and held_out is not None and OmegaConf.missing_keys(held_out):
+        composed.data.eval = None  # it is not needed, so its path may be missing
     parts = [section.partition(".")[0] for section in SECTIONS]
     missing = [
         f"mix.envs.{name}.{key}"
