@@ -29,7 +29,7 @@ def end_interrupt() -> None:
     import. At its end ``python -m`` then kills itself with SIGINT, whatever status the program
     gave (``_Py_UnhandledKeyboardInterrupt``), unless more such code has run since.
     """
-    exec("")  # noqa: S102
+    exec("")
 
 
 @contextmanager
