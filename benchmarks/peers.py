@@ -1,4 +1,4 @@
-"""A training step beside that of TRL, on the same models, prompts, tokens and threads.
+"""A training step beside those of TRL and verl, on the same models, prompts, tokens and threads.
 
     python benchmarks/peers.py [--quick] [--trl DIR] [--cases one_turn ...]
 
@@ -11,13 +11,24 @@ Cases, with a student of 108 and a teacher of 221 million random parameters, the
 * ``two_turns_tool``: the embedded pictures; a crop, then an answer: ``grpo`` against
   ``GRPOTrainer`` with ``environment_factory``.
 * ``group``: 8 samples of one prompt of 1,024 tokens: ``grpo`` against ``GRPOTrainer``.
+* ``verl``: the task of ``one_turn_grpo`` with verl's own trainer, below.
 
-Each side is a process of its own (`peers_side`); they make their steps in turn, and the first does
-not count. TRL is in the folder ``--trl``, or is installed into a cache of its own, beside this
-interpreter's packages. The last line is JSON: medians of ours/theirs, and for each case
+Each side of TRL's cases is a process of its own (`peers_side`); they make their steps in turn, and
+the first does not count. TRL is in the folder ``--trl``, or is installed into a cache of its own,
+beside this interpreter's packages. The last line is JSON: medians of ours/theirs, and for each case
 ``floor_<case>``: ours over the sum of its bare parts (prefill, decoding, the teacher's pass, the
 student's forward and backward pass) at the rate of matrix products measured here. Under ``cpu``
 are the same from CPU seconds, which other programs disturb less.
+
+``verl`` needs the environment with verl and vLLM, and no TRL. It runs ``verl.trainer.main_ppo``
+(``algorithm.adv_estimator=grpo``), our ``engine=verl`` and our ``engine=local`` one after the
+other, in two rounds, because verl's processes take most of the memory. Every process has one
+thread; prompts are the same ids, and the reward is `peers_reward`'s. Seconds are those that each
+side logs for its steps (verl: ``timing_s/step``); start-up, the first step and checkpoints are left
+out. verl has its defaults as far as a CPU allows: rows are padded, for its packed rows need
+flash-attn. What lets it start on a CPU is in `peers_verl`. In the last line ``verl_engine`` and
+``verl_local`` are the medians of ours/verl's. ``--quick`` and ``--tiny`` leave it out, unless
+``--cases`` names it: it takes a quarter of an hour.
 """
 
 from __future__ import annotations
@@ -58,6 +69,7 @@ from reopold_agent.plan import flops
 from reopold_agent.policies.architecture import Architecture, find_architecture
 from reopold_agent.policies.loading import resolve_path
 from reopold_agent.tools.parse import write_tool_call
+from reopold_agent.tracking.metrics import read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = ("trl==1.16.0", "jmespath")
@@ -127,10 +139,16 @@ def named(case: str, objective: str) -> str:
 # Models and prompts
 
 
-def write_models(folder: Path, size: Size, tokenizer: Path, template: Path) -> None:
-    """Writes ``student``, ``teacher`` and ``student_vl`` with random weights below a folder."""
+def write_models(folder: Path, size: Size, tokenizer: Path, template: Path | None) -> None:
+    """Writes models with random weights below a folder, unless they are there.
+
+    Args:
+        folder: gets ``student``, ``teacher`` and ``student_vl``.
+        size: their shapes.
+        tokenizer: a folder.
+        template: the chat template of ``student_vl``; without one that is left out.
+    """
     known = AutoTokenizer.from_pretrained(tokenizer)
-    torch.manual_seed(0)
     for name, shape in (
         ("student", size.student),
         ("teacher", size.teacher),
@@ -138,6 +156,9 @@ def write_models(folder: Path, size: Size, tokenizer: Path, template: Path) -> N
     ):
         target = folder / name
         pictures = name.endswith("vl")
+        if (target / "config.json").is_file() or (pictures and template is None):
+            continue
+        torch.manual_seed(0)
         config = (_vision if pictures else _text)(shape, size.vocab or len(known), known)
         kind = Qwen2_5_VLForConditionalGeneration if pictures else Qwen2ForCausalLM
         model = kind(config)
@@ -146,7 +167,7 @@ def write_models(folder: Path, size: Size, tokenizer: Path, template: Path) -> N
         for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             if (tokenizer / file).is_file():
                 shutil.copyfile(tokenizer / file, target / file)
-        if pictures:
+        if pictures and template is not None:
             shutil.copyfile(template, target / "chat_template.jinja")
             pixels = {"shortest_edge": PIXELS, "longest_edge": PIXELS}
             Qwen2VLImageProcessorPil(size=pixels).save_pretrained(target)
@@ -554,7 +575,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the medians of all comparisons; ``memory`` is the largest of theirs."""
+    """Returns the medians of all comparisons with TRL; ``memory`` is the largest of theirs."""
 
     def medians(ratio: str, floor: str) -> dict[str, float]:
         names: dict[str, float] = {}
@@ -573,6 +594,243 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "memory_by_case": memory,
         "cpu": medians("cpu_seconds", "cpu_floors"),
     }
+
+
+# verl's own trainer
+
+VERL = "verl"
+"""The name of this case."""
+
+VERL_TASK = "one_turn_grpo"
+VERL_SIDE = "verl's own"
+VERL_ROUNDS = 2
+
+
+def verl_words(folder: Path, prompt: int, size: Size, steps: int) -> list[str]:
+    """Returns the words of verl's own command.
+
+    Args:
+        folder: has ``student`` and, as ``verl.jsonl``, the prompts.
+        prompt: tokens of the longest prompt.
+        size: of the models and responses.
+        steps: how many.
+    """
+    prompts = EPISODES // CASES[VERL_TASK].samples
+    actor, rollout = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+    settings: dict[str, Any] = {
+        "algorithm.adv_estimator": "grpo",
+        "critic.enable": False,
+        "data.train_files": folder / "verl.jsonl",
+        "data.val_files": folder / "verl.jsonl",
+        "data.train_batch_size": prompts,
+        "data.max_prompt_length": prompt,
+        "data.max_response_length": size.new_tokens,
+        "data.dataloader_num_workers": 0,
+        "actor_rollout_ref.model.path": folder / "student",
+        "actor_rollout_ref.model.custom_chat_template": "'{{messages[0].content}}'",
+        "actor_rollout_ref.model.use_remove_padding": False,
+        "actor_rollout_ref.model.enable_gradient_checkpointing": False,
+        "+actor_rollout_ref.model.override_config.attn_implementation": "sdpa",
+        f"{actor}.strategy": "fsdp2",
+        f"{actor}.optim.lr": 1e-6,
+        f"{actor}.ppo_mini_batch_size": prompts,
+        f"{actor}.use_dynamic_bsz": True,
+        f"{actor}.use_torch_compile": False,
+        f"{actor}.fsdp_config.use_torch_compile": False,
+        f"+{actor}.fsdp_config.mixed_precision": (
+            "{param_dtype:fp32,reduce_dtype:fp32,buffer_dtype:fp32}"
+        ),
+        f"{rollout}.name": "vllm",
+        f"{rollout}.n": CASES[VERL_TASK].samples,
+        f"{rollout}.dtype": "float32",
+        f"{rollout}.tensor_model_parallel_size": 1,
+        f"{rollout}.gpu_memory_utilization": 0.1,
+        f"{rollout}.max_model_len": prompt + size.new_tokens,
+        f"{rollout}.enforce_eager": True,
+        f"{rollout}.free_cache_engine": False,
+        f"+{rollout}.enable_sleep_mode": False,
+        f"{rollout}.load_format": "safetensors",
+        f"{rollout}.agent.num_workers": 1,
+        f"+{rollout}.engine_kwargs.vllm.kv_cache_memory_bytes": 2**28,
+        "reward.num_workers": 1,
+        "reward.custom_reward_function.path": "pkg://peers_reward",
+        "trainer.device": "cpu",
+        "trainer.n_gpus_per_node": 1,
+        "trainer.nnodes": 1,
+        "trainer.total_epochs": steps,
+        "trainer.total_training_steps": steps,
+        "trainer.logger": "[file]",
+        "trainer.val_before_train": False,
+        "trainer.test_freq": -1,
+        "trainer.save_freq": -1,
+        "trainer.resume_mode": "disable",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+        "ray_kwargs.ray_init.num_cpus": 64,
+        "+ray_kwargs.ray_init.num_gpus": 1,
+        "+ray_kwargs.ray_init.object_store_memory": 2**30,
+        "+ray_kwargs.ray_init.include_dashboard": False,
+    }
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def run_verl(folder: Path, words: Sequence[str]) -> list[dict[str, float]]:
+    """Runs verl's own command; returns the figures of its steps but the first.
+
+    Raises:
+        SystemExit: it has failed; the end of its log is shown.
+    """
+    log = folder / "verl-steps.jsonl"
+    environment = {
+        "VERL_PLATFORM": "cpu",
+        "VERL_ENGINE_DEVICE": "cuda",  # the device under which verl registers its engine
+        "VERL_USE_EXTERNAL_MODULES": "peers_verl",
+        "VERL_FILE_LOGGER_PATH": str(log),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    _run([sys.executable, "-m", "verl.trainer.main_ppo", *words], folder / "verl.log", environment)
+    return [
+        {
+            "seconds": row["timing_s/step"],
+            "tokens": row["response_length/mean"] * EPISODES,
+            "grad_norm": row["actor/grad_norm"],
+            **_parts(row, "timing_s/"),
+        }
+        for row in [line["data"] for line in read_json_lines(log)][1:]
+    ]
+
+
+def run_ours(folder: Path, size: Size, engine: str, steps: int) -> list[dict[str, float]]:
+    """Runs our command with an engine on the same task; returns figures as `run_verl`."""
+    run = folder / f"verl-{engine}"
+    shutil.rmtree(run, ignore_errors=True)
+    words = [*our_words(folder, size, engine, steps), f"hydra.run.dir={run}"]
+    _run([sys.executable, "-m", "reopold_agent.train", *words], Path(f"{run}.log"), {})
+    rows = [row for row in read_json_lines(run / "metrics.jsonl") if row["kind"] == "train"]
+    return [
+        {
+            "seconds": row["time/step"] - row.get("time/checkpoint", 0.0),
+            "tokens": row["rollout/response_tokens"] * EPISODES,
+            "grad_norm": row["grad_norm"],
+            **_parts(row, "time/"),
+        }
+        for row in rows[1:]
+    ]
+
+
+def _parts(row: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """Returns the seconds of a step's parts by name."""
+    names = {key: key.removeprefix(prefix) for key in row if key.startswith(prefix)}
+    return {name: row[key] for key, name in names.items() if name != "step"}
+
+
+def our_words(folder: Path, size: Size, engine: str, steps: int) -> list[str]:
+    """Returns the words of our training command with an engine."""
+    script = Script([size.new_tokens], [], [], 0, 0)
+    changed = {
+        "steps": steps,
+        "env": "digits",
+        "logging.trajectories": EPISODES,
+        "logging.every": 10_000,
+        "objective.aggregate": "token",  # as verl's default
+        "engine": engine,
+    }
+    if engine == "verl":
+        changed |= {
+            "engine.gpus_per_node": 1,
+            "engine.rollout_workers": 1,
+            "engine.seeded_requests": False,
+        }
+    words = words_of(VERL_TASK, "grpo", folder, script, 1)
+    kept = [word for word in words if word.partition("=")[0] not in changed]
+    return [*kept, *(f"{key}={value}" for key, value in changed.items())]
+
+
+def _run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+    paths = [
+        str(ROOT),
+        str(Path(__file__).parent),
+        str(log.parent / "site"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
+    common = {
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "RAY_worker_niceness": "0",
+        "RAY_memory_usage_threshold": "0.98",
+    }
+    with log.open("w") as stream:
+        ended = subprocess.run(
+            command,
+            stdout=stream,
+            stderr=stream,
+            env={**os.environ, **common, **environment},
+            check=False,
+        )
+    if ended.returncode:
+        raise SystemExit(f"{log} ends with:\n{log.read_text('utf-8')[-3000:]}")
+
+
+def write_prompts(folder: Path, tokenizer: Any) -> int:
+    """Writes the prompts of our run for verl, as texts; returns the tokens of the longest."""
+    rows = read_json_lines(folder / "verl-local" / "trajectories.jsonl")
+    prompts = [row["ids"][: row["prompt_length"]] for row in rows]
+    given = [
+        {
+            "data_source": "peers",
+            "prompt": [{"role": "user", "content": text}],
+            "reward_model": {"style": "rule", "ground_truth": ""},
+        }
+        for text in dict.fromkeys(map(tokenizer.decode, prompts))
+    ]
+    (folder / "verl.jsonl").write_text("\n".join(map(json.dumps, given)), "utf-8")
+    return max(map(len, prompts))
+
+
+def write_package(folder: Path) -> None:
+    """Writes what pip leaves of a package, so that our command finds `peers_reward.DigitsEnv`."""
+    package = folder / "peers-1.dist-info"
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: peers\nVersion: 1\n", "utf-8")
+    points = "[reopold_agent.envs]\ndigits = peers_reward\n"
+    (package / "entry_points.txt").write_text(points, "utf-8")
+
+
+def compare_verl(folder: Path, settings: Settings) -> dict[str, list[dict[str, float]]]:
+    """Runs the case ``verl``; returns the figures of each side's steps."""
+    size, steps = settings.size, settings.repeats + 1
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    rows = folder / f"rows_{VERL_TASK}"
+    if not rows.is_dir():
+        print(f"{VERL}: {write_rows(rows, VERL_TASK, size, tokenizer)}")
+    write_package(folder / "site")
+    runs: dict[str, list[dict[str, float]]] = {"local": [], "verl": [], VERL_SIDE: []}
+    for _ in range(VERL_ROUNDS):
+        runs["local"] += run_ours(folder, size, "local", steps)
+        longest = write_prompts(folder, tokenizer)
+        runs[VERL_SIDE] += run_verl(folder, verl_words(folder, longest, size, steps))
+        runs["verl"] += run_ours(folder, size, "verl", steps)
+    return runs
+
+
+def figures_of_verl(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, float]:
+    """Prints the case ``verl`` and returns the medians of ours/verl's seconds."""
+    print(f"\n{VERL}: {'side':12} {'tokens':>7} {'seconds':>22}  parts")
+    for name, steps in runs.items():
+        parts = {key: statistics.median(s.get(key, 0.0) for s in steps) for key in steps[-1]}
+        seconds = spread([step["seconds"] for step in steps])
+        del parts["seconds"]
+        print(
+            f"{name:12} {parts.pop('tokens'):7,.0f} {seconds:>22}  "
+            + ", ".join(f"{key} {value:.2f}" for key, value in parts.items())
+        )
+    found = {}
+    for name, engine in (("verl_engine", "verl"), ("verl_local", "local")):
+        pairs = zip(runs[engine], runs[VERL_SIDE], strict=True)
+        ratios = [a["seconds"] / b["seconds"] for a, b in pairs]
+        print(f"  {name:12} {spread(ratios)}")
+        found[name] = round(statistics.median(ratios), 3)
+    return found
 
 
 def install_trl(cache: Path) -> str:
@@ -615,40 +873,50 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="2 steps of each side, not 5")
     parser.add_argument("--tiny", action="store_true", help="small models, in seconds")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, VERL])
     parser.add_argument("--repeats", type=int, help="measured steps of each side")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--trl", type=Path, help="folder that TRL was installed into")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where it is installed otherwise")
     parser.add_argument("--folder", type=Path, help="where models and logs go, and stay")
     options = parser.parse_args()
+    cases = options.cases or [*CASES, *([] if options.quick or options.tiny else [VERL])]
+    with_verl = VERL in cases
+    cases = [case for case in cases if case != VERL]
+    if with_verl and not all(map(importlib.util.find_spec, ("verl", "vllm", "ray"))):
+        print("verl is left out: it needs verl, vLLM and Ray")
+        with_verl = False
+    if not cases and not with_verl:
+        return
     settings = Settings(
         size=TINY if options.tiny else REAL,
         threads=options.threads,
         repeats=options.repeats or (2 if options.quick else 5),
-        python=sys.executable if options.trl else install_trl(options.cache),
+        python=sys.executable if options.trl or not cases else install_trl(options.cache),
         trl=options.trl,
     )
-    cases = list(options.cases)
     if "two_turns_tool" in cases and importlib.util.find_spec("torchvision") is None:
         print("two_turns_tool is left out: Hugging Face's processor of pictures needs torchvision")
         cases.remove("two_turns_tool")
     torch.set_num_threads(settings.threads)
-    package = find_trl(settings)
+    package = find_trl(settings) if cases else None
     started = time.perf_counter()
     found: dict[str, Any] = {}
+    beside_verl: dict[str, float] = {}
     with working_folder(options.folder) as folder:
-        if not (folder / "student_vl" / "config.json").is_file():
-            given = None if options.tiny else find_data("qwen_tokenizer")
-            tokenizer = given or Path(resolve_path("demo:student"))
-            template = package / "chat_templates" / "qwen3_vl.jinja"
-            write_models(folder, settings.size, tokenizer, template)
+        given = None if options.tiny else find_data("qwen_tokenizer")
+        tokenizer = given or Path(resolve_path("demo:student"))
+        template = package and package / "chat_templates" / "qwen3_vl.jinja"
+        write_models(folder, settings.size, tokenizer, template)
         for case in cases:
             runs = compare(case, folder, settings)
             found |= figures_of(case, folder, runs, settings.threads)
+        if with_verl:
+            beside_verl = figures_of_verl(compare_verl(folder, settings))
     print(f"\n{time.perf_counter() - started:.0f} s")
     versions = {name: version(name) for name in ("torch", "transformers")}
-    print(json.dumps({**summary(found), "threads": settings.threads, **versions}))
+    result = {**(summary(found) if found else {}), **beside_verl}
+    print(json.dumps({**result, "threads": settings.threads, **versions}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""``benchmarks/peers.py`` without TRL: what both sides generate, the bare parts, the result."""
+"""``benchmarks/peers.py`` without TRL and verl: what all sides do, the bare parts, the result."""
 
 from __future__ import annotations
 
+import importlib
+import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from running import composed
 from transformers import AutoTokenizer
 
 from reopold_agent.plan import flops
@@ -120,3 +124,103 @@ def test_the_result_has_medians(peers: Any) -> None:
     assert found["memory_by_case"] == {"one_turn_gkd": 0.6, "group": 0.3}
     assert found["cpu"]["one_turn_gkd"] == 4
     assert found["cpu"]["floor_group"] == 1.2
+
+
+@pytest.mark.parametrize("engine", ["local", "verl"])
+def test_our_side_of_verls_case_has_verls_settings(peers: Any, engine: str, tmp_path: Path) -> None:
+    words = peers.our_words(tmp_path, peers.TINY, engine, 3)
+    assert len({word.partition("=")[0] for word in words}) == len(words)
+    config, _ = composed(*("env=math" if word == "env=digits" else word for word in words))
+    assert (config.engine.name, config.engine.threads, config.steps) == (engine, 1, 3)
+    theirs = dict(
+        word.lstrip("+").split("=", 1) for word in peers.verl_words(tmp_path, 200, peers.TINY, 3)
+    )
+    rollout, data = "actor_rollout_ref.rollout", config.batch
+    assert str(data.prompts) == theirs["data.train_batch_size"]
+    assert str(data.samples) == theirs[f"{rollout}.n"]
+    assert str(data.mini_batch) == theirs["actor_rollout_ref.actor.ppo_mini_batch_size"]
+    assert str(config.rollout.max_response_tokens) == theirs["data.max_response_length"]
+    assert str(config.optimizer.lr) == theirs["actor_rollout_ref.actor.optim.lr"]
+    assert f"{config.model.student.path}" == theirs["actor_rollout_ref.model.path"]
+
+
+def test_steps_of_verls_case_are_those_after_the_first_without_checkpoints(
+    peers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        if "verl.trainer.main_ppo" in command:
+            rows: list[dict[str, Any]] = [
+                {"data": {"timing_s/step": s, "response_length/mean": 2, "actor/grad_norm": 1}}
+                for s in (40, 4, 5)
+            ]
+            path = Path(environment["VERL_FILE_LOGGER_PATH"])
+        else:
+            rows = [{"kind": "evaluation"}]
+            rows += [
+                {"kind": "train", "rollout/response_tokens": 2, "grad_norm": 1, **times}
+                for times in (
+                    {"time/step": 30},
+                    {"time/step": 2, "time/update": 1},
+                    {"time/step": 9, "time/checkpoint": 8},
+                )
+            ]
+            path = log.with_suffix("") / "metrics.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, rows)))
+
+    monkeypatch.setattr(peers, "_run", run)
+    runs = {
+        "local": peers.run_ours(tmp_path, peers.TINY, "local", 3),
+        "verl": peers.run_ours(tmp_path, peers.TINY, "verl", 3),
+        peers.VERL_SIDE: peers.run_verl(tmp_path, []),
+    }
+    assert {name: [step["seconds"] for step in steps] for name, steps in runs.items()} == {
+        "local": [2, 1],
+        "verl": [2, 1],
+        peers.VERL_SIDE: [4, 5],
+    }
+    assert {step["tokens"] for steps in runs.values() for step in steps} == {16}
+    assert peers.figures_of_verl(runs) == {"verl_engine": 0.35, "verl_local": 0.35}
+
+
+def test_verl_gets_the_prompts_of_our_run(peers: Any, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path("demo:student"))
+    texts = ["<|im_start|>user\nOne?<|im_end|>\n<|im_start|>assistant\n", "Two, and longer?"] * 2
+    rows = []
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        rows.append({"ids": [*ids, 5, 6, 7], "prompt_length": len(ids)})
+    (tmp_path / "verl-local").mkdir()
+    written = "\n".join(map(json.dumps, rows))
+    (tmp_path / "verl-local" / "trajectories.jsonl").write_text(written)
+    longest = peers.write_prompts(tmp_path, tokenizer)
+    given = [json.loads(line) for line in (tmp_path / "verl.jsonl").read_text().splitlines()]
+    template = "{{messages[0].content}}"  # `verl_words`
+    found = [
+        tokenizer.apply_chat_template(row["prompt"], chat_template=template, return_dict=False)
+        for row in given
+    ]
+    assert found == [row["ids"][: row["prompt_length"]] for row in rows[:2]]
+    assert longest == max(map(len, found))
+
+
+def test_both_sides_of_verls_case_have_one_reward(
+    peers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reopold_agent.envs.register_env", lambda *_, **__: None)
+    monkeypatch.delitem(sys.modules, "peers_reward", raising=False)
+    reward = importlib.import_module("peers_reward")
+    monkeypatch.delitem(sys.modules, "peers_reward")
+    env = object.__new__(reward.DigitsEnv)
+    for text, expected in (("", 0.0), ("abc", 0.03), ("a" * 164, 0.64)):
+        assert reward.compute_score(solution_str=text, data_source="peers") == expected
+        assert reward.DigitsEnv.reward(env, None, text) == (expected, expected > 0.5)
+
+
+def test_without_verl_its_case_is_left_out(
+    peers: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["peers.py", "--cases", "verl"])
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    peers.main()
+    assert capsys.readouterr().out == "verl is left out: it needs verl, vLLM and Ray\n"

@@ -5,6 +5,7 @@ Needs the environment that ``.ci/run`` builds: ``pytest -m full_env``.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,23 @@ def test_the_keys_of_verl_that_nothing_reads_exist() -> None:
     absent = object()
     for key in INSTEAD:
         assert OmegaConf.select(theirs, key, default=absent) is not absent, key
+
+
+def test_verl_takes_the_words_of_the_benchmark_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hydra import compose, initialize_config_module
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    peers = importlib.import_module("peers")
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        theirs = compose("ppo_trainer", peers.verl_words(tmp_path, 200, peers.REAL, 3))
+    assert (need_critic(theirs), need_reference_policy(theirs)) == (False, False)
+    validate_config(theirs, False, False)
+    assert theirs.actor_rollout_ref.rollout.max_model_len == 264
+    assert theirs.actor_rollout_ref.model.custom_chat_template == "{{messages[0].content}}"
 
 
 @pytest.mark.parametrize(
