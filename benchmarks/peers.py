@@ -914,9 +914,10 @@ def main() -> None:
         if with_verl:
             beside_verl = figures_of_verl(compare_verl(folder, settings))
     print(f"\n{time.perf_counter() - started:.0f} s")
-    versions = {name: version(name) for name in ("torch", "transformers")}
-    result = {**(summary(found) if found else {}), **beside_verl}
-    print(json.dumps({**result, "threads": settings.threads, **versions}))
+    packages = ("torch", "transformers", *(("verl", "vllm") if with_verl else ()))
+    result = {**summary(found), "threads": settings.threads} if found else {}
+    versions = {name: version(name) for name in packages}
+    print(json.dumps({**result, **beside_verl, **versions}))
 
 
 if __name__ == "__main__":

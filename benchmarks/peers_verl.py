@@ -1,14 +1,16 @@
-"""What lets verl 0.9.1 run on a CPU, for the case ``verl`` of ``peers.py``; nothing of a step.
+"""What lets verl 0.9.1 start on a CPU, for the case ``verl`` of ``peers.py``.
 
 verl knows CUDA, ROCm and NPU. It imports this module in each of its processes
 (``VERL_USE_EXTERNAL_MODULES``), which registers by verl's own interfaces
 
 * a platform for the CPU, this project's;
-* its vLLM server with one method more, which has vLLM keep weights that can be replaced;
+* verl's vLLM server with an extension of its workers that has vLLM keep weights which can be
+  replaced, and so not packed for oneDNN, as ``engine=verl`` does;
 
-and begins the process group of a training worker, because verl asks PyTorch for the backend
-``cpu:gloo,cpu:gloo`` on a CPU, which that refuses. That verl's FSDP engine is registered for CUDA
-only is lifted by a variable of verl's (``VERL_ENGINE_DEVICE``).
+and begins the process group of a training worker, because on a CPU verl asks PyTorch for the
+backend ``cpu:gloo,cpu:gloo``, which that refuses. verl's FSDP engine is registered for CUDA and
+NPU; a variable of verl's (``VERL_ENGINE_DEVICE``) takes it on a CPU too. What a step computes is
+verl's own code.
 """
 
 from __future__ import annotations
