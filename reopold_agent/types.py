@@ -23,13 +23,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from reopold_agent.common.compat import StrEnum
+
+if TYPE_CHECKING:
+    from torch import Tensor  # would take seconds to import
 
 Role: TypeAlias = Literal["system", "user", "assistant"]
 IntArray: TypeAlias = npt.NDArray[np.int64]
@@ -354,10 +357,15 @@ class TaskSource(Protocol):
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Log-prob and entropy of the student's tokens of one trajectory, aligned with its ids."""
+    """Log-prob and entropy of the student's tokens of one trajectory, aligned with its ids.
+
+    ``states`` are the last hidden states at the tokens before them, (N, width), on the CPU, in the
+    dtype of their product with the output embedding; None unless asked for.
+    """
 
     logp: FloatArray
     entropy: FloatArray
+    states: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,18 @@ def test_the_list_of_objectives() -> None:
 def test_every_objective_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     rewarded(monkeypatch, coin)
     words = GROUPS if name == "grpo" else ()
+    passes: list[TransformersPolicy] = []
+    original = TransformersPolicy._states
+
+    def counted(self: TransformersPolicy, batch: TrajectoryBatch) -> Any:
+        if not self.adapter.head.weight.requires_grad:
+            passes.append(self)
+        return original(self, batch)
+
+    monkeypatch.setattr(TransformersPolicy, "_states", counted)
     train(tmp_path, *TINY, f"objective={name}", *words)
+    # The teacher, and exopd's reference model, read each step's episodes in one pass.
+    assert len(passes) == 2 * {"grpo": 0, "sft": 0, "exopd": 2}.get(name, 1)
     rows = train_rows(tmp_path)
     assert [row["step"] for row in rows] == [0, 1]
     keys = ["loss", "grad_norm", "lr", "mask/kept_share", "entropy/mean", "ratio/mean"]
@@ -730,7 +741,7 @@ def test_micro_batches_do_not_change_the_update(
         updater = Updater(
             policy, objective, linear(), max_tokens=most, teachers=Teachers({"default": teacher})
         )
-        stats = make_updates(updater, [trajectories], 0)
+        stats = make_updates(updater, [trajectories], 0, teacher)
         assert all(p.grad is None for p in teacher.adapter.model.parameters())
         flat = [p.detach().flatten() for p in policy.adapter.model.parameters()]
         return torch.cat(flat), stats
@@ -809,7 +820,9 @@ def test_the_loss_of_gkd_by_hand(
     updater = Updater(
         student, GKD(beta=beta), linear(), max_tokens=60, teachers=Teachers({"default": teacher})
     )
-    stats = make_updates(updater, [batch], 0)
+    with pytest.raises(ValueError, match="needs the teacher's states"):
+        make_updates(updater, [batch], 0)
+    stats = make_updates(updater, [batch], 0, teacher)
     assert stats.loss == pytest.approx(total / count, rel=1e-4)
 
 

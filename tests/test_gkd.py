@@ -7,12 +7,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from step_rows import states_of
 from torch import Tensor
 
+from benchmarks.objective import Stopwatch
 from reopold_agent.objectives import GKD, DivergenceSettings, TokenBatch, whole_loss
 from reopold_agent.objectives.divergence import (
     divergence_of_states,
@@ -726,7 +729,8 @@ def test_two_models_diverge_as_their_logits_do(
     entropy = -(his.exp() * his).sum(-1)
     if settings.min_entropy is not None:  # between two tokens' entropies
         settings = replace(settings, min_entropy=float(entropy.sort().values[8:10].mean()))
-    divergence, logp = student.divergence(episodes, teacher, settings)
+    states = states_of(episodes, teacher)
+    divergence, logp = student.divergence(episodes, teacher, states, settings)
     wanted_logp = own.gather(1, places[:, None])[:, 0]
     torch.testing.assert_close(logp.double(), wanted_logp, rtol=1e-4, atol=1e-4)
     own_p, his_p = own.exp(), his.exp()
@@ -753,3 +757,50 @@ def test_two_models_diverge_as_their_logits_do(
         if one is not None and other is not None:
             assert (one - other).norm() < 2e-3 * size
     assert all(p.grad is None for p in teacher.adapter.model.parameters())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [DivergenceSettings(0.5), DivergenceSettings(0.0, 5, False, min_entropy=0.1)],
+)
+def test_what_scoring_keeps_gives_the_divergence_of_a_pass_of_the_teacher(
+    models: tuple[Any, Any],
+    make_policy: Callable[..., TransformersPolicy],
+    episodes: list[Trajectory],
+    precision: torch.dtype,
+    settings: DivergenceSettings,
+) -> None:
+    student, teacher = (make_policy(model) for model in models)
+    for policy in (student, teacher):
+        policy.adapter._autocast = None if precision == torch.float32 else precision
+    plain, kept = teacher.score(episodes), teacher.score(episodes, with_states=True)
+    for one, other, t in zip(plain, kept, episodes, strict=True):
+        assert one.states is None
+        np.testing.assert_array_equal(one.logp, other.logp)
+        assert other.states is not None
+        assert other.states.shape == (t.response_tokens, teacher.adapter.head.weight.shape[1])
+        assert other.states.dtype == precision
+    with torch.no_grad():
+        again, _ = teacher._states(TrajectoryBatch.build(teacher.adapter, episodes))
+    found, wanted = (
+        student.divergence(episodes, teacher, states, settings)
+        for states in (states_of(episodes, teacher), [again])
+    )
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one, other)
+    if precision == torch.float32:  # in other passes than the update's
+        teacher.max_tokens_per_pass = 1
+        apart, _ = student.divergence(episodes, teacher, states_of(episodes, teacher), settings)
+        torch.testing.assert_close(apart, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_the_benchmark_leaves_the_divergence_s_own_gradient() -> None:
+    leaf = torch.zeros(1, 3, requires_grad=True)
+    values = torch.full((1, 3), -1.0)
+    batch = TokenBatch(values, values, values, values, values < 0, divergence=leaf.exp())
+    watch = Stopwatch()
+    watch.terms(GKD.terms)(GKD(), batch, 0, None).numerator.backward()
+    assert leaf.grad is not None
+    assert leaf.grad.tolist() == [[1.0, 1.0, 1.0]]
+    assert watch.own > 0

@@ -17,6 +17,7 @@ from families import SEEING, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from running import train, train_rows
+from step_rows import states_of
 from test_text_checkpoints import save_checkpoint, small_tokenizer
 from torch import Tensor
 from transformers import (
@@ -193,8 +194,10 @@ def test_packed_rows_give_the_divergences_of_padded_ones(
     (student, packed_student), (teacher, packed_teacher) = (
         make_pair("qwen2_5_vl", seed) for seed in (0, 1)
     )
-    expected, expected_logp = student.divergence(rows, teacher, settings)
-    found, logp = packed_student.divergence(rows, packed_teacher, settings)
+    (expected, expected_logp), (found, logp) = (
+        one.divergence(rows, other, states_of(rows, other), settings)
+        for one, other in ((student, teacher), (packed_student, packed_teacher))
+    )
     assert_close(found.detach(), expected.detach())
     assert_close(logp.detach(), expected_logp.detach())
     wanted = gradients(student, expected)

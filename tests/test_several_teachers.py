@@ -267,9 +267,12 @@ def test_the_divergence_of_each_row_is_from_its_teacher(
     rows = [of(("math", "geometry", "math")[n], random_trajectory(n)) for n in range(3)]
 
     def divergence(teachers: dict[str, Any], chosen: list[Trajectory]) -> list[torch.Tensor]:
-        updater = Updater(student, GKD(), config, max_tokens=999, teachers=Teachers(teachers))
+        each = {name: Scoring(teacher, with_states=True) for name, teacher in teachers.items()}
+        known, made = Teachers(teachers), [Row(t) for t in chosen]
+        ScoringByTeacher(Teachers(each)).finish(made, 0)
+        updater = Updater(student, GKD(), config, max_tokens=999, teachers=known)
         with torch.no_grad():
-            pair = updater._divergence(chosen)
+            pair = updater._divergence(made)
         return [each.split([t.response_tokens for t in chosen]) for each in pair]
 
     both, logp = divergence({"math": one, "geometry": other}, rows)

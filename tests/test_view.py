@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from running import assert_same_weights, composed, results, train, train_rows
+from step_rows import states_of
 from test_chat import whole_conversation
 from test_engine_objectives import crash_before
 from test_gkd import logps_of, plain_divergence
@@ -309,7 +310,8 @@ def test_whole_distributions_under_a_view(
     teacher = teachers["padded"]
     trajectories = play(ViewConfig(hint="answer", pixels=SHARP))
     allowed = [i for i in range(len(chat.tokenizer)) if i not in chat.forbidden_ids]
-    found, _ = policy.divergence(trajectories, teacher, settings)
+    states = states_of(trajectories, teacher)
+    found, _ = policy.divergence(trajectories, teacher, states, settings)
     read = [t.for_teacher for t in trajectories]
     own, _ = logps_of(policy, TrajectoryBatch.build(policy.adapter, trajectories), allowed)
     with torch.no_grad():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from reopold_agent.objectives import DivergenceSettings
+from reopold_agent.objectives.chunks import compute_dtype
 from reopold_agent.objectives.divergence import divergence_of_states, top_tokens, topk_divergence
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.batch import PassTokens, TrajectoryBatch
@@ -63,9 +65,16 @@ class TransformersPolicy:
 
     @torch.no_grad()
     def score(
-        self, trajectories: Sequence[Trajectory], *, with_entropy: bool = False
+        self,
+        trajectories: Sequence[Trajectory],
+        *,
+        with_entropy: bool = False,
+        with_states: bool = False,
     ) -> list[TokenScores]:
-        """Computes log-probs of the student's tokens, and entropies (zeros unless asked for)."""
+        """Computes log-probs of the student's tokens, and entropies (zeros unless asked for).
+
+        ``with_states`` keeps the states too, from which `divergence` gets the distributions.
+        """
         was_training = self.adapter.model.training
         self.adapter.model.eval()
         scores: list[TokenScores | None] = [None] * len(trajectories)
@@ -74,11 +83,18 @@ class TransformersPolicy:
         for group in split_by_tokens(lengths, most, packed=packed):
             part = [trajectories[i] for i in group]
             batch = TrajectoryBatch.build(self.adapter, part)
-            logp_N, entropy_N = self.logprobs(batch, with_entropy=with_entropy)
+            hidden_ND, targets_N = self._states(batch)
+            logp_N, entropy_N = self._token_logprobs(hidden_ND, targets_N, with_entropy)
             entropy = torch.zeros_like(logp_N) if entropy_N is None else entropy_N
-            values = zip(_spread(part, logp_N), _spread(part, entropy), strict=True)
-            for index, (logp_L, entropy_L) in zip(group, values, strict=True):
-                scores[index] = TokenScores(logp_L, entropy_L)
+            states: Iterable[Tensor | None] = repeat(None, len(part))
+            if with_states:
+                with self.adapter.autocast():
+                    dtype = compute_dtype(hidden_ND, self.adapter.head.weight)
+                sizes = [t.response_tokens for t in part]
+                states = torch.split(hidden_ND.to("cpu", dtype), sizes)
+            values = zip(_spread(part, logp_N), _spread(part, entropy), states, strict=True)
+            for index, (logp_L, entropy_L, states_ND) in zip(group, values, strict=True):
+                scores[index] = TokenScores(logp_L, entropy_L, states_ND)
         self.adapter.model.train(was_training)
         return [score for score in scores if score is not None]
 
@@ -89,28 +105,22 @@ class TransformersPolicy:
 
         Log-probs are differentiable unless called under ``no_grad``.
         """
-        hidden_ND, targets_N = self._states(batch)
-        with self.adapter.autocast():
-            return token_logprobs(
-                hidden_ND,
-                self.adapter.head.weight,
-                targets_N,
-                self.banned,
-                with_entropy=with_entropy,
-            )
+        return self._token_logprobs(*self._states(batch), with_entropy)
 
     def divergence(
         self,
         trajectories: Sequence[Trajectory],
         teacher: TransformersPolicy,
+        states: Sequence[Tensor],
         settings: DivergenceSettings,
     ) -> tuple[Tensor, Tensor]:
         """Computes the divergence from the teacher's distribution at each loss token.
 
         Args:
-            trajectories: each model runs them in one forward pass, the teacher in its own form
-                (`Trajectory.for_teacher`).
+            trajectories: run in one forward pass.
             teacher: a policy over the same allowed ids; no gradient reaches it.
+            states: of each trajectory, from the teacher's `score` of it in the teacher's own form
+                (`Trajectory.for_teacher`).
             settings: which divergence; see `reopold_agent.objectives.gkd.GKD`.
 
         Returns:
@@ -118,9 +128,7 @@ class TransformersPolicy:
             log-prob of the token.
         """
         student_ND, targets_N = self._states(TrajectoryBatch.build(self.adapter, trajectories))
-        read = [t.for_teacher for t in trajectories]
-        with torch.no_grad():
-            teacher_NE, _ = teacher._states(TrajectoryBatch.build(teacher.adapter, read))
+        teacher_NE = torch.cat(list(states)).to(self.adapter.device)
         student_VD, teacher_VE = self.adapter.head.weight, teacher.adapter.head.weight
         with self.adapter.autocast():
             if settings.top_k is None:
@@ -153,6 +161,18 @@ class TransformersPolicy:
                 assert entropy_N is not None
                 divergence_N = torch.where(entropy_N >= settings.min_entropy, divergence_N, 0.0)
             return divergence_N, logp_N
+
+    def _token_logprobs(
+        self, hidden_ND: Tensor, targets_N: Tensor, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        with self.adapter.autocast():
+            return token_logprobs(
+                hidden_ND,
+                self.adapter.head.weight,
+                targets_N,
+                self.banned,
+                with_entropy=with_entropy,
+            )
 
     def _states(self, batch: TrajectoryBatch) -> tuple[Tensor, Tensor]:
         """Returns the states that predict the loss tokens, (N, width), and these tokens, (N,)."""

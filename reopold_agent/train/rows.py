@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from reopold_agent.objectives import Objective, Outcomes
 from reopold_agent.rollout.runner import RolloutStats
@@ -30,6 +31,8 @@ class Row:
         trajectory: the episode as tokens.
         old_logp: (L,) float32, nats: the trainer's log-probs before the update; None until known.
         entropy: (L,) float32, nats: entropies of the same distributions; None until known.
+        teacher_states: (N, width): the teacher's states at the loss tokens (`TokenScores.states`);
+            None unless the objective compares distributions.
         weight: (L,) float32: importance weights of the tokens; None where none are used.
         reference_logp: (L,) float32, nats: log-probs under the reference model; None without one.
         taught: false if the outcome leaves the row no teacher's term (`Objective.taught`).
@@ -40,6 +43,7 @@ class Row:
     trajectory: Trajectory
     old_logp: FloatArray | None = None
     entropy: FloatArray | None = None
+    teacher_states: Tensor | None = field(default=None, repr=False)
     weight: FloatArray | None = None
     reference_logp: FloatArray | None = None
     taught: bool = True

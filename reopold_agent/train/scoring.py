@@ -42,10 +42,13 @@ class Scoring:
     Args:
         teacher: the policy that scores.
         name: name of the teacher, for messages.
+        with_states: keep what the objective needs to compare whole distributions, so that the
+            update asks the teacher nothing; for a `TransformersPolicy`.
     """
 
-    def __init__(self, teacher: Policy, name: str = "") -> None:
+    def __init__(self, teacher: Policy, name: str = "", *, with_states: bool = False) -> None:
         self._teacher = teacher
+        self._settings = {"with_states": True} if with_states else {}
         self._whose = f"teacher's ({name})" if name else "teacher's"
         self._pool: ThreadPoolExecutor | None = None
         if isinstance(teacher, ScoresBeside):
@@ -68,7 +71,8 @@ class Scoring:
         rows = self._readable(rows, problems)
         if self._pool is None:
             with computing(self._teacher):
-                scores = self._teacher.score([row.trajectory.for_teacher for row in rows])
+                read = [row.trajectory.for_teacher for row in rows]
+                scores = self._teacher.score(read, **self._settings)
             if len(scores) != len(rows):
                 raise ModelError(
                     f"step {step}: the {self._whose} scores are {len(scores)} for "
@@ -76,6 +80,7 @@ class Scoring:
                 )
             for row, score in zip(rows, scores, strict=True):
                 self._take(row, getattr(score, "logp", score), problems)
+                row.teacher_states = getattr(score, "states", None)
             return problems
         for row in rows:
             if row.pending_score is None:

@@ -339,12 +339,16 @@ def make_scoring(
     config: TrainConfig, objective: Objective, roles: Roles
 ) -> Scoring | ScoringByTeacher | None:
     """Returns the scoring by the teachers; None for objectives that need none."""
-    if not objective.needs & Needs.TEACHER or objective.needs & Needs.DEMONSTRATIONS:
+    distributions = bool(objective.needs & Needs.DISTRIBUTIONS)
+    scored = objective.needs & Needs.TEACHER and not objective.needs & Needs.DEMONSTRATIONS
+    if not scored and not distributions:
         return None
     scorings = Teachers.of_run(
         config,
         {
-            each.role: Scoring(roles.teacher_of(each.names[0]), each.label)
+            each.role: Scoring(
+                roles.teacher_of(each.names[0]), each.label, with_states=distributions
+            )
             for each in run_teachers(config)
         },
     )

@@ -26,7 +26,6 @@ from reopold_agent.train.rows import Row, Threshold, spans_of, threshold_of, tra
 from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.token_use import token_uses
 from reopold_agent.train.totals import TokenTotals
-from reopold_agent.types import Trajectory
 
 
 @dataclass(frozen=True)
@@ -241,9 +240,6 @@ class Updater:
         counts = TokenTotals()
         uses: list[tuple[Row, TokenUse]] = []
         lengths = [len(row.trajectory.ids) for row in batch]
-        if self.objective.needs & Needs.DISTRIBUTIONS:  # the teacher's pass has the same rows
-            read = [len(row.trajectory.for_teacher.ids) for row in batch]
-            lengths = [max(pair) for pair in zip(lengths, read, strict=True)]
         packed = self.policy.adapter.packed
         envs = None
         if self._means_by_environment or isinstance(threshold, Mapping):
@@ -276,15 +272,18 @@ class Updater:
             return [(row, f"the gradient norm of its mini-batch is {norm}") for row in batch]
         return _Gradient(counts, norm, uses)
 
-    def _divergence(self, trajectories: Sequence[Trajectory]) -> tuple[Tensor, Tensor]:
-        """Returns the divergence from each trajectory's teacher, and the log-probs, both (N,)."""
+    def _divergence(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Returns the divergence from each row's teacher, and the log-probs, both (N,)."""
         pieces: dict[int, tuple[Tensor, Tensor]] = {}
+        trajectories = trajectories_of(rows)
         for teacher, places in self._teachers.parts(trajectories):
-            if not isinstance(teacher, TransformersPolicy):
-                raise ValueError("an objective on whole distributions needs the teacher's model")
             chosen = [trajectories[place] for place in places]
-            pair = self.policy.divergence(chosen, teacher, self.objective.divergence)
-            if len(chosen) == len(trajectories):
+            kept = [rows[place].teacher_states for place in places]
+            states = [each for each in kept if each is not None]
+            if not isinstance(teacher, TransformersPolicy) or len(states) < len(kept):
+                raise ValueError("an objective on whole distributions needs the teacher's states")
+            pair = self.policy.divergence(chosen, teacher, states, self.objective.divergence)
+            if len(chosen) == len(rows):
                 return pair
             sizes = [t.response_tokens for t in chosen]
             divided = zip(*(torch.split(each, sizes) for each in pair), strict=True)
@@ -299,7 +298,7 @@ class Updater:
         adapter, objective = self.policy.adapter, self.objective
         divergence_N = None
         if objective.needs & Needs.DISTRIBUTIONS:
-            divergence_N, logp_N = self._divergence(trajectories)
+            divergence_N, logp_N = self._divergence(rows)
         else:
             logp_N, _ = self.policy.logprobs(TrajectoryBatch.build(adapter, trajectories))
 
