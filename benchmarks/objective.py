@@ -5,8 +5,8 @@
     python benchmarks/objective.py memory --tokens 1024 --plain   # and with all logits; 8 GiB
 
 ``share``: seconds in the objective itself (thresholds, masks, rewards, advantages, the loss and
-its backward pass down to the log-probs) over the seconds of the step. Not for gkd and sft, whose
-cost is in the models' passes.
+its backward pass down to the log-probs, or to the divergences) over the seconds of the step. gkd
+and sft, whose cost is in the models' passes, are measured only if named.
 
 ``memory``: each variant in a separate process. Measures the peak above the inputs and above
 the gradients themselves, as a ratio to the chunk of logits held at once (student's and teacher's).
@@ -39,7 +39,8 @@ CHUNK = 2 * SLICE_ELEMENTS * 4
 
 class Stopwatch:
     """Wraps an objective's methods. The loss is made once more on the same batch, from the
-    log-probs on, forward and backward; that is what is counted, and ``extra`` what it adds."""
+    log-probs and divergences on, forward and backward; that is what is counted, and ``extra`` what
+    it adds."""
 
     def __init__(self) -> None:
         self.own = self.extra = 0.0
@@ -55,8 +56,9 @@ class Stopwatch:
 
     def terms(self, method: Callable[..., Any]) -> Callable[..., Any]:
         def call(objective: Objective, batch: Any, step: int, threshold: float | None) -> Any:
-            leaf = batch.logp.detach().requires_grad_()
-            again = replace(batch, logp=leaf)
+            names = [n for n in ("logp", "divergence") if getattr(batch, n) is not None]
+            leaves = {n: getattr(batch, n).detach().requires_grad_() for n in names}
+            again = replace(batch, **leaves)
             started = time.perf_counter()
             method(objective, again, step, threshold).numerator.backward()
             seconds = time.perf_counter() - started
