@@ -636,6 +636,25 @@ def test_sample_tokens_inverts_the_distribution(
         assert (u <= below + allowed[ids] + 1e-9).all()
 
 
+@pytest.mark.parametrize("sampling", [T1, Sampling(0.7), Sampling(0.7, 0.9)])
+def test_draws_in_place_are_those_of_the_plain_formula(sampling: Sampling) -> None:
+    """Of Qwen's vocabulary, id by id; the logits are left as they were."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 151_936, generator=generator) * 3
+    uniform = torch.rand(6, dtype=torch.float64, generator=generator)
+    before = logits.clone()
+    ids = sample_tokens(logits, uniform, sampling)
+    assert torch.equal(logits, before)
+    weights = torch.softmax(logits.double() / sampling.temperature, dim=-1)
+    order = torch.arange(weights.shape[1]).expand_as(weights)
+    if sampling.top_p < 1:
+        weights, order = weights.sort(dim=-1, descending=True)
+        weights = weights.where(weights.cumsum(-1) - weights < sampling.top_p, 0.0)
+    cumulative = weights.cumsum(dim=-1)
+    places = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
+    assert ids.tolist() == order.gather(1, places)[:, 0].tolist()
+
+
 def test_extreme_draws_stay_on_possible_ids() -> None:
     last = 1 - 2.0**-53
     logits = torch.tensor([[BANNED, 0.0, 1.0, BANNED, 2.0, BANNED, BANNED]]).repeat(3, 1)

@@ -357,7 +357,9 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> T
     """
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    probabilities_BV = torch.softmax(logits_BV.double() / sampling.temperature, dim=-1)
+    # In place: a further array of all ids in float64 would cost more than what is computed in it.
+    scaled_BV = logits_BV.double().div_(sampling.temperature)
+    probabilities_BV = torch.softmax(scaled_BV, dim=-1)
     if sampling.top_p < 1:
         ordered_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
         before_BV = ordered_BV.cumsum(dim=-1) - ordered_BV
@@ -368,7 +370,8 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> T
 
 
 def _invert(weights_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    cumulative_BV = weights_BV.cumsum(dim=-1)
+    """Returns the ids; overwrites the weights."""
+    cumulative_BV = weights_BV.cumsum_(dim=-1)
     # Strictly below the total, so that rounding cannot pick an id of weight 0 at the end.
     target_B = uniform_B * cumulative_BV[:, -1]
     chosen = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
