@@ -642,9 +642,11 @@ def test_draws_in_place_are_those_of_the_plain_formula(sampling: Sampling) -> No
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 151_936, generator=generator) * 3
     uniform = torch.rand(6, dtype=torch.float64, generator=generator)
-    before = logits.clone()
     ids = sample_tokens(logits, uniform, sampling)
-    assert torch.equal(logits, before)
+    for passed in (logits, logits.double()):
+        before = passed.clone()
+        assert torch.equal(sample_tokens(passed, uniform, sampling), ids)
+        assert torch.equal(passed, before)
     weights = torch.softmax(logits.double() / sampling.temperature, dim=-1)
     order = torch.arange(weights.shape[1]).expand_as(weights)
     if sampling.top_p < 1:

@@ -358,7 +358,7 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> T
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
     # In place: a further array of all ids in float64 would cost more than what is computed in it.
-    scaled_BV = logits_BV.double().div_(sampling.temperature)
+    scaled_BV = logits_BV.to(torch.float64, copy=True).div_(sampling.temperature)
     probabilities_BV = torch.softmax(scaled_BV, dim=-1)
     if sampling.top_p < 1:
         ordered_BV, order_BV = probabilities_BV.sort(dim=-1, descending=True)
