@@ -704,12 +704,12 @@ class ModelsConfig:
             raise ConfigError(
                 "model.teacher.follow averages all weights; it cannot follow a LoRA adapter"
             )
-        copied = teacher.follow == 0 and teacher.follow_every == 1
-        if copied and self.self_taught and teacher.view.empty:
+        copied = teacher.follow == 0 and teacher.follow_every == 1  # whatever it started from
+        if copied and teacher.view.empty:
             raise ConfigError(
-                "the teacher is a copy of the student and reads what the student reads, so that "
-                "every reward is 0.\nGive it model.teacher.view (a hint, say), or another "
-                "model.teacher.path or model.teacher.follow."
+                "model.teacher.follow=0 makes the teacher a copy of the student that reads what "
+                "the student reads, so that every reward is 0.\nGive it model.teacher.view (a "
+                "hint, say), or another model.teacher.follow."
             )
 
     def teacher_name(self, env: str, value: str = "") -> str | None:
@@ -734,10 +734,10 @@ class ModelsConfig:
         )
 
     @property
-    def self_taught(self) -> bool:
-        """Whether the teacher starts from the student's own checkpoint."""
-        mine, teacher = (self.student.path, self.student.revision), self.teacher
-        return teacher is not None and (teacher.path, teacher.revision) == mine
+    def self_taught(self) -> list[str]:
+        """Names of the teachers that start from the student's own checkpoint."""
+        mine = self.student.path, self.student.revision
+        return [n for n, each in self.all_teachers.items() if (each.path, each.revision) == mine]
 
 
 DEFAULT_TEACHER = "default"

@@ -436,6 +436,10 @@ def test_a_row_without_a_teacher_and_a_teacher_without_a_row(tmp_path: Path) -> 
     words = named_rows(tmp_path, ROWS)
     with pytest.raises(BadRowsError, match=r"no teacher .* nothing in 'domain', and .* no default"):
         train(tmp_path / "run", *words, *by_column(""))
+    elsewhere = [word.replace("=domain", "=domian") for word in by_column()]
+    assert elsewhere != by_column()
+    with pytest.raises(ConfigError, match=r"domian, but no training task has a value there.\nCorr"):
+        train(tmp_path / "run", *named_rows(tmp_path, ROWS), *elsewhere)
     unused = by_column("math: demo:arithmetic_teacher, music: demo:arithmetic_far")
     with pytest.raises(ConfigError, match=r"model\.teachers\.music teaches nothing: .*\nLeave it"):
         train(tmp_path / "run", *words, *unused)

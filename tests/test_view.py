@@ -404,13 +404,20 @@ def test_self_is_the_students_checkpoint() -> None:
     config, raw = composed("model.teacher.path=self", "model.student.path=demo:teacher")
     assert config.model.teacher is not None
     assert config.model.teacher.path == "demo:teacher"
-    assert config.model.self_taught
+    assert config.model.self_taught == ["default"]
     assert raw["model"]["teacher"]["path"] == "self"
     assert config.model.teacher.view.empty
     objective = make_objective("reopold", {})
-    for words in ((), ("model.teacher.follow=0.9",)):
-        told = composed("model.teacher.path=self", *words)[0]
-        assert "only hold the student" in str(self_teacher_note(told, objective))
+    mixed = ("env=[pixel_reasoner,math]", "model=demo", "model.teacher=null")
+    for words, what in (
+        (("model.teacher.path=self",), "model.teacher: the student's own start"),
+        (("model.teacher.path=self", "model.teacher.follow=0.9"), "an average of the student"),
+        (("model.teacher.follow=0.0", "model.teacher.follow_every=2"), "a copy of the student"),
+        ((*mixed, "model.teachers={default: demo:teacher, math: self}"), "model.teachers.math: "),
+    ):
+        told = str(self_teacher_note(composed(*words)[0], objective))
+        assert what in told
+        assert "only hold the student" in told
     assert self_teacher_note(composed(*HINTED)[0], objective) is None
     assert self_teacher_note(composed()[0], objective) is None
     assert (
@@ -427,6 +434,7 @@ COPY = ("model.teacher.path=self", "model.teacher.follow=0.0")
     ("words", "message"),
     [
         (COPY, "every reward is 0.\nGive it model.teacher.view"),
+        (COPY[1:], "every reward is 0.\nGive it model.teacher.view"),  # after a step
         (("model.teacher.view.hint=answers",), "hint must be one of .* Did you mean 'answer'"),
         (("model.teacher.view.template='Psst: {hint}'",), "view.hint is null.\nChoose a hint"),
         ((*HINTED, "model.teacher.view.template=Psst"), "has no {hint}, .*\nWrite that"),

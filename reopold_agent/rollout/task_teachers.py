@@ -86,14 +86,14 @@ def check_task_teachers(config: TrainConfig) -> None:
         config: the run's, with the tasks to leave out filled in.
 
     Raises:
-        ConfigError: a teacher is named by no training task.
+        ConfigError: no training task names a teacher, or a teacher is named by none.
         DataError: a task has no teacher.
     """
     key = config.model.teacher_key
     if key is None:
         return
     used: set[str | None] = set()
-    whole = True
+    named, whole = False, True
     for name, member in config.members.items():
         made = make_env(member)
         try:
@@ -115,8 +115,14 @@ def check_task_teachers(config: TrainConfig) -> None:
                         )
                     if split == "train":
                         used.add(member.model.teacher_name(name, task.named_teacher(key)))
+                        named |= bool(task.named_teacher(key))
         finally:
             made.close()
+    if whole and not named:
+        raise ConfigError(
+            f"model.teacher_key={key}, but no training task has a value there.\nCorrect the "
+            "column, or leave out model.teacher_key: each environment then has its own teacher."
+        )
     unused = sorted(set(config.model.all_teachers) - used - {DEFAULT_TEACHER})
     if unused and whole:
         raise ConfigError(

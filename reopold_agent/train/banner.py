@@ -148,15 +148,24 @@ def preflight_note(config: TrainConfig, objective: Objective, resumed: bool) -> 
 
 
 def self_teacher_note(config: TrainConfig, objective: Objective) -> str | None:
-    """Warns of a teacher that knows no more than the student did at the start; None for others."""
+    """Warns of teachers that know no more than the student did at the start; None for others."""
     models = config.model
-    if not objective.needs & Needs.TEACHER or not models.self_taught or models.teacher is None:
+    teachers = models.all_teachers
+    own = {*models.self_taught, *(n for n, each in teachers.items() if each.follow == 0)}
+    names = [name for name in teachers if name in own and teachers[name].view.empty]
+    if not objective.needs & Needs.TEACHER or not names:
         return None
-    if not models.teacher.view.empty:
-        return None
+    if models.teacher is None:
+        keys = " and ".join(f"model.teachers.{name}" for name in names)
+        view = f"model.teachers.{names[0]}.view"
+    else:
+        keys, view = "model.teacher", "model.teacher.view"
+    follow = teachers[names[0]].follow
+    what = "a copy of the student" if follow == 0 else "an average of the student"
+    what = "the student's own start" if follow is None else what
     return (
-        "warning: the teacher is the student's own start and reads what the student reads, so that "
-        "it can only hold the student where it was. Give it model.teacher.view, a hint, say."
+        f"warning: {keys}: {what}, which reads what the student reads, so that it can only hold "
+        f"the student where it was. Give it {view}, a hint, say."
     )
 
 
