@@ -7,13 +7,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import pytest
-from running import composed, lines, results, train
+import test_text_checkpoints
+import torch
+from running import composed, lines, results, train, train_rows
+from transformers import AutoTokenizer
 
 from examples.embedded_models.digits_vocab2 import build
 from reopold_agent.errors import ConfigError, ModelError, VocabularyMismatchError
+from reopold_agent.policies.loading import ModelSpec, load_model, resolve_path
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.train import finish
+from reopold_agent.train.update import Updater, UpdateStats
 from reopold_agent.train.verl.supported import check_settings
+from reopold_agent.types import Trajectory
 
 TINY = ("steps=2", "evaluation.tasks=2", "evaluation.every=0", "batch.prompts=4",
         "batch.mini_batch=2", "logging.trajectories=4")  # fmt: skip
@@ -47,6 +56,77 @@ def test_a_run_with_another_vocabulary(teacher: Path, tmp_path: Path) -> None:
     ends = [row for row in lines(tmp_path / "metrics.jsonl") if row["kind"] == "eval"]
     # The teacher plays with its own tokenizer: it still says something that can be graded.
     assert {row["who"] for row in ends} == {"student", "teacher"}
+
+
+@pytest.fixture
+def trained_on(monkeypatch: pytest.MonkeyPatch) -> list[Trajectory]:
+    """The episodes that a run in the test learns from."""
+    found: list[Trajectory] = []
+    original = Updater.step
+
+    def step(self: Updater, mini_batches: Any, *arguments: Any) -> UpdateStats:
+        found.extend(row.trajectory for batch in mini_batches for row in batch)
+        return original(self, mini_batches, *arguments)
+
+    monkeypatch.setattr(Updater, "step", step)
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    return found
+
+
+def assert_scored_in_its_form(episodes: list[Trajectory], teacher: Path) -> None:
+    """The teacher's scores are those of its form of each episode, by another copy of it."""
+    loaded = load_model(ModelSpec(str(teacher)), "teacher", torch.device("cpu"))
+    chat = ChatRenderer(loaded.tokenizer)
+    policy = loaded.policy(forbidden_ids=chat.forbidden_ids, stop_ids=chat.stop_ids)
+    for episode in episodes:
+        assert episode.reading is not None
+        assert episode.reading.student_spans is not None
+        read = episode.reading.trajectory
+        ours, theirs = (each.ids[each.loss_mask].tolist() for each in (episode, read))
+        assert ours != theirs
+        assert chat.text(theirs) == "".join(turn.text for turn in episode.turns)
+        (score,) = policy.score([read])
+        wanted = episode.reading.to_student(episode, score.logp)
+        assert episode.teacher_logp is not None
+        assert np.abs(wanted - episode.teacher_logp).max() < 1e-3
+        assert np.abs(wanted - episode.logp)[episode.loss_mask].max() > 0.1
+
+
+def test_a_teacher_with_another_vocabulary_and_picture_processor(
+    tmp_path: Path, trained_on: list[Trajectory]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path("demo:teacher_vocab2"))
+    teacher = families.save_checkpoint(tmp_path / "teacher", "qwen3_vl", tokenizer, seed=1)
+    words = (*TINY, "steps=1", "batch.prompts=8", "batch.mini_batch=8", "evaluation.tasks=0")
+    train(tmp_path / "run", *words, f"model.teacher.path={teacher}", ALIGNED)
+    assert len(trained_on) == 8
+    pad = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    for episode in trained_on:
+        read = episode.for_teacher
+        assert len(read.images) == len(episode.images) > 0
+        for seen, shown in zip(read.images, episode.images, strict=True):
+            for each, patch in ((seen, 16), (shown, 14)):
+                height, width, _ = each.pixels.shape
+                assert height % (2 * patch) == width % (2 * patch) == 0
+                assert each.grid == (1, height // patch, width // patch)
+        assert (read.ids == pad).sum() == sum(each.tokens for each in read.images)
+    assert any(len(each.turns) > 1 for each in trained_on)  # pictures of tools are among these
+    assert_scored_in_its_form(trained_on, teacher)
+
+
+def test_a_text_teacher_with_another_vocabulary(
+    tmp_path: Path, trained_on: list[Trajectory]
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_path("demo:teacher_vocab2"))
+    teacher = test_text_checkpoints.save_checkpoint(
+        tmp_path / "teacher", tokenizer, "qwen3", seed=1, padding=3
+    )
+    words = (*TINY, "env=math", "steps=1", "evaluation.tasks=0")
+    train(tmp_path / "run", *words, f"model.teacher.path={teacher}", ALIGNED)
+    assert len(trained_on) == 4
+    (row,) = train_rows(tmp_path / "run")
+    assert 0.2 < row["align/span_share"] < 1
+    assert_scored_in_its_form(trained_on, teacher)
 
 
 def test_the_same_vocabulary_gives_the_same_run_bit_for_bit(tmp_path: Path) -> None:

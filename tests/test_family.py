@@ -22,6 +22,7 @@ from reopold_agent.objectives import (
     make_objective,
     whole_loss,
 )
+from reopold_agent.objectives.divergence import topk_divergence
 from reopold_agent.objectives.pieces import prefix_weights, step_weights, turns
 
 
@@ -261,6 +262,51 @@ def test_eopd_s_gradient_has_both_terms() -> None:
     forward = kept.sum(-1, keepdim=True) * own.exp() - kept
     expected += torch.where((entropy >= tau)[..., None], forward, 0.0)
     torch.testing.assert_close(found, expected / 4)
+
+
+def test_eopd_s_gradient_equals_finite_differences() -> None:
+    """Of the engine's own divergence, with a ratio, and a token that is not the student's."""
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(1, 5, 6))).requires_grad_()
+    teacher = torch.log_softmax(torch.from_numpy(2 * rng.normal(size=(1, 5, 6))), -1)
+    ids, live = torch.tensor([[0, 3, 5, 1, 2]]), torch.tensor([[1, 1, 0, 1, 1]])
+    entropy = -(teacher.exp() * teacher).sum(-1)
+    tau = float(entropy[0, [0, 1, 3, 4]].median())
+    top, places = teacher.topk(3, -1)
+    given = teacher.gather(-1, ids[..., None])[..., 0]
+
+    def chosen(at: Tensor) -> Tensor:
+        return torch.log_softmax(at, -1).gather(-1, ids[..., None])[..., 0]
+
+    held = chosen(logits).detach()
+    old = held + 0.1 * torch.from_numpy(rng.normal(size=(1, 5)))
+    forward = topk_divergence(torch.log_softmax(logits, -1).gather(-1, places), top, 0, rest=False)
+    gated = torch.where(entropy >= tau, forward, 0.0)
+    batch = TokenBatch(chosen(logits), old, given, entropy, live, divergence=gated)
+    loss = whole_loss(EOPD(tau=tau, alpha=0.7, top_k=3), batch)
+    (found,) = torch.autograd.grad(loss, logits)
+
+    def value(at: Tensor) -> float:  # rewards held
+        own, total = torch.log_softmax(at, -1)[0], 0.0
+        for t in (0, 1, 3, 4):
+            token = int(ids[0, t])
+            reward = float(given[0, t] - held[0, t])
+            total -= math.exp(float(own[t, token] - old[0, t])) * reward
+            if entropy[0, t] >= tau:
+                for k in teacher[0, t].argsort(descending=True)[:3].tolist():
+                    p = float(teacher[0, t, k])
+                    total += 0.7 * math.exp(p) * (p - float(own[t, k]))
+        return total / 4
+
+    assert 0 < int((entropy >= tau)[live > 0].sum()) < 4
+    assert float(loss.detach()) == pytest.approx(value(logits.detach()))
+    step, slope = 1e-5, torch.zeros_like(found)
+    for place in range(slope.numel()):
+        shift = torch.zeros_like(found)
+        shift.view(-1)[place] = step
+        more, less = value(logits.detach() + shift), value(logits.detach() - shift)
+        slope.view(-1)[place] = (more - less) / (2 * step)
+    torch.testing.assert_close(found, slope, rtol=1e-6, atol=1e-8)
 
 
 # Settings

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from running import (
 )
 
 from reopold_agent.common.statistics import wilson_interval
-from reopold_agent.config import TrainConfig, ViewConfig, build, whole_weights
+from reopold_agent.config import BatchConfig, TrainConfig, ViewConfig, build, whole_weights
 from reopold_agent.doctor.run import environment
 from reopold_agent.errors import ConfigError, DataError, ReopoldError, UnknownNameError
 from reopold_agent.evaluate.words import prepared_words
@@ -48,7 +49,8 @@ from reopold_agent.tracking.history import History
 from reopold_agent.tracking.metrics import read_metrics
 from reopold_agent.tracking.plots import success_figure
 from reopold_agent.tracking.summary import print_summary
-from reopold_agent.train.collect import read_demonstrations
+from reopold_agent.train import finish
+from reopold_agent.train.collect import mini_batches, read_demonstrations
 from reopold_agent.train.data_order import DataOrder, TaskOrder, turns
 from reopold_agent.train.engine import run_objective
 from reopold_agent.train.environments import Environments, environment_counts, environments
@@ -57,6 +59,8 @@ from reopold_agent.train.mixture import as_typed, mixed_words
 from reopold_agent.train.roles import check_roles
 from reopold_agent.train.rows import Row, entropy_threshold
 from reopold_agent.train.settings import compose_run
+from reopold_agent.train.update import Updater, UpdateStats
+from reopold_agent.types import Trajectory
 from reopold_agent.view.run import Run
 
 # Order of the draws
@@ -424,6 +428,42 @@ def test_a_run_with_means_and_thresholds_of_environments(tmp_path: Path) -> None
                 assert kept.sum() >= 0.2 * len(kept)
         assert metrics["loss"] == pytest.approx(-np.mean(means), abs=1e-4)
         assert "entropy/threshold" not in metrics
+
+
+def test_mini_batches_keep_whole_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All samples of a task are in one mini-batch."""
+    seen: list[list[tuple[str, int]]] = []
+    original = Updater.step
+
+    def step(self: Updater, mini_batches: Any, *arguments: Any) -> UpdateStats:
+        seen.extend([row.trajectory.group for row in batch] for batch in mini_batches)
+        return original(self, mini_batches, *arguments)
+
+    monkeypatch.setattr(Updater, "step", step)
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    short = ["steps=1", "batch.prompts=4", "batch.mini_batch=2", "batch.samples=3"]
+    short += ["evaluation.tasks=0", "objective.outcome=1.0", "checkpoint.every=0"]
+    train(tmp_path / "run", *MIXTURE, *short)
+    order = TaskOrder(dict.fromkeys(("pixel_reasoner", "geometry"), 4096), 0,
+                      {"pixel_reasoner": 1, "geometry": 3})  # fmt: skip
+    updates = [Counter(part) for part in seen]
+    assert [list(found.values()) for found in updates] == [[3, 3]] * 2
+    assert {group for found in updates for group in found} == {order[k] for k in range(4)}
+
+
+def test_tasks_of_two_environments_at_one_position_are_two_groups(
+    random_trajectory: Callable[..., Trajectory],
+) -> None:
+    episode = random_trajectory(0)
+    rows = [
+        Row(replace(episode, env=env, index=index, sample=sample))
+        for sample, index, env in itertools.product(range(2), range(3), ("one", "other"))
+    ]
+    for seed in range(5):
+        parts = mini_batches(rows, BatchConfig(prompts=6, mini_batch=2, samples=2), (seed,))
+        groups = [Counter(row.trajectory.group for row in part) for part in parts]
+        assert [list(found.values()) for found in groups] == [[2, 2]] * 3
+        assert len({group for found in groups for group in found}) == 6
 
 
 @pytest.mark.parametrize("key", ["threshold_over", "normalise_over"])

@@ -11,8 +11,12 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from reopold_agent.config import PixelConfig, PixelsConfig, ViewConfig
 from reopold_agent.errors import VocabularyMismatchError
 from reopold_agent.policies.spans import AlignedTurn, Aligner, TokenBytes, _byte_alphabet
+from reopold_agent.rollout.chat import ChatRenderer
+from reopold_agent.rollout.reading import Reader, Shown, make_aligner
+from reopold_agent.types import Message, StopReason, Trajectory, Turn
 
 ALPHABET = {byte: character for character, byte in _byte_alphabet().items()}
 
@@ -273,3 +277,99 @@ def test_spans_hold_the_same_bytes_and_every_token_once(
             for table, tokens in ((made.student, mine), (made.teacher, theirs))
         ]
         assert not ends[0] & ends[1]
+
+
+def chat_of(tokenizer: PreTrainedTokenizerFast, end: str) -> ChatRenderer:
+    tokenizer.chat_template = (
+        "{% for each in messages %}<begin>{{ each.role }}:{{ each.content }}" + end + "{% endfor %}"
+        "{% if add_generation_prompt %}<begin>assistant:{% endif %}"
+    )
+    return ChatRenderer(tokenizer)
+
+
+def episode_of(turns: list[list[int]], between: list[int], rng: np.random.Generator) -> Trajectory:
+    """Makes an episode whose log-probs are multiples of 1/256: their sums are exact."""
+    ids, mask, made = [*between], [False] * len(between), []
+    for sampled in turns:
+        made.append(Turn(len(ids), len(ids) + len(sampled), "", "stop"))
+        ids += [*sampled, *between]
+        mask += [True] * len(sampled) + [False] * len(between)
+    length = made[-1].end  # an episode ends with the student's tokens
+    loss_mask = np.array(mask[:length])
+    return Trajectory(
+        task_id="",
+        index=0,
+        sample=0,
+        prompt_length=len(between),
+        ids=np.array(ids[:length]),
+        loss_mask=loss_mask,
+        logp=np.where(loss_mask, -rng.integers(0, 2048, length) / 256, 0).astype(np.float32),
+        entropy=np.zeros(length, np.float32),
+        images=[],
+        turns=made,
+        stop_reason=StopReason.ANSWER,
+        reward=0.0,
+        success=False,
+    )
+
+
+TURNS = st.tuples(TEXTS, st.lists(st.integers(0, 255), max_size=3), st.booleans())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(TEXTS, max_size=6),
+    st.lists(TEXTS, max_size=6),
+    st.lists(st.integers(0, 20), min_size=6, max_size=6),
+    st.lists(TURNS, min_size=1, max_size=3),
+    st.integers(0, 99),
+)
+@example(["abc"], ["bc<"], [0] * 6, [("abc<", [0xFF], True), ("€abc", [], False)] * 2, 0)
+def test_rewards_carry_the_teachers_sums(
+    of_student: list[str],
+    of_teacher: list[str],
+    cuts: list[int],
+    turns: list[tuple[str, list[int], bool]],
+    seed: int,
+) -> None:
+    """Of each span, in the turn that it belongs to; with the other tokens they are its total."""
+    marks = ("<begin>", "<end>", "<own>")
+    student = chat_of(byte_level(merges_of(of_student, cuts), special=marks), "<end>")
+    merges = merges_of(of_teacher, cuts[::-1])
+    teacher = chat_of(byte_level(merges, special=("<begin>", "<eot>")), "<eot>")
+    made = make_aligner(student, teacher, "the teacher")
+    assert made is not None
+    rng = np.random.default_rng(seed)
+    sampled = []
+    for text, more, ends in turns:
+        # The teacher has nothing like <own>.
+        last = student.tokenizer.convert_tokens_to_ids("<end>" if ends else "<own>")
+        words = student.tokenizer(text, add_special_tokens=False)["input_ids"]
+        sampled.append([*words, *more, last])
+    episode = episode_of(sampled, [*b"prompt"], rng)
+    shown = Shown([Message("user", ("?",))], None, [Message("user", ("!",))] * (len(turns) - 1))
+    pixels = PixelsConfig(PixelConfig(784, 784), PixelConfig(784, 784))
+    reader = Reader(ViewConfig(), teacher, None, pixels=pixels, aligner=made)
+    reading = reader.read(episode, shown)
+    assert reading.teacher_spans is not None
+    read = reading.trajectory.loss_mask
+    values = np.full(len(read), np.nan, np.float32)  # of what the student did not write
+    values[read] = -rng.integers(0, 2048, read.sum()) / 256
+    scores = reading.to_student(episode, values)
+    assert not scores[~episode.loss_mask].any()
+    rewards = scores.astype(np.float64) - episode.logp
+    at, total = 0, values[read & (reading.teacher_spans < 0)].sum(dtype=np.float64)
+    for turn, ids in zip(episode.turns, sampled, strict=True):
+        aligned = made.align(ids)
+        theirs = values[read][at : at + len(aligned.ids)]
+        assert reading.trajectory.ids[read][at : at + len(aligned.ids)].tolist() == [*aligned.ids]
+        at += len(aligned.ids)
+        found, logp = rewards[turn.start : turn.end], episode.logp[turn.start : turn.end]
+        assert not found[aligned.student < 0].any()
+        for span in range(aligned.spans):
+            teachers = theirs[aligned.teacher == span].sum(dtype=np.float64)
+            own = logp[aligned.student == span].sum(dtype=np.float64)
+            assert set(found[aligned.student == span]) == {teachers - own}
+            total += found[aligned.student == span][0] + own
+    assert at == read.sum()
+    assert total == values[read].sum(dtype=np.float64)
