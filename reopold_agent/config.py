@@ -759,8 +759,21 @@ def _teacher(name: str, value: Any) -> TeacherConfig:
     """Returns a teacher of ``model.teachers``, given as a path or as settings."""
     if isinstance(value, TeacherConfig):  # `dataclasses.replace` gives what was made before
         return value
+    where = f"model.teachers.{name}"
     values = {"path": value} if isinstance(value, str) else value
-    made = _convert(TeacherConfig, values, f"model.teachers.{name}")
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            f"'{where}' must be the path of one teacher, or a group of settings with path; got "
+            f"{value!r}.\nSet {where}=PATH or '{where}={{path: PATH, ...}}', or leave it out "
+            f"(~{where}, if model= brings it)."
+        )
+    own = {each.name for each in fields(TeacherConfig)} - {"path"}
+    if own.issuperset(values):  # +model.teachers.NAME.align=bytes takes the place of a path
+        whole = str({"path": "PATH", **values}).replace("'", "")
+        raise ConfigError(
+            f"'{where}' has settings, but no path.\nGive all of them at once: '{where}={whole}'."
+        )
+    made = _convert(TeacherConfig, values, where)
     assert isinstance(made, TeacherConfig)
     return made
 
@@ -1201,7 +1214,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"'{where}' must be set")
     if is_dataclass(origin) and isinstance(origin, type):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"'{where}' must be a group of settings, got {value!r}")
+            told = f"'{where}' must be a group of settings, got {value!r}"
+            if isinstance(value, str) and "path" in {each.name for each in fields(origin)}:
+                told += f".\nFor a path write '{where}={{path: {value}}}'."
+            raise ConfigError(told)
         return build(origin, value, f"{where}.")
     expected = tuple(getattr(each, "__origin__", each) for each in kinds)
     if expected == (dict,) and isinstance(value, Mapping):

@@ -169,6 +169,33 @@ def test_without_the_setting_another_vocabulary_is_refused(teacher: Path, tmp_pa
         train(tmp_path, *TINY, f"model.teacher.path={teacher}")
 
 
+def test_a_reference_with_another_vocabulary_is_refused_before_models_are_loaded(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("reopold_agent.train.setup.load_model")
+    words = (*TINY, "objective=exopd", f"objective.reference={teacher}")
+    with pytest.raises(VocabularyMismatchError) as caught:
+        train(tmp_path / "run", *words)
+    first, *ids, advice = str(caught.value).split("\n")
+    assert first.startswith(f"student 'demo:student' and reference '{teacher}' disagree on ")
+    assert "so the reference would score other text" in first
+    assert all(", reference " in each and "teacher" not in each for each in ids)
+    assert advice == (
+        "Use a reference with the student's tokenizer, or objective.reference=null for the student "
+        "as it is before training."
+    )
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_tokenizer_that_writes_in_lower_case_is_refused(teacher: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    described: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text())
+    described["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ModelError, match=r"bytes: it reads 'T' of 'The answer .*' as 't'\.\nUse a"):
+        train(tmp_path / "run", *TINY, f"model.teacher.path={folder}", ALIGNED)
+
+
 def test_a_tokenizer_that_cannot_be_aligned_is_refused(teacher: Path, tmp_path: Path) -> None:
     folder = tmp_path / "teacher"
     shutil.copytree(teacher, folder)

@@ -200,6 +200,9 @@ def test_known_options_and_other_words_pass() -> None:
         ("+a.b=1 +a.b=2", "'a.b' is given twice"),
         ("seed=0,1 seed=2 --multirun", "'seed' is given twice"),
         ("hydra.run.dir=a hydra.run.dir=b", "twice"),
+        ("+a={b:{c:1,c:2}}", r"'c' is given twice in \+a=\{b:\{c:1,c:2\}\}\.\nLeave one out"),
+        ("model.teachers={math:A,math:B}", r"'math' is given .*\nAn environment has one teacher:"),
+        ("model.teachers={math:{path:A,path:B}}", r"'path' is given twice in .*\nLeave one out"),
         ("tracking=wandb tracking=[mlflow]", r"Write 'tracking=\[wandb,mlflow\]' for both"),
     ],
 )
@@ -209,7 +212,9 @@ def test_a_setting_that_is_given_twice_is_refused(words: str, told: str) -> None
 
 
 def test_one_value_for_each_setting_passes() -> None:
-    check_once(["env=math", "env=math", "--cfg", "job", "env.kwargs={a: 1}", "seed=0,1", "-m"])
+    check_once(
+        ["env=math", "env=math", "--cfg", "job", "env.kwargs={a: {b: 1}, b: 2}", "seed=0,1", "-m"]
+    )
     check_once(["~objective", "+objective=rkl", "policy/role@policy.student=vllm", "policy=vllm"])
     check_once(["policy/role@policy.student=vllm", "policy/role@policy.teacher=server"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,10 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
+from hydra.errors import HydraException
 from running import composed, results, train
 
+from reopold_agent.cli.messages import explain
 from reopold_agent.config import TeacherConfig, TrainConfig
 from reopold_agent.data import loading
 from reopold_agent.data.checks import BadRowsError
@@ -86,7 +89,25 @@ def of(env: str, made: Trajectory) -> Trajectory:
             ("env=[pixel_reasoner,math]", "model=demo", NONE, "model.teachers={math: DIR}"),
             r"model\.teachers has no teacher for env=pixel_reasoner\.\nAdd \+model\.teachers\.",
         ),
-        ((NONE, "model.teachers={default: 3}"), r"'model\.teachers\.default' must be a group"),
+        (
+            (NONE, "model.teachers={default: [A, B]}"),
+            r"'model\.teachers\.default' must be the path of one teacher, or .*; got \['A', 'B'\]\."
+            r"\nSet model\.teachers\.default=PATH or 'model\.teachers\.default=\{path: PATH",
+        ),
+        (
+            ("env=[pixel_reasoner,math,geometry]", "model=generalist", "model.teachers.math=null"),
+            r"one teacher, .*; got None\.\nSet .* or leave it out \(~model\.teachers\.math, if ",
+        ),
+        (
+            (NONE, "model.teachers={default: {view: {hint: answer}}}"),
+            r"'model\.teachers\.default' has settings, but no path\.\nGive all of them at once: "
+            r"'model\.teachers\.default=\{path: PATH, view: \{hint: answer\}\}'\.",
+        ),
+        (
+            ("env=[math,geometry]", "model=generalist", "model.teachers=null", "model.teacher=A"),
+            r"'model\.teacher' must be a group of settings, got 'A'\.\n"
+            r"For a path write 'model\.teacher=\{path: A\}'\.",
+        ),
         (
             (NONE, "model.teachers={default: {path: DIR, follow: 0.5}}"),
             r"model\.teachers\.default\.follow: only model\.teacher can follow the student, alone",
@@ -111,6 +132,71 @@ def test_settings_that_cannot_be_are_refused_in_two_lines(
     with pytest.raises(ConfigError, match=told) as caught:
         composed(*words)
     assert str(caught.value).count("\n") <= 1
+
+
+THREE = "env=[pixel_reasoner,math,geometry] model=generalist"
+
+
+@pytest.mark.parametrize(
+    ("words", "what", "advice"),
+    [
+        (
+            f"{THREE} model.teacher.path=A model.teacher.align=bytes",
+            "there is no 'model.teacher.path', since model.teacher is null here, and "
+            "model.teachers is set.",
+            "Set it as a whole: model.teachers=null 'model.teacher={path: A, align: bytes}'.",
+        ),
+        (
+            "env=pixel_reasoner model.teachers.pixel_reasoner=A",
+            "there is no 'model.teachers.pixel_reasoner', since model.teachers is null here, and "
+            "model.teacher is set.",
+            "Set it as a whole: model.teacher=null 'model.teachers={pixel_reasoner: A}'.",
+        ),
+        (
+            f"{THREE} model.teachers.math=A model.teachers.math.align=bytes",
+            "there is no 'model.teachers.math.align', since model.teachers.math is a path here.",
+            "Set it as a whole: 'model.teachers.math={path: A, align: bytes}'.",
+        ),
+        (
+            f"{THREE} model.teachers.math.view.hint=answer",
+            "there is no 'model.teachers.math.view.hint', since model.teachers.math is a path "
+            "here.",
+            "Set it as a whole: 'model.teachers.math={path: demo:generalist_math, view: {hint: "
+            "answer}}'.",
+        ),
+        (
+            f"{THREE} model.teachers={{math:A,default:B}}",
+            "unknown setting 'model.teachers.default'.",
+            " A new name needs a + before the word: +model.teachers=...",
+        ),
+        ("batch={promts:4}", "unknown setting 'batch.promts'.", "Did you mean 'batch.prompts'? "),
+    ],
+)
+def test_keys_of_teachers_that_are_not_there(
+    words: str, what: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["reopold train", *words.split()])
+    with pytest.raises(HydraException) as caught:
+        composed(*words.split())
+    told = explain(caught.value, "train")
+    assert told is not None
+    assert told[0] == what
+    assert advice in told[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (THREE, "model.teachers=null", "model.teacher={path: A, align: bytes}"),
+        ("env=pixel_reasoner", NONE, "model.teachers={pixel_reasoner: A}"),
+        (THREE, "model.teachers.math={path: A, view: {hint: answer}}"),
+        (THREE, "+model.teachers={math: A, default: B}"),
+    ],
+)
+def test_what_the_messages_advise_can_be_set(words: tuple[str, ...]) -> None:
+    first, *others = words
+    config, _ = composed(*first.split(), *others)
+    assert "A" in {each.path for each in config.model.all_teachers.values()}
 
 
 def test_a_path_or_settings_and_names_that_share_a_teacher() -> None:
@@ -175,7 +261,11 @@ def test_objectives_that_several_teachers_cannot_serve(
 
 def test_a_vocabulary_that_differs_names_its_teacher(tmp_path: Path) -> None:
     teachers = "{pixel_reasoner: demo:teacher, default: demo:figures_teacher}"
-    with pytest.raises(VocabularyMismatchError, match="and teacher default 'demo:figures_teacher'"):
+    told = (
+        r"(?s)and teacher default 'demo:figures_teacher'.*"
+        r"or 'model\.teachers\.default=\{path: demo:figures_teacher, align: bytes\}' \(docs/"
+    )
+    with pytest.raises(VocabularyMismatchError, match=told):
         train(tmp_path, NONE, f"model.teachers={teachers}")
 
 

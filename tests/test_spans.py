@@ -15,7 +15,7 @@ from reopold_agent.config import PixelConfig, PixelsConfig, ViewConfig
 from reopold_agent.errors import VocabularyMismatchError
 from reopold_agent.policies.spans import AlignedTurn, Aligner, TokenBytes, _byte_alphabet
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.reading import Reader, Shown, make_aligner
+from reopold_agent.rollout.reading import _SAMPLES, Reader, Shown, make_aligner
 from reopold_agent.types import Message, StopReason, Trajectory, Turn
 
 ALPHABET = {byte: character for character, byte in _byte_alphabet().items()}
@@ -153,6 +153,21 @@ def test_a_teacher_that_normalises_reads_its_own_form() -> None:
     assert bytes(aligned.ids.tolist()).decode() == "x\N{LATIN SMALL LETTER E WITH ACUTE}y"
     assert aligned.student.tolist() == [0, 1, 1, 1, 2]
     assert aligned.teacher.tolist() == [0, 1, 1, 2]
+
+
+def test_a_normaliser_that_loses_text_is_refused_and_rare_losses_have_no_span() -> None:
+    student, teacher = byte_level([]), byte_level([])
+    teacher.backend_tokenizer.normalizer = normalizers.Lowercase()
+    told = r"the teacher cannot .*: it reads 'B' of 'aBc' as 'b'\.\n"
+    with pytest.raises(VocabularyMismatchError, match=told):
+        TokenBytes(teacher, "the teacher").check(["abc", "aBc"])
+    teacher.backend_tokenizer.normalizer = normalizers.NFKC()
+    made = aligner(student, teacher)
+    made.teacher.check(_SAMPLES)
+    aligned = made.align([*"x\N{SUPERSCRIPT TWO}y".encode()])
+    assert bytes(aligned.ids.tolist()) == b"x2y"
+    assert aligned.student.tolist() == [0, -1, -1, 1]
+    assert aligned.teacher.tolist() == [0, -1, 1]
 
 
 def sentencepiece(words: list[str]) -> PreTrainedTokenizerFast:

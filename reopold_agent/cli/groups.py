@@ -14,6 +14,12 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.grammar.gen.OverrideLexer import (  # type: ignore[attr-defined]
+    CommonTokenStream,
+    InputStream,
+    OverrideLexer,
+)
+from hydra.grammar.gen.OverrideParser import OverrideParser
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -171,6 +177,8 @@ def key_of(word: str) -> str:
 def check_once(words: Sequence[str], lists: Sequence[str] = SEVERAL) -> None:
     """Refuses a setting that is given twice with two values, of which only the last would count.
 
+    In ``key={name: one, name: two}`` the name is given twice, too.
+
     Args:
         words: the arguments of a command line; flags and words of other forms are passed over.
         lists: keys whose value may be a list.
@@ -184,6 +192,8 @@ def check_once(words: Sequence[str], lists: Sequence[str] = SEVERAL) -> None:
         key = key.lstrip("+")  # but ~KEY, which removes what +KEY then adds
         if not equals or key.startswith(("-", "~")):
             continue
+        if "{" in value:
+            _check_names(word)
         before = first.setdefault(key, word)
         if before.partition("=")[2] == value:
             continue
@@ -193,6 +203,32 @@ def check_once(words: Sequence[str], lists: Sequence[str] = SEVERAL) -> None:
             advice = f"Write '{key}=[{both}]' for both, or leave one out."
         shown = _CHECKPOINT[-1] if key in _CHECKPOINT else key
         raise ConfigError(f"'{shown}' is given twice: {before} and {word}.\n{advice}")
+
+
+def _check_names(word: str) -> None:
+    """Refuses a group of settings, ``KEY={NAME: VALUE, ...}``, with a name twice.
+
+    Raises:
+        ConfigError: names the setting and the name.
+    """
+    lexer = OverrideLexer(InputStream(word))
+    parser = OverrideParser(CommonTokenStream(lexer))
+    for each in (lexer, parser):
+        each.removeErrorListeners()  # what cannot be read is told by Hydra
+    nodes: list[Any] = [parser.override()]  # type: ignore[no-untyped-call]
+    if parser.getNumberOfSyntaxErrors():
+        return
+    for node in nodes:
+        nodes += getattr(node, "children", None) or []
+        if not isinstance(node, OverrideParser.DictContainerContext):
+            continue
+        names = [pair.dictKey().getText() for pair in node.dictKeyValuePair()]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            top = isinstance(node.parentCtx.parentCtx, OverrideParser.ValueContext)
+            teacher = top and key_of(word) == "model.teachers"
+            advice = "An environment has one teacher: leave" if teacher else "Leave"
+            raise ConfigError(f"'{twice}' is given twice in {word}.\n{advice} one out.")
 
 
 def groups_of(config: str) -> list[str]:

@@ -121,6 +121,9 @@ def _explain_hydra(error: BaseException, config: str | None, sweeps: bool) -> tu
         return f"'{overridden.group(1)}' exists already.", "Leave out the + before it."
     if overridden is not None:
         key = overridden.group(1)
+        of_teacher = _explain_teacher(key, config)
+        if of_teacher is not None:
+            return of_teacher
         value_error = error.__cause__ if "full_key" in text else None
         if value_error is not None and "not in struct" not in text:
             return f"{key}: {first_line(value_error)}", _all_settings_hint(config)
@@ -135,7 +138,12 @@ def _explain_hydra(error: BaseException, config: str | None, sweeps: bool) -> tu
             )
         if key in {f"engine.{name}" for name, _ in dotted(asdict(EngineConfig()))}:
             return verl_only(key)
-        return f"unknown setting '{key}'.", _suggest(key, config)
+        # For key={name: value} the cause names the key below that is not there.
+        unknown = str(getattr(error.__cause__, "full_key", None) or key)
+        if unknown.startswith(_NAMED):
+            more = f" A new name needs a + before the word: +{key}=..."
+            return f"unknown setting '{unknown}'.", _suggest(unknown, config) + more
+        return f"unknown setting '{unknown}'.", _suggest(unknown, config)
     if text.startswith("Ambiguous value"):
         word = re.search(r"'([^']+)'", text)
         key, _, value = (word.group(1) if word else "").partition("=")
@@ -160,6 +168,52 @@ def _explain_hydra(error: BaseException, config: str | None, sweeps: bool) -> tu
         return f"the group '{group}' has no option '{name}'.", f"{hint}Known: {', '.join(options)}."
     key = getattr(error, "full_key", None)
     return f"{key}: {first_line(error)}" if key else first_line(error), _all_settings_hint(config)
+
+
+_NAMED = ("model.teachers.", "policy.teachers.")
+"""Groups to which users add settings by names of their own."""
+
+_IN_PLACE_OF = {"model.teacher": "model.teachers", "model.teachers": "model.teacher"}
+"""Settings that are null where the other is set."""
+
+
+def _explain_teacher(key: str, config: str | None) -> tuple[str, str] | None:
+    """Explains a key of a teacher that is null or a path here, and so has no keys.
+
+    Returns:
+        None for other keys.
+    """
+    group = next((each for each in _IN_PLACE_OF if key.startswith(f"{each}.")), None)
+    if group is None:
+        return None
+    words = [word.lstrip("+").partition("=") for word in sys.argv[1:]]
+    settings = _settings(config)
+    settings |= {name: value for name, _, value in words if key.startswith(f"{name}.")}
+    given: dict[str, Any] = {}
+    what, others = f"unknown setting '{key}'.", ""
+    if settings.get(group) in (None, "null"):
+        what = f"there is no '{key}', since {group} is null here."
+        other = _IN_PLACE_OF[group]
+        if settings.get(other) is not None:
+            what = f"{what[:-1]}, and {other} is set."
+            others = f"{other}=null "
+    elif group == "model.teachers" and key.count(".") > 2:
+        group = ".".join(key.split(".")[:3])
+        given["path"] = "PATH"
+        if isinstance(settings.get(group), str):
+            given["path"] = settings[group]
+            what = f"there is no '{key}', since {group} is a path here."
+    else:
+        return None
+    for name, equals, value in words:
+        if equals and name.startswith(f"{group}."):
+            *above, last = name.removeprefix(f"{group}.").split(".")
+            place = given
+            for each in above:
+                place = place.setdefault(each, {})
+            place[last] = value
+    whole = str(given).replace("'", "")
+    return what, f"Set it as a whole: {others}'{group}={whole}'."
 
 
 def verl_only(key: str) -> tuple[str, str]:

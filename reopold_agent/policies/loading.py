@@ -540,7 +540,7 @@ def check_vocabularies(student: Processing, teacher: Processing, role: str = "te
     Args:
         student: of the student.
         teacher: of the teacher.
-        role: what messages call the teacher.
+        role: what messages call the teacher: ``teacher``, ``teacher NAME`` or ``reference``.
 
     Raises:
         VocabularyMismatchError: they differ; the message shows the first ids.
@@ -551,15 +551,22 @@ def check_vocabularies(student: Processing, teacher: Processing, role: str = "te
     ids = sorted({*of_student, *of_teacher})
     differing = [i for i in ids if of_student.get(i) != of_teacher.get(i)]
     if differing:
+        kind, _, name = role.partition(" ")
         shown = "\n".join(
-            f"  id {i}: student {of_student.get(i)!r}, teacher {of_teacher.get(i)!r}"
+            f"  id {i}: student {of_student.get(i)!r}, {kind} {of_teacher.get(i)!r}"
             for i in differing[:5]
         )
+        if kind == "reference":
+            way_out = "or objective.reference=null for the student as it is before training."
+        elif name:  # as a whole, since a path has no settings to add to
+            group = f"{{path: {teacher.spec.path}, align: bytes}}"
+            way_out = f"or 'model.teachers.{name}={group}' (docs/vocabularies.md)."
+        else:
+            way_out = f"or {model_key(role, 'align')}=bytes (docs/vocabularies.md)."
         raise VocabularyMismatchError(
             f"student '{student.spec.path}' and {role} '{teacher.spec.path}' disagree on "
-            f"{len(differing)} token ids, so the teacher would score other text than the student "
-            f"wrote. The first:\n{shown}\nUse a teacher with the student's tokenizer, or "
-            f"{model_key(role, 'align')}=bytes (docs/vocabularies.md)."
+            f"{len(differing)} token ids, so the {kind} would score other text than the student "
+            f"wrote. The first:\n{shown}\nUse a {kind} with the student's tokenizer, {way_out}"
         )
     student_id, teacher_id = student.image_token_id, teacher.image_token_id
     if student_id is not None and teacher_id is not None and student_id != teacher_id:

@@ -15,6 +15,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from unicodedata import normalize
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -155,10 +156,14 @@ class TokenBytes:
         """Checks that the tokens of texts stand for their bytes.
 
         Raises:
-            VocabularyMismatchError: they do not; the message shows the first place.
+            VocabularyMismatchError: they do not, or the tokenizer changes the text, as one that
+                writes all in lower case; the message shows the first place.
         """
         for text in texts:
             encoded = self.encode(text)
+            for given, shown in encoded.runs:
+                if not _same_text(given, shown):
+                    raise _unaligned(self.whose, f"it reads {given!r} of {text!r} as {shown!r}")
             if encoded.ends is None:
                 raise _unaligned(self.whose, encoded.difference())
 
@@ -180,8 +185,9 @@ class Aligner:
         """Returns a turn in the teacher's tokens, with the spans of both sides.
 
         A token of the student has no span if the teacher has nothing of that meaning: a special
-        token that it lacks, bytes that are no character (it reads U+FFFD), and a character that is
-        cut off at the end of a text (it reads nothing).
+        token that it lacks, bytes that are no character (it reads U+FFFD), a character that is
+        cut off at the end of a text (it reads nothing), and one that its tokenizer replaces by
+        another (``\u00b2`` by ``2``, with NFKC).
 
         Args:
             ids: the tokens that the student sampled.
@@ -227,10 +233,13 @@ class Aligner:
             bisect_left(common, end) if piece else -1
             for piece, end in zip(pieces, ends, strict=True)
         ]
+        kept: list[bool] = []
+        for given, shown in encoded.runs:
+            kept += [_same_text(given, shown)] * len(given)
         at, lost = 0, {-1, len(common)}
-        for each in characters:
+        for each, same in zip(characters, kept, strict=True):
             at += each.size
-            if not each.spelled:
+            if not (each.spelled and same):
                 lost.add(bisect_left(common, at))
         number = {span: k for k, span in enumerate(sorted(set(found) & set(asked) - lost))}
         turn.add(
@@ -333,6 +342,11 @@ def _runs(text: str, normalise: Callable[[str], str]) -> list[tuple[str, str]]:
     if "".join(shown for _, shown in runs) != whole:
         return [(text, whole)]  # marks that change places across others: one run
     return runs
+
+
+def _same_text(given: str, shown: str) -> bool:
+    """Tells whether two texts are equal but for the form of their accents (Unicode's NFC)."""
+    return given == shown or normalize("NFC", given) == normalize("NFC", shown)
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -188,7 +188,7 @@ def play(config: TrainConfig, episodes: int, tell: Callable[[str], None]) -> Pla
     chat = ChatRenderer(student.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call)
     roles = make_roles(config, chat, student, teachers)
     scoring = make_scoring(config, objective, roles)
-    reference = make_reference(config, objective, chat, student)
+    reference = make_reference(config, objective, chat)
     guard = NonFiniteGuard("skip")
     reader = run_reader(config, chat, student, teachers)
     runner = make_runner(config, chat, student.vision, reader=reader)

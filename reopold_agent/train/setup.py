@@ -194,6 +194,9 @@ def prepared(
         torch.set_num_threads(config.engine.threads)
     _seed_everything(config.seed)
     student = load_processing(specs["student"], "student")
+    if "reference" in specs and objective.reference_path is not None:
+        reference = load_processing(specs["reference"], "reference")
+        check_vocabularies(student, reference, "reference")
     config, tasks = checked_run(config, student, contexts.values(), report)
     by_role = {each.role: each for each in run_teachers(config) if each.role in specs}
     for name, member in config.members.items():
@@ -250,12 +253,14 @@ def load_models(
 
 
 def make_reference(
-    config: TrainConfig, objective: Objective, chat: ChatRenderer, student: LoadedModel
+    config: TrainConfig, objective: Objective, chat: ChatRenderer
 ) -> Reference | None:
     """Loads the objective's reference model; None for objectives without one.
 
+    `prepared` has checked that it has the student's vocabulary.
+
     Raises:
-        ModelError: it cannot be loaded, or has another vocabulary than the student.
+        ModelError: it cannot be loaded.
     """
     spec = reference_spec(config, objective)
     if spec is None:
@@ -264,7 +269,6 @@ def make_reference(
     kernel = packed_kernel(config.engine, device.type)
     model = load_model(spec, "reference", device, autocast=autocast, kernel=kernel)
     model.adapter.model.requires_grad_(False)
-    check_vocabularies(student, model, "reference")
     return Reference(own_policy(config, chat, model))
 
 
@@ -401,7 +405,7 @@ def make_loop(
     following = following_teacher(config.model.teacher, teachers.get("teacher"), student)
     roles = make_roles(config, chat, student, teachers)
     scoring = make_scoring(config, objective, roles)
-    reference = make_reference(config, objective, chat, student)
+    reference = make_reference(config, objective, chat)
     guard = NonFiniteGuard(config.on_nonfinite)
     updater = make_updater(config, objective, roles, guard)
     reader = run_reader(config, chat, student, teachers)
