@@ -554,7 +554,7 @@ def test_the_teacher_of_an_option_s_tasks_has_the_option_s_name(
     """The option ``mine`` has the environment that is registered as ``math``."""
     (tmp_path / "env").mkdir()
     (tmp_path / "env/mine.yaml").write_text("# @package _global_\ndefaults: [math]\n")
-    named_rows(tmp_path, [ROWS[3]])  # it names no teacher
+    named_rows(tmp_path, [ROWS[3], {**ROWS[0], "domain": "mine"}])  # the first names no teacher
 
     def config_of(mine: str) -> TrainConfig:
         models = f"mine: {{path: demo:student, view: {mine}}}, geometry: demo:teacher"
@@ -582,7 +582,8 @@ def test_the_teacher_of_an_option_s_tasks_has_the_option_s_name(
     if key != "null":
         with monkeypatch.context() as patch:  # an environment that names no teachers
             patch.setattr(task_teachers, "make_env", lambda member: gymnasium.Env())
-            check_task_teachers(config)
+            with pytest.raises(ConfigError, match="no training task has a value there"):
+                check_task_teachers(config)
 
 
 def test_a_continued_run_has_the_same_column_and_the_same_names_in_it(
