@@ -77,6 +77,7 @@ def test_the_weights_after_each_step_by_hand(tmp_path: Path, follow: float, ever
         *TINY,
         *KEEP,
         "optimizer.lr=1e-2",
+        "model.teacher.view.hint=answer",  # else a copy is refused
         f"model.teacher.follow={follow}",
         f"model.teacher.follow_every={every}",
     )
