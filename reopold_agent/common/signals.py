@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -29,7 +30,7 @@ def end_interrupt() -> None:
     import. At its end ``python -m`` then kills itself with SIGINT, whatever status the program
     gave (``_Py_UnhandledKeyboardInterrupt``), unless more such code has run since.
     """
-    exec("")
+    namedtuple("_", ())  # made from text
 
 
 @contextmanager
