@@ -719,8 +719,9 @@ def run_ours(folder: Path, size: Size, engine: str, steps: int) -> list[dict[str
 
 def _parts(row: Mapping[str, float], prefix: str) -> dict[str, float]:
     """Returns the seconds of a step's parts by name."""
-    names = {key: key.removeprefix(prefix) for key in row if key.startswith(prefix)}
-    return {name: row[key] for key, name in names.items() if name != "step"}
+    parts = {key.removeprefix(prefix): row[key] for key in row if key.startswith(prefix)}
+    del parts["step"]
+    return parts
 
 
 def our_words(folder: Path, size: Size, engine: str, steps: int) -> list[str]:

@@ -755,6 +755,12 @@ def model_key(role: str, name: str) -> str:
     return f"model.{role.replace('teacher ', 'teachers.')}.{name}"
 
 
+def group_word(key: str, values: Mapping[str, Any]) -> str:
+    """Returns the word that sets a group as a whole, quoted for a shell, for advice in messages."""
+    whole = str(dict(values)).replace("'", "")
+    return f"'{key}={whole}'"
+
+
 def _teacher(name: str, value: Any) -> TeacherConfig:
     """Returns a teacher of ``model.teachers``, given as a path or as settings."""
     if isinstance(value, TeacherConfig):  # `dataclasses.replace` gives what was made before
@@ -769,9 +775,9 @@ def _teacher(name: str, value: Any) -> TeacherConfig:
         )
     own = {each.name for each in fields(TeacherConfig)} - {"path"}
     if own.issuperset(values):  # +model.teachers.NAME.align=bytes takes the place of a path
-        whole = str({"path": "PATH", **values}).replace("'", "")
+        whole = group_word(where, {"path": "PATH", **values})
         raise ConfigError(
-            f"'{where}' has settings, but no path.\nGive all of them at once: '{where}={whole}'."
+            f"'{where}' has settings, but no path.\nGive all of them at once: {whole}."
         )
     made = _convert(TeacherConfig, values, where)
     assert isinstance(made, TeacherConfig)
@@ -1216,7 +1222,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, Mapping):
             told = f"'{where}' must be a group of settings, got {value!r}"
             if isinstance(value, str) and "path" in {each.name for each in fields(origin)}:
-                told += f".\nFor a path write '{where}={{path: {value}}}'."
+                told += f".\nFor a path write {group_word(where, {'path': value})}."
             raise ConfigError(told)
         return build(origin, value, f"{where}.")
     expected = tuple(getattr(each, "__origin__", each) for each in kinds)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from reopold_agent.config import EngineConfig
+from reopold_agent.config import EngineConfig, group_word
 from reopold_agent.errors import ReopoldError, first_line, suggestion
 
 _WRITE = "Choose a folder that you may write to (hydra.run.dir=FOLDER), or change its permissions."
@@ -212,8 +212,7 @@ def _explain_teacher(key: str, config: str | None) -> tuple[str, str] | None:
             for each in above:
                 place = place.setdefault(each, {})
             place[last] = value
-    whole = str(given).replace("'", "")
-    return what, f"Set it as a whole: {others}'{group}={whole}'."
+    return what, f"Set it as a whole: {others}{group_word(group, given)}."
 
 
 def verl_only(key: str) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from reopold_agent.config import ModelsConfig, model_key
+from reopold_agent.config import ModelsConfig, group_word, model_key
 from reopold_agent.errors import (
     ConfigError,
     ModelError,
@@ -559,8 +559,8 @@ def check_vocabularies(student: Processing, teacher: Processing, role: str = "te
         if kind == "reference":
             way_out = "or objective.reference=null for the student as it is before training."
         elif name:  # as a whole, since a path has no settings to add to
-            group = f"{{path: {teacher.spec.path}, align: bytes}}"
-            way_out = f"or 'model.teachers.{name}={group}' (docs/vocabularies.md)."
+            group = {"path": teacher.spec.path, "align": "bytes"}
+            way_out = f"or {group_word(f'model.teachers.{name}', group)} (docs/vocabularies.md)."
         else:
             way_out = f"or {model_key(role, 'align')}=bytes (docs/vocabularies.md)."
         raise VocabularyMismatchError(

@@ -151,21 +151,20 @@ def self_teacher_note(config: TrainConfig, objective: Objective) -> str | None:
     """Warns of teachers that know no more than the student did at the start; None for others."""
     models = config.model
     teachers = models.all_teachers
-    own = {*models.self_taught, *(n for n, each in teachers.items() if each.follow == 0)}
-    names = [name for name in teachers if name in own and teachers[name].view.empty]
+    names = [
+        name
+        for name, each in teachers.items()
+        if each.view.empty and (each.follow == 0 or name in models.self_taught)
+    ]
     if not objective.needs & Needs.TEACHER or not names:
         return None
-    if models.teacher is None:
-        keys = " and ".join(f"model.teachers.{name}" for name in names)
-        view = f"model.teachers.{names[0]}.view"
-    else:
-        keys, view = "model.teacher", "model.teacher.view"
-    follow = teachers[names[0]].follow
-    what = "a copy of the student" if follow == 0 else "an average of the student"
-    what = "the student's own start" if follow is None else what
+    alone = models.teacher is not None
+    keys = ["model.teacher"] if alone else [f"model.teachers.{name}" for name in names]
+    kinds = {None: "the student's own start", 0.0: "a copy of the student"}
+    what = kinds.get(teachers[names[0]].follow, "an average of the student")
     return (
-        f"warning: {keys}: {what}, which reads what the student reads, so that it can only hold "
-        f"the student where it was. Give it {view}, a hint, say."
+        f"warning: {' and '.join(keys)}: {what}, which reads what the student reads, so that it "
+        f"can only hold the student where it was. Give it {keys[0]}.view, a hint, say."
     )
 
 
