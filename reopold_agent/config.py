@@ -153,7 +153,7 @@ class BatchConfig:
     Attributes:
         prompts: tasks per step.
         samples: episodes per task (the group size).
-        mini_batch: tasks per update; there are ``prompts / mini_batch`` updates per step.
+        mini_batch: tasks per update.
     """
 
     prompts: int = 128
@@ -166,6 +166,11 @@ class BatchConfig:
             raise ConfigError(
                 f"batch.mini_batch={self.mini_batch} does not divide batch.prompts={self.prompts}"
             )
+
+    @property
+    def updates(self) -> int:
+        """Number of updates per step."""
+        return self.prompts // self.mini_batch
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,9 @@ class OptimizerConfig:
     Attributes:
         lr: learning rate.
         beta1, beta2, eps, weight_decay: parameters of AdamW.
-        warmup_steps: updates over which the learning rate rises from 0; then it is constant.
+        lr_scheduler_type: what the learning rate does after the warm-up: ``constant``, or
+            ``cosine`` to fall to 0 at the end of the run, along half a cosine.
+        warmup_steps: updates over which the learning rate rises from 0.
         max_grad_norm: gradients are clipped to this norm.
     """
 
@@ -258,10 +265,12 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
+    lr_scheduler_type: str = "constant"
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
+        _one_of("optimizer.lr_scheduler_type", self.lr_scheduler_type, ("constant", "cosine"))
         _positive(self, "optimizer", "lr", "eps", "max_grad_norm")
         _not_negative(self, "optimizer", "weight_decay", "warmup_steps")
         for name in ("beta1", "beta2"):
@@ -947,6 +956,11 @@ class TrainConfig:
                 "leaves one.\nSet batch.samples to at least 2 (8, say, with fewer batch.prompts "
                 "and batch.mini_batch), or objective.outcome=0."
             )
+
+    @property
+    def updates(self) -> int:
+        """Number of updates of the whole run, if none is skipped."""
+        return self.steps * self.batch.updates
 
     def by_environment(self, key: str) -> bool:
         """Returns whether a setting of `OVER` takes each of several environments by itself."""

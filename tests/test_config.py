@@ -265,6 +265,7 @@ def test_settings_of_data_have_the_types_that_loading_needs(word: str, told: str
         "optimizer.eps=0",
         "optimizer.weight_decay=-1",
         "optimizer.warmup_steps=-1",
+        "optimizer.lr_scheduler_type=linear",
         "optimizer.max_grad_norm=0",
         "evaluation.tasks=-1",
         "evaluation.every=-1",

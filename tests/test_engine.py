@@ -493,6 +493,17 @@ def test_a_crashed_run_continues_bit_for_bit(
     )
 
 
+def test_a_falling_learning_rate_ends_with_the_run_also_where_it_gets_more_steps(
+    tmp_path: Path,
+) -> None:
+    words = ("data.train.size=8", "optimizer.lr_scheduler_type=cosine", "evaluation.every=0")
+    train(tmp_path, *words, "steps=2")
+    train(tmp_path, *words, "steps=4")
+    # Half a cosine over two updates, then what is left of one over four.
+    shares = [row["lr"] / 3e-4 for row in train_rows(tmp_path)]
+    assert shares == pytest.approx([1, 0.5, 0.5, 0.5 - 0.5**1.5])
+
+
 def test_a_run_lost_before_its_first_checkpoint_starts_over_cleanly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

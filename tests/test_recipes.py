@@ -31,6 +31,7 @@ NAMES = (
 )
 
 ADAMW = "AdamW optimizer (Loshchilov and Hutter, 2019) with a constant learning rate"
+CONSTANT = {"optimizer.lr_scheduler_type": "constant", "optimizer.warmup_steps": 0}
 MATH: list[tuple[str, dict[str, Any]]] = [
     (
         "maximum response length of 8192 and a sampling temperature of 1.0",
@@ -39,7 +40,7 @@ MATH: list[tuple[str, dict[str, Any]]] = [
     ("The global batch size is set to 128", {"batch.prompts": 128}),
     ("with a mini-batch size of 32, resulting in 4 gradient updates", {"batch.mini_batch": 32}),
     ("The student policy is trained for 300 iterations", {"steps": 300}),
-    (ADAMW, {"optimizer.warmup_steps": 0}),
+    (ADAMW, CONSTANT),
     (
         "a single node equipped with 8 NVIDIA H100 80GB GPUs",
         {"engine.nodes": 1, "engine.gpus_per_node": 8},
@@ -82,7 +83,7 @@ SAID: dict[str, list[tuple[str, dict[str, Any]]]] = {
             {"batch.prompts": 128, "batch.mini_batch": 64},
         ),
         ("The student policy undergoes training for 40 iterations", {"steps": 40}),
-        (ADAMW, {"optimizer.warmup_steps": 0}),
+        (ADAMW, CONSTANT),
         (
             "GPU hours on a single node with 8 NVIDIA H100 80GB GPUs",
             {"engine.nodes": 1, "engine.gpus_per_node": 8, "engine.name": "verl"},

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from running import composed
 
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Reopold
 from reopold_agent.policies.attention import IMPLEMENTATION, installed_kernels
 from reopold_agent.train.engine import needs_teacher, run_objective
+from reopold_agent.train.learning_rate import learning_rate_factor
 from reopold_agent.train.verl import engine as verl_engine
 from reopold_agent.train.verl.compose import (
     FROZEN_DTYPE,
@@ -71,6 +74,7 @@ def test_verl_takes_the_recipe(recipe: str) -> None:
     assert rollout.response_length == config.rollout.max_response_tokens
     assert theirs.trainer.total_training_steps == config.steps
     optim = theirs.actor_rollout_ref.actor.optim
+    assert optim.total_training_steps == config.steps * config.batch.updates
     assert (optim.lr, list(optim.betas)) == (config.optimizer.lr, [0.9, 0.999])
     gpus = theirs.trainer.n_gpus_per_node + theirs.distillation.n_gpus_per_node
     assert gpus == config.engine.gpus_per_node == 8
@@ -231,6 +235,26 @@ def test_a_run_weighs_the_tokens_of_objectives_that_draw_them(
     assert started.importance_cap == (3.0 if weighed else None)
     assert theirs.algorithm.rollout_correction.rollout_is == ("token" if weighed else None)
     assert config.importance_cap == 3.0  # as the run's own record has it
+
+
+def test_the_learning_rate_is_the_local_engine_s() -> None:
+    from verl.utils.config import omega_conf_to_dataclass
+
+    from reopold_agent.train.verl.training import FsdpEngine
+
+    words = ("steps=5", "batch.prompts=8", "batch.mini_batch=4", "optimizer.warmup_steps=2")
+    words = (*words, "optimizer.lr_scheduler_type=cosine", "optimizer.lr=0.1")
+    theirs = settings("recipe=paper_agentic", *words).actor_rollout_ref.actor.optim
+    engine = SimpleNamespace(optimizer_config=omega_conf_to_dataclass(theirs))
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=theirs.lr)
+    rates = FsdpEngine._build_lr_scheduler(engine, optimizer)
+    found = []
+    for _ in range(10):
+        found.append(rates.apply())
+        optimizer.step()
+        rates.step()
+    expected = [learning_rate_factor(done, "cosine", 2, 10) for done in range(10)]
+    assert found == pytest.approx([0.1 * share for share in expected])
 
 
 def test_the_keys_of_verl_that_nothing_reads_exist() -> None:

@@ -77,7 +77,8 @@ def run(case: Case, rank: int) -> dict[Any, Any]:
             seed=SEED,
         ),
         FSDPOptimizerConfig(
-            lr=RATE,
+            lr=2 * RATE,
+            lr_warmup_steps=2,  # so that the only update has half the rate
             weight_decay=0.0,
             clip_grad=1e9,
             total_training_steps=10,

@@ -15,6 +15,7 @@ from reopold_agent.config import (
     OUTCOME_DEFAULTS,
     OVER,
     ModelConfig,
+    OptimizerConfig,
     PixelConfig,
     TrainConfig,
     ViewConfig,
@@ -30,6 +31,7 @@ from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train.engine import reference_spec
+from reopold_agent.train.learning_rate import COSINE
 from reopold_agent.train.settings import billions
 from reopold_agent.train.teachers import TeacherSettings, run_teachers
 
@@ -194,7 +196,6 @@ def banner(
         kernel: attention kernel of packed rows; None where rows are padded.
     """
     models, batch, engine = config.model, config.batch, config.engine
-    updates = batch.prompts // batch.mini_batch
     rows = {
         "student": _model(models.student) + (", LoRA" if models.student.lora else ""),
         "teacher": "none",
@@ -204,7 +205,8 @@ def banner(
         "data": _rows(config, "train", tasks, folder.data_report),
         "held out": _rows(config, "eval", tasks, folder.data_report),
         "objective": _objective(config.objective, objective),
-        "optimizer": f"AdamW, lr {config.optimizer.lr:g}, {_count(updates, 'update')} a step",
+        "optimizer": f"AdamW, lr {_rate(config.optimizer)}, {_count(batch.updates, 'update')} "
+        "a step",
         "pixels": f"pictures {_pixels(config.pixels.prompt)}; "
         f"of tools {_pixels(config.pixels.observation)}",
         "tokens": _tokens(config),
@@ -324,6 +326,11 @@ def _tokens(config: TrainConfig) -> str:
         f"{prompt}, response {rollout.max_response_tokens:,} in at most "
         f"{_count(rollout.max_turns, 'turn')} of {rollout.max_turn_tokens:,}"
     )
+
+
+def _rate(settings: OptimizerConfig) -> str:
+    falling = settings.lr_scheduler_type == COSINE
+    return f"{settings.lr:g}" + (" falling to 0 (cosine)" if falling else "")
 
 
 def _count(number: int, noun: str) -> str:

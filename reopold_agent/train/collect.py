@@ -221,7 +221,7 @@ def mini_batches(
     rows: Sequence[Row], config: BatchConfig, seed: tuple[int, ...]
 ) -> list[list[Row]]:
     """Splits rows into mini-batches of whole groups, in a random order that the seed determines."""
-    updates = config.prompts // config.mini_batch
+    updates = config.updates
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
         groups.setdefault(row.trajectory.group, []).append(row)

@@ -25,6 +25,7 @@ from reopold_agent.errors import CheckpointError
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
+from reopold_agent.train.learning_rate import CONSTANT
 
 FREE_TO_CHANGE = (
     *("resume", "checkpoint", "logging", "tracking", "tools", "on_nonfinite"),
@@ -92,6 +93,7 @@ class RunState:
         # Runs of earlier versions did not have these settings.
         usual = {**dict.fromkeys(OVER, "batch"), **OUTCOME_DEFAULTS}
         before["objective"] = {**usual, **(before.get("objective") or {})}
+        before["optimizer"] = {"lr_scheduler_type": CONSTANT, **(before.get("optimizer") or {})}
         now = dict(self._raw)
         now["objective"] = filled_in({**usual, **now["objective"]}, before["objective"])
         before["engine"] = {"ahead": 0, **(before.get("engine") or {})}

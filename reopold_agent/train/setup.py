@@ -371,6 +371,7 @@ def make_updater(
         teachers=roles.teachers,
         skip_nonfinite=guard.skips,
         means_by_environment=config.by_environment("normalise_over"),
+        run_updates=config.updates,
     )
 
 

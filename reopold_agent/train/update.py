@@ -21,6 +21,7 @@ from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.tracking.trajectories import TokenUse
 from reopold_agent.train.environments import environments
+from reopold_agent.train.learning_rate import LearningRate
 from reopold_agent.train.nonfinite import Finding, describe
 from reopold_agent.train.rows import Row, Threshold, spans_of, threshold_of, trajectories_of
 from reopold_agent.train.teachers import Teachers
@@ -114,6 +115,7 @@ class Updater:
             the same gradient.
         skip_nonfinite: leave out mini-batches whose loss or gradient is not finite.
         means_by_environment: the loss is the mean of the environments' means.
+        run_updates: number of updates of the whole run, for a learning rate that falls.
 
     Attributes:
         updates: number of updates made so far by this object.
@@ -130,6 +132,7 @@ class Updater:
         teachers: Teachers[Policy] | None = None,
         skip_nonfinite: bool = False,
         means_by_environment: bool = False,
+        run_updates: int | None = None,
     ) -> None:
         self.policy, self.objective = policy, objective
         self._teachers = Teachers({}) if teachers is None else teachers
@@ -147,9 +150,8 @@ class Updater:
             # On a GPU the default would hold one more float32 copy of all trained weights.
             fused=policy.adapter.device.type == "cuda",
         )
-        warmup = config.warmup_steps
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda done: min(1.0, (done + 1) / warmup) if warmup else 1.0
+        self.scheduler = LearningRate(
+            self.optimizer, config.lr_scheduler_type, config.warmup_steps, run_updates
         )
 
     @property
@@ -176,7 +178,7 @@ class Updater:
         self.rejected = []
         totals = TokenTotals()
         losses, norms = [], []
-        rate = float(self.optimizer.param_groups[0]["lr"])
+        rate = self.scheduler.apply()
         model = self.policy.adapter.model
         model.train()
         try:
@@ -192,7 +194,7 @@ class Updater:
                 totals.merge(made.counts)
                 losses.append(made.counts.loss)
                 norms.append(made.norm)
-                rate = float(self.optimizer.param_groups[0]["lr"])  # before the scheduler moves on
+                rate = self.scheduler.apply()
                 self.optimizer.step()
                 self.scheduler.step()
                 self.updates += 1

@@ -424,7 +424,8 @@ def _optimizer(config: TrainConfig) -> dict[str, Any]:
         f"{optim}.weight_decay": settings.weight_decay,
         f"{optim}.override_optimizer_config": {"eps": settings.eps},
         f"{optim}.clip_grad": settings.max_grad_norm,
-        f"{optim}.lr_scheduler_type": "constant",
-        f"{optim}.lr_warmup_steps": settings.warmup_steps,  # updates (`training.FsdpEngine`)
-        f"{optim}.total_training_steps": config.steps,
+        f"{optim}.lr_scheduler_type": settings.lr_scheduler_type,
+        # In updates, not in steps (`training.FsdpEngine`).
+        f"{optim}.lr_warmup_steps": settings.warmup_steps,
+        f"{optim}.total_training_steps": config.updates,
     }

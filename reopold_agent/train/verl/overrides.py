@@ -18,9 +18,10 @@ _LOSS_KEYS = (
     *("policy_loss", "loss_agg_mode", "loss_scale_factor", "entropy_coeff", "calculate_entropy"),
     *("calculate_sum_pi_squared", "use_kl_loss", "kl_loss_coef", "kl_loss_type"),
 )
+_SCHEDULE = "optimizer.lr_scheduler_type or optimizer.warmup_steps"
 _SCHEDULE_KEYS = (
-    *("lr_scheduler_type", "lr_warmup_steps_ratio", "min_lr_ratio", "num_cycles"),
-    *("zero_indexed_step", "warmup_style"),
+    *("lr_scheduler_type", "lr_warmup_steps", "lr_warmup_steps_ratio", "min_lr_ratio"),
+    *("num_cycles", "total_training_steps", "warmup_style", "zero_indexed_step"),
 )
 _LORA_KEYS = (
     *("lora", "lora_rank", "lora_alpha", "lora_adapter_path", "target_modules", "exclude_modules"),
@@ -40,7 +41,7 @@ INSTEAD: Mapping[str, str] = {
     **{f"{_ACTOR}.{key}": _LOSS for key in _LOSS_KEYS},
     **{f"{_ACTOR}.{key}": "batch.*" for key in ("ppo_epochs", "shuffle", "data_loader_seed")},
     f"{_ACTOR}.ppo_mini_batch_size": "batch.mini_batch",
-    **{f"{_ACTOR}.optim.{key}": "optimizer.warmup_steps" for key in _SCHEDULE_KEYS},
+    **{f"{_ACTOR}.optim.{key}": _SCHEDULE for key in _SCHEDULE_KEYS},
     f"{_ACTOR}.ulysses_sequence_parallel_size": _LONG_ROWS,
     f"{_ACTOR}.fsdp_config.ulysses_sequence_parallel_size": _LONG_ROWS,
     f"{_MODEL}.use_remove_padding": "engine.packed",

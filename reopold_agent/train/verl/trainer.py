@@ -145,7 +145,7 @@ class Trainer(PPOTrainerSync):
         self.val_dataloader = None
         self.steps_per_epoch = self.total_training_steps = config.steps
         # verl's optimizer needs the length of its schedule.
-        self.config.actor_rollout_ref.actor.optim.total_training_steps = config.steps
+        self.config.actor_rollout_ref.actor.optim.total_training_steps = config.updates
 
     def _init_resource_pool_mgr(self) -> None:
         """Makes verl's resource pools, with `StudentWorker` on the student's GPUs."""

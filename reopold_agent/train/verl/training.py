@@ -32,6 +32,7 @@ from reopold_agent.policies.batch import PassTokens
 from reopold_agent.policies.lora import merged_weights, with_adapter, without_adapter
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import forbidden_ids
+from reopold_agent.train.learning_rate import LearningRate
 from reopold_agent.train.totals import TokenTotals
 from reopold_agent.train.verl.checkpoints import ADAPTER
 from reopold_agent.train.verl.compose import FROZEN_DTYPE, LORA_SETTINGS
@@ -149,15 +150,18 @@ class FsdpEngine(FSDPEngineWithLMHead):
         dist.barrier()
 
     def _build_lr_scheduler(self, optimizer: Any) -> Any:
-        """Returns the local engine's schedule: linear warm-up over updates, then constant."""
-        warmup = self.optimizer_config.lr_warmup_steps
-        return torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda done: min(1.0, (done + 1) / warmup) if warmup > 0 else 1.0
+        """Returns the local engine's schedule, which counts updates; verl's counts steps."""
+        settings = self.optimizer_config
+        return LearningRate(
+            optimizer,
+            settings.lr_scheduler_type,
+            settings.lr_warmup_steps,
+            settings.total_training_steps,
         )
 
     def optimizer_step(self) -> Any:
         """Makes one update and advances the schedule, which in verl advances once per step."""
-        self._rate = float(self.optimizer.param_groups[0]["lr"])
+        self._rate: float = self.lr_scheduler.apply()
         norm = super().optimizer_step()
         if np.isfinite(float(norm)):  # otherwise verl has skipped the update
             self.lr_scheduler.step()
