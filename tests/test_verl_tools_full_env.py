@@ -2,8 +2,8 @@
 
 The tools run in worker processes, without being asked. The plugin's tool reads the run's secrets,
 writes where it must not, and now and then ends its own process; the run completes. A tracker
-follows it, too. It is a mixture: a quarter of the tasks are those of another environment, which has
-another teacher. Each teacher has a GPU of its own.
+follows it, too. It is a mixture: a quarter of the tasks are those of another environment, some of
+which name another teacher. Each teacher has a GPU of its own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,12 @@ pytest.importorskip("verl", reason="needs the full environment")
 pytest.importorskip("vllm", reason="needs the full environment")
 
 STEPS, PROMPTS, SAMPLES = 2, 8, 4
-TEACHERS = {"spied": "demo:teacher", "geometry": "demo:self_student"}
+TEACHERS = {
+    "spied": "demo:teacher",  # an environment; the others are families of figures
+    "circle": "demo:self_student",
+    "triangle": "demo:teacher",
+    "parallel": "demo:teacher",
+}
 ALPHA = 0.5
 LORA = "{r: 8, lora_alpha: 32, target_modules: all-linear}"
 
@@ -95,6 +100,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         *("objective.threshold_over=environment", "objective.normalise_over=environment"),
         *("engine.device=cpu", "engine.gpus_per_node=3", "engine.teacher_gpus_per_node=2"),
         *("model.teacher=null", *(f"+model.teachers.{k}={v}" for k, v in TEACHERS.items())),
+        "model.teacher_key=category",
         f"objective.outcome={ALPHA}",
         *("engine.rollout_workers=1", f"steps={STEPS}", f"batch.prompts={PROMPTS}"),
         *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "rollout.max_turns=3"),
@@ -141,24 +147,29 @@ def test_plugins_tools_run_confined_and_may_die(run: tuple[Path, Path, str]) -> 
         assert re.match(r"process \d+ refused none Here is the cropped image", text), text
 
 
-def test_episodes_are_scored_by_the_teacher_of_their_environment(
+def test_episodes_are_scored_by_the_teacher_of_their_task_or_environment(
     run: tuple[Path, Path, str],
 ) -> None:
     folder, _, _ = run
     records = read_json_lines(folder / "trajectories.jsonl")
+    names = [record.get("teacher") or record["env"] for record in records]
+    assert {"spied", "circle", "triangle"} <= set(names) <= set(TEACHERS)
     models = {
-        env: load_model(ModelSpec(path), "teacher", torch.device("cpu"))
-        for env, path in TEACHERS.items()
+        path: load_model(ModelSpec(path), "teacher", torch.device("cpu"))
+        for path in set(TEACHERS.values())
     }
-    for env, teacher in models.items():
-        own = [record for record in records if record["env"] == env]
+    for path, teacher in models.items():
+        own = [r for r, name in zip(records, names, strict=True) if TEACHERS[name] == path]
         played = [trajectory(record, folder, teacher) for record in own]
         for t, score in zip(played, policy(teacher).score(played), strict=True):
             np.testing.assert_allclose(t.teacher_logp, score.logp, atol=2e-4)
-        (other,) = (model for name, model in models.items() if name != env)
+        (other,) = (model for each, model in models.items() if each != path)
         for t, score in zip(played, policy(other).score(played), strict=True):
             assert np.abs(t.teacher_logp - score.logp).max() > 0.01
     rows = read_json_lines(folder / "metrics.jsonl")
+    for name in set(names):
+        figures = [row.get(f"teacher/{name}/episodes", 0) for row in rows if row["kind"] == "train"]
+        assert sum(figures) == names.count(name)
     assert [row["who"] for row in rows if row["kind"] == "eval"].count("teacher") > 0
 
 
