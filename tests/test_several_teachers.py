@@ -165,6 +165,16 @@ THREE = "env=[pixel_reasoner,math,geometry] model=generalist"
             "answer}}'.",
         ),
         (
+            "policy.teachers.math.name=server",
+            "there is no 'policy.teachers.math.name', since policy.teachers is null here.",
+            "Set it as a whole: 'policy.teachers={math: {name: server}}'.",
+        ),
+        (
+            "model.student.lora.r=8",
+            "there is no 'model.student.lora.r', since model.student.lora is null here.",
+            "Set it as a whole: 'model.student.lora={r: 8, target_modules: all-linear}'.",
+        ),
+        (
             f"{THREE} model.teachers={{math:A,default:B}}",
             "unknown setting 'model.teachers.default'.",
             " A new name needs a + before the word: +model.teachers=...",
@@ -172,7 +182,7 @@ THREE = "env=[pixel_reasoner,math,geometry] model=generalist"
         ("batch={promts:4}", "unknown setting 'batch.promts'.", "Did you mean 'batch.prompts'? "),
     ],
 )
-def test_keys_of_teachers_that_are_not_there(
+def test_keys_of_groups_that_are_not_there(
     words: str, what: str, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["reopold train", *words.split()])

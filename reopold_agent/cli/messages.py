@@ -121,9 +121,9 @@ def _explain_hydra(error: BaseException, config: str | None, sweeps: bool) -> tu
         return f"'{overridden.group(1)}' exists already.", "Leave out the + before it."
     if overridden is not None:
         key = overridden.group(1)
-        of_teacher = _explain_teacher(key, config)
-        if of_teacher is not None:
-            return of_teacher
+        of_group = _explain_group(key, config)
+        if of_group is not None:
+            return of_group
         value_error = error.__cause__ if "full_key" in text else None
         if value_error is not None and "not in struct" not in text:
             return f"{key}: {first_line(value_error)}", _all_settings_hint(config)
@@ -173,17 +173,22 @@ def _explain_hydra(error: BaseException, config: str | None, sweeps: bool) -> tu
 _NAMED = ("model.teachers.", "policy.teachers.")
 """Groups to which users add settings by names of their own."""
 
-_IN_PLACE_OF = {"model.teacher": "model.teachers", "model.teachers": "model.teacher"}
-"""Settings that are null where the other is set."""
+_MAY_BE_NULL = {
+    "model.teacher": "model.teachers",
+    "model.teachers": "model.teacher",
+    "policy.teachers": None,
+    "model.student.lora": None,
+}
+"""Groups that may be null, and what is then set in their place."""
 
 
-def _explain_teacher(key: str, config: str | None) -> tuple[str, str] | None:
-    """Explains a key of a teacher that is null or a path here, and so has no keys.
+def _explain_group(key: str, config: str | None) -> tuple[str, str] | None:
+    """Explains a key of a group that is null here, or of a teacher that is a path: it has no keys.
 
     Returns:
         None for other keys.
     """
-    group = next((each for each in _IN_PLACE_OF if key.startswith(f"{each}.")), None)
+    group = next((each for each in _MAY_BE_NULL if key.startswith(f"{each}.")), None)
     if group is None:
         return None
     words = [word.lstrip("+").partition("=") for word in sys.argv[1:]]
@@ -193,8 +198,8 @@ def _explain_teacher(key: str, config: str | None) -> tuple[str, str] | None:
     what, others = f"unknown setting '{key}'.", ""
     if settings.get(group) in (None, "null"):
         what = f"there is no '{key}', since {group} is null here."
-        other = _IN_PLACE_OF[group]
-        if settings.get(other) is not None:
+        other = _MAY_BE_NULL[group]
+        if other is not None and settings.get(other) is not None:
             what = f"{what[:-1]}, and {other} is set."
             others = f"{other}=null "
     elif group == "model.teachers" and key.count(".") > 2:
@@ -212,6 +217,8 @@ def _explain_teacher(key: str, config: str | None) -> tuple[str, str] | None:
             for each in above:
                 place = place.setdefault(each, {})
             place[last] = value
+    if group == "model.student.lora":  # peft knows no parts of most models that see
+        given.setdefault("target_modules", "all-linear")
     return what, f"Set it as a whole: {others}{group_word(group, given)}."
 
 

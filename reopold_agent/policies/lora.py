@@ -45,7 +45,11 @@ def with_adapter(model: Any, settings: Mapping[str, Any], saved: Path | None = N
     try:
         wrapped = get_peft_model(model, LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
     except (TypeError, ValueError) as error:
-        raise ModelError(f"model.student.lora does not fit this model: {error}") from error
+        raise ModelError(
+            f"model.student.lora does not fit this model: {error}\n"
+            "Set what peft's LoraConfig takes, such as "
+            "'model.student.lora={r: 16, lora_alpha: 32, target_modules: all-linear}'."
+        ) from error
     head = model.get_output_embeddings()
     if head is not None and type(head) is not nn.Linear:
         # Log-probs use the projection's weight directly, so an adapter there would have no effect.
