@@ -84,6 +84,9 @@ k=n+1 | n+1  ;  a+b=0 | b+a=0  ;  1,2,3 | 3, 2 and 1  ;  \\{1,2\\} | 2,1
 (\\frac35,1] | (0.6, 1]  ;  [0, 1) | x \\in [0,1)  ;  \\pm 2 | 2, -2
 (-\\infty,-2)\\cup(2,\\infty) | (2,\\infty)\\cup(-\\infty,-2)
 \\begin{pmatrix}1\\\\2\\end{pmatrix} | \\begin{bmatrix} 1 \\\\ 2 \\end{bmatrix}
+26-35 | 26 - 35  ;  26-35 | $26$\N{EN DASH}$35$  ;  26-35 | 26 to 35  ;  18-24 years | 18-24 years
+2024-01-02 | 2024-01-02  ;  10:15 | 2:3  ;  1:10 | \\frac{1}{10}  ;  AB12CD | ab12cd
+2ab | 2ba  ;  15 | 3 \\times 5  ;  5 \\times 3 | 3 \\times 5  ;  3 | 1+2
 """
 DIFFERENT = """
 3 | y=5, x=3  ;  \\mathbb{R} | (0,\\infty)  ;  \\text{DNE} | 0
@@ -105,6 +108,11 @@ even | odd  ;  red | dark red  ;  x^2 | x^3  ;  p - q | q-p  ;  x>5 | x \\ge 5
 \\pi | 3.14  ;  \\cos(x)=1 | \\sin(x)=1  ;  3a=b | 3  ;  1+2i | 1-2i
 (-\\infty,3] | (-\\infty,3)  ;  x | y
 \\begin{pmatrix}1\\\\2\\end{pmatrix} | \\begin{pmatrix}1&2\\end{pmatrix}
+26-35 | 25-34  ;  26-35 | \\$25-34\\$  ;  26\N{EN DASH}35 | 25\N{EN DASH}34
+26-35 years | 25-34 years  ;  \\$26-\\$35 | \\$25-\\$34  ;  1.5-2.5 | 2.5-3.5  ;  -9 | 26-35
+2024-01-02 | 2024-02-01  ;  3-1 | 2-0
+6:15 | 12:30  ;  90211-1235 | 90210-1234  ;  192.168.0.1 | 192.168.0.20  ;  3 | 1 2  ;  4x2 | 2x4
+AB12CD | CD12AB  ;  2020-2021 | -1
 """
 
 
@@ -112,6 +120,24 @@ def pairs(table: str) -> list[tuple[str, str]]:
     """Reference answer and answer: "gold | answer", separated by semicolons between spaces."""
     cells = [cell for line in table.strip().splitlines() for cell in line.split("  ;  ")]
     return [(gold, answer) for gold, answer in (cell.split(" | ", 1) for cell in cells)]
+
+
+@pytest.mark.parametrize("kind", ["auto", "math"])
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        *[("silent", "listen"), ("\\text{silent}", "\\text{listen}"), ("CAB", "ACB")],
+        *[("the dog bit", "bit the dog"), ("9-7", "12-10"), ("A1B2", "B2A1")],
+    ],
+)
+def test_words_codes_and_ranges_are_not_computed_with(gold: str, answer: str, kind: str) -> None:
+    assert not grade(f"\\boxed{{{answer}}}", gold, kind).correct
+    assert grade(f"\\boxed{{{gold}}}", gold, kind).correct
+
+
+def test_letters_of_variables_are_computed_with() -> None:
+    assert grade("\\boxed{ba}", "ab", "math").correct
+    assert grade("\\boxed{yx+x}", "x+xy", "math").correct
 
 
 @pytest.mark.parametrize(("gold", "answer"), pairs(SAME))

@@ -126,6 +126,21 @@ _MATHEMATICAL = re.compile(
     r"|(?<![a-zA-Z])[a-zA-Z]\s*-\s*[a-zA-Z](?![a-zA-Z])"
 )
 
+_PLAIN = r"[$€£]?\d+(?:[.,]\d+)*%?"
+_APART = re.compile(
+    rf"{_PLAIN}(?:\s*[-\N{{EN DASH}}\N{{EM DASH}}]+\s*{_PLAIN})+(?:\s+[A-Za-z]{{2}}.*)?"
+    r"|\d+(?:\.\d+){2,}|\d+(?:\s+\d+)+"
+)
+"""A range, date, score or telephone number; an address or version; numbers side by side."""
+
+_LITERAL = re.compile(
+    r"\d{1,2}:\d\d(?::\d\d)?|\d+(?:\s*x\s*\d+)+"
+    r"|(?=[A-Za-z\d-]*[A-Za-z]\d)[A-Za-z\d-]+|[A-Z]{3,}|[A-Za-z]{4,}(?:\s+[A-Za-z]+)*"
+    r"|[A-Za-z]+(?:\s+[A-Za-z]+){2,}"
+)
+"""A time, a size ("4x2"), a code ("AB12"), capitals or words, unless the other side is
+mathematics."""
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -472,11 +487,22 @@ def _mathematics(answer: str, expected: str, kind: str, rules: Rules, depth: int
             return "list"
         if all(_plain_numbers(each) for each in (mine, wanted)) or ordered is not None:
             return None
+    if _as_written(answer, expected):
+        return _texts(answer, expected)
     answer, expected = _in_radians(answer, expected), _in_radians(expected, answer)
     first, second = _for_math_verify(expected), _for_math_verify(answer)
     if second.count("{") != second.count("}") or not re.search(r"\w", second):
         return None  # no parser can read this; trying would only cost time
     return "math-verify" if math.same_expression(first, second, rules.math) else None
+
+
+def _as_written(answer: str, expected: str) -> bool:
+    """Returns whether the sides are no mathematics, though math-verify would compute with them.
+
+    It would take "26-35" for -9, "1 2" for 3, and "listen" for a product of six variables.
+    """
+    plain = [text.trim(text.latex_plain(e).replace("$", "")) for e in (answer, expected)]
+    return any(map(_APART.fullmatch, plain)) or all(map(_LITERAL.fullmatch, plain))
 
 
 def _in_radians(answer: str, other: str) -> str:
