@@ -232,6 +232,22 @@ def test_what_it_cannot_do_is_told_without_verl(
     ("student", "lora", "told"),
     [
         ("arithmetic_student", {"target_modules": ["nothing_like_it"]}, "nothing_like_it"),
+        (
+            "arithmetic_student",
+            {"target_modules": ["q_proj", "v_porj"]},
+            r"names 'v_porj', which this model does not have\.\nDid you mean 'v_proj'\? Its linear "
+            r"layers: down_proj, gate_proj, k_proj, ",
+        ),
+        (
+            "student",
+            {"target_modules": "all-linear", "inference_mode": True},
+            r"leaves nothing to train\.\nLeave out inference_mode",
+        ),
+        (
+            "student",
+            {"target_modules": ["layers.0.self_attn.q_proj", "v_proj"], "layers_to_transform": [0]},
+            "",
+        ),
         ("arithmetic_student", {"target_modules": ["lm_head"]}, "must not cover the output emb"),
         ("student", {"target_modules": ["embed_tokens"]}, "Leave embed_tokens out"),
         ("student", {"target_modules": "all-linear", "r": 8}, ""),

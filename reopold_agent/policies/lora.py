@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from reopold_agent.errors import MissingExtraError, ModelError
+from reopold_agent.errors import MissingExtraError, ModelError, suggestion
 
 _WITHOUT_VLLM = "generate without it (engine=local policy.student.name=transformers)"
 
@@ -50,11 +50,39 @@ def with_adapter(model: Any, settings: Mapping[str, Any], saved: Path | None = N
             "Set what peft's LoraConfig takes, such as "
             "'model.student.lora={r: 16, lora_alpha: 32, target_modules: all-linear}'."
         ) from error
+    _check_modules(without_adapter(wrapped), settings.get("target_modules"))
+    if not any(parameter.requires_grad for parameter in wrapped.parameters()):
+        raise ModelError(
+            "model.student.lora leaves nothing to train.\n"
+            "Leave out inference_mode, which is for adapters that are only used."
+        )
     head = model.get_output_embeddings()
     if head is not None and type(head) is not nn.Linear:
         # Log-probs use the projection's weight directly, so an adapter there would have no effect.
         raise ModelError("model.student.lora must not cover the output embedding (lm_head)")
     return wrapped
+
+
+def _check_modules(base: Any, names: Any) -> None:
+    """Checks that a model has each of the modules that are listed; peft is content with one.
+
+    Raises:
+        ModelError: it lacks one.
+    """
+    if names is None or isinstance(names, str):  # peft's own choice, or a pattern that it checks
+        return
+    modules = dict(base.named_modules())
+    for name in names:
+        if not any(f".{each}".endswith(f".{name}") for each in modules):
+            linear = {
+                each.removesuffix(".base_layer").rpartition(".")[2]
+                for each, module in modules.items()
+                if isinstance(module, nn.Linear) and ".lora_" not in each
+            }
+            raise ModelError(
+                f"model.student.lora.target_modules names '{name}', which this model does not have."
+                f"\n{suggestion(name, linear)}Its linear layers: {', '.join(sorted(linear))}."
+            )
 
 
 def without_adapter(model: Any) -> Any:
