@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from test_text_checkpoints import QWEN3
 
 from reopold_agent.config import TrainConfig
 from reopold_agent.data.checks import BadRowsError
+from reopold_agent.data.fingerprint import tasks_in_common
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import ConfigError, DataError, ModelError
 from reopold_agent.policies.loading import ModelSpec, load_processing, resolve_path
@@ -20,6 +22,7 @@ from reopold_agent.rollout.checks import checked_run, checked_runner
 from reopold_agent.rollout.lengths import prompt_limit
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.train import setup
+from reopold_agent.types import Task
 
 MATH = ("env=math", "data=math_jsonl", "steps=1", "evaluation.tasks=0", "rollout.max_turns=1")
 
@@ -225,3 +228,28 @@ def test_rows_with_pictures_need_a_model_that_sees_them(tmp_path: Path, no_model
     words.append("~data.env_kwargs.tools")
     with pytest.raises(ModelError, match=r"cannot see the pictures of a\.\nGive a vision-lang"):
         train(tmp_path / "run", *words)
+
+
+@pytest.mark.parametrize(("own", "common"), [("train", 4), ("other", 0), ("half", 2)])
+def test_held_out_tasks_that_are_training_tasks_are_warned_of(
+    own: str, common: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"id": str(n), "problem": f"{n} + 1?", "answer": str(n + 1)} for n in range(6)]
+    used = {"train": "train", "eval": own}
+    splits = {"train": rows[:4], "other": rows[4:], "half": [{**r, "id": "x"} for r in rows[2:]]}
+    for name, part in splits.items():
+        text = "".join(json.dumps(row) + "\n" for row in part)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    paths = [f"data.{split}.path={tmp_path / name}.jsonl" for split, name in used.items()]
+    config, _ = composed(*MATH, *paths, "evaluation.tasks=2")
+    with caplog.at_level(logging.WARNING):
+        checked(config, tmp_path / "report.json")
+    told = f"warning: {common} of {len(splits[own])} held-out tasks are training tasks"
+    assert (told in caplog.text) == (common > 0)
+    assert ("held-out tasks are" in caplog.text) == (common > 0)
+
+
+def test_pictures_that_are_asked_the_same_are_other_tasks() -> None:
+    tasks = [Task(str(n), "Which digit?", ("7",), images=("a.png",)) for n in range(4)]
+    assert tasks_in_common(tasks[:2], tasks[2:]) == 0
+    assert tasks_in_common(tasks[:3], tasks[2:]) == 1

@@ -39,6 +39,21 @@ def _asked_otherwise(task: Task, teacher_key: str | None) -> list[Any]:
     return [given] if given else []
 
 
+def tasks_in_common(train: TaskSource, held_out: TaskSource) -> int:
+    """Returns how many held-out tasks are training tasks.
+
+    Tasks are the same if question, answers and earlier turns are, and with pictures the ids too,
+    since many pictures are asked the same.
+    """
+
+    def asked(task: Task) -> tuple[Any, ...]:
+        name = task.id if task.images else None
+        return name, task.question, task.answers, task.history, len(task.images)
+
+    known = {asked(train[index]) for index in range(len(train))}
+    return sum(asked(held_out[index]) in known for index in range(len(held_out)))
+
+
 def demonstrations_digest(demonstrations: Sequence[Demonstration]) -> str:
     """Returns the SHA-256 of conversations in order: ids, turns, tools; pictures as marks."""
     return _digest(
