@@ -139,7 +139,8 @@ def ours(side: Side, orders: Iterator[str], answer: Callable[[dict[str, Any]], N
 
     def scripted(*args: Any) -> torch.Tensor:
         ids = draw(*args).tolist()
-        for index, row in enumerate(rows):
+        drawn = [rows.pop(0) for _ in ids]  # a few rows of a pass at a time
+        for index, row in enumerate(drawn):
             place = len(row.sampled)
             if place == 0:
                 turns[row.key] = turns.get(row.key, -1) + 1

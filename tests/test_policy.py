@@ -19,7 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from reopold_agent.errors import ModelError
 from reopold_agent.objectives.chunks import BANNED
-from reopold_agent.policies import kv_cache
+from reopold_agent.policies import generation, kv_cache
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.generation import sample_tokens
@@ -424,6 +424,20 @@ def test_greedy_equals_hugging_face_generate(
         )
         assert talk.ids == expected[0].tolist()
     assert len({tuple(t.ids[-5:]) for t in played}) > 2
+
+
+@pytest.mark.parametrize("elements", [1, 2**12])
+def test_a_large_vocabulary_gives_the_same_tokens(
+    stopping_policy: TransformersPolicy,
+    talks: list[Talk],
+    elements: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the product's order, and however many rows are sampled from at once."""
+    expected = play(stopping_policy, talks)
+    monkeypatch.setattr(generation, "_LARGE_WEIGHTS", 0)
+    monkeypatch.setattr(generation, "_CACHED_ELEMENTS", elements)
+    same_tokens(play(stopping_policy, talks), expected)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

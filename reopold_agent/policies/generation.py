@@ -21,6 +21,14 @@ from reopold_agent.types import Completion, EncodedImage, Request, Sampling
 _SHARED_PREFIX = 16
 """A common prefix with fewer tokens than this is not worth a separate pass."""
 
+_CACHED_ELEMENTS = 2**18
+"""Logits that are sampled from at once on a CPU: few enough for its cache, whatever is computed in
+between."""
+
+_LARGE_WEIGHTS, _FEW_ROWS = 2**22, 32
+"""From and up to which a CPU multiplies faster with the weights on the left (MKL's float32: 21 in
+place of 53 ms for 8 rows x 512 x 151,936)."""
+
 
 @dataclass
 class _Sequence:
@@ -272,23 +280,34 @@ class TransformersGenerator:
 
     def _sample(self, rows: Sequence[_Sequence], hidden_BD: Tensor) -> None:
         with self._adapter.autocast():
-            logits_BV = (hidden_BD @ self._adapter.head.weight.T).float()
+            logits_BV = _logits(hidden_BD, self._adapter.head.weight).float()
         logits_BV.index_fill_(1, self._banned, BANNED)
-        logp_BV = torch.log_softmax(logits_BV, dim=-1)
-        entropy_B = torch.special.entr(logp_BV.exp()).sum(dim=-1)
         uniform_B = torch.tensor(
             [s.rng.random() for s in rows if s.rng is not None],
             dtype=torch.float64,
             device=logits_BV.device,
         )
-        ids_B = sample_tokens(logits_BV, uniform_B, self._sampling)
-        chosen_B = logp_BV.gather(1, ids_B[:, None])[:, 0]
-        for sequence, token, logp, entropy in zip(
-            rows, ids_B.tolist(), chosen_B.tolist(), entropy_B.tolist(), strict=True
-        ):
+        size = len(rows)
+        if logits_BV.device.type == "cpu":
+            size = max(1, _CACHED_ELEMENTS // logits_BV.shape[1])
+        drawn = [
+            self._draw(logits_bV, uniform_b)
+            for logits_bV, uniform_b in zip(
+                torch.split(logits_BV, size), torch.split(uniform_B, size), strict=True
+            )
+        ]
+        ids, logps, entropies = (torch.cat(each).tolist() for each in zip(*drawn, strict=True))
+        for sequence, token, logp, entropy in zip(rows, ids, logps, entropies, strict=True):
             sequence.sampled.append(token)
             sequence.logp.append(logp)
             sequence.entropy.append(entropy)
+
+    def _draw(self, logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns sampled ids, their log-probs and the entropies."""
+        logp_BV = torch.log_softmax(logits_BV, dim=-1)
+        ids_B = sample_tokens(logits_BV, uniform_B, self._sampling)
+        chosen_B = logp_BV.gather(1, ids_B[:, None])[:, 0]
+        return ids_B, chosen_B, -logp_BV.exp().mul_(logp_BV).sum(dim=-1)
 
     def _finished(self, sequence: _Sequence) -> bool:
         if sequence.request is None:
@@ -324,6 +343,13 @@ class TransformersGenerator:
         self._cache.swap(one, other, max(len(first.cached), len(second.cached)))
         first.slot, second.slot = other, one
         self._by_slot[one], self._by_slot[other] = second, first
+
+
+def _logits(hidden_BD: Tensor, weight_VD: Tensor) -> Tensor:
+    few = hidden_BD.shape[0] <= _FEW_ROWS and weight_VD.numel() >= _LARGE_WEIGHTS
+    if few and hidden_BD.device.type == "cpu":
+        return (weight_VD @ hidden_BD.T).T.contiguous()
+    return hidden_BD @ weight_VD.T
 
 
 def _contiguous_groups(rows: Sequence[_Prefill], most: int) -> Iterator[list[_Prefill]]:
