@@ -55,7 +55,7 @@ from reopold_agent.policies.loading import (
 from reopold_agent.policies.registry import reads_weights
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.tracking.run_folder import RunFolder
-from reopold_agent.train import collect, finish, loop, recovery, resume, setup
+from reopold_agent.train import collect, finish, loop, recovery, resume, setup, update
 from reopold_agent.train.data_order import DataOrder
 from reopold_agent.train.evaluation import HeldOutEvaluation
 from reopold_agent.train.resume import FREE_TO_CHANGE
@@ -211,6 +211,19 @@ def test_clipping_and_the_learning_rate_that_is_reported(
     # The third of four warm-up updates runs at three quarters of the rate, and says so.
     _, warm = updated([trajectories[:3], trajectories[3:5], trajectories[5:]], warmup_steps=4)
     assert warm.lr == pytest.approx(0.75 * 0.01)
+
+
+def test_large_models_learn_the_same(
+    updated: Callable[..., Any], trajectories: list[Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, settings = [trajectories[:4], trajectories[4:]], {"weight_decay": 0.1}
+    expected, _ = updated(batches, **settings)
+    freed: list[bool] = []
+    monkeypatch.setattr(update, "_LARGE", 0)
+    monkeypatch.setattr(update, "return_freed_memory", lambda: freed.append(True))
+    found, _ = updated(batches, **settings)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert len(freed) == 1 + len(batches)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -494,11 +507,14 @@ def test_a_crashed_run_continues_bit_for_bit(
 
 
 def test_a_falling_learning_rate_ends_with_the_run_also_where_it_gets_more_steps(
-    tmp_path: Path,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = ("data.train.size=8", "optimizer.lr_scheduler_type=cosine", "evaluation.every=0")
-    train(tmp_path, *words, "steps=2")
-    train(tmp_path, *words, "steps=4")
+    note = "note: the learning rate goes on higher than it was: it falls to 0 over 4 steps now, not"
+    for steps in (2, 4):
+        assert note not in caplog.text
+        train(tmp_path, *words, f"steps={steps}")
+    assert note in caplog.text
     # Half a cosine over two updates, then what is left of one over four.
     shares = [row["lr"] / 3e-4 for row in train_rows(tmp_path)]
     assert shares == pytest.approx([1, 0.5, 0.5, 0.5 - 0.5**1.5])

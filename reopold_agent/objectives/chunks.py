@@ -70,7 +70,11 @@ def backward_by_blocks(
         grad_logits = grad_logits.to(ctx.compute_dtype)
         grad_states += grad_logits @ matrix
         if grad_weight is not None:
-            grad_weight[start:stop] = (grad_logits.T @ states).to(weight.dtype)
+            into = grad_weight[start:stop]
+            if into.dtype == grad_logits.dtype:
+                torch.mm(grad_logits.T, states, out=into)
+            else:
+                into.copy_(grad_logits.T @ states)
         del grad_logits  # or the next block would be held beside it
     if not ctx.needs_input_grad[0]:
         return None, grad_weight
