@@ -314,6 +314,12 @@ def test_the_evaluation_to_come_asks_for_the_option_of_the_run() -> None:
         assert shlex.split(evaluate) == [*module, *places, asked, "model=DIR"]
 
 
+def test_no_evaluation_is_proposed_where_there_are_no_held_out_tasks(tmp_path: Path) -> None:
+    given = ("data=math_jsonl", f"data.train.path={tmp_path / 'rows.jsonl'}", "evaluation.tasks=0")
+    config, _ = composed("env=math", *given)
+    assert not any("evaluate" in each for each in next_commands(config, tmp_path, given))
+
+
 def test_time_limits_may_change_and_other_settings_may_not() -> None:
     def differences(role: str, key: str) -> list[str]:
         saved, now = ({"engine": {role: {key: value}}} for value in (600, 900))

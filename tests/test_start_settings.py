@@ -163,13 +163,11 @@ def test_a_run_begins_with_a_banner(tmp_path: Path) -> None:
     assert all(line in log for line in lines)
 
 
-def test_the_banner_names_the_reference_and_what_chooses_teachers(tmp_path: Path) -> None:
-    teachers = "{far: demo:self_student, default: demo:teacher}"
-    words = ("objective=exopd", "model.teacher=null", f"model.teachers={teachers}")
-    config, _ = load_config(composed(*words, "model.teacher_key=domain"))
+def banner_of(folder: Path, *words: str) -> str:
+    config, _ = load_config(composed(*words))
     lines = banner(
         config,
-        RunFolder(tmp_path),
+        RunFolder(folder),
         load_processing(student_spec(config.model), "student"),
         {"pixel_reasoner": {"train": 9, "eval": 9}},
         device="cpu",
@@ -177,9 +175,34 @@ def test_the_banner_names_the_reference_and_what_chooses_teachers(tmp_path: Path
         objective=run_objective(config),
         teacher=True,
     )
-    told = " ".join(" ".join(lines).split())
+    return " ".join(" ".join(lines).split())
+
+
+def test_the_banner_names_the_reference_and_what_chooses_teachers(tmp_path: Path) -> None:
+    teachers = "{far: demo:self_student, default: demo:teacher}"
+    words = ("objective=exopd", "model.teacher=null", f"model.teachers={teachers}")
+    told = banner_of(tmp_path, *words, "model.teacher_key=domain")
     reference = "reference demo:student, 0.3M parameters, float32 weights, frozen"
     assert f"each task's by 'domain' {reference} data" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        (("optimizer.warmup_steps=1",), "0.0003 after a warm-up of 1 update"),
+        (("optimizer.lr_scheduler_type=cosine",), "0.0003, falling to 0 (cosine)"),
+        (
+            ("optimizer.lr_scheduler_type=cosine", "optimizer.warmup_steps=9"),
+            "0.0003 after a warm-up of 9 updates (the run has 3)",
+        ),
+    ],
+)
+def test_the_banner_tells_how_the_learning_rate_goes(
+    words: tuple[str, ...], rate: str, tmp_path: Path
+) -> None:
+    told = banner_of(tmp_path, "model.student.lora={}", *words, "steps=3")
+    assert f"optimizer AdamW, lr {rate}, 1 update a step" in told
+    assert "float32 weights, LoRA teacher" in told
 
 
 @pytest.mark.slow

@@ -141,7 +141,11 @@ def _explain_hydra(error: BaseException, config: str | None, sweeps: bool) -> tu
         # For key={name: value} the cause names the key below that is not there.
         unknown = str(getattr(error.__cause__, "full_key", None) or key)
         if unknown.startswith(_NAMED):
-            more = f" A new name needs a + before the word: +{key}=..."
+            group = ".".join(unknown.split(".")[:2])
+            more = (
+                f" A new name needs a + before the word: +{key}=... To replace all names, write "
+                f"{group}=null before '{group}={{...}}'."
+            )
             return f"unknown setting '{unknown}'.", _suggest(unknown, config) + more
         return f"unknown setting '{unknown}'.", _suggest(unknown, config)
     if text.startswith("Ambiguous value"):

@@ -15,7 +15,6 @@ from reopold_agent.config import (
     OUTCOME_DEFAULTS,
     OVER,
     ModelConfig,
-    OptimizerConfig,
     PixelConfig,
     TrainConfig,
     ViewConfig,
@@ -114,6 +113,22 @@ def exploration_note(config: TrainConfig, objective: Objective) -> str | None:
     )
 
 
+def learning_rate_note(config: TrainConfig, saved: Mapping[str, Any] | None) -> str | None:
+    """Says that a learning rate which falls to the run's end rises; None if it does not.
+
+    Args:
+        config: the run's configuration.
+        saved: the configuration in the folder, if the run continues.
+    """
+    more = saved is not None and saved["steps"] < config.steps
+    if saved is None or not more or config.optimizer.lr_scheduler_type != COSINE:
+        return None
+    return (
+        f"note: the learning rate goes on higher than it was: it falls to 0 over "
+        f"{_count(config.steps, 'step')} now, not over {saved['steps']:,}."
+    )
+
+
 def importance_note(config: TrainConfig, objective: Objective) -> str | None:
     """Says that ``objective.importance_cap`` has no effect, or is missed; None if neither is so.
 
@@ -197,7 +212,7 @@ def banner(
     """
     models, batch, engine = config.model, config.batch, config.engine
     rows = {
-        "student": _model(models.student) + (", LoRA" if models.student.lora else ""),
+        "student": _model(models.student) + (", LoRA" if models.student.lora is not None else ""),
         "teacher": "none",
         "reference": "",
         "template": _source(config),
@@ -205,8 +220,7 @@ def banner(
         "data": _rows(config, "train", tasks, folder.data_report),
         "held out": _rows(config, "eval", tasks, folder.data_report),
         "objective": _objective(config.objective, objective),
-        "optimizer": f"AdamW, lr {_rate(config.optimizer)}, {_count(batch.updates, 'update')} "
-        "a step",
+        "optimizer": f"AdamW, lr {_rate(config)}, {_count(batch.updates, 'update')} a step",
         "pixels": f"pictures {_pixels(config.pixels.prompt)}; "
         f"of tools {_pixels(config.pixels.observation)}",
         "tokens": _tokens(config),
@@ -328,9 +342,14 @@ def _tokens(config: TrainConfig) -> str:
     )
 
 
-def _rate(settings: OptimizerConfig) -> str:
-    falling = settings.lr_scheduler_type == COSINE
-    return f"{settings.lr:g}" + (" falling to 0 (cosine)" if falling else "")
+def _rate(config: TrainConfig) -> str:
+    settings = config.optimizer
+    told, warmup = f"{settings.lr:g}", settings.warmup_steps
+    if warmup:
+        told += f" after a warm-up of {_count(warmup, 'update')}"
+    if warmup >= config.updates > 0:
+        return f"{told} (the run has {config.updates:,})"
+    return told + (", falling to 0 (cosine)" if settings.lr_scheduler_type == COSINE else "")
 
 
 def _count(number: int, noun: str) -> str:

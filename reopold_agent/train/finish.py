@@ -83,10 +83,13 @@ def next_commands(config: TrainConfig, folder: Path, command: Sequence[str]) -> 
     evaluate = ["python", "-m", "reopold_agent.evaluate", *place_words(command), env[-1]]
     if not config.steps:
         return [again(command, "steps=100"), shlex.join([*evaluate, "model=DIR"])]
+    held_out = all(
+        each.data.eval is not None for each in config.members.values() if each.env.takes_data
+    )
     export = ["python", "-m", "reopold_agent.train.export", str(folder), f"{folder}-bf16"]
     return [
         shlex.join(["python", "-m", "reopold_agent.view", str(folder)]),
-        shlex.join([*evaluate, f"model={folder}"]),
+        *([shlex.join([*evaluate, f"model={folder}"])] if held_out else []),
         again(command, f"seed={config.seed + 1}"),
         again(command, f"steps={2 * config.steps}", f"hydra.run.dir={folder}"),
         shlex.join([*export, "dtype=bfloat16"]),

@@ -46,6 +46,7 @@ from reopold_agent.train.banner import (
     banner,
     exploration_note,
     importance_note,
+    learning_rate_note,
     preflight_note,
     self_teacher_note,
     show_banner,
@@ -96,6 +97,7 @@ class LocalEngine(Engine):
         notes = [
             self._state.check_data(checkpoint is not None, recorded),
             exploration_note(config, objective),
+            learning_rate_note(config, saved),
             importance_note(config, objective),
             preflight_note(config, objective, checkpoint is not None),
             self_teacher_note(config, objective),
