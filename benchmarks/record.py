@@ -88,7 +88,8 @@ def page(folder: Path) -> str:
                 told = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
                 rows.append(f"<tr>{told}<td>{plot(values)}</td></tr>")
         last: dict[str, Any] = runs[-1]
-        about = f"{len(runs)} runs, the last {last['when']}, {last['machine']}, {last['commit']}"
+        count = f"{len(runs)} run" + ("" if len(runs) == 1 else "s")
+        about = f"{count}, the last {last['when']}, {last['machine']}, {last['commit']}"
         parts.append(
             f"<h2>{html.escape(path.stem)}</h2><p>{html.escape(about)}</p><table>"
             "<tr><th>figure</th><th>last</th><th>all</th><th>over the runs</th></tr>"

@@ -126,9 +126,9 @@ _MATHEMATICAL = re.compile(
     r"|(?<![a-zA-Z])[a-zA-Z]\s*-\s*[a-zA-Z](?![a-zA-Z])"
 )
 
-_PLAIN = r"[$€£]?\d+(?:[.,]\d+)*%?"
+_AMOUNT = r"[$€£]?\d+(?:[.,]\d+)*%?"
 _APART = re.compile(
-    rf"{_PLAIN}(?:\s*[-\N{{EN DASH}}\N{{EM DASH}}]+\s*{_PLAIN})+(?:\s+[A-Za-z]{{2}}.*)?"
+    rf"{_AMOUNT}(?:\s*[-\N{{EN DASH}}\N{{EM DASH}}]+\s*{_AMOUNT})+(?:\s+[A-Za-z]{{2}}.*)?"
     r"|\d+(?:\.\d+){2,}|\d+(?:\s+\d+)+"
 )
 """A range, date, score or telephone number; an address or version; numbers side by side."""
@@ -497,7 +497,7 @@ def _mathematics(answer: str, expected: str, kind: str, rules: Rules, depth: int
 
 
 def _as_written(answer: str, expected: str) -> bool:
-    """Returns whether the sides are no mathematics, though math-verify would compute with them.
+    """Returns whether the sides are not mathematics, though math-verify would compute with them.
 
     It would take "26-35" for -9, "1 2" for 3, and "listen" for a product of six variables.
     """

@@ -30,7 +30,7 @@ from reopold_agent.train.token_use import token_uses
 from reopold_agent.train.totals import TokenTotals
 
 _LARGE = 2**24
-"""Trained weights from which memory counts; on a CPU smaller models compute as they always have."""
+"""Trained weights from which a CPU's memory counts; smaller models compute as they always have."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,9 @@ class Updater:
         self.updates = 0
         self.rejected: list[Finding] = []
         self._parameters = trainable_parameters(policy.adapter.model)
-        self._large = sum(each.numel() for each in self._parameters) >= _LARGE
+        device = policy.adapter.device.type
+        trained = sum(each.numel() for each in self._parameters)
+        self._large = device == "cpu" and trained >= _LARGE
         self.optimizer = torch.optim.AdamW(
             self._parameters,
             lr=config.lr,
@@ -154,7 +156,7 @@ class Updater:
             weight_decay=config.weight_decay,
             # The default holds one more float32 copy of all trained weights on a GPU, and of the
             # largest on a CPU, where it is five times slower for large models.
-            fused=policy.adapter.device.type == "cuda" or self._large,
+            fused=device == "cuda" or self._large,
         )
         self.scheduler = LearningRate(
             self.optimizer, config.lr_scheduler_type, config.warmup_steps, run_updates
