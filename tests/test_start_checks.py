@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from reopold_agent.rollout.checks import checked_run, checked_runner
 from reopold_agent.rollout.lengths import prompt_limit
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.train import setup
+from reopold_agent.train.banner import leak_note
 from reopold_agent.types import Task
 
 MATH = ("env=math", "data=math_jsonl", "steps=1", "evaluation.tasks=0", "rollout.max_turns=1")
@@ -232,7 +232,7 @@ def test_rows_with_pictures_need_a_model_that_sees_them(tmp_path: Path, no_model
 
 @pytest.mark.parametrize(("own", "common"), [("train", 4), ("other", 0), ("half", 2)])
 def test_held_out_tasks_that_are_training_tasks_are_warned_of(
-    own: str, common: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    own: str, common: int, tmp_path: Path
 ) -> None:
     rows = [{"id": str(n), "problem": f"{n} + 1?", "answer": str(n + 1)} for n in range(6)]
     used = {"train": "train", "eval": own}
@@ -242,11 +242,13 @@ def test_held_out_tasks_that_are_training_tasks_are_warned_of(
         (tmp_path / f"{name}.jsonl").write_text(text)
     paths = [f"data.{split}.path={tmp_path / name}.jsonl" for split, name in used.items()]
     config, _ = composed(*MATH, *paths, "evaluation.tasks=2")
-    with caplog.at_level(logging.WARNING):
-        checked(config, tmp_path / "report.json")
-    told = f"warning: {common} of {len(splits[own])} held-out tasks are training tasks"
-    assert (told in caplog.text) == (common > 0)
-    assert ("held-out tasks are" in caplog.text) == (common > 0)
+    checked(config, tmp_path / "report.json")
+    told = leak_note(tmp_path / "report.json")
+    if common:
+        assert told is not None
+        assert told.startswith(f"warning: {common} of {len(splits[own])} held-out tasks are train")
+    else:
+        assert told is None
 
 
 def test_pictures_that_are_asked_the_same_are_other_tasks() -> None:

@@ -164,6 +164,24 @@ def preflight_note(config: TrainConfig, objective: Objective, resumed: bool) -> 
     return "note: `reopold preflight` with the same words plays 16 episodes before any update."
 
 
+def leak_note(report: Path) -> str | None:
+    """Warns of held-out tasks that are training tasks; None if there are none.
+
+    Args:
+        report: the report on the rows, if there is one.
+    """
+    splits = json.loads(report.read_text("utf-8")) if report.is_file() else {}
+    leaks = {name: each for name, each in splits.items() if each.get("trained_on")}
+    if not leaks:
+        return None
+    common, held_out = (sum(each[k] for each in leaks.values()) for k in ("trained_on", "usable"))
+    return (
+        f"warning: {common:,} of {held_out:,} held-out tasks are training tasks, so that held-out "
+        "success shows what was learned by heart. Give data.eval other rows, or a share of these: "
+        "++data.train.part=train ++data.eval.part=held_out."
+    )
+
+
 def self_teacher_note(config: TrainConfig, objective: Objective) -> str | None:
     """Warns of teachers that know no more than the student did at the start; None for others."""
     models = config.model

@@ -46,6 +46,7 @@ from reopold_agent.train.banner import (
     banner,
     exploration_note,
     importance_note,
+    leak_note,
     learning_rate_note,
     preflight_note,
     self_teacher_note,
@@ -101,6 +102,7 @@ class LocalEngine(Engine):
             importance_note(config, objective),
             preflight_note(config, objective, checkpoint is not None),
             self_teacher_note(config, objective),
+            leak_note(self.folder.data_report),
         ]
         device, autocast = compute_device(config.engine)
         student, teachers = load_models(

@@ -43,6 +43,7 @@ from reopold_agent.train.banner import (
     banner,
     exploration_note,
     importance_note,
+    leak_note,
     preflight_note,
     self_teacher_note,
     show_banner,
@@ -113,6 +114,7 @@ class VerlEngine(Engine):
             importance_note(config, objective),
             preflight_note(config, objective, checkpoint is not None),
             self_teacher_note(config, objective),
+            leak_note(self.folder.data_report),
         ]
         # For verl's settings, the workers and the log, which all read the configuration.
         weights = {"importance_cap": effective_importance_cap(config, objective)}
