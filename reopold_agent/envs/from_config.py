@@ -146,7 +146,9 @@ def _checked_splits(
                     found[key]["sha256"] = inner.digest(split, config.model.teacher_key)
         inner = env.unwrapped
         if isinstance(inner, DataEnv) and len(keys) > 1 and found.keys() >= {*keys.values()}:
-            found[keys["eval"]]["trained_on"] = inner.tasks_in_common()
+            common = inner.tasks_in_common()
+            if common:
+                found[keys["eval"]]["trained_on"] = common
     finally:
         env.close()
     return counts
