@@ -247,6 +247,9 @@ class ToolsConfig:
             _positive(self, "tools", "workers")
 
 
+CONSTANT, COSINE = "constant", "cosine"
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its schedule.
@@ -265,12 +268,12 @@ class OptimizerConfig:
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
-    lr_scheduler_type: str = "constant"
+    lr_scheduler_type: str = CONSTANT
     warmup_steps: int = 0
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("optimizer.lr_scheduler_type", self.lr_scheduler_type, ("constant", "cosine"))
+        _one_of("optimizer.lr_scheduler_type", self.lr_scheduler_type, (CONSTANT, COSINE))
         _positive(self, "optimizer", "lr", "eps", "max_grad_norm")
         _not_negative(self, "optimizer", "weight_decay", "warmup_steps")
         for name in ("beta1", "beta2"):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-from reopold_agent.train.learning_rate import CONSTANT, COSINE, LearningRate
+from reopold_agent.config import CONSTANT, COSINE
+from reopold_agent.train.learning_rate import LearningRate
 
 UPDATES = 12
 

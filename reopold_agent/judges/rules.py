@@ -138,8 +138,8 @@ _LITERAL = re.compile(
     r"|(?=[A-Za-z\d-]*[A-Za-z]\d)[A-Za-z\d-]+|[A-Z]{3,}|[A-Za-z]{4,}(?:\s+[A-Za-z]+)*"
     r"|[A-Za-z]+(?:\s+[A-Za-z]+){2,}"
 )
-"""A time, a size ("4x2"), a code ("AB12"), capitals or words, unless the other side is
-mathematics."""
+"""What is not mathematics if both sides are such: a time, a size ("4x2"), a code ("AB12"),
+capitals or words."""
 
 
 @dataclass(frozen=True)

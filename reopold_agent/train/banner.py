@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reopold_agent.config import (
+    COSINE,
     IMPORTANCE_CAP,
     OUTCOME_DEFAULTS,
     OVER,
@@ -30,7 +31,6 @@ from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train.engine import reference_spec
-from reopold_agent.train.learning_rate import COSINE
 from reopold_agent.train.settings import billions
 from reopold_agent.train.teachers import TeacherSettings, run_teachers
 
@@ -120,8 +120,8 @@ def learning_rate_note(config: TrainConfig, saved: Mapping[str, Any] | None) -> 
         config: the run's configuration.
         saved: the configuration in the folder, if the run continues.
     """
-    more = saved is not None and saved["steps"] < config.steps
-    if saved is None or not more or config.optimizer.lr_scheduler_type != COSINE:
+    falls = config.optimizer.lr_scheduler_type == COSINE
+    if saved is None or saved["steps"] >= config.steps or not falls:
         return None
     return (
         f"note: the learning rate goes on higher than it was: it falls to 0 over "
@@ -171,10 +171,10 @@ def leak_note(report: Path) -> str | None:
         report: the report on the rows, if there is one.
     """
     splits = json.loads(report.read_text("utf-8")) if report.is_file() else {}
-    leaks = {name: each for name, each in splits.items() if each.get("trained_on")}
+    leaks = [each for each in splits.values() if each.get("trained_on")]
     if not leaks:
         return None
-    common, held_out = (sum(each[k] for each in leaks.values()) for k in ("trained_on", "usable"))
+    common, held_out = (sum(each[k] for each in leaks) for k in ("trained_on", "usable"))
     return (
         f"warning: {common:,} of {held_out:,} held-out tasks are training tasks, so that held-out "
         "success shows what was learned by heart. Give data.eval other rows, or a share of these: "

@@ -7,7 +7,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-CONSTANT, COSINE = "constant", "cosine"
+from reopold_agent.config import CONSTANT
 
 
 def learning_rate_factor(done: int, kind: str, warmup: int, updates: int | None) -> float:

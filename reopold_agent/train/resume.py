@@ -13,6 +13,7 @@ from yaml import YAMLError
 from reopold_agent.common.files import write_json_atomic
 from reopold_agent.config import (
     COMMON_SETTINGS,
+    CONSTANT,
     FILLED_SETTINGS,
     OUTCOME_DEFAULTS,
     OVER,
@@ -25,7 +26,6 @@ from reopold_agent.errors import CheckpointError
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
-from reopold_agent.train.learning_rate import CONSTANT
 
 FREE_TO_CHANGE = (
     *("resume", "checkpoint", "logging", "tracking", "tools", "on_nonfinite"),

@@ -30,7 +30,7 @@ from reopold_agent.train.token_use import token_uses
 from reopold_agent.train.totals import TokenTotals
 
 _LARGE = 2**24
-"""Trained weights from which a CPU's memory counts; smaller models compute as they always have."""
+"""Trained weights from which a CPU updates in less memory; smaller models compute as before."""
 
 
 @dataclass(frozen=True)
