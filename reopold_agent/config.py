@@ -164,7 +164,9 @@ class BatchConfig:
         _positive(self, "batch", "prompts", "samples", "mini_batch")
         if self.prompts % self.mini_batch:
             raise ConfigError(
-                f"batch.mini_batch={self.mini_batch} does not divide batch.prompts={self.prompts}"
+                f"batch.mini_batch={self.mini_batch} does not divide batch.prompts={self.prompts}."
+                f"\nSet batch.mini_batch={self.prompts} too, for one update per step, or another "
+                "number of tasks that divides it."
             )
 
     @property

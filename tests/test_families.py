@@ -294,12 +294,13 @@ def test_lora_trains_with_the_tower_or_without(
     torch.testing.assert_close(again.logprobs(batch)[0].detach(), moved, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_trains_and_goes_on(
-    tmp_path: Path, chat: ChatRenderer, monkeypatch: pytest.MonkeyPatch
+    family: str, tmp_path: Path, chat: ChatRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(finish, "make_plots", lambda folder: None)
     models = [
-        f"model.{role}.path={save_checkpoint(tmp_path / role, 'qwen3_vl', chat.tokenizer, seed)}"
+        f"model.{role}.path={save_checkpoint(tmp_path / role, family, chat.tokenizer, seed)}"
         for seed, role in enumerate(("student", "teacher"))
     ]
     words = [*models, "batch.prompts=2", "batch.mini_batch=2", "evaluation.tasks=0"]

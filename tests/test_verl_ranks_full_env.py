@@ -19,7 +19,7 @@ import torch
 from families import tiny_config, tiny_model
 from running import environment
 from step_rows import rows_of, update_rows
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from test_packed import tiny
 from verl_ranks import EPS, OBJECTIVE, RATE, SEED, Case, importance_weights
 
 from reopold_agent.config import OptimizerConfig
@@ -34,28 +34,22 @@ pytestmark = [pytest.mark.full_env, pytest.mark.timeout(300)]
 pytest.importorskip("verl", reason="needs the full environment")
 
 WORLD = 2
+TEXT = ("qwen2", "qwen3", "llama", "mistral")
+PLAIN = ("qwen2_5_vl", "qwen3_vl", "qwen2_vl", *TEXT)
+ADAPTED = ("qwen2_5_vl, LoRA", "qwen2, LoRA")
 
 
 @pytest.fixture(scope="module")
 def models(
     tokenizer: Any, vision: Any, make_model: Callable[..., Any]
 ) -> dict[str, torch.nn.Module]:
-    """Qwen2.5-VL and Qwen3-VL with tied embeddings, and a text model whose are not."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        config = Qwen2Config(
-            vocab_size=len(tokenizer) + 5,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.15,
-            tie_word_embeddings=False,
-        )
-        text = Qwen2ForCausalLM(config).eval()
-    deep = tiny_model(tiny_config("qwen3_vl", tokenizer, {"patch_size": 14}), 1)
-    return {"pictures": make_model(seed=1), "deepstack": deep, "text": text}
+    """One of each family that verl knows; the text models' embeddings are not tied."""
+    seeing = {
+        kind: tiny_model(tiny_config(kind, tokenizer, {"patch_size": 14}), 1)
+        for kind in ("qwen3_vl", "qwen2_vl")
+    }
+    text = {kind: tiny(kind, make_model, tokenizer, 3) for kind in TEXT}
+    return {"qwen2_5_vl": make_model(seed=1), **seeing, **text}
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +69,7 @@ def cases(
         random_trajectory(3, [encode(4)]),
     ]
     plain = [random_trajectory(seed, turns=1 + seed % 3, turn_tokens=20) for seed in range(4, 10)]
-    seeing = [shown, plain[:3]]
-    rows = {"pictures": seeing, "deepstack": seeing, "text": [plain[:3], plain[3:]]}
+    rows = {name: [plain[:3], plain[3:]] if name in TEXT else [shown, plain[:3]] for name in models}
     for name, model in models.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -90,8 +83,8 @@ def cases(
         Case(f"{name}, LoRA", folder / name, rows[name], tokens, lora, dtype)
         for name, lora, dtype in (
             # Also in the vision tower's merger, which is outside of all layers.
-            ("pictures", {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}, "bfloat16"),
-            ("text", {"r": 3, "target_modules": ["q_proj", "down_proj"]}, "float32"),
+            ("qwen2_5_vl", {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}, "bfloat16"),
+            ("qwen2", {"r": 3, "target_modules": ["q_proj", "down_proj"]}, "float32"),
         )
     ]
 
@@ -130,16 +123,19 @@ def results(
     }
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
+def named(cases: list[Case], name: str) -> Case:
+    return next(case for case in cases if case.name == name)
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_the_export_is_a_checkpoint(
-    index: int, cases: list[Case], models: dict[str, Any], results: dict[str, Any]
+    name: str, cases: list[Case], models: dict[str, Any], results: dict[str, Any]
 ) -> None:
     """Made while the model has an attention that transformers does not know."""
-    exported = cases[index].saved / "huggingface"
-    kind = type(models[cases[index].name])
-    loaded = kind.from_pretrained(exported, dtype=torch.float32)
-    for name, value in models[cases[index].name].state_dict().items():
-        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0, msg=name)
+    exported = named(cases, name).saved / "huggingface"
+    loaded = type(models[name]).from_pretrained(exported, dtype=torch.float32)
+    for key, value in models[name].state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0, msg=key)
 
 
 def adapted(case: Case, saved: Path | None) -> Any:
@@ -151,9 +147,9 @@ def adapted(case: Case, saved: Path | None) -> Any:
     return model.float().eval()
 
 
-@pytest.fixture(params=[3, 4], ids=["pictures", "text"])
+@pytest.fixture(params=ADAPTED)
 def adapter(request: pytest.FixtureRequest, cases: list[Case]) -> Case:
-    return cases[request.param]
+    return named(cases, request.param)
 
 
 def test_the_first_update_of_an_adapter_is_the_local_engines(
@@ -207,9 +203,9 @@ def test_a_checkpoint_holds_the_adapter_only_and_brings_it_back(
     assert not list((adapter.saved / "huggingface").glob("*.safetensors"))
 
 
-@pytest.fixture(params=[0, 1, 2, 3, 4])
+@pytest.fixture(params=[*PLAIN, *ADAPTED])
 def case(request: pytest.FixtureRequest, cases: list[Case]) -> Case:
-    return cases[request.param]
+    return named(cases, request.param)
 
 
 @pytest.fixture

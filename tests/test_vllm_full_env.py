@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from running import composed, environment, train, train_rows, without_timings, words
+from test_text_checkpoints import save_checkpoint, small_tokenizer
 
 from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.envs.from_config import make_env
@@ -149,8 +150,15 @@ def test_pictures_beyond_the_checkpoints_own_limits_keep_their_size(pictures: Pa
     assert gap(pictures.vllm().score([trajectory]), reference) < TOLERANCE
 
 
-def test_text_agrees_with_transformers() -> None:
-    with pair("env=math", "policy=vllm") as text:
+@pytest.mark.parametrize(("student", "teacher"), [("qwen2", "llama"), ("qwen3", "mistral")])
+def test_text_agrees_with_transformers(student: str, teacher: str, tmp_path: Path) -> None:
+    tokenizer = small_tokenizer("qwen25")
+    sizes = {"hidden_size": 128, "head_dim": 32}  # vLLM's CPU build has no narrower heads
+    paths = [
+        f"model.{role}.path={save_checkpoint(tmp_path / role, tokenizer, family, seed, 3, **sizes)}"
+        for seed, (role, family) in enumerate({"student": student, "teacher": teacher}.items())
+    ]
+    with pair("env=math", "policy=vllm", *paths) as text:
         for role, own in (("teacher", text.teacher), ("student", text.roles.trainer)):
             played = text.play(text.vllm(role), 24)
             reference = own.score(played)

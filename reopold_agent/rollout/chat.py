@@ -110,11 +110,14 @@ class ChatRenderer:
             ModelError: the template rewrites earlier turns.
         """
         question = Message("user", ("?",))
+        openings = [[question]]
+        if sample_prompts(self.tokenizer) is not None:  # some templates refuse a system message
+            openings.append([Message("system", ("Be brief.",)), question])
         turns = [_ANSWER, _THOUGHT]
         if not self._apply([question], True).rstrip().endswith("<think>"):
             turns += [f"<think>\n{_THOUGHT}", f"<think>\n\n</think>\n\n{_ANSWER}"]
-        for turn in turns:
-            played = [question]
+        for opening, turn in itertools.product(openings, turns):
+            played = list(opening)
             for _ in range(2):
                 start = self._apply(played, True) + turn
                 played += [Message("assistant", (turn,)), question]
@@ -301,7 +304,8 @@ class ChatRenderer:
         )
         return ModelError(
             f"the chat template {self._template} rewrites earlier turns (it drops their thoughts, "
-            f"for example), so it cannot be used for several turns.\n{advice}"
+            "or moves the system message, for example), so it cannot be used for several turns.\n"
+            f"{advice}"
         )
 
     def _check_words(self, messages: Sequence[Message], rendered: str) -> None:

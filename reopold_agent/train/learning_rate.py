@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,7 +34,7 @@ def learning_rate_factor(done: int, kind: str, warmup: int, updates: int | None)
 
 
 class LearningRate(LambdaLR):
-    """Counts updates and sets the learning rate of the next one.
+    """Counts updates; the optimizer has the learning rate of the next one.
 
     Args:
         optimizer: what gets the rate; its own is the highest.
@@ -43,13 +44,13 @@ class LearningRate(LambdaLR):
     def __init__(self, optimizer: Optimizer, kind: str, warmup: int, updates: int | None) -> None:
         super().__init__(optimizer, lambda done: learning_rate_factor(done, kind, warmup, updates))
 
-    def apply(self) -> float:
-        """Sets the rate of the next update and returns it.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the count, and sets the rate that the next update has in this run.
 
-        A restored optimizer has the rate of the run as it was, which may have fewer steps.
+        The restored optimizer has that of the run as it was, which may have had fewer steps.
         """
+        super().load_state_dict(state_dict)
         for group, base, factor in zip(
             self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True
         ):
             group["lr"] = base * factor(self.last_epoch)
-        return float(self.optimizer.param_groups[0]["lr"])

@@ -167,6 +167,11 @@ class Updater:
         """Number of updates of the whole run so far, also those of earlier processes."""
         return int(self.scheduler.last_epoch)
 
+    @property
+    def _rate(self) -> float:
+        """The learning rate of the next update."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
     def step(
         self, mini_batches: Sequence[Sequence[Row]], step: int, threshold: Threshold
     ) -> UpdateStats:
@@ -186,7 +191,7 @@ class Updater:
         self.rejected = []
         totals = TokenTotals()
         losses, norms = [], []
-        rate = self.scheduler.apply()
+        rate = self._rate
         if self._large:
             return_freed_memory()
         model = self.policy.adapter.model
@@ -204,7 +209,7 @@ class Updater:
                 totals.merge(made.counts)
                 losses.append(made.counts.loss)
                 norms.append(made.norm)
-                rate = self.scheduler.apply()
+                rate = self._rate
                 if self._large:
                     return_freed_memory()
                 self.optimizer.step()

@@ -161,7 +161,7 @@ class FsdpEngine(FSDPEngineWithLMHead):
 
     def optimizer_step(self) -> Any:
         """Makes one update and advances the schedule, which in verl advances once per step."""
-        self._rate: float = self.lr_scheduler.apply()
+        self._rate = float(self.optimizer.param_groups[0]["lr"])
         norm = super().optimizer_step()
         if np.isfinite(float(norm)):  # otherwise verl has skipped the update
             self.lr_scheduler.step()
