@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,11 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def started(words: Sequence[str], url: str, log: Path, health: str = "/health") -> Iterator[str]:
-    """A server as a process group of its own, until it answers; ended with all its children."""
+def started(words: Sequence[str], url: str, log: Path) -> Iterator[Callable[[], str]]:
+    """A server as a process group of its own, ended with all its children.
+
+    Gives what waits for its first answer and returns its address.
+    """
     with log.open("w") as out:
         process = subprocess.Popen(
             words,
@@ -59,17 +62,20 @@ def started(words: Sequence[str], url: str, log: Path, health: str = "/health") 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    try:
-        deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 300
+
+    def ready() -> str:
         while True:
             try:
-                urllib.request.urlopen(url + health, timeout=5).close()
-                break
+                urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                return url
             except (urllib.error.URLError, OSError):
                 assert process.poll() is None, log.read_text()[-3000:]
                 assert time.monotonic() < deadline, log.read_text()[-3000:]
                 time.sleep(0.5)
-        yield url
+
+    try:
+        yield ready
     finally:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -86,34 +92,42 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def vllm_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """vLLM's server and ours, started at once: each takes half a minute to answer."""
     pytest.importorskip("vllm", reason="needs the full environment")
-    port = free_port()
+    ports = free_port(), free_port()
     words = [
-        *("vllm", "serve", resolve_path("demo:arithmetic_teacher")),
-        *("--served-model-name", "arithmetic", "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "float32", "--enforce-eager", "--max-model-len", "512"),
-        *("--max-num-seqs", "8", "--gpu-memory-utilization", "0.05"),
-        *("--generation-config", "vllm", "--no-enable-chunked-prefill"),
-        *("--max-logprobs", "-1"),
+        [
+            *("vllm", "serve", resolve_path("demo:arithmetic_teacher")),
+            *("--served-model-name", "arithmetic", "--host", "127.0.0.1"),
+            *("--port", str(ports[0]), "--dtype", "float32", "--enforce-eager"),
+            *("--max-model-len", "512", "--max-num-seqs", "8"),
+            *("--gpu-memory-utilization", "0.05", "--generation-config", "vllm"),
+            *("--no-enable-chunked-prefill", "--max-logprobs", "-1"),
+        ],
+        [
+            *(sys.executable, "-m", "reopold_agent.serve", "model=demo:teacher"),
+            *(f"port={ports[1]}", "policy=vllm", "device=cpu"),
+            *("policy.student.max_num_seqs=8", "policy.student.max_model_len=2048"),
+        ],
     ]
-    log = tmp_path_factory.mktemp("vllm") / "log"
-    with started(words, f"http://127.0.0.1:{port}", log) as url:
-        yield url
+    folder = tmp_path_factory.mktemp("servers")
+    with ExitStack() as stack:
+        ready = [
+            stack.enter_context(started(each, f"http://127.0.0.1:{port}", folder / str(port)))
+            for each, port in zip(words, ports, strict=True)
+        ]
+        yield ready[0](), ready[1]()
 
 
-@pytest.fixture(scope="module")
-def our_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("vllm", reason="needs the full environment")
-    port = free_port()
-    words = [
-        *(sys.executable, "-m", "reopold_agent.serve", "model=demo:teacher", f"port={port}"),
-        *("policy=vllm", "device=cpu", "policy.student.max_num_seqs=8"),
-        "policy.student.max_model_len=2048",
-    ]
-    log = tmp_path_factory.mktemp("serve") / "log"
-    with started(words, f"http://127.0.0.1:{port}", log) as url:
-        yield url
+@pytest.fixture
+def vllm_serve(servers: tuple[str, str]) -> str:
+    return servers[0]
+
+
+@pytest.fixture
+def our_server(servers: tuple[str, str]) -> str:
+    return servers[1]
 
 
 def load(path: str) -> LoadedModel:
