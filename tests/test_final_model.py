@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
@@ -12,9 +14,9 @@ from running import composed, train, weights
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
 
-from reopold_agent.common.memory import discard_pages
+from reopold_agent.common.memory import discard_pages, release_unchanged
 from reopold_agent.errors import ModelError
-from reopold_agent.policies import saving
+from reopold_agent.policies import adapter, saving
 from reopold_agent.policies.loading import (
     LoadedModel,
     ModelSpec,
@@ -24,6 +26,7 @@ from reopold_agent.policies.loading import (
 )
 from reopold_agent.policies.lora import merged_weights
 from reopold_agent.policies.saving import save_checked
+from reopold_agent.types import Trajectory
 
 CPU = torch.device("cpu")
 IDS = [5, 9, 3, 30, 12, 7, 9, 21, 14, 2, 33]
@@ -198,6 +201,57 @@ def test_discarded_pages_leave_memory_and_their_neighbours_alone(tmp_path: Path)
     assert before - resident() > 0.99 * loaded["b"].nbytes
     assert (loaded["a"] == 7).all()
     assert (loaded["c"] == 9).all()
+
+
+def resident(tensor: torch.Tensor) -> int:
+    """Bytes in memory of the mapping that holds a tensor."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text("utf-8").splitlines():
+        if line[:1] in "0123456789abcdef":
+            low, _, high = line.split()[0].partition("-")
+            inside = int(low, 16) <= tensor.data_ptr() < int(high, 16)
+        elif inside and line.startswith("Rss:"):
+            return 1024 * int(line.split()[1])
+    raise AssertionError
+
+
+def test_only_what_a_file_still_holds_is_released(tmp_path: Path) -> None:
+    loaded = []
+    for number in range(2):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({"x": torch.arange(2**20), "y": torch.full((2**20,), number)}, path)
+        loaded.append(load_file(path))
+    kept, written = loaded
+    written["y"][0] = 5  # its neighbours are the file's, and are not told apart
+    own = torch.full((2**20,), 3)
+    assert kept["x"].sum() + written["x"].sum() + kept["y"].sum() > 0  # read all
+    everything = [*kept.values(), *written.values(), own]
+    before = [each.clone() for each in everything]
+    released = release_unchanged((each.data_ptr(), each.nbytes) for each in everything)
+    assert released == sum(each.nbytes for each in kept.values())
+    assert resident(kept["x"]) < 2**16
+    assert resident(written["x"]) >= written["x"].nbytes
+    assert all(torch.equal(one, other) for one, other in zip(before, everything, strict=True))
+
+
+def test_a_teacher_whose_weights_were_released_scores_the_same(
+    bases: dict[bool, Path],
+    random_trajectory: Callable[..., Trajectory],
+    chat: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(adapter, "LARGE", 0)
+    teacher = load_model(ModelSpec(str(bases[True])), "teacher", CPU)
+    teacher.adapter.model.requires_grad_(False)
+    policy = teacher.policy(forbidden_ids=chat.forbidden_ids, stop_ids=chat.stop_ids)
+    (first,) = policy.score([random_trajectory(1, [])], with_entropy=True)
+    weight = teacher.adapter.head.weight
+    before = resident(weight)
+    policy.adapter.release_weights()
+    assert resident(weight) < before / 4
+    (again,) = policy.score([random_trajectory(1, [])], with_entropy=True)
+    assert np.array_equal(first.logp, again.logp)
+    assert np.array_equal(first.entropy, again.entropy)
 
 
 def test_merging_that_changes_the_model_is_refused(

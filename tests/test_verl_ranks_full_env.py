@@ -220,14 +220,25 @@ def policy(
     return make_policy(models[case.name] if own else adapted(case, case.saved / ADAPTER))
 
 
-def made_update(policy: TransformersPolicy, case: Case, lr: float) -> None:
-    """One update of the local engine on the rows of all ranks, without clipping."""
+def made_update(policy: TransformersPolicy, case: Case, lr: float) -> dict[str, torch.Tensor]:
+    """Makes one update of the local engine on the rows of all ranks; returns its gradients.
+
+    Without clipping.
+    """
     settings = OptimizerConfig(lr=lr, weight_decay=0.0, max_grad_norm=1e9, eps=EPS)
     updater = Updater(policy, OBJECTIVE, settings, max_tokens=4096)
     rows = rows_of([t for part in case.rows for t in part])
     for row in rows:
         row.weight = importance_weights(row.trajectory)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def remember(*_: Any) -> None:
+        named = policy.adapter.model.named_parameters()
+        gradients.update((name, p.grad) for name, p in named if p.grad is not None)
+
+    updater.optimizer.register_step_pre_hook(remember)
     update_rows(updater, [rows], 0)
+    return gradients
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -248,9 +259,7 @@ def test_scores_are_the_local_engines(
 def test_gradients_are_the_local_engines(
     packed: bool, case: Case, policy: TransformersPolicy, results: dict[str, Any]
 ) -> None:
-    made_update(policy, case, 1e-30)  # only the gradients matter, not the step
-    named = policy.adapter.model.named_parameters()
-    expected = {name: p.grad for name, p in named if p.grad is not None}
+    expected = made_update(policy, case, 1e-30)  # only the gradients matter, not the step
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     assert largest > 1e-3
     for found in results[case.name]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reopold_agent.common.memory import LARGE, release_unchanged
 from reopold_agent.errors import ModelError
 from reopold_agent.policies.attention import attends_by_rows, shares_prompts
 from reopold_agent.policies.lora import without_adapter
@@ -74,6 +75,15 @@ class ModelAdapter:
     def device(self) -> torch.device:
         """The device of the output embedding."""
         return self.head.weight.device
+
+    def release_weights(self) -> None:
+        """Gives a CPU's memory of frozen weights back until the next pass reads them again.
+
+        Only weights of a large model that are as they are in their file (`release_unchanged`).
+        """
+        weights = [each for each in self.model.parameters() if not each.requires_grad]
+        if self.device.type == "cpu" and sum(each.numel() for each in weights) >= LARGE:
+            release_unchanged((each.data_ptr(), each.nbytes) for each in weights)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns the context in which the model computes.

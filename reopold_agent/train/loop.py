@@ -137,6 +137,7 @@ class TrainingLoop:
 
         # Score: the teacher's log-probs of the tokens that the student sampled.
         unscored = self._score(batch, step)
+        self.roles.release_teachers()
         clock.lap("teacher")
 
         # Weigh and update: the objective turns log-probs into token rewards, masks and a loss, one

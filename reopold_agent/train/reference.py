@@ -24,6 +24,7 @@ class Reference:
         """Sets ``reference_logp`` of rows; returns those with invalid values."""
         with computing(self._policy):
             scores = self._policy.score(trajectories_of(rows))
+        self._policy.adapter.release_weights()
         findings = []
         for row, score in zip(rows, scores, strict=True):
             row.reference_logp = score.logp

@@ -53,6 +53,11 @@ class Roles:
         """The teachers that are models in this process, which give whole distributions."""
         return [each for each in self.teachers.distinct if isinstance(each, TransformersPolicy)]
 
+    def release_teachers(self) -> None:
+        """Gives a CPU's memory of the teachers' weights back while the student learns."""
+        for teacher in self.own_teachers:
+            teacher.adapter.release_weights()
+
     def take_passes(self) -> PassTokens:
         """Returns the tokens of the passes since the last call, of the models in this process."""
         total = PassTokens()

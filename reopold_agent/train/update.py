@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from reopold_agent.common.memory import return_freed_memory
+from reopold_agent.common.memory import LARGE, return_freed_memory
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.objectives import Needs, Objective, TokenBatch
@@ -28,9 +28,6 @@ from reopold_agent.train.rows import Row, Threshold, spans_of, threshold_of, tra
 from reopold_agent.train.teachers import Teachers
 from reopold_agent.train.token_use import token_uses
 from reopold_agent.train.totals import TokenTotals
-
-_LARGE = 2**24
-"""Trained weights from which a CPU updates in less memory; smaller models compute as before."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class Updater:
         self._parameters = trainable_parameters(policy.adapter.model)
         device = policy.adapter.device.type
         trained = sum(each.numel() for each in self._parameters)
-        self._large = device == "cpu" and trained >= _LARGE
+        self._large = device == "cpu" and trained >= LARGE
         self.optimizer = torch.optim.AdamW(
             self._parameters,
             lr=config.lr,
@@ -201,7 +198,7 @@ class Updater:
                 made = self._gradient(batch, step, threshold)
                 if isinstance(made, list):
                     # First of all, so that these gradients do not reach another update.
-                    self.optimizer.zero_grad(set_to_none=True)
+                    self._forget_gradient()
                     self.rejected += made
                     if not self._skip:
                         raise NonFiniteError(describe(step, made))
@@ -213,6 +210,7 @@ class Updater:
                 if self._large:
                     return_freed_memory()
                 self.optimizer.step()
+                self._forget_gradient()  # episodes and scores of the next step need its memory
                 self.scheduler.step()
                 self.updates += 1
                 for row, use in made.uses:  # only now, because a rejected update uses no token
@@ -246,16 +244,19 @@ class Updater:
             made = self._gradient(rows, step, threshold)
         finally:
             model.eval()
-            self.optimizer.zero_grad(set_to_none=True)
+            self._forget_gradient()
         if isinstance(made, list):
             raise NonFiniteError(describe(step, made))
         return made.norm
+
+    def _forget_gradient(self) -> None:
+        """Frees the parameters' gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _gradient(
         self, batch: Sequence[Row], step: int, threshold: Threshold
     ) -> _Gradient | list[Finding]:
         """Computes a mini-batch's gradient into the parameters, or returns why it is invalid."""
-        self.optimizer.zero_grad(set_to_none=True)
         counts = TokenTotals()
         uses: list[tuple[Row, TokenUse]] = []
         lengths = [len(row.trajectory.ids) for row in batch]
