@@ -17,7 +17,8 @@ Each side of TRL's cases is a process of its own (`peers_side`); they make their
 the first does not count. TRL is in the folder ``--trl``, or is installed into a cache of its own,
 beside this interpreter's packages. The last line is JSON: medians of ours/theirs, and for each case
 ``floor_<case>``: ours over the sum of its bare parts (prefill, decoding, the teacher's pass, the
-student's forward and backward pass) at the rate of matrix products measured here. Under ``cpu``
+student's forward and backward pass) at the rate of matrix products measured here. Likewise
+``memory_floors`` has our peak over what a step has to hold (`bare_memory`). Under ``cpu``
 are the same from CPU seconds, which other programs disturb less.
 
 ``verl`` needs the environment with verl and vLLM, and no TRL. It runs ``verl.trainer.main_ppo``
@@ -383,6 +384,34 @@ def bare_parts(
     }
 
 
+def bare_memory(
+    folder: Path, student: Architecture, teacher: Architecture | None, played: Mapping[str, Any]
+) -> dict[str, float]:
+    """Returns the GiB that a step has to hold: packages, weights and more in float32, activations.
+
+    Samples of a task share their prompt. Pictures' towers are left out of the activations.
+
+    Args:
+        folder: of the student.
+        student, teacher, played: as of `bare_parts`.
+    """
+    lengths, seen = [], set()
+    rows = zip(played["prompt_of"], played["prompt_tokens"], played["lengths"], strict=True)
+    for prompt, shared, length in rows:
+        lengths.append(length - (shared if prompt in seen else 0))
+        seen.add(prompt)
+    script = str(Path(__file__).with_name("peers_bare.py"))
+    words = [sys.executable, script, str(folder), json.dumps(lengths)]
+    output = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+    gib = 4 / 2**30
+    return {
+        **json.loads(output.splitlines()[-1]),
+        "student": student.parameters * gib,
+        "gradients and moments": 3 * student.parameters * gib,
+        "teacher": 0.0 if teacher is None else teacher.parameters * gib,
+    }
+
+
 def _tower(model: Architecture, pictures: Sequence[int]) -> float:
     return 0.0 if model.vision is None else flops.vision_forward(model.vision, pictures)
 
@@ -552,16 +581,22 @@ def figures_of(
             key: [a[key] / b[key] for a, b in zip(own, runs["trl"], strict=True)]
             for key in MEASURED
         }
+        memory = bare_memory(folder / models, student, scores, own[-1])
+        print("  bare memory " + ", ".join(f"{k} {v:.2f} GiB" for k, v in memory.items()))
+        held = [step["peak_gib"] / sum(memory.values()) for step in own]
         floors = [step["seconds"] / least for step in own]
         cpu_floors = [step["cpu_seconds"] / threads / least for step in own]
         for key, values in ratios.items():
             print(f"  ours/TRL's {key:12} {spread(values)}")
         print(f"  ours/bare parts {spread(floors)}, in CPU seconds {spread(cpu_floors)}")
+        print(f"  ours/bare memory {spread(held)}")
         found[named(case, objective)] = {
             "ratios": ratios,
             "floors": floors,
             "cpu_floors": cpu_floors,
+            "memory_floors": held,
             "bare": parts,
+            "bare_memory": memory,
         }
     return found
 
@@ -584,14 +619,15 @@ def summary(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             names[f"floor_{name}"] = statistics.median(figures[floor])
         return {name: round(value, 3) for name, value in names.items()}
 
-    memory = {
-        name: round(statistics.median(figures["ratios"]["peak_gib"]), 3)
-        for name, figures in found.items()
-    }
+    memory, floors = (
+        {name: round(statistics.median(values(each)), 3) for name, each in found.items()}
+        for values in (lambda each: each["ratios"]["peak_gib"], lambda each: each["memory_floors"])
+    )
     return {
         **medians("seconds", "floors"),
         "memory": max(memory.values()),
         "memory_by_case": memory,
+        "memory_floors": floors,
         "cpu": medians("cpu_seconds", "cpu_floors"),
     }
 

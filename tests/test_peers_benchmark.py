@@ -108,6 +108,40 @@ def test_bare_parts_are_what_a_step_has_to_compute(peers: Any) -> None:
     assert peers.bare_parts(model, None, played, machine)["teacher"] == 0
 
 
+def test_bare_memory_is_what_a_step_has_to_hold(
+    peers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = importlib.import_module("peers_bare")
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(4, 6), torch.nn.Linear(6, 4)
+
+        def forward(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+            hidden: torch.Tensor = self.down(self.up(inputs_embeds).sigmoid())
+            return hidden
+
+    # What the products multiply: 4 numbers a token, and 6 that are also the sigmoid's.
+    assert bare.activations(Decoder(), 4, [10, 7]) == 17 * (4 + 6) * 4
+    rows: list[list[int]] = []
+
+    def run(words: Sequence[str], **_: Any) -> SimpleNamespace:
+        rows.append(json.loads(words[-1]))
+        return SimpleNamespace(stdout='words\n{"packages": 1.0, "activations": 0.5}')
+
+    monkeypatch.setattr(peers.subprocess, "run", run)
+    model = find_architecture("Qwen/Qwen2.5-VL-3B-Instruct")
+    played = {"prompt_of": [0, 0, 1], "prompt_tokens": [100, 100, 90], "lengths": [137, 140, 103]}
+    found = peers.bare_memory(Path("x"), model, model, played)
+    assert rows == [[137, 40, 103]]  # the second row's prompt is that of the first
+    weights = model.parameters * 4 / 2**30
+    assert found["student"] == found["teacher"] == pytest.approx(weights)
+    assert found["gradients and moments"] == pytest.approx(3 * weights)
+    assert sum(found.values()) == pytest.approx(1.5 + 5 * weights)
+    assert peers.bare_memory(Path("x"), model, None, played)["teacher"] == 0
+
+
 def test_the_result_has_medians(peers: Any) -> None:
     def comparison(scale: float) -> dict[str, Any]:
         ratios = {"seconds": [1, 2, 9], "cpu_seconds": [3, 4, 9], "peak_gib": [0.5, 0.6, 0.9]}
@@ -115,6 +149,7 @@ def test_the_result_has_medians(peers: Any) -> None:
             "ratios": {key: [scale * each for each in values] for key, values in ratios.items()},
             "floors": [1.0, 1.1, 3.0],
             "cpu_floors": [1.2],
+            "memory_floors": [scale, 2 * scale, 5 * scale],
         }
 
     found = peers.summary({"one_turn_gkd": comparison(1), "group": comparison(0.5)})
@@ -122,6 +157,7 @@ def test_the_result_has_medians(peers: Any) -> None:
     assert (found["group"], found["floor_group"]) == (1, 1.1)
     assert found["memory"] == 0.6
     assert found["memory_by_case"] == {"one_turn_gkd": 0.6, "group": 0.3}
+    assert found["memory_floors"] == {"one_turn_gkd": 2, "group": 1}
     assert found["cpu"]["one_turn_gkd"] == 4
     assert found["cpu"]["floor_group"] == 1.2
 

@@ -104,7 +104,8 @@ def divergence_of_states(
         targets_N: int64 ids whose log-probs under the student are returned too.
         beta: in [0, 1], see the module.
         banned: int64 ids that have probability 0 for both, or None.
-        slice_elements: upper limit on one model's logits held at once.
+        slice_elements: upper limit on one model's logits held at once, and in the backward pass,
+            which also holds the gradient of the weight, on those of both.
 
     Returns:
         ``(divergence_N, logp_N)``, float32; both are differentiable in ``student_ND`` and
@@ -218,7 +219,7 @@ class _Divergence(torch.autograd.Function):
             targets,
         )
         ctx.beta, ctx.banned, ctx.compute_dtype = beta, banned, dtype
-        ctx.slice_elements = slice_elements
+        ctx.slice_elements = slice_elements // 2
         return divergence, logp
 
     @staticmethod
