@@ -420,7 +420,8 @@ class EngineConfig:
         old_logp: ``rollout`` uses the log-probs recorded while sampling, ``recompute`` runs the
             model once more before the update, ``auto`` recomputes unless in float32.
         ahead: 1 generates the episodes of the next step while this one is scored and updated, with
-            weights that are one step old (`local` only); 0 waits for the update.
+            weights that are one step old; 0 waits for the update. With ``verl`` the student's
+            servers then share its GPUs' memory with the trainer at all times.
 
     The other attributes apply to ``verl`` only:
         nodes, gpus_per_node: machines, and GPUs per machine for student and teacher together.

@@ -21,7 +21,8 @@ def trajectory(row: dict[str, Any], folder: Path, model: LoadedModel) -> Traject
         assert model.vision is not None
         pixels = np.asarray(Image.open(folder / image["picture"]).convert("RGB"))
         images.append(model.vision.adopt(pixels))
-    arrays = {n: np.array(row[n], np.float32) for n in ("logp", "entropy", "teacher_logp")}
+    names = [n for n in ("logp", "entropy", "teacher_logp") if row[n] is not None]
+    arrays = {n: np.array(row[n], np.float32) for n in names}
     return Trajectory(
         task_id=row["task_id"],
         index=row["index"],

@@ -349,9 +349,14 @@ def test_more_than_one_step_ahead_and_verl_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"engine\.ahead is by how many"):
         composed("engine.ahead=2")
     config, _ = composed("engine=verl", "engine.ahead=1")
-    with pytest.raises(ConfigError, match="synchronous trainer") as caught:
+    with pytest.raises(
+        ConfigError, match=r"GPUs needs them alone\.\nGive it GPUs .*_node=N\)"
+    ) as told:
         check_settings(config)
-    assert str(caught.value).count("\n") == 1
+    assert str(told.value).count("\n") == 1
+    for words in (["engine.teacher_gpus_per_node=1"], ["objective=grpo", "model.teacher=null"]):
+        config, _ = composed("engine=verl", "engine.ahead=1", "engine.gpus_per_node=2", *words)
+        check_settings(config)
 
 
 def test_waiting_is_a_part_of_the_step_and_generation_is_not() -> None:

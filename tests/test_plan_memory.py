@@ -283,6 +283,19 @@ def test_a_shared_teacher_sleeps_and_wakes() -> None:
     assert shared.seconds.switch - apart.seconds.switch == pytest.approx(1 + copied)
 
 
+def test_servers_that_generate_ahead_hold_their_memory_beside_the_update() -> None:
+    waiting, ahead = (plan("recipe=paper_agentic", f"engine.ahead={on}") for on in (0, 1))
+    whole = ahead.config.engine.student_server.memory_share * ahead.gpu.memory
+    for name in ("rollout", "old log-probs", "update", "sync"):
+        parts = ahead.memory[0].phases[name]
+        assert parts["server weights"] + parts["server cache and room"] == pytest.approx(whole)
+        assert "sleeping servers" not in parts
+    before = waiting.memory[0].phases["update"]
+    update = ahead.memory[0].phases["update"]
+    assert sum(update.values()) == pytest.approx(sum(before.values()) + whole - 1.5 * GIB)
+    assert ahead.seconds.switch == 0 < waiting.seconds.switch
+
+
 def test_weights_are_synced_by_bandwidth() -> None:
     seconds = plan("recipe=paper_agentic").seconds
     assert 5 < seconds.sync < 8  # of the audit, for a 3B student

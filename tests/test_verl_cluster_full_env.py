@@ -1,7 +1,8 @@
 """Two Ray nodes (raylets on loopback), a rollout worker that is killed in a step, and SIGTERM.
 
-Mathematics with GRPO: no teacher, so outcomes and groups go through verl as well. Needs the
-environment that ``.ci/run`` builds: ``pytest -m full_env``.
+Mathematics with GRPO: no teacher, so outcomes and groups go through verl as well, and episodes are
+generated ahead of the update. Needs the environment that ``.ci/run`` builds: ``pytest -m
+full_env``.
 """
 
 from __future__ import annotations
@@ -15,8 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from recorded import policy, trajectory
 
+from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.tracking.metrics import read_json_lines
 
 pytestmark = [pytest.mark.full_env, pytest.mark.timeout(1800)]
@@ -62,6 +67,7 @@ def test_a_killed_rollout_worker_loses_nothing_and_sigterm_saves(
         *(sys.executable, "-m", "reopold_agent.train", "env=math", "objective=grpo"),
         *("engine=verl", "engine.device=cpu", f"engine.ray_address={cluster.address}"),
         *("engine.nodes=2", "engine.gpus_per_node=1", "engine.teacher_gpus_per_node=0"),
+        *("engine.ahead=1", "model.teacher=null", "optimizer.lr=0.001"),
         *("engine.rollout_workers=2", "steps=100", f"batch.prompts={PROMPTS}"),
         *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "evaluation.teacher=false"),
         *("evaluation.tasks=4", "evaluation.every=0", "logging.trajectories=100"),
@@ -108,4 +114,11 @@ def test_a_killed_rollout_worker_loses_nothing_and_sigterm_saves(
     records = read_json_lines(folder / "trajectories.jsonl")
     episodes = [(r["step"], r["index"], r["sample"]) for r in records]
     assert len(set(episodes)) == len(episodes) == steps * PROMPTS * SAMPLES
-    assert all(row["sync/logp_gap_max"] < 1e-3 for row in rows)
+    # Episodes have the weights of the step before.
+    assert [row["rollout/staleness"] for row in rows] == [min(step, 1) for step in range(steps)]
+    assert [row["sync/logp_gap_max"] < 1e-3 for row in rows] == [step == 0 for step in range(steps)]
+    base = load_model(ModelSpec("demo:arithmetic_student"), "student", torch.device("cpu"))
+    early = [r for r in records if r["step"] < 2]  # generated before the first update
+    played = [trajectory(record, folder, base) for record in early]
+    for t, score in zip(played, policy(base).score(played), strict=True):
+        np.testing.assert_allclose(t.logp, score.logp, atol=1e-3)

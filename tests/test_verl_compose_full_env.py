@@ -110,6 +110,12 @@ def test_a_teacher_on_the_students_gpus() -> None:
     assert own.gpu_memory_utilization > teacher.gpu_memory_utilization
 
 
+def test_servers_that_generate_ahead_never_sleep() -> None:
+    assert settings("recipe=paper_agentic").actor_rollout_ref.rollout.free_cache_engine
+    ahead = settings("recipe=paper_agentic", "engine.ahead=1").actor_rollout_ref.rollout
+    assert not ahead.free_cache_engine
+
+
 def test_each_teacher_has_servers_of_its_own() -> None:
     from verl.utils.config import omega_conf_to_dataclass
 

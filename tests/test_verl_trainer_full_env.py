@@ -64,6 +64,7 @@ def trainer(folder: Path, **parts: Any) -> Any:
     made.checkpoint_callback = SimpleNamespace(on_save=lambda **_: None)
     made.actor_rollout_wg = Saves()
     made.global_steps, made._made, made._saved, made.timing_raw = 4, 0, 0, {}
+    made._loader_before = None
     for name, part in parts.items():
         setattr(made, name, part)
     return made
@@ -129,6 +130,51 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         lambda self, batch, metrics: events.append(f"divides {' '.join(batch.keys)}"),
     )
     return made
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_the_next_steps_episodes_begin_before_the_update_and_end_before_new_weights(
+    ahead: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    events: list[str] = []
+    given = [0]  # draws that the loader has given
+
+    def draw(self: Any) -> None:
+        assert self._position == given[0]
+        given[0] += 2
+        events.append(f"generates {self._position // 2}")
+
+    monkeypatch.setattr(PPOTrainerSync, "prepare_step", draw)
+    monkeypatch.setattr(PPOTrainerSync, "on_sample_end", lambda self: events.append("sampled"))
+    monkeypatch.setattr(PPOTrainerSync, "on_step_end", lambda self: events.append("weights"))
+    rollouts = SimpleNamespace(failure=None, wait=lambda: events.append("waits"), seconds=1.5)
+    config = SimpleNamespace(
+        engine=SimpleNamespace(ahead=ahead), steps=3, batch=SimpleNamespace(prompts=2)
+    )
+    made = trainer(tmp_path, rollouts=rollouts, run_config=config)
+    made.train_dataloader = SimpleNamespace(state_dict=lambda: {"given": given[0]})
+    for step in range(3):
+        made.global_steps = step + 1
+        made.prepare_step()
+        made.on_sample_end()
+        events.append(f"updates {step}")
+        made._save_checkpoint()
+        newest = newest_checkpoint(tmp_path)
+        assert newest is not None
+        # A resume draws the tasks of the next step, also if these are being generated.
+        assert torch.load(newest / "data.pt") == {"given": 2 * (step + 1)}
+        made.on_step_end()
+        made._staleness = 7
+    expected = []
+    for step in range(3):
+        expected += [f"generates {step}"] if step == 0 or not ahead else []
+        expected += ["waits", "sampled"]
+        expected += [f"generates {step + 1}"] if ahead and step < 2 else []
+        expected += [f"updates {step}", "waits", "weights"]
+    assert events == expected
 
 
 def batch() -> Any:

@@ -243,7 +243,7 @@ def _seconds(
     sync = switch = 0.0
     if layout.schedule != "local":
         sync = SYNC_SECONDS + width * student.parameters / SYNC_BANDWIDTH
-        switch = 2 * SWITCH_SECONDS
+        switch = 0.0 if config.engine.ahead else 2 * SWITCH_SECONDS
         if layout.schedule == "shared" and teacher is not None:
             copied = 2 * teacher.parameters / layout.teacher_server_gpus
             switch += 2 * (SWITCH_SECONDS + copied / HOST_BANDWIDTH)
@@ -363,6 +363,8 @@ def _memory(
     share = config.engine.student_server.memory_share
     awake = _server_parts(student, share * gpu.memory, server.gpus)
     asleep = {"sleeping servers": SLEEPING_SERVER * (1 + shares)}
+    if config.engine.ahead:  # they generate while the trainer computes
+        asleep = awake
     beside = {"sleeping servers": SLEEPING_SERVER} if shares else {}
     phases = {
         "rollout": {**resident, **beside, **awake},
@@ -371,7 +373,7 @@ def _memory(
         "sync": {
             **resident,
             **beside,
-            "server weights": awake["server weights"],
+            **(awake if config.engine.ahead else {"server weights": awake["server weights"]}),
             # the tensor that is gathered, and the bucket that the server reads
             "buffers": trainer.master_bytes * student.text.vocab * student.text.hidden
             + SYNC_BUCKET,

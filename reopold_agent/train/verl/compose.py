@@ -290,6 +290,8 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
         f"{rollout}.prompt_length": prompt,
         f"{rollout}.response_length": config.rollout.max_response_tokens,
         **_server(rollout, engine.student_server, config, spec, device, length),
+        # They generate while the trainer computes, and so never sleep.
+        **({f"{rollout}.free_cache_engine": False} if engine.ahead else {}),
         **{f"{model}.{key}": value for key, value in verl_lora(spec.lora, spec.dtype).items()},
     }
 

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -295,6 +296,7 @@ class RolloutManager:
 
     Attributes:
         failure: why a prompt failed for good; the run must not continue then. None before.
+        seconds: how long the prompts of the last step that has ended took.
     """
 
     def __init__(
@@ -324,6 +326,8 @@ class RolloutManager:
         ]
         self._next = 0
         self.failure: Exception | None = None
+        self.seconds = 0.0
+        self._watching: threading.Thread | None = None
 
     def generate_sequences(self, prompts: Any) -> None:
         """Starts the prompts of a step (verl's call); returns at once.
@@ -339,7 +343,13 @@ class RolloutManager:
         ):
             prompt = Prompt(str(uid), int(step), str(env), int(index), int(first), samples)
             started[self._turn().play.remote(prompt)] = prompt.uid
-        threading.Thread(target=self._watch, args=(started,), daemon=True).start()
+        self._watching = threading.Thread(target=self._watch, args=(started,), daemon=True)
+        self._watching.start()
+
+    def wait(self) -> None:
+        """Waits until all prompts that were started have ended."""
+        if self._watching is not None:
+            self._watching.join()
 
     def score(self, keys: Sequence[str], step: int) -> set[str]:
         """Lets the teacher score stored episodes; returns the keys of those that cannot be used.
@@ -387,6 +397,7 @@ class RolloutManager:
 
     def _watch(self, started: dict[Any, str]) -> None:
         """Marks the prompts of workers that failed for good, so that the step does not wait."""
+        begun = time.perf_counter()
         for reference, uid in started.items():
             try:
                 ray.get(reference)
@@ -394,3 +405,4 @@ class RolloutManager:
                 _log.exception("prompt %s failed", uid)
                 self.failure = error
                 transfer_queue.kv_put(key=uid, partition_id=TRAIN, tag={"status": "failure"})
+        self.seconds = time.perf_counter() - begun

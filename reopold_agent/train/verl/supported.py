@@ -73,10 +73,11 @@ def check_settings(config: TrainConfig) -> None:
             "engine=verl scores the student's own token ids, so it takes no teacher with "
             "align=bytes.\nUse engine=local, or a teacher with the student's tokenizer."
         )
-    if config.engine.ahead:
+    if config.engine.ahead and config.model.all_teachers and config.engine.shares_gpus:
         raise ConfigError(
-            "engine=verl trains with verl's synchronous trainer, whose rollouts end before the "
-            "update.\nSet engine.ahead=0, or use engine=local (docs/verl.md)."
+            "engine.ahead=1 generates while the student learns, and a teacher on the student's "
+            "GPUs needs them alone.\nGive it GPUs of its own (engine.teacher_gpus_per_node=N), or "
+            "set engine.ahead=0."
         )
     check_overrides(config.engine.overrides)
     if config.engine.old_logp != "recompute":

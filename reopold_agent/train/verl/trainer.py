@@ -1,12 +1,15 @@
 """verl's synchronous trainer with this project's batches, objective, evaluation and files.
 
 verl keeps the order of a step: rollouts into TransferQueue, log-probs and entropies by the
-trainer's model, the objective's whole-batch numbers (here), updates, weights to the servers.
+trainer's model, the objective's whole-batch numbers (here), updates, weights to the servers. With
+``engine.ahead=1`` the next step's rollouts begin as soon as this step's are there, and the weights
+wait for their end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
@@ -109,6 +112,10 @@ class Trainer(PPOTrainerSync):
         self._without_update = 0  # steps in a row
         self._stop = StopRequest(folder)
         self._made = self._saved = 0  # steps of this process, and the newest saved one
+        # With `engine.ahead`: the loader before it gave the draws of the step that is generated,
+        # and the updates made since the weights that generated this step's episodes.
+        self._loader_before: dict[str, Any] | None = None
+        self._staleness = 0
         self.task_counts = dict(tasks)
         self.metrics = MetricsWriter(folder / "metrics.jsonl")
         self.trajectories = JsonLines(folder / "trajectories.jsonl")
@@ -201,11 +208,14 @@ class Trainer(PPOTrainerSync):
             raise
 
     def prepare_step(self) -> dict[str, Any]:
-        """Starts the step's rollouts."""
+        """Starts the step's rollouts, unless the step before has started them."""
         self._started = time.perf_counter()
-        self._position = (self.global_steps - 1) * self.run_config.batch.prompts
-        prepared: dict[str, Any] = super().prepare_step()
-        return prepared
+        if self._loader_before is None:
+            self._position = (self.global_steps - 1) * self.run_config.batch.prompts
+            self._staleness = 0
+            super().prepare_step()
+        self._loader_before = None
+        return {}
 
     def _next_train_batch(self, num_prompts: int | None = None) -> Any:
         batch = super()._next_train_batch(num_prompts)
@@ -230,7 +240,20 @@ class Trainer(PPOTrainerSync):
         """Stops the run if episodes failed for a permanent reason."""
         if self.rollouts.failure is not None:
             raise self.rollouts.failure
+        self.rollouts.wait()
+        self._generated = self.rollouts.seconds
         super().on_sample_end()
+        if self.run_config.engine.ahead and self.global_steps < self.run_config.steps:
+            self._loader_before = copy.deepcopy(self.train_dataloader.state_dict())
+            self._position = self.global_steps * self.run_config.batch.prompts
+            super().prepare_step()
+
+    def on_step_end(self) -> None:
+        """Gives the servers the new weights, once nothing is generated with older ones."""
+        started = time.perf_counter()
+        self.rollouts.wait()
+        self.timing_raw["wait"] = time.perf_counter() - started
+        super().on_step_end()
 
     def _balance_batch(
         self, batch: Any, metrics: dict[str, Any], *more: Any, **settings: Any
@@ -331,6 +354,7 @@ class Trainer(PPOTrainerSync):
             skipped=finite.count(False),
             **totals.shares(),
         )
+        self._updates = len(losses)
         self._without_update = 0 if losses else self._without_update + 1
         if self._update.skipped and (
             self.run_config.on_nonfinite == "fail"
@@ -356,7 +380,11 @@ class Trainer(PPOTrainerSync):
                 )
             except ray.exceptions.RayTaskError as error:
                 raise error.cause from error  # the worker's own, such as a full disk
-            torch.save(self.train_dataloader.state_dict(), folder / "data.pt")
+            # After a resume the episodes that were being generated are generated again.
+            loader = self._loader_before
+            torch.save(
+                self.train_dataloader.state_dict() if loader is None else loader, folder / "data.pt"
+            )
 
         settings = self.config.trainer
         target = save_checkpoint(
@@ -390,8 +418,15 @@ class Trainer(PPOTrainerSync):
             "perf/padding_share": self._passes.padding_share,
             **sampler_gap(self._rows),
             **self._skipped(),
-            **_times(timing_raw, time.perf_counter() - self._started),
+            **_times(
+                timing_raw,
+                time.perf_counter() - self._started,
+                self._generated if self.run_config.engine.ahead else None,
+            ),
         }
+        if self.run_config.engine.ahead:
+            row["rollout/staleness"] = self._staleness
+            self._staleness = self._updates
         sampled = sum(t.response_tokens for t in trajectories)
         row["tokens_per_second"] = sampled / max(1e-9, row["time/step"])
         self.metrics.write(row)
@@ -532,13 +567,20 @@ def _spread(values: Sequence[float], live: Sequence[bool], mask_BT: Tensor) -> T
     return spread_BT * mask_BT
 
 
-def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
+def _times(raw: Mapping[str, float], total: float, generated: float | None) -> dict[str, float]:
     """Returns verl's timings under this project's names.
 
     A teacher with GPUs of its own scores during generation: its time is in ``time/generate``.
+
+    Args:
+        raw: of verl's own parts.
+        total: seconds of the step.
+        generated: seconds in which its episodes were generated during the step before, of which
+            only the wait for the next ones is a part; None where the step waits for its own.
     """
+    waited = raw.get("gen", 0.0) + raw.get("wait", 0.0)
     parts = {
-        "generate": raw.get("gen", 0.0),
+        "generate" if generated is None else "wait": waited,
         "teacher": raw.get("teacher", 0.0),
         "old_logp": raw.get("old_log_prob", 0.0),
         "update": raw.get("update_actor", 0.0),
@@ -546,6 +588,8 @@ def _times(raw: Mapping[str, float], total: float) -> dict[str, float]:
         "checkpoint": raw.get("save_checkpoint", 0.0),
     }
     parts["other"] = max(0.0, total - sum(parts.values()))
+    if generated is not None:
+        parts["generate"] = generated
     return {**{f"time/{name}": value for name, value in parts.items()}, "time/step": total}
 
 
