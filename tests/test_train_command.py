@@ -70,6 +70,22 @@ def whole(place: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     return folder, done
 
 
+@pytest.mark.parametrize("job", ["train", "evaluate"])
+def test_the_terminal_says_what_seems_wrong_in_the_rows(job: str, tmp_path: Path) -> None:
+    row = {"problem": "Which one?", "answer": "A", "left_image": "a.png"}
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({**row, "id": i}) for i in range(3)))
+    asked = [f"+benchmarks.mine={{path: {file}, format: math_jsonl}}", "model=demo:nothing"]
+    if job == "train":
+        asked = ["env=math", "data=math_jsonl", f"data.train.path={file}", f"data.eval.path={file}"]
+        asked += ["steps=1", "batch.prompts=1", "batch.mini_batch=1", "evaluation.tasks=0"]
+    done = command(
+        [sys.executable, "-m", f"reopold_agent.{job}", *asked, "hydra.run.dir=run"], tmp_path
+    )
+    assert f"warning: 3 of 3 rows of {file} have a column 'left_image' that looks" in done.stderr
+    assert "\nwarning: 3 of 3 rows of " in done.stderr  # options that are not there
+
+
 # What a run leaves
 
 
