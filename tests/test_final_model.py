@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,9 @@ def test_only_what_a_file_still_holds_is_released(tmp_path: Path) -> None:
     everything = [*kept.values(), *written.values(), own]
     before = [each.clone() for each in everything]
     released = release_unchanged((each.data_ptr(), each.nbytes) for each in everything)
-    assert released == sum(each.nbytes for each in kept.values())
+    kept_file = tmp_path / "0.safetensors"
+    state = kept_file.stat()
+    assert released == {str(kept_file): (state.st_size, state.st_mtime_ns)}
     assert resident(kept["x"]) < 2**16
     assert resident(written["x"]) >= written["x"].nbytes
     assert all(torch.equal(one, other) for one, other in zip(before, everything, strict=True))
@@ -252,6 +255,18 @@ def test_a_teacher_whose_weights_were_released_scores_the_same(
     (again,) = policy.score([random_trajectory(1, [])], with_entropy=True)
     assert np.array_equal(first.logp, again.logp)
     assert np.array_equal(first.entropy, again.entropy)
+    # The pages are the file's: other weights must not teach in silence.
+    file = next(bases[True].glob("*.safetensors"))
+    policy.adapter.release_weights()
+    os.utime(file, ns=(0, 1))
+    with pytest.raises(
+        ModelError, match=r"safetensors was changed while .*\nPut the file back"
+    ) as told:
+        policy.adapter.release_weights()
+    assert str(told.value).count("\n") == 1
+    kept = file.rename(file.with_suffix(".kept"))  # as most programs replace a file
+    policy.adapter.release_weights()
+    kept.rename(file)
 
 
 def test_merging_that_changes_the_model_is_refused(

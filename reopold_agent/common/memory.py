@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -15,8 +16,8 @@ CGROUP = Path("/sys/fs/cgroup")
 LARGE = 2**24
 """Number of weights from which a CPU takes time to save memory."""
 
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+)")
-"""Of a mapping in ``/proc/PID/smaps``: bounds, permissions, the file's inode (0 without a file)."""
+_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ (\d+) *(.*)")
+"""Of a mapping in ``/proc/PID/smaps``: bounds, permissions, the file's inode (0: none) and path."""
 
 
 def usable_memory() -> float | None:
@@ -81,7 +82,7 @@ def discard_pages(address: int, size: int) -> None:
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-def release_unchanged(parts: Iterable[tuple[int, int]]) -> int:
+def release_unchanged(parts: Iterable[tuple[int, int]]) -> dict[str, tuple[int, int]]:
     """Gives back the memory of mapped files that nothing has written since they were mapped.
 
     The next use reads it again: from the system's cache of files while that has room. Memory that
@@ -92,29 +93,38 @@ def release_unchanged(parts: Iterable[tuple[int, int]]) -> int:
         parts: first byte and number of bytes of each part, such as a weight.
 
     Returns:
-        The bytes of the parts that were given back.
+        The files whose memory was given back, with size and time of change (ns): what is read
+        again is only as before while these are.
     """
     try:
         unchanged = _unchanged_mappings(Path("/proc/self/smaps").read_text("utf-8"))
     except OSError:
-        return 0
-    released = 0
+        return {}
+    files: dict[str, tuple[int, int]] = {}
     for address, size in parts:
-        if any(start <= address and address + size <= end for start, end in unchanged):
-            discard_pages(address, size)
-            released += size
-    return released
+        for start, end, path in unchanged:
+            if start <= address and address + size <= end:
+                if path not in files:
+                    found = os.stat(path)
+                    files[path] = found.st_size, found.st_mtime_ns
+                discard_pages(address, size)
+    return files
 
 
-def _unchanged_mappings(smaps: str) -> list[tuple[int, int]]:
-    """Returns where private mappings of files without a page of their own begin and end."""
-    found: list[tuple[int, int]] = []
-    mapping: tuple[int, int] | None = None
+def _unchanged_mappings(smaps: str) -> list[tuple[int, int, str]]:
+    """Returns the private mappings of files without a page of their own: bounds and the file.
+
+    Without files that were removed, or replaced by others, since they were mapped.
+    """
+    found: list[tuple[int, int, str]] = []
+    mapping: tuple[int, int, str] | None = None
     for line in smaps.splitlines():
         header = _MAPPING.match(line)
         if header is not None:
-            private = header[3].endswith("p") and header[4] != "0"
-            mapping = (int(header[1], 16), int(header[2], 16)) if private else None
+            low, high, permissions, inode, path = header.groups()
+            mapping = None
+            if permissions.endswith("p") and inode != "0" and os.path.exists(path):
+                mapping = int(low, 16), int(high, 16), path
         elif mapping is not None and line.split() == ["Anonymous:", "0", "kB"]:
             found.append(mapping)
     return found

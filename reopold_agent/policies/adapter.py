@@ -54,6 +54,7 @@ class ModelAdapter:
         self.text_config: Any = base.config.get_text_config()
         self.head: nn.Linear = base.get_output_embeddings()
         attention = str(getattr(self.text_config, "_attn_implementation", "sdpa"))
+        self._released: dict[str, tuple[int, int]] = {}
         self.packed = attends_by_rows(attention)
         self.shares_prompts = shares_prompts(attention)
         if not self.packed and attention not in ("sdpa", "eager"):
@@ -80,10 +81,21 @@ class ModelAdapter:
         """Gives a CPU's memory of frozen weights back until the next pass reads them again.
 
         Only weights of a large model that are as they are in their file (`release_unchanged`).
+
+        Raises:
+            ModelError: a file was changed since they were given back before, so that the last pass
+                had other weights.
         """
         weights = [each for each in self.model.parameters() if not each.requires_grad]
-        if self.device.type == "cpu" and sum(each.numel() for each in weights) >= LARGE:
-            release_unchanged((each.data_ptr(), each.nbytes) for each in weights)
+        if self.device.type != "cpu" or sum(each.numel() for each in weights) < LARGE:
+            return
+        for path, state in release_unchanged((w.data_ptr(), w.nbytes) for w in weights).items():
+            if self._released.setdefault(path, state) != state:
+                raise ModelError(
+                    f"{path} was changed while its model was in use, so that it is not the same "
+                    "any more.\nPut the file back and start the command again: it continues from "
+                    "the last checkpoint. Write new weights into another folder."
+                )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns the context in which the model computes.
