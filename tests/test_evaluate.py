@@ -18,6 +18,7 @@ import pytest
 from hydra import compose, initialize_config_module
 from PIL import Image
 from real_data import real_data
+from safetensors.torch import load_file, save_file
 
 from reopold_agent.compare.__main__ import main
 from reopold_agent.compare.tables import comparison_table, paired_lines, question_means
@@ -32,7 +33,7 @@ from reopold_agent.evaluate.results import benchmark_results
 from reopold_agent.evaluate.run import Evaluation, load_config
 from reopold_agent.evaluate.words import prepared_words
 from reopold_agent.judges.llm import How, JudgeReply
-from reopold_agent.policies.loading import model_path
+from reopold_agent.policies.loading import model_path, resolve_path
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -495,6 +496,22 @@ def test_other_settings_on_the_same_folder_are_refused(finished: tuple[Path, str
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "seed: 0 -> 5" in err
+
+
+@pytest.mark.slow
+def test_a_model_that_computes_no_numbers_is_not_scored(tmp_path: Path) -> None:
+    shutil.copytree(resolve_path("demo:arithmetic_student"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, file, {"format": "pt"})
+    run = evaluate(
+        tmp_path / "run", "env=math", f"model={tmp_path / 'model'}", "evaluation.tasks=4"
+    )
+    said, told = run.communicate(timeout=300)
+    assert run.returncode == 2, said + told
+    assert "'math' are not numbers: its weights are broken, or overflow.\n  Take another" in told
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 @pytest.mark.slow

@@ -9,6 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from reopold_agent.errors import NonFiniteError
 from reopold_agent.evaluate.benchmarks import Benchmark
 from reopold_agent.evaluate.questions import Questions
 from reopold_agent.judges import grade
@@ -44,6 +47,9 @@ def answer_questions(
         responses: file of JSON lines, one answer each, to which new answers are appended.
         folder: pictures are saved in ``folder/pictures``, and rows have paths relative to it.
         on_row: called with each new row.
+
+    Raises:
+        NonFiniteError: the model computes no numbers, so that it answers at random.
     """
     done = {(row["index"], row["sample"]): row for row in saved}
     wanted = [(i, sample) for i in range(questions.count) for sample in range(questions.samples)]
@@ -62,6 +68,12 @@ def answer_questions(
         writes: deque[Future[None]] = deque()
 
         def hand_over(trajectory: Trajectory) -> None:
+            if np.isnan(trajectory.logp).any():
+                raise NonFiniteError(
+                    f"the log-probs of the model's answer to question {trajectory.index} of "
+                    f"'{questions.name}' are not numbers: its weights are broken, or overflow."
+                    "\nTake another checkpoint, or dtype=float32; such answers are not kept."
+                )
             writes.append(beside.submit(finish, trajectory))
             while writes and writes[0].done():
                 writes.popleft().result()  # a full disk ends the run now, not at its end
