@@ -67,6 +67,34 @@ def test_a_folder_keeps_the_results_of_earlier_commands(tmp_path: Path) -> None:
         evaluated(tmp_path, *words, *math, "sampling.temperature=0")
 
 
+def test_an_evaluation_is_not_written_into_a_run_nor_a_run_into_an_evaluation(
+    tmp_path: Path,
+) -> None:
+    run, evaluation = tmp_path / "run", tmp_path / "evaluation"
+    words = ["env=math", "evaluation.tasks=2"]
+    trained = [*words, "steps=1", "evaluation.teacher=false", "evaluation.every=0"]
+    asked = (*words, f"model={run}")
+    LocalEngine(*composed(*trained, *CPU), run, []).run()
+    evaluated(evaluation, *asked)
+
+    def files(folder: Path) -> dict[Path, bytes]:
+        return {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+
+    before = files(tmp_path)
+    overwrite = "would overwrite\\.\nGive another hydra\\.run\\.dir, or leave it out"
+    for lost in ("", "config.yaml"):
+        for folder in (run, evaluation):
+            if lost:
+                del before[folder / lost]
+                (folder / lost).unlink()
+        with pytest.raises(CheckpointError, match=f"run holds a training run, .*{overwrite}"):
+            evaluated(run, *words)
+        with pytest.raises(CheckpointError, match=f"evaluation holds an evaluation, .*{overwrite}"):
+            LocalEngine(*composed(*trained, *CPU), evaluation, []).run()
+        assert files(tmp_path) == before
+    evaluated(evaluation, *asked)  # its own folder continues
+
+
 # What training measures
 
 

@@ -177,6 +177,7 @@ class Evaluation:
             ReopoldError: an error that the user can correct. Data and judge are checked before a
                 model is loaded.
         """
+        self.folder.refuse_other("evaluate")
         with sigterm_as_interrupt(), self.folder.lock():
             self._check_resume()
             asked = self._questions()

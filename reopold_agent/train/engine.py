@@ -46,6 +46,7 @@ class Engine(ABC):
             ReopoldError: any problem that the user can fix; the message says how.
             KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
         """
+        self.folder.refuse_other("train")
         trackers = follow_run(self.config.tracking, self.folder.path, self._raw)
         with sigterm_as_interrupt(), self.folder.lock(), trackers:
             return self._run()
