@@ -43,7 +43,13 @@ from reopold_agent.evaluate.environments import (
     questions_digest,
     run_settings,
 )
-from reopold_agent.evaluate.judging import judge_rows, merged_row, read_replies, row_key
+from reopold_agent.evaluate.judging import (
+    judge_name,
+    judge_rows,
+    merged_row,
+    read_replies,
+    row_key,
+)
 from reopold_agent.evaluate.latency import LatencyPoint, measure_latency
 from reopold_agent.evaluate.plots import make_plots
 from reopold_agent.evaluate.protocol import Play, PlayConfig, differences, play_of
@@ -81,7 +87,10 @@ from reopold_agent.tracking.summary import write_json_atomic
 from reopold_agent.types import IMAGE_MARK, Sampling
 
 FREE_TO_CHANGE = ("judge", "ks", "engine", "benchmark", "suite", "latency", "tracking", "tools")
-"""Settings that do not influence a response: a resumed evaluation may change them."""
+"""Settings that do not influence a response: a resumed evaluation may change them.
+
+Another judge is asked about the saved answers again (`judging.judge_rows`).
+"""
 
 DEFAULT = "demo"
 """Benchmark of a command that names neither benchmarks nor environments."""
@@ -386,7 +395,7 @@ class Evaluation:
             **figures,
             "played_seconds": round(played, 1),
             **questions.facts,
-            **({"judge": judge.name} if questions.benchmark is not None else {}),
+            **({"judge": judge_name(rows, judge)} if questions.benchmark is not None else {}),
             **({"questions_sha256": questions_digest(rows)} if questions.benchmark is None else {}),
             "latency": [vars(point) for point in points],
         }
