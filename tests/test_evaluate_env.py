@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from running import SMALL, composed
+from safetensors.torch import load_file, save_file
 
+from reopold_agent.common.weights import weights_digest
 from reopold_agent.envs import ENVS, register_env
 from reopold_agent.errors import CheckpointError, ConfigError, ModelError, UnknownNameError
 from reopold_agent.evaluate.report import markdown
@@ -93,6 +99,70 @@ def test_an_evaluation_is_not_written_into_a_run_nor_a_run_into_an_evaluation(
             LocalEngine(*composed(*trained, *CPU), evaluation, []).run()
         assert files(tmp_path) == before
     evaluated(evaluation, *asked)  # its own folder continues
+
+
+WEIGHTS = Path(str(resources.files("reopold_agent") / "demo" / "weights"))
+
+
+def test_answers_of_other_weights_are_not_continued(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(WEIGHTS / "arithmetic_student", model)
+    words = ("env=math", "evaluation.tasks=2", f"model={model}", "samples=1")
+    first = evaluated(out, *words)["benchmarks"]
+    shutil.rmtree(model)
+    shutil.copytree(WEIGHTS / "arithmetic_student", model)  # a copy is the same
+    os.utime(model / "model.safetensors", (1, 1))
+    assert evaluated(out, *words)["benchmarks"]["math"]["low"] == first["math"]["low"]
+    weights = load_file(model / "model.safetensors")
+    name = sorted(weights)[0]
+    weights[name].view(-1)[-1] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    told = rf"answers of other weights: {model} then, which has changed since\.\nGive another"
+    before = {each: each.read_bytes() for each in out.rglob("*") if each.is_file()}
+    for more in ((), ("benchmark=arithmetic",)):
+        with pytest.raises(CheckpointError, match=told):
+            evaluated(out, *words, *more)
+    assert before == {each: each.read_bytes() for each in out.rglob("*") if each.is_file()}
+    (out / "model.json").unlink()  # as an earlier version left it
+    evaluated(out, *words)
+    weights[name].view(-1)[-1] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=told):
+        evaluated(out, *words)
+    (out / "model.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.json.*\nRemove it if"):
+        evaluated(out, *words)
+
+
+def test_answers_of_an_earlier_checkpoint_are_not_continued(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for step, which in ((3, "student"), (4, "student"), (5, "teacher")):
+        folder = run / f"checkpoints/step-{step:06d}/model"
+        shutil.copytree(WEIGHTS / f"arithmetic_{which}", folder)
+        (run / "metrics.jsonl").touch()
+        words = ("env=math", "evaluation.tasks=1", f"model={run}")
+        if step < 5:  # step 4 has the weights of step 3
+            assert evaluated(out, *words)["model"]["loaded"] == str(folder)
+    then, now = (rf"{run}/checkpoints/step-00000{step}/model" for step in (4, 5))
+    with pytest.raises(CheckpointError, match=f"of other weights: {then} then, {now} now\\.\n"):
+        evaluated(out, *words)
+
+
+def test_a_large_file_of_weights_is_told_by_each_of_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reopold_agent.common.weights._WHOLE", 100)
+    weights = {name: torch.zeros(9000) for name in "abc"}
+
+    def digest(**changes: float) -> str | None:
+        changed = {**weights, **{name: torch.full((9000,), by) for name, by in changes.items()}}
+        save_file(changed, tmp_path / "model.safetensors")
+        return weights_digest(tmp_path)
+
+    assert digest() == digest()
+    assert len({digest(), digest(a=1), digest(b=1), digest(c=1), digest(c=2)}) == 5
+    (tmp_path / "model.safetensors").write_bytes(b"damaged" * 100)
+    assert weights_digest(tmp_path) is None
 
 
 # What training measures

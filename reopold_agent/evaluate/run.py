@@ -18,6 +18,7 @@ from reopold_agent.cli.hydra import plain_values
 from reopold_agent.common.files import write_text_atomic
 from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.common.signals import sigterm_as_interrupt
+from reopold_agent.common.weights import weights_digest
 from reopold_agent.config import PolicyConfig, ToolsConfig, build, config_differences
 from reopold_agent.envs.base import show_as
 from reopold_agent.envs.from_config import shown_sizes
@@ -74,6 +75,7 @@ from reopold_agent.policies.loading import (
     load_processing,
     model_path,
     pick_device,
+    resolve_path,
     sees_pictures,
 )
 from reopold_agent.policies.registry import is_trainers_own, make_policy, reads_weights
@@ -194,7 +196,9 @@ class Evaluation:
             self._check_answers(asked)
             spec = self._model_spec()
             weights = reads_weights(self.config.policy.student)
-            sees = sees_pictures(check_available(spec, "model", weights=weights))
+            found = check_available(spec, "model", weights=weights)
+            model = self._check_model(spec, found)
+            sees = sees_pictures(found)
             pictured = [each.name for each in asked if each.has_pictures]
             if pictured and not sees:
                 raise ModelError(
@@ -204,6 +208,7 @@ class Evaluation:
             with make_judge(self.config.judge) as judge:
                 self.folder.write_template(self.config.chat_template)
                 self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
+                write_json_atomic(self.folder.model, model)
                 return self._run(asked, spec, judge)
 
     def _questions(self) -> list[Questions]:
@@ -504,6 +509,43 @@ class Evaluation:
                 + "\n  ".join(different)
                 + "\nGive the same settings to continue it, or another hydra.run.dir."
             )
+
+    def _check_model(self, spec: ModelSpec, found: Any) -> dict[str, Any]:
+        """Refuses to continue if the saved answers are those of other weights.
+
+        Args:
+            spec: the checkpoint.
+            found: its configuration (`check_available`).
+
+        Returns:
+            What ``model.json`` is to say: where the weights are, and what tells them from others.
+
+        Raises:
+            CheckpointError: they are others, or ``model.json`` cannot be read.
+        """
+        folder = Path(resolve_path(spec.path))
+        commit = getattr(found, "_commit_hash", None)  # of a model on the hub
+        weights = weights_digest(folder) if folder.is_dir() else commit
+        now = {"loaded": spec.path, "weights": weights}
+        if not self._saved or not self.folder.model.is_file():  # or of an earlier version
+            return now
+        try:
+            before: dict[str, Any] = json.loads(self.folder.model.read_text("utf-8"))
+            loaded, had = before["loaded"], before["weights"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"cannot read {self.folder.model}: {error!r}\n"
+                "Remove it if the model is still the same, or give another hydra.run.dir."
+            ) from error
+        if None in (had, weights):  # without weights of its own: those of a server
+            return before if weights is None else now
+        if had != weights:
+            raise CheckpointError(
+                f"{self.folder.path} holds answers of other weights: {loaded} then, "
+                + ("which has changed since.\n" if loaded == spec.path else f"{spec.path} now.\n")
+                + "Give another hydra.run.dir, or remove the folder to evaluate these in it."
+            )
+        return now
 
     def _check_answers(self, asked: Sequence[Questions]) -> None:
         """Refuses to continue if the questions are others than those of the saved answers."""

@@ -42,8 +42,8 @@ class RunFolder:
 
     Attributes:
         path: the folder, absolute.
-        config, versions, metrics, trajectories, summary, data_report, data, log: paths of its
-            files.
+        config, versions, metrics, trajectories, summary, data_report, data, model, log: paths of
+            its files.
         chat_template: the chat template that a setting gave, as it was when the run started.
         pictures, plots, checkpoints: paths of its folders.
         final: folder of the trained student, created when it is saved.
@@ -59,6 +59,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.data_report = self.path / "data_report.json"
         self.data = self.path / "data.json"
+        self.model = self.path / "model.json"
         self.log = self.path / "train.log"
         self.pictures = self.path / "pictures"
         self.plots = self.path / "plots"
