@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -340,6 +341,47 @@ def test_answers_to_other_questions_are_not_continued(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"number 0 was '1 \+ 1\?', now it is '9 - 7\?'"):
         evaluated("9 - 7?", "3 - 1?")
     assert evaluated("1 + 1?")["questions"] == 1  # the second question is gone
+
+
+def test_answers_about_other_pictures_are_not_continued(tmp_path: Path) -> None:
+    """Whether another file is named or the same one has other bytes; a zip archive is no change."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+
+    def evaluated(picture: str = "red.png") -> int:
+        row = {"problem": "<image>Which colour?", "answer": "5", "images": [picture]}
+        (data / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        words = [f"+benchmarks.mine={{path: {data}, format: parquet_pictures}}",
+                 "benchmark=[mine]", "checkpoint=demo:figures_student", "engine.device=cpu",
+                 "single.max_response_tokens=4"]  # fmt: skip
+        with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+            config, raw = load_config(compose("evaluate", words))
+        return int(Evaluation(config, raw, run).run()["benchmarks"]["mine"]["questions"])
+
+    for colour in ("red", "green"):
+        Image.new("RGB", (56, 56), colour).save(data / f"{colour}.png")
+    assert evaluated() == 1
+    told = r"\(number 0 'Which colour\?', has other words, .*or pictures now\)\.\nGive the"
+    with pytest.raises(CheckpointError, match=told):
+        evaluated("green.png")
+    red = (data / "red.png").read_bytes()
+    (data / "red.png").write_bytes((data / "green.png").read_bytes())
+    with pytest.raises(CheckpointError, match=told):
+        evaluated()
+    (data / "red.png").unlink()
+    for archived in (b"", red):
+        with zipfile.ZipFile(data / "pictures.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("red.png", archived or (data / "green.png").read_bytes())
+        if archived:
+            assert evaluated() == 1
+        else:
+            with pytest.raises(CheckpointError, match=told):
+                evaluated()
+    # An earlier version did not record the pictures.
+    rows = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
+    assert all(row.pop("task_sha256") for row in rows)
+    (run / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluated("green.png") == 1
 
 
 def test_hallusionbench_also_over_the_rows_that_the_paper_scores() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from running import SMALL, composed
 from safetensors.torch import load_file, save_file
 
 from reopold_agent.common.weights import weights_digest
+from reopold_agent.data import loading
 from reopold_agent.envs import ENVS, register_env
 from reopold_agent.errors import CheckpointError, ConfigError, ModelError, UnknownNameError
 from reopold_agent.evaluate.report import markdown
@@ -99,6 +101,31 @@ def test_an_evaluation_is_not_written_into_a_run_nor_a_run_into_an_evaluation(
             LocalEngine(*composed(*trained, *CPU), evaluation, []).run()
         assert files(tmp_path) == before
     evaluated(evaluation, *asked)  # its own folder continues
+
+
+def test_answers_to_other_tasks_of_an_environment_are_not_continued(tmp_path: Path) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    words = ("env=math", "data=math_jsonl", f"data.eval.path={file}")
+    words += ("model=demo:arithmetic_student", "evaluation.tasks=3", "samples=2")
+
+    def asked(*rows: tuple[str, str]) -> Any:
+        lines = [json.dumps({"problem": q, "answer": a}) + "\n" for q, a in rows]
+        file.write_text("".join(lines))
+        loading._load.cache_clear()  # another process would read the file again
+        return evaluated(out, *words)["benchmarks"]["math"]
+
+    first = asked(("1 + 1?", "2"), ("3 - 1?", "2"))
+    told = rf"{out} holds answers to other questions of math \(number 1 "
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=told + r"was '3 - 1\?', now it is '9 - 7\?'\)"):
+            asked(("1 + 1?", "2"), ("9 - 7?", "2"))
+        with pytest.raises(CheckpointError, match=told + r"'3 - 1\?', has other words, answers"):
+            asked(("1 + 1?", "2"), ("3 - 1?", "4"))
+        rows = rows_of(out)  # as an earlier version wrote them
+        old = [{k: v for k, v in row.items() if k != "task_sha256"} for row in rows]
+        (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert asked(("1 + 1?", "2"), ("3 - 1?", "2"))["accuracy"] == first["accuracy"]
+    assert rows_of(out) == old
 
 
 WEIGHTS = Path(str(resources.files("reopold_agent") / "demo" / "weights"))
@@ -250,6 +277,30 @@ def test_an_environment_without_tasks_and_answers(
     note = "parrot: env=parrot decides about success. Held-out tasks (its own), T 1"
     assert note in markdown(results)
     assert note in capsys.readouterr().out  # before anything is played
+
+
+@pytest.mark.usefixtures("parrot")
+def test_an_environment_without_tasks_that_asks_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["env=parrot", "model=demo:arithmetic_student", "evaluation.tasks=2"]
+    evaluated(tmp_path, *words)
+    evaluated(tmp_path, *words)
+    reset, starts = Parrot.reset, itertools.count()
+
+    def other(self: Parrot, **options: Any) -> Any:
+        shown, info = reset(self, **options)
+        return {**shown, "text": words[-1]}, info
+
+    def random(self: Parrot, **options: Any) -> Any:
+        shown, info = reset(self, **options)
+        return {**shown, "text": str(next(starts))}, info
+
+    monkeypatch.setattr(Parrot, "reset", other)
+    with pytest.raises(CheckpointError, match=r"number 0 was 'Say 0\.', now it is 'evaluation\.t"):
+        evaluated(tmp_path, *words)
+    monkeypatch.setattr(Parrot, "reset", random)  # nothing can be said about its questions
+    evaluated(tmp_path, *words)
 
 
 @pytest.mark.usefixtures("parrot")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from PIL import Image
 from running import command, composed, lines, results, train, train_rows, words
 
 from reopold_agent.config import config_differences
@@ -165,6 +166,33 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_note(
     write(tmp_path / "new.jsonl", ROWS)
     state = RunState(composed(*words)[0], {}, RunFolder(tmp_path / "run"))
     assert state.check_data(continues=False) is None
+
+
+def test_a_run_does_not_go_on_with_other_pictures(tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    Image.new("RGB", (56, 56), "red").save(data / "red.png")
+    Image.new("RGB", (56, 56), "green").save(data / "green.png")
+
+    def trained(picture: str, steps: int) -> int:
+        row = {"problem": "<image>Which colour?", "answer": "5", "images": [picture]}
+        write(data / "rows.jsonl", [row] * 4)
+        words = ["env=geometry", "data=geometry3k", "model=figures", "evaluation.tasks=0"]
+        words += [f"data.train.path={data}", "data.train.split=null", f"steps={steps}"]
+        return int(train(run, *words)["steps"])
+
+    assert trained("red.png", 1) == 1
+    told = r"other rows: 4 rows of data\.train with other pictures now\.\nGive the same rows"
+    with pytest.raises(CheckpointError, match=told):
+        trained("green.png", 2)
+    assert trained("red.png", 2) == 2
+    known = json.loads((run / "data.json").read_text("utf-8"))
+    for old in known.values():  # as an earlier version wrote it
+        del old["pictures_sha256"]
+    (run / "data.json").write_text(json.dumps(known), "utf-8")
+    assert trained("green.png", 3) == 3
+    with pytest.raises(CheckpointError, match=told):
+        trained("red.png", 4)
 
 
 def test_demonstrations_must_stay_the_same(tmp_path: Path) -> None:

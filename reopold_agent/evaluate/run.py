@@ -86,7 +86,7 @@ from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import write_json_atomic
-from reopold_agent.types import IMAGE_MARK, Sampling
+from reopold_agent.types import IMAGE_MARK, Sampling, StopReason
 
 FREE_TO_CHANGE = ("judge", "ks", "engine", "benchmark", "suite", "latency", "tracking", "tools")
 """Settings that do not influence a response: a resumed evaluation may change them.
@@ -434,7 +434,7 @@ class Evaluation:
                 "differences": differences(loaded, play, judge),
             },
             benchmark=benchmark,
-            identity=lambda index: identity(tasks[index]),
+            identities=lambda indices: (identity(tasks[index]) for index in indices),
         )
 
     def _runner(
@@ -550,19 +550,28 @@ class Evaluation:
     def _check_answers(self, asked: Sequence[Questions]) -> None:
         """Refuses to continue if the questions are others than those of the saved answers."""
         for each in asked:
-            if each.identity is None:
+            rows = {row["index"]: row for row in self._saved.get(each.name, ())}
+            if each.benchmark is None:  # an episode that did not start does not say what it asks
+                rows = {i: row for i, row in rows.items() if row["stop"] != StopReason.ENV_ERROR}
+            played = [index for index in sorted(rows) if index < each.count]
+            if each.identities is None or not played:
                 continue
-            for row in self._saved.get(each.name, ()):
-                index = row["index"]
-                if index >= each.count:
+            for index, found in zip(played, each.identities(played), strict=False):
+                row = rows[index]
+                # Earlier versions did not record all of it.
+                if all(row[key] == value for key, value in found.items() if key in row):
                     continue
-                was, found = (row["id"], row["question"], row["answers"]), each.identity(index)
-                if was != found:
-                    raise CheckpointError(
-                        f"{self.folder.path} holds answers to other questions of {each.name} "
-                        f"(number {index} was '{was[1][:40]}', now it is '{found[1][:40]}').\n"
-                        "Give the same data to continue it, or another hydra.run.dir."
-                    )
+                if [*each.identities([index])] != [found]:
+                    continue  # an environment that asks something else each time
+                was, now = (str({**row, **known}["question"])[:40] for known in (row, found))
+                told = f"was '{was}', now it is '{now}'"
+                if was == now:
+                    told = f"'{was}', has other words, answers, options or pictures now"
+                raise CheckpointError(
+                    f"{self.folder.path} holds answers to other questions of {each.name} "
+                    f"(number {index} {told}).\n"
+                    "Give the same data to continue it, or another hydra.run.dir."
+                )
 
 
 def _close(policy: Policy | None) -> None:

@@ -21,7 +21,10 @@ from reopold_agent.config import (
     config_differences,
 )
 from reopold_agent.data.demonstrations import Demonstration
-from reopold_agent.data.fingerprint import demonstrations_digest
+from reopold_agent.data.fingerprint import (
+    demonstrations_digest,
+    demonstrations_pictures_digest,
+)
 from reopold_agent.errors import CheckpointError
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
@@ -138,13 +141,14 @@ class RunState:
             changed = [
                 _change(name, before.get(name), now.get(name))
                 for name in sorted({*before, *now})
-                if before.get(name) != now.get(name)
+                if _differ(before.get(name), now.get(name))
             ]
             if changed:
                 raise CheckpointError(
                     f"{self._folder.path} was started with other rows: {'; '.join(changed)}.\n"
                     "Give the same rows to continue it, or another hydra.run.dir to start anew."
                 )
+            write_json_atomic(self._folder.data, now)  # with what an earlier version left out
             return None
         write_json_atomic(self._folder.data, now)
         if not continues:
@@ -159,13 +163,19 @@ class RunState:
         report = self._folder.data_report
         found = self._read(report) if report.is_file() else {}
         now = {
-            split: {"rows": told["usable"], "sha256": told["sha256"]}
+            split: {
+                "rows": told["usable"],
+                **{key: told[key] for key in ("sha256", "pictures_sha256") if key in told},
+            }
             for split, told in found.items()
             if split.rpartition("/")[2] in self._config.splits
         }
         if recorded is not None:
-            digest = demonstrations_digest(recorded)
-            now["demonstrations"] = {"rows": len(recorded), "sha256": digest}
+            now["demonstrations"] = {
+                "rows": len(recorded),
+                "sha256": demonstrations_digest(recorded),
+                "pictures_sha256": demonstrations_pictures_digest(recorded),
+            }
         return now
 
     @staticmethod
@@ -192,8 +202,17 @@ class RunState:
         return summary
 
 
+def _differ(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
+    """Whether rows differ; an earlier version did not record their pictures."""
+    if before is None or now is None:
+        return before is not now
+    return {**now, **before} != now
+
+
 def _change(name: str, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
     """Says how the rows of a split, or the demonstrations, have changed."""
     had, has = (0 if each is None else each["rows"] for each in (before, now))
     what = "demonstrations" if name == "demonstrations" else f"rows of data.{name}"
+    if before is not None and now is not None and before["sha256"] == now["sha256"]:
+        return f"{had} {what} with other pictures now"
     return f"{had} {what} then, {has} now" if had != has else f"{had} {what}, but others now"
