@@ -54,10 +54,13 @@ class Engine(ABC):
     def _begin(self, objective: Objective, saved: Mapping[str, Any] | None) -> None:
         """Writes ``config.yaml`` if the run starts, or goes on for more steps than before.
 
+        Also what tells the weights of its models from others.
+
         Args:
             objective: made for this run; settings that it filled in are written.
             saved: the configuration in the folder, if the run continues.
         """
+        self._state.record_models()
         if saved is not None and saved["steps"] == self.config.steps:
             return
         self.folder.write_template(self.config.model.chat_template)

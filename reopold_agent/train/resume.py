@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from reopold_agent.common.files import write_json_atomic
+from reopold_agent.common.weights import weights_digest
 from reopold_agent.config import (
     COMMON_SETTINGS,
     CONSTANT,
@@ -26,6 +27,7 @@ from reopold_agent.data.fingerprint import (
     demonstrations_pictures_digest,
 )
 from reopold_agent.errors import CheckpointError
+from reopold_agent.policies.loading import ModelSpec, resolve_path
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
@@ -62,6 +64,7 @@ class RunState:
 
     def __init__(self, config: TrainConfig, raw: Mapping[str, Any], folder: RunFolder) -> None:
         self._config, self._raw, self._folder = config, dict(raw), folder
+        self._models: dict[str, Any] = {}
 
     def check(self, newest: Path | None) -> dict[str, Any] | None:
         """Checks that the run may start, or continue from the checkpoint ``newest``.
@@ -113,6 +116,44 @@ class RunState:
                 "hydra.run.dir to start anew."
             )
         return before
+
+    def check_models(self, continues: bool, specs: Mapping[str, ModelSpec]) -> None:
+        """Checks that a continued run has the weights that it was started with; call it before they
+        are loaded.
+
+        Digests of those that its checkpoints do not hold, the teacher's above all, are in
+        ``model.json`` (`record_models`). Runs of earlier versions have none and continue.
+
+        Args:
+            continues: whether the run continues from a checkpoint.
+            specs: the run's checkpoints by role.
+
+        Raises:
+            CheckpointError: weights are others.
+        """
+        teacher = self._config.model.teacher
+        saved = {"student"} if specs["student"].lora is None else set()
+        if teacher is not None and teacher.follow is not None:
+            saved.add("teacher")
+        for role in specs.keys() - saved:
+            weights = weights_digest(Path(resolve_path(specs[role].path)))
+            self._models[role] = {"path": specs[role].path, "weights": weights}
+        if not continues or not self._folder.model.is_file():
+            return
+        before = self._read(self._folder.model)
+        for role, now in sorted(self._models.items()):
+            had = before.get(role, now)
+            if None not in (had["weights"], now["weights"]) and had["weights"] != now["weights"]:
+                raise CheckpointError(
+                    f"{self._folder.path} was started with other weights of the {role} in "
+                    f"{now['path']}.\nPut those back to continue it, or give another hydra.run.dir "
+                    "to start anew."
+                )
+
+    def record_models(self) -> None:
+        """Writes what `check_models` found."""
+        if self._models:
+            write_json_atomic(self._folder.model, self._models)
 
     def check_data(
         self, continues: bool, recorded: Sequence[Demonstration] | None = None
