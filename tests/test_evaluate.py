@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_module
+from judge_server import chat_text, serving
 from PIL import Image
 from real_data import real_data
 from safetensors.torch import load_file, save_file
@@ -342,6 +344,47 @@ def test_answers_to_other_questions_are_not_continued(tmp_path: Path) -> None:
     assert evaluated("1 + 1?")["questions"] == 1  # the second question is gone
 
 
+def test_answers_about_other_pictures_are_not_continued(tmp_path: Path) -> None:
+    """Whether another file is named or the same one has other bytes; a zip archive is no change."""
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+
+    def evaluated(picture: str = "red.png") -> int:
+        row = {"problem": "<image>Which colour?", "answer": "5", "images": [picture]}
+        (data / "rows.jsonl").write_text(json.dumps(row) + "\n")
+        words = [f"+benchmarks.mine={{path: {data}, format: parquet_pictures}}",
+                 "benchmark=[mine]", "checkpoint=demo:figures_student", "engine.device=cpu",
+                 "single.max_response_tokens=4"]  # fmt: skip
+        with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+            config, raw = load_config(compose("evaluate", words))
+        return int(Evaluation(config, raw, run).run()["benchmarks"]["mine"]["questions"])
+
+    for colour in ("red", "green"):
+        Image.new("RGB", (56, 56), colour).save(data / f"{colour}.png")
+    assert evaluated() == 1
+    told = r"\(number 0 'Which colour\?', has other words, .*or pictures now\)\.\nGive the"
+    with pytest.raises(CheckpointError, match=told):
+        evaluated("green.png")
+    red = (data / "red.png").read_bytes()
+    (data / "red.png").write_bytes((data / "green.png").read_bytes())
+    with pytest.raises(CheckpointError, match=told):
+        evaluated()
+    (data / "red.png").unlink()
+    for archived in (b"", red):
+        with zipfile.ZipFile(data / "pictures.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("red.png", archived or (data / "green.png").read_bytes())
+        if archived:
+            assert evaluated() == 1
+        else:
+            with pytest.raises(CheckpointError, match=told):
+                evaluated()
+    # An earlier version did not record the pictures.
+    rows = [json.loads(line) for line in (run / "responses.jsonl").read_text().splitlines()]
+    assert all(row.pop("task_sha256") for row in rows)
+    (run / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluated("green.png") == 1
+
+
 def test_hallusionbench_also_over_the_rows_that_the_paper_scores() -> None:
     groups: list[Any] = [{"figure": "f1", "question": "q0"}, {"figure": None, "question": "q1"}]
     rows = [right(0, group=groups[0]), wrong(1, group=groups[1])]
@@ -360,6 +403,9 @@ class ScriptedJudge:
     """Returns scripted replies and records its prompts."""
 
     name = "scripted:1"
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "scripted", "model": "1"}
 
     def __init__(self, replies: Mapping[str, JudgeReply]) -> None:
         self.replies, self.asked = replies, list[Any]()
@@ -394,6 +440,81 @@ def test_the_judge_extracts_and_the_rules_decide(tmp_path: Path) -> None:
     judged = judge_rows(rows, again, tmp_path / "judged.jsonl")  # type: ignore[arg-type]
     assert [request.id for request in again.asked] == ["b/4/0"]
     assert [r["correct"] for r in judged] == [True, True, False, False, True]
+
+
+JUDGED = ("benchmarks.arithmetic.limit=3", "benchmark=[arithmetic]", "engine.device=cpu",
+          "checkpoint=demo:arithmetic_student", "single.max_response_tokens=2")  # fmt: skip
+
+
+def judged(folder: Path, *words: str) -> dict[str, Any]:
+    """Evaluates answers that are cut off, so that the rules find nothing in them."""
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        config, raw = load_config(compose("evaluate", [*JUDGED, *words]))
+    return Evaluation(config, raw, folder).run()
+
+
+def test_another_judge_is_asked_again_about_the_same_answers(tmp_path: Path) -> None:
+    """Verdicts stand under the name of the judge that gave them, whichever file is read."""
+    with serving(lambda *_: chat_text('{"answer": "7"}')) as server:
+
+        def with_judge(model: str, *words: str) -> tuple[dict[str, Any], int]:
+            asked = len(server.seen)
+            judge = (
+                "judge=openai_compatible",
+                f"judge.base_url={server.url}/v1",
+                "judge.cache=null",
+            )
+            found = judged(tmp_path, *judge, f"judge.model={model}", *words)
+            figures = found["benchmarks"]["arithmetic"]
+            assert found["judge"]["model"] == model
+            assert figures["judge"] == f"openai_compatible:{model}"
+            assert {each["judge"] for each in entries()} == {figures["judge"]}
+            assert (figures["undecided"], len(entries())) == (0, 3)
+            return found, len(server.seen) - asked
+
+        def entries(name: str = "judged.jsonl") -> list[dict[str, Any]]:
+            return [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+
+        _, asked = with_judge("weak")
+        assert asked == 3
+        answers = (tmp_path / "responses.jsonl").read_bytes()
+        # Keys, rates and time limits decide nothing; a setting of the reply does.
+        found, asked = with_judge(
+            "weak", "judge.timeout=7", "judge.key_env=NONE", "judge.attempts=1"
+        )
+        assert asked == 0
+        assert "Judge openai_compatible:weak: 3 answers asked about by earlier" in markdown(found)
+        assert with_judge("weak", "judge.max_output_tokens=99")[1] == 3
+        assert with_judge("strong")[1] == 3
+        none = judged(tmp_path, "judge=none")["benchmarks"]["arithmetic"]
+        assert (none["judge"], none["undecided"], none["accuracy"]) == ("none", 3, 0.0)
+        assert entries() == []
+        # Nothing is lost: each judge's replies come back with it.
+        assert with_judge("weak")[1] == with_judge("strong")[1] == 0
+        # An earlier version did not record the settings: then the name decides.
+        old = [{k: v for k, v in each.items() if k != "settings"} for each in entries()]
+        (tmp_path / "judged.jsonl").write_text("".join(json.dumps(each) + "\n" for each in old))
+        (tmp_path / "judged_before.jsonl").unlink()
+        assert with_judge("strong")[1] == 0
+        assert with_judge("weak")[1] == 3
+        assert (tmp_path / "responses.jsonl").read_bytes() == answers
+
+
+def test_a_judge_whose_key_is_missing_is_not_another_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GEMINI_API_KEY", "GOOGLE_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    words = ("judge=gemini", "judge.model=m")
+    assert judged(tmp_path, *words)["benchmarks"]["arithmetic"]["judge"] == "none"
+    reply = {"extracted": "7", "how": "judge", "said": "7", "error": None, "judge": "gemini:m",
+             "settings": "x", "asked": True, "correct": True, "rule": "r"}  # fmt: skip
+    lines = [json.dumps({**reply, "key": f"arithmetic/{i}/0"}) + "\n" for i in range(3)]
+    (tmp_path / "judged.jsonl").write_text("".join(lines))
+    found = judged(tmp_path, *words)["benchmarks"]["arithmetic"]
+    assert (found["judge"], found["accuracy"]) == ("gemini:m", 1.0)
+    found = judged(tmp_path, words[0], "judge.model=n")["benchmarks"]["arithmetic"]
+    assert (found["judge"], found["accuracy"]) == ("none", 0.0)
 
 
 # The command

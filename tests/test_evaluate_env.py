@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import shutil
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
 from running import SMALL, composed
+from safetensors.torch import load_file, save_file
 
+from reopold_agent.common.weights import weights_digest
+from reopold_agent.data import loading
 from reopold_agent.envs import ENVS, register_env
 from reopold_agent.errors import CheckpointError, ConfigError, ModelError, UnknownNameError
 from reopold_agent.evaluate.report import markdown
@@ -65,6 +73,123 @@ def test_a_folder_keeps_the_results_of_earlier_commands(tmp_path: Path) -> None:
         CheckpointError, match=r"environments\.math\.sampling\.temperature: 1\.0 -> 0"
     ):
         evaluated(tmp_path, *words, *math, "sampling.temperature=0")
+
+
+def test_an_evaluation_is_not_written_into_a_run_nor_a_run_into_an_evaluation(
+    tmp_path: Path,
+) -> None:
+    run, evaluation = tmp_path / "run", tmp_path / "evaluation"
+    words = ["env=math", "evaluation.tasks=2"]
+    trained = [*words, "steps=1", "evaluation.teacher=false", "evaluation.every=0"]
+    asked = (*words, f"model={run}")
+    LocalEngine(*composed(*trained, *CPU), run, []).run()
+    evaluated(evaluation, *asked)
+
+    def files(folder: Path) -> dict[Path, bytes]:
+        return {each: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
+
+    before = files(tmp_path)
+    overwrite = "would overwrite\\.\nGive another hydra\\.run\\.dir, or leave it out"
+    for lost in ("", "config.yaml"):
+        for folder in (run, evaluation):
+            if lost:
+                del before[folder / lost]
+                (folder / lost).unlink()
+        with pytest.raises(CheckpointError, match=f"run holds a training run, .*{overwrite}"):
+            evaluated(run, *words)
+        with pytest.raises(CheckpointError, match=f"evaluation holds an evaluation, .*{overwrite}"):
+            LocalEngine(*composed(*trained, *CPU), evaluation, []).run()
+        assert files(tmp_path) == before
+    evaluated(evaluation, *asked)  # its own folder continues
+
+
+def test_answers_to_other_tasks_of_an_environment_are_not_continued(tmp_path: Path) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    words = ("env=math", "data=math_jsonl", f"data.eval.path={file}")
+    words += ("model=demo:arithmetic_student", "evaluation.tasks=3", "samples=2")
+
+    def asked(*rows: tuple[str, str]) -> Any:
+        lines = [json.dumps({"problem": q, "answer": a}) + "\n" for q, a in rows]
+        file.write_text("".join(lines))
+        loading._load.cache_clear()  # another process would read the file again
+        return evaluated(out, *words)["benchmarks"]["math"]
+
+    first = asked(("1 + 1?", "2"), ("3 - 1?", "2"))
+    told = rf"{out} holds answers to other questions of math \(number 1 "
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=told + r"was '3 - 1\?', now it is '9 - 7\?'\)"):
+            asked(("1 + 1?", "2"), ("9 - 7?", "2"))
+        with pytest.raises(CheckpointError, match=told + r"'3 - 1\?', has other words, answers"):
+            asked(("1 + 1?", "2"), ("3 - 1?", "4"))
+        rows = rows_of(out)  # as an earlier version wrote them
+        old = [{k: v for k, v in row.items() if k != "task_sha256"} for row in rows]
+        (out / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    assert asked(("1 + 1?", "2"), ("3 - 1?", "2"))["accuracy"] == first["accuracy"]
+    assert rows_of(out) == old
+
+
+WEIGHTS = Path(str(resources.files("reopold_agent") / "demo" / "weights"))
+
+
+def test_answers_of_other_weights_are_not_continued(tmp_path: Path) -> None:
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(WEIGHTS / "arithmetic_student", model)
+    words = ("env=math", "evaluation.tasks=2", f"model={model}", "samples=1")
+    first = evaluated(out, *words)["benchmarks"]
+    shutil.rmtree(model)
+    shutil.copytree(WEIGHTS / "arithmetic_student", model)  # a copy is the same
+    os.utime(model / "model.safetensors", (1, 1))
+    assert evaluated(out, *words)["benchmarks"]["math"]["low"] == first["math"]["low"]
+    weights = load_file(model / "model.safetensors")
+    name = sorted(weights)[0]
+    weights[name].view(-1)[-1] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    told = rf"answers of other weights: {model} then, which has changed since\.\nGive another"
+    before = {each: each.read_bytes() for each in out.rglob("*") if each.is_file()}
+    for more in ((), ("benchmark=arithmetic",)):
+        with pytest.raises(CheckpointError, match=told):
+            evaluated(out, *words, *more)
+    assert before == {each: each.read_bytes() for each in out.rglob("*") if each.is_file()}
+    (out / "model.json").unlink()  # as an earlier version left it
+    evaluated(out, *words)
+    weights[name].view(-1)[-1] += 1
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=told):
+        evaluated(out, *words)
+    (out / "model.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"cannot read .*model\.json.*\nRemove it if"):
+        evaluated(out, *words)
+
+
+def test_answers_of_an_earlier_checkpoint_are_not_continued(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for step, which in ((3, "student"), (4, "student"), (5, "teacher")):
+        folder = run / f"checkpoints/step-{step:06d}/model"
+        shutil.copytree(WEIGHTS / f"arithmetic_{which}", folder)
+        (run / "metrics.jsonl").touch()
+        words = ("env=math", "evaluation.tasks=1", f"model={run}")
+        if step < 5:  # step 4 has the weights of step 3
+            assert evaluated(out, *words)["model"]["loaded"] == str(folder)
+    then, now = (rf"{run}/checkpoints/step-00000{step}/model" for step in (4, 5))
+    with pytest.raises(CheckpointError, match=f"of other weights: {then} then, {now} now\\.\n"):
+        evaluated(out, *words)
+
+
+def test_a_large_file_of_weights_is_told_by_each_of_its_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reopold_agent.common.weights._WHOLE", 100)
+    weights = {name: torch.zeros(9000) for name in "abc"}
+
+    def digest(**changes: float) -> str | None:
+        changed = {**weights, **{name: torch.full((9000,), by) for name, by in changes.items()}}
+        save_file(changed, tmp_path / "model.safetensors")
+        return weights_digest(tmp_path)
+
+    assert digest() == digest()
+    assert len({digest(), digest(a=1), digest(b=1), digest(c=1), digest(c=2)}) == 5
+    (tmp_path / "model.safetensors").write_bytes(b"damaged" * 100)
+    assert weights_digest(tmp_path) is None
 
 
 # What training measures
@@ -152,6 +277,30 @@ def test_an_environment_without_tasks_and_answers(
     note = "parrot: env=parrot decides about success. Held-out tasks (its own), T 1"
     assert note in markdown(results)
     assert note in capsys.readouterr().out  # before anything is played
+
+
+@pytest.mark.usefixtures("parrot")
+def test_an_environment_without_tasks_that_asks_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["env=parrot", "model=demo:arithmetic_student", "evaluation.tasks=2"]
+    evaluated(tmp_path, *words)
+    evaluated(tmp_path, *words)
+    reset, starts = Parrot.reset, itertools.count()
+
+    def other(self: Parrot, **options: Any) -> Any:
+        shown, info = reset(self, **options)
+        return {**shown, "text": words[-1]}, info
+
+    def random(self: Parrot, **options: Any) -> Any:
+        shown, info = reset(self, **options)
+        return {**shown, "text": str(next(starts))}, info
+
+    monkeypatch.setattr(Parrot, "reset", other)
+    with pytest.raises(CheckpointError, match=r"number 0 was 'Say 0\.', now it is 'evaluation\.t"):
+        evaluated(tmp_path, *words)
+    monkeypatch.setattr(Parrot, "reset", random)  # nothing can be said about its questions
+    evaluated(tmp_path, *words)
 
 
 @pytest.mark.usefixtures("parrot")

@@ -6,14 +6,18 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from PIL import Image
 from running import command, composed, lines, results, train, train_rows, words
+from safetensors.torch import load_file, save_file
 
 from reopold_agent.config import config_differences
 from reopold_agent.data import loading
@@ -165,6 +169,60 @@ def test_a_run_of_an_earlier_version_goes_on_with_a_note(
     write(tmp_path / "new.jsonl", ROWS)
     state = RunState(composed(*words)[0], {}, RunFolder(tmp_path / "run"))
     assert state.check_data(continues=False) is None
+
+
+def test_a_run_does_not_go_on_with_other_pictures(tmp_path: Path) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    Image.new("RGB", (56, 56), "red").save(data / "red.png")
+    Image.new("RGB", (56, 56), "green").save(data / "green.png")
+
+    def trained(picture: str, steps: int) -> int:
+        row = {"problem": "<image>Which colour?", "answer": "5", "images": [picture]}
+        write(data / "rows.jsonl", [row] * 4)
+        words = ["env=geometry", "data=geometry3k", "model=figures", "evaluation.tasks=0"]
+        words += [f"data.train.path={data}", "data.train.split=null", f"steps={steps}"]
+        return int(train(run, *words)["steps"])
+
+    assert trained("red.png", 1) == 1
+    told = r"other rows: 4 rows of data\.train with other pictures now\.\nGive the same rows"
+    with pytest.raises(CheckpointError, match=told):
+        trained("green.png", 2)
+    assert trained("red.png", 2) == 2
+    known = json.loads((run / "data.json").read_text("utf-8"))
+    for old in known.values():  # as an earlier version wrote it
+        del old["pictures_sha256"]
+    (run / "data.json").write_text(json.dumps(known), "utf-8")
+    assert trained("green.png", 3) == 3
+    with pytest.raises(CheckpointError, match=told):
+        trained("red.png", 4)
+
+
+def test_a_run_does_not_go_on_with_another_teacher_at_the_same_path(tmp_path: Path) -> None:
+    weights = Path(str(resources.files("reopold_agent") / "demo" / "weights"))
+    teacher, student, run = tmp_path / "teacher", tmp_path / "student", tmp_path / "run"
+    shutil.copytree(weights / "arithmetic_teacher", teacher)
+    shutil.copytree(weights / "arithmetic_student", student)
+    words = ["env=math", "evaluation.tasks=0", f"model.teacher.path={teacher}"]
+    words += [f"model.student.path={student}"]
+    train(run, *words, "steps=1")
+
+    def changed(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        found[min(found)].view(-1)[0] += 1
+        save_file(found, folder / "model.safetensors", {"format": "pt"})
+
+    changed(student)  # the run's own is in its checkpoint
+    assert train(run, *words, "steps=2")["steps"] == 2
+    changed(teacher)
+    told = rf"started with other weights of the teacher in {teacher}\.\nPut those back"
+    with pytest.raises(CheckpointError, match=told):
+        train(run, *words, "steps=3")
+    (run / "model.json").unlink()  # as an earlier version left it
+    assert train(run, *words, "steps=3")["steps"] == 3
+    changed(teacher)
+    with pytest.raises(CheckpointError, match=told):
+        train(run, *words, "steps=4")
 
 
 def test_demonstrations_must_stay_the_same(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_the_report_lies_in_the_run_folder_also_when_the_run_is_refused(
     }
     told = json.loads((tmp_path / "report.json").read_text())
     assert (told["train"]["rows"], told["train"]["usable"]) == (10, 1)
-    assert len(told["eval"].pop("sha256")) == 64
+    assert len(told["eval"].pop("sha256")) == len(told["eval"].pop("pictures_sha256")) == 64
     assert told["eval"] == {
         "source": "pixel_reasoner", "path": str(clean), "rows": 2, "usable": 2,
         "pictures_checked": 0, "problems": {},

@@ -175,7 +175,7 @@ def test_a_run_writes_the_documented_files(
     assert (folder / "train.log").exists()
     known = {
         *("config.yaml", "versions.json", "metrics.jsonl", "trajectories.jsonl", "summary.json"),
-        *("pictures", "plots", "checkpoints", "final", "train.log", ".lock"),
+        *("pictures", "plots", "checkpoints", "final", "train.log", ".lock", "model.json"),
     }
     assert set(os.listdir(folder)) == known
     assert os.listdir(place) == ["whole"]  # nothing beside it, .hydra or outputs

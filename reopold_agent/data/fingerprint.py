@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from reopold_agent.data.demonstrations import Demonstration, RecordedCall
-from reopold_agent.types import IMAGE_MARK, Task, TaskSource
+from reopold_agent.data.images import content_of
+from reopold_agent.types import IMAGE_MARK, ImageSource, Task, TaskSource
 
 
 def tasks_digest(tasks: TaskSource, teacher_key: str | None = None) -> str:
@@ -19,13 +20,38 @@ def tasks_digest(tasks: TaskSource, teacher_key: str | None = None) -> str:
         teacher_key: key of their metadata that counts too, since it names their teacher.
     """
     each = (tasks[index] for index in range(len(tasks)))
-    return _digest(
-        [
-            *(t.id, t.question, t.answers, t.history, len(t.images)),
-            *_asked_otherwise(t, teacher_key),
-        ]
-        for t in each
-    )
+    return _digest(_asked(task, teacher_key) for task in each)
+
+
+def pictures_digest(tasks: TaskSource) -> str:
+    """Returns the SHA-256 of the pictures of tasks in order.
+
+    Apart from `tasks_digest`, which earlier runs recorded alone.
+    """
+    each = (tasks[index] for index in range(len(tasks)))
+    return _digest([*map(_content, task.images)] for task in each)
+
+
+def task_digest(task: Task) -> str:
+    """Returns the SHA-256 of one task: what is asked and answered, and its pictures."""
+    return _digest([[*_asked(task, None), *map(_content, task.images)]])
+
+
+def _content(image: ImageSource) -> Any:
+    """Returns what tells a picture from others: its bytes as stored, not decoded, if it has any."""
+    content = getattr(image, "content", None)
+    try:
+        if callable(content):
+            return content()
+        pixels = image.open().convert("RGB")  # a source of a plugin, or one in memory
+    except Exception:  # it cannot be read, which is told where it is shown
+        return None
+    return pixels.size, content_of(pixels.tobytes())
+
+
+def _asked(task: Task, teacher_key: str | None) -> list[Any]:
+    asked = [task.id, task.question, task.answers, task.history, len(task.images)]
+    return [*asked, *_asked_otherwise(task, teacher_key)]
 
 
 def _asked_otherwise(task: Task, teacher_key: str | None) -> list[Any]:
@@ -63,6 +89,19 @@ def demonstrations_digest(demonstrations: Sequence[Demonstration]) -> str:
             [*map(dict, d.tools)],
         ]
         for d in demonstrations
+    )
+
+
+def demonstrations_pictures_digest(demonstrations: Sequence[Demonstration]) -> str:
+    """Returns the SHA-256 of the pictures of conversations in order (see `pictures_digest`)."""
+    return _digest(
+        [
+            _content(part)
+            for turn in each.turns
+            for part in turn.parts
+            if not isinstance(part, str | RecordedCall)
+        ]
+        for each in demonstrations
     )
 
 

@@ -24,6 +24,10 @@ MAX_BYTES = 500_000_000
 _ZIP_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
+_END = 2**15
+"""Bytes of a picture's file, at each end, by which it is known again."""
+
+
 @dataclass(frozen=True)
 class FileImage(ImageSource):
     """A picture in a file."""
@@ -32,27 +36,51 @@ class FileImage(ImageSource):
 
     @override
     def open(self) -> Image.Image:
+        return decode(self._read(), str(self.path))
+
+    def content(self) -> tuple[int, int]:
+        """Returns CRC-32 of both ends of the file, and its size.
+
+        Only the ends: all pictures of a data set are read at the start, which may be gigabytes.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        size = self.path.stat().st_size
+        with self.path.open("rb") as file:
+            ends = file.read(_END)
+            file.seek(max(_END, size - _END))
+            return zlib.crc32(ends + file.read(_END)), size
+
+    def _read(self) -> bytes:
         if not self.path.is_file():
             raise DataError(f"the picture {self.path} does not exist")
         try:
             size = self.path.stat().st_size
             if size > MAX_BYTES:
                 raise DataError(f"{self.path} has {size} bytes; the limit is {MAX_BYTES}")
-            data = self.path.read_bytes()
+            return self.path.read_bytes()
         except OSError as error:
             raise DataError(f"cannot read the picture {self.path}: {error}") from error
-        return decode(data, str(self.path))
 
 
 @dataclass(frozen=True)
 class ZipImage(ImageSource):
-    """A picture in a zip archive."""
+    """A picture in a zip archive; ``listed`` is its content, if the archive was read before."""
 
     archive: Path
     member: str
+    listed: tuple[int, int] | None = field(default=None, repr=False, compare=False)
 
     @override
     def open(self) -> Image.Image:
+        return decode(self._read(), f"{self.archive}:{self.member}")
+
+    def content(self) -> tuple[int, int]:
+        """Returns CRC-32 and size of the bytes, as the archive lists them; raises as `open`."""
+        return self.listed or content_of(self._read())
+
+    def _read(self) -> bytes:
         # Opened per picture: a ZipFile must not be shared between threads.
         try:
             with zipfile.ZipFile(self.archive) as archive:
@@ -65,10 +93,9 @@ class ZipImage(ImageSource):
                 check_packing(info, self.archive)
                 # Not archive.read, which unpacks a member beyond the size that it states.
                 with archive.open(info) as file:
-                    data = file.read(info.file_size + 1)
+                    return file.read(info.file_size + 1)
         except _ZIP_ERRORS as error:
             raise DataError(f"cannot read {self.member} in {self.archive}: {error}") from error
-        return decode(data, f"{self.archive}:{self.member}")
 
 
 def check_packing(info: zipfile.ZipInfo, archive: Path) -> None:
@@ -95,6 +122,15 @@ class BytesImage(ImageSource):
     @override
     def open(self) -> Image.Image:
         return decode(self.data, self.name)
+
+    def content(self) -> tuple[int, int]:
+        """Returns CRC-32 and size of the bytes."""
+        return content_of(self.data)
+
+
+def content_of(data: bytes) -> tuple[int, int]:
+    """Returns CRC-32 and size, as zip archives list them: the same wherever a picture is stored."""
+    return zlib.crc32(data), len(data)
 
 
 def safe_join(root: Path, relative: str) -> Path:

@@ -73,7 +73,7 @@ class PictureFolder:
 
     root: Path
     urls: UrlRules | None = None
-    _members: dict[str, tuple[Path, str]] = field(default_factory=dict)
+    _members: dict[str, tuple[Path, str, tuple[int, int]]] = field(default_factory=dict)
     _others: dict[str, tuple[Path, str]] = field(default_factory=dict)
     """Members of later archives whose names are in `_members` too, with another content."""
 
@@ -90,7 +90,7 @@ class PictureFolder:
             own = {each.filename.removeprefix(top): each for each in members}
             for key, member in {**own, **{each.filename: each for each in members}}.items():
                 content = (member.CRC, member.file_size)
-                self._members.setdefault(key, (archive, member.filename))
+                self._members.setdefault(key, (archive, member.filename, content))
                 if contents.setdefault(key, content) != content:
                     self._others.setdefault(key, (archive, member.filename))
 
@@ -113,7 +113,7 @@ class PictureFolder:
         keys = [relative.removeprefix("./"), relative.removeprefix("images/")]
         for key in (*keys, relative.removeprefix("videos/")):
             if key in self._others:
-                found = (self._members[key], self._others[key])
+                found = (self._members[key][:2], self._others[key])
                 one, other = (f"{archive.name}:{member}" for archive, member in found)
                 raise RowError(
                     "ambiguous picture",

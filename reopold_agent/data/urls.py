@@ -79,6 +79,10 @@ class UrlImage:
         self._keep(kept, data)  # only what is a picture
         return image
 
+    def content(self) -> str:
+        """Returns the URL without its query, which may be a signature that changes."""
+        return self.url.split("?", 1)[0]
+
     def _keep(self, kept: Path, data: bytes) -> None:
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)

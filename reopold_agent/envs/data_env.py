@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from reopold_agent.data import load_tasks
 from reopold_agent.data.checks import CheckedTasks, DataReport
-from reopold_agent.data.fingerprint import tasks_digest, tasks_in_common
+from reopold_agent.data.fingerprint import pictures_digest, tasks_digest, tasks_in_common
 from reopold_agent.data.loading import suitable_tool_options
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import ConfigError
@@ -75,6 +75,14 @@ class DataEnv(ToolEnv):
             ConfigError, DataError: the tasks cannot be loaded.
         """
         return tasks_digest(self._split(split), teacher_key)
+
+    def pictures_digest(self, split: str) -> str:
+        """Returns the fingerprint of the pictures of a split's tasks; it reads all of them.
+
+        Raises:
+            ConfigError, DataError: the tasks cannot be loaded.
+        """
+        return pictures_digest(self._split(split))
 
     def tasks_in_common(self) -> int:
         """Returns how many held-out tasks are training tasks; it reads all of them.

@@ -144,6 +144,7 @@ def _checked_splits(
                 found[key] = told.record()
                 if isinstance(inner, DataEnv):
                     found[key]["sha256"] = inner.digest(split, config.model.teacher_key)
+                    found[key]["pictures_sha256"] = inner.pictures_digest(split)
         inner = env.unwrapped
         if isinstance(inner, DataEnv) and len(keys) > 1 and found.keys() >= {*keys.values()}:
             common = inner.tasks_in_common()

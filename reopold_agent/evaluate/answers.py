@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from reopold_agent.data.fingerprint import task_digest
 from reopold_agent.errors import NonFiniteError
 from reopold_agent.evaluate.benchmarks import Benchmark
 from reopold_agent.evaluate.questions import Questions
@@ -113,9 +114,16 @@ def response_row(questions: Questions, trajectory: Trajectory, folder: Path) -> 
     }
 
 
-def identity(task: Task) -> tuple[str, str, list[str]]:
-    """Returns what rows say about a question: its id, words and answers."""
-    return task.id, task.question.replace(IMAGE_MARK, "<image>"), list(task.answers)
+def identity(task: Task) -> dict[str, Any]:
+    """Returns what rows say about a question, by which it is known again.
+
+    These are its id, words and answers, and a digest of all of it with its pictures, which rows of
+    earlier versions lack.
+    """
+    question = task.question.replace(IMAGE_MARK, "<image>")
+    answers = list(task.answers)
+    digest = task_digest(task)
+    return {"id": task.id, "question": question, "answers": answers, "task_sha256": digest}
 
 
 def benchmark_row(benchmark: Benchmark, task: Task, trajectory: Trajectory) -> dict[str, Any]:
@@ -126,11 +134,8 @@ def benchmark_row(benchmark: Benchmark, task: Task, trajectory: Trajectory) -> d
     precision = task.metadata.get("precision")
     verdict = grade(response, list(task.answers), kind, options=options, precision=precision)
     failed = trajectory.stop_reason in (StopReason.ENV_ERROR, StopReason.POLICY_ERROR)
-    name, question, answers = identity(task)
     return {
-        "id": name,
-        "question": question,
-        "answers": answers,
+        **identity(task),
         "kind": kind,
         "category": task.metadata.get("category", ""),
         "options": options,

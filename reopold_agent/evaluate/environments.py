@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from reopold_agent.envs.from_config import make_env, num_tasks
 from reopold_agent.envs.registration import task_seed
 from reopold_agent.envs.spaces import as_observation
 from reopold_agent.errors import ConfigError, DataError, ModelError
+from reopold_agent.evaluate.answers import identity
 from reopold_agent.evaluate.questions import LOOKED_AT, Questions
 from reopold_agent.judges import KINDS, grade
 from reopold_agent.policies.vision import VisionProcessor
@@ -32,14 +34,21 @@ from reopold_agent.types import IMAGE_MARK, Sampling, Task, Trajectory
 HOW = "environment"
 """How answers are graded, in rows and results."""
 
+_SECONDS = 30.0
+"""Most time for starting episodes again only to see what they ask."""
+
 
 @dataclass(frozen=True)
 class Shown:
-    """What an environment shows at the start of an episode; ``task`` is None if it has no tasks."""
+    """What an environment shows at the start of an episode; ``task`` is None if it has no tasks.
+
+    ``as_is``: the task is asked as the data has it.
+    """
 
     text: str
     system: str
     task: Task | None
+    as_is: bool
 
 
 class RecordingEnv(gymnasium.Wrapper[Any, str, Any, str]):
@@ -64,7 +73,8 @@ class RecordingEnv(gymnasium.Wrapper[Any, str, Any, str]):
         text = as_observation(observation)["text"].replace(IMAGE_MARK, "<image>")
         system = str(info.get("system_prompt", ""))
         task = None if episode is None else episode.task
-        self._shown[(options or {}).get("index", 0)] = Shown(text, system, task)
+        as_is = isinstance(inner, ToolEnv) and _asks_as_is(inner)
+        self._shown[(options or {}).get("index", 0)] = Shown(text, system, task, as_is)
         return observation, info
 
 
@@ -139,6 +149,7 @@ def environment_questions(name: str, config: TrainConfig, *, samples: int, seed:
         row_of=lambda trajectory: _row(trajectory, shown.get(trajectory.index)),
         has_pictures=needed,
         stop_at_tool_call=limits.stop_at_tool_call,
+        identities=lambda indices: _identities(config, indices),
         facts={
             "sampling": {"temperature": sampling.temperature, "top_p": sampling.top_p},
             "budget": {"max_turns": turns, "max_tokens": limits.max_response_tokens},
@@ -169,6 +180,39 @@ def _does_without(env: gymnasium.Env[Any, Any]) -> bool:
     return not as_observation(observation)["images"]
 
 
+def _identities(config: TrainConfig, indices: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+    """Yields what identifies tasks in their rows, as far as the environment says it."""
+    shown: dict[int, Shown] = {}
+    env = RecordingEnv(make_env(config, max_turns=config.evaluation.max_turns), shown)
+    inner = env.unwrapped
+    until = time.monotonic() + _SECONDS
+    try:
+        for index in indices:
+            if isinstance(inner, ToolEnv):
+                task = inner.task("eval", index)
+                yield _asked(task) if _asks_as_is(inner) else {"answers": list(task.answers)}
+                continue
+            if time.monotonic() > until:
+                return
+            try:
+                env.reset(seed=task_seed("eval", index), options={"split": "eval", "index": index})
+            except Exception:  # of any environment; the episode that is played will tell
+                return
+            yield {"question": shown[index].text}
+    finally:
+        env.close()
+
+
+def _asked(task: Task) -> dict[str, Any]:
+    """Returns `identity` of a task, without its id: the episode's may be another one."""
+    return {key: value for key, value in identity(task).items() if key != "id"}
+
+
+def _asks_as_is(env: ToolEnv) -> bool:
+    """Whether the words and pictures of a task do not come about only in its episode."""
+    return type(env).opened is ToolEnv.opened
+
+
 def questions_digest(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns the SHA-256 of all questions with their ids and answers, by index."""
     asked = sorted({(r["index"], r["id"], r["question"], tuple(r["answers"])) for r in rows})
@@ -190,6 +234,7 @@ def _row(trajectory: Trajectory, shown: Shown | None) -> dict[str, Any]:
         "id": trajectory.task_id,
         "question": question.replace(IMAGE_MARK, "<image>"),
         "answers": answers,
+        **(_asked(task) if task is not None and shown is not None and shown.as_is else {}),
         "kind": kind,
         "category": "" if task is None else str(task.metadata.get("category", "")),
         "options": options,

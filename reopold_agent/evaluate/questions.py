@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -33,8 +33,8 @@ class Questions:
         has_pictures: whether the first questions show pictures, to any model.
         facts: settings for the results.
         stop_at_tool_call: whether a turn ends with its first tool call.
-        identity: returns a question's id, words and answers as its rows have them, or None if only
-            playing it would tell.
+        identities: yields what identifies each of these questions in its rows (`answers.identity`).
+            A key may be missing where only playing it would tell.
         benchmark: the benchmark, whose metric is reported; None for an environment.
     """
 
@@ -49,4 +49,4 @@ class Questions:
     facts: Mapping[str, Any]
     stop_at_tool_call: bool = True
     benchmark: Benchmark | None = None
-    identity: Callable[[int], tuple[str, str, list[str]]] | None = None
+    identities: Callable[[Sequence[int]], Iterator[Mapping[str, Any]]] | None = None

@@ -149,6 +149,16 @@ def judge_line(results: Mapping[str, Any]) -> str:
             "(judge=gemini and GEMINI_API_KEY ask it)."
         )
     if not counters.get("requests"):
+        kept = results.get("kept", ())
+        before = {n: each["judged"] for n, each in results["benchmarks"].items() if n not in kept}
+        if any(before.values()):
+            names = {
+                results["benchmarks"][name]["judge"] for name, count in before.items() if count
+            }
+            return (
+                f"Judge {', '.join(sorted(names))}: {sum(before.values())} answers asked about by "
+                "earlier commands with this folder, none now."
+            )
         return "Graded by rules; no answer needed a judge."
     return (
         f"Judge {judge.get('name', '')}: {counters['requests']} answers asked about, "

@@ -18,6 +18,7 @@ from reopold_agent.cli.hydra import plain_values
 from reopold_agent.common.files import write_text_atomic
 from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.common.signals import sigterm_as_interrupt
+from reopold_agent.common.weights import weights_digest
 from reopold_agent.config import PolicyConfig, ToolsConfig, build, config_differences
 from reopold_agent.envs.base import show_as
 from reopold_agent.envs.from_config import shown_sizes
@@ -43,7 +44,13 @@ from reopold_agent.evaluate.environments import (
     questions_digest,
     run_settings,
 )
-from reopold_agent.evaluate.judging import judge_rows, merged_row, read_replies, row_key
+from reopold_agent.evaluate.judging import (
+    judge_name,
+    judge_rows,
+    merged_row,
+    read_replies,
+    row_key,
+)
 from reopold_agent.evaluate.latency import LatencyPoint, measure_latency
 from reopold_agent.evaluate.plots import make_plots
 from reopold_agent.evaluate.protocol import Play, PlayConfig, differences, play_of
@@ -68,6 +75,7 @@ from reopold_agent.policies.loading import (
     load_processing,
     model_path,
     pick_device,
+    resolve_path,
     sees_pictures,
 )
 from reopold_agent.policies.registry import is_trainers_own, make_policy, reads_weights
@@ -78,10 +86,13 @@ from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
 from reopold_agent.tracking.progress import Progress
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import write_json_atomic
-from reopold_agent.types import IMAGE_MARK, Sampling
+from reopold_agent.types import IMAGE_MARK, Sampling, StopReason
 
 FREE_TO_CHANGE = ("judge", "ks", "engine", "benchmark", "suite", "latency", "tracking", "tools")
-"""Settings that do not influence a response: a resumed evaluation may change them."""
+"""Settings that do not influence a response: a resumed evaluation may change them.
+
+Another judge is asked about the saved answers again (`judging.judge_rows`).
+"""
 
 DEFAULT = "demo"
 """Benchmark of a command that names neither benchmarks nor environments."""
@@ -177,6 +188,7 @@ class Evaluation:
             ReopoldError: an error that the user can correct. Data and judge are checked before a
                 model is loaded.
         """
+        self.folder.refuse_other("evaluate")
         with sigterm_as_interrupt(), self.folder.lock():
             self._check_resume()
             asked = self._questions()
@@ -184,7 +196,9 @@ class Evaluation:
             self._check_answers(asked)
             spec = self._model_spec()
             weights = reads_weights(self.config.policy.student)
-            sees = sees_pictures(check_available(spec, "model", weights=weights))
+            found = check_available(spec, "model", weights=weights)
+            model = self._check_model(spec, found)
+            sees = sees_pictures(found)
             pictured = [each.name for each in asked if each.has_pictures]
             if pictured and not sees:
                 raise ModelError(
@@ -194,6 +208,7 @@ class Evaluation:
             with make_judge(self.config.judge) as judge:
                 self.folder.write_template(self.config.chat_template)
                 self.folder.write_config(OmegaConf.to_yaml(OmegaConf.create(self._raw)))
+                write_json_atomic(self.folder.model, model)
                 return self._run(asked, spec, judge)
 
     def _questions(self) -> list[Questions]:
@@ -385,7 +400,7 @@ class Evaluation:
             **figures,
             "played_seconds": round(played, 1),
             **questions.facts,
-            **({"judge": judge.name} if questions.benchmark is not None else {}),
+            **({"judge": judge_name(rows, judge)} if questions.benchmark is not None else {}),
             **({"questions_sha256": questions_digest(rows)} if questions.benchmark is None else {}),
             "latency": [vars(point) for point in points],
         }
@@ -419,7 +434,7 @@ class Evaluation:
                 "differences": differences(loaded, play, judge),
             },
             benchmark=benchmark,
-            identity=lambda index: identity(tasks[index]),
+            identities=lambda indices: (identity(tasks[index]) for index in indices),
         )
 
     def _runner(
@@ -495,22 +510,68 @@ class Evaluation:
                 + "\nGive the same settings to continue it, or another hydra.run.dir."
             )
 
+    def _check_model(self, spec: ModelSpec, found: Any) -> dict[str, Any]:
+        """Refuses to continue if the saved answers are those of other weights.
+
+        Args:
+            spec: the checkpoint.
+            found: its configuration (`check_available`).
+
+        Returns:
+            What ``model.json`` is to say: where the weights are, and what tells them from others.
+
+        Raises:
+            CheckpointError: they are others, or ``model.json`` cannot be read.
+        """
+        folder = Path(resolve_path(spec.path))
+        commit = getattr(found, "_commit_hash", None)  # of a model on the hub
+        weights = weights_digest(folder) if folder.is_dir() else commit
+        now = {"loaded": spec.path, "weights": weights}
+        if not self._saved or not self.folder.model.is_file():  # or of an earlier version
+            return now
+        try:
+            before: dict[str, Any] = json.loads(self.folder.model.read_text("utf-8"))
+            loaded, had = before["loaded"], before["weights"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"cannot read {self.folder.model}: {error!r}\n"
+                "Remove it if the model is still the same, or give another hydra.run.dir."
+            ) from error
+        if None in (had, weights):  # without weights of its own: those of a server
+            return before if weights is None else now
+        if had != weights:
+            raise CheckpointError(
+                f"{self.folder.path} holds answers of other weights: {loaded} then, "
+                + ("which has changed since.\n" if loaded == spec.path else f"{spec.path} now.\n")
+                + "Give another hydra.run.dir, or remove the folder to evaluate these in it."
+            )
+        return now
+
     def _check_answers(self, asked: Sequence[Questions]) -> None:
         """Refuses to continue if the questions are others than those of the saved answers."""
         for each in asked:
-            if each.identity is None:
+            rows = {row["index"]: row for row in self._saved.get(each.name, ())}
+            if each.benchmark is None:  # an episode that did not start does not say what it asks
+                rows = {i: row for i, row in rows.items() if row["stop"] != StopReason.ENV_ERROR}
+            played = [index for index in sorted(rows) if index < each.count]
+            if each.identities is None or not played:
                 continue
-            for row in self._saved.get(each.name, ()):
-                index = row["index"]
-                if index >= each.count:
+            for index, found in zip(played, each.identities(played), strict=False):
+                row = rows[index]
+                # Earlier versions did not record all of it.
+                if all(row[key] == value for key, value in found.items() if key in row):
                     continue
-                was, found = (row["id"], row["question"], row["answers"]), each.identity(index)
-                if was != found:
-                    raise CheckpointError(
-                        f"{self.folder.path} holds answers to other questions of {each.name} "
-                        f"(number {index} was '{was[1][:40]}', now it is '{found[1][:40]}').\n"
-                        "Give the same data to continue it, or another hydra.run.dir."
-                    )
+                if [*each.identities([index])] != [found]:
+                    continue  # an environment that asks something else each time
+                was, now = (str({**row, **known}["question"])[:40] for known in (row, found))
+                told = f"was '{was}', now it is '{now}'"
+                if was == now:
+                    told = f"'{was}', has other words, answers, options or pictures now"
+                raise CheckpointError(
+                    f"{self.folder.path} holds answers to other questions of {each.name} "
+                    f"(number {index} {told}).\n"
+                    "Give the same data to continue it, or another hydra.run.dir."
+                )
 
 
 def _close(policy: Policy | None) -> None:

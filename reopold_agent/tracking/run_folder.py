@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from typing_extensions import Self
 
@@ -42,8 +42,8 @@ class RunFolder:
 
     Attributes:
         path: the folder, absolute.
-        config, versions, metrics, trajectories, summary, data_report, data, log: paths of its
-            files.
+        config, versions, metrics, trajectories, summary, data_report, data, model, log: paths of
+            its files.
         chat_template: the chat template that a setting gave, as it was when the run started.
         pictures, plots, checkpoints: paths of its folders.
         final: folder of the trained student, created when it is saved.
@@ -59,6 +59,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.data_report = self.path / "data_report.json"
         self.data = self.path / "data.json"
+        self.model = self.path / "model.json"
         self.log = self.path / "train.log"
         self.pictures = self.path / "pictures"
         self.plots = self.path / "plots"
@@ -112,6 +113,38 @@ class RunFolder:
         """Lists the steps of existing checkpoints, ascending; other folders do not count."""
         found = (_CHECKPOINT.fullmatch(p.name) for p in self.checkpoints.iterdir() if p.is_dir())
         return sorted(int(match.group(1)) for match in found if match)
+
+    def refuse_other(self, command: Literal["train", "evaluate"]) -> None:
+        """Checks, before anything is written, that the folder holds nothing of another command.
+
+        Both write ``config.yaml``: a run whose own is lost cannot be continued.
+
+        Raises:
+            CheckpointError: it holds an evaluation, and this is ``train``, or the other way round.
+        """
+        holds = self._holds()
+        if holds in (None, command):
+            return
+        what, doing = (
+            ("a training run", "evaluate") if holds == "train" else ("an evaluation", "train")
+        )
+        raise CheckpointError(
+            f"{self.path} holds {what}, which `{doing}` would overwrite.\n"
+            "Give another hydra.run.dir, or leave it out for a new folder."
+        )
+
+    def _holds(self) -> str | None:
+        """Returns the command whose files the folder has; above all ``config.yaml`` tells."""
+        try:
+            keys = set(re.findall(r"^(\w+):", self.config.read_text("utf-8"), re.MULTILINE))
+        except (OSError, ValueError):
+            keys = set()
+        if "objective" in keys or "benchmarks" in keys:
+            return "train" if "objective" in keys else "evaluate"
+        if (self.path / "responses.jsonl").is_file():
+            return "evaluate"
+        saved = self.checkpoints.is_dir() and self.checkpoint_steps()
+        return "train" if saved or self.metrics.is_file() else None
 
     def write_config(self, text: str) -> None:
         """Writes ``config.yaml``, the resolved configuration, atomically."""

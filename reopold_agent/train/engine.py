@@ -46,6 +46,7 @@ class Engine(ABC):
             ReopoldError: any problem that the user can fix; the message says how.
             KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
         """
+        self.folder.refuse_other("train")
         trackers = follow_run(self.config.tracking, self.folder.path, self._raw)
         with sigterm_as_interrupt(), self.folder.lock(), trackers:
             return self._run()
@@ -53,10 +54,13 @@ class Engine(ABC):
     def _begin(self, objective: Objective, saved: Mapping[str, Any] | None) -> None:
         """Writes ``config.yaml`` if the run starts, or goes on for more steps than before.
 
+        Also what tells the weights of its models from others.
+
         Args:
             objective: made for this run; settings that it filled in are written.
             saved: the configuration in the folder, if the run continues.
         """
+        self._state.record_models()
         if saved is not None and saved["steps"] == self.config.steps:
             return
         self.folder.write_template(self.config.model.chat_template)

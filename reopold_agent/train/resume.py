@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from reopold_agent.common.files import write_json_atomic
+from reopold_agent.common.weights import weights_digest
 from reopold_agent.config import (
     COMMON_SETTINGS,
     CONSTANT,
@@ -21,8 +22,12 @@ from reopold_agent.config import (
     config_differences,
 )
 from reopold_agent.data.demonstrations import Demonstration
-from reopold_agent.data.fingerprint import demonstrations_digest
+from reopold_agent.data.fingerprint import (
+    demonstrations_digest,
+    demonstrations_pictures_digest,
+)
 from reopold_agent.errors import CheckpointError
+from reopold_agent.policies.loading import ModelSpec, resolve_path
 from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
@@ -59,6 +64,7 @@ class RunState:
 
     def __init__(self, config: TrainConfig, raw: Mapping[str, Any], folder: RunFolder) -> None:
         self._config, self._raw, self._folder = config, dict(raw), folder
+        self._models: dict[str, Any] = {}
 
     def check(self, newest: Path | None) -> dict[str, Any] | None:
         """Checks that the run may start, or continue from the checkpoint ``newest``.
@@ -111,6 +117,44 @@ class RunState:
             )
         return before
 
+    def check_models(self, continues: bool, specs: Mapping[str, ModelSpec]) -> None:
+        """Checks that a continued run has the weights that it was started with; call it before they
+        are loaded.
+
+        Digests of those that its checkpoints do not hold, the teacher's above all, are in
+        ``model.json`` (`record_models`). Runs of earlier versions have none and continue.
+
+        Args:
+            continues: whether the run continues from a checkpoint.
+            specs: the run's checkpoints by role.
+
+        Raises:
+            CheckpointError: weights are others.
+        """
+        teacher = self._config.model.teacher
+        saved = {"student"} if specs["student"].lora is None else set()
+        if teacher is not None and teacher.follow is not None:
+            saved.add("teacher")
+        for role in specs.keys() - saved:
+            weights = weights_digest(Path(resolve_path(specs[role].path)))
+            self._models[role] = {"path": specs[role].path, "weights": weights}
+        if not continues or not self._folder.model.is_file():
+            return
+        before = self._read(self._folder.model)
+        for role, now in sorted(self._models.items()):
+            had = before.get(role, now)
+            if None not in (had["weights"], now["weights"]) and had["weights"] != now["weights"]:
+                raise CheckpointError(
+                    f"{self._folder.path} was started with other weights of the {role} in "
+                    f"{now['path']}.\nPut those back to continue it, or give another hydra.run.dir "
+                    "to start anew."
+                )
+
+    def record_models(self) -> None:
+        """Writes what `check_models` found."""
+        if self._models:
+            write_json_atomic(self._folder.model, self._models)
+
     def check_data(
         self, continues: bool, recorded: Sequence[Demonstration] | None = None
     ) -> str | None:
@@ -138,13 +182,14 @@ class RunState:
             changed = [
                 _change(name, before.get(name), now.get(name))
                 for name in sorted({*before, *now})
-                if before.get(name) != now.get(name)
+                if _differ(before.get(name), now.get(name))
             ]
             if changed:
                 raise CheckpointError(
                     f"{self._folder.path} was started with other rows: {'; '.join(changed)}.\n"
                     "Give the same rows to continue it, or another hydra.run.dir to start anew."
                 )
+            write_json_atomic(self._folder.data, now)  # with what an earlier version left out
             return None
         write_json_atomic(self._folder.data, now)
         if not continues:
@@ -159,13 +204,19 @@ class RunState:
         report = self._folder.data_report
         found = self._read(report) if report.is_file() else {}
         now = {
-            split: {"rows": told["usable"], "sha256": told["sha256"]}
+            split: {
+                "rows": told["usable"],
+                **{key: told[key] for key in ("sha256", "pictures_sha256") if key in told},
+            }
             for split, told in found.items()
             if split.rpartition("/")[2] in self._config.splits
         }
         if recorded is not None:
-            digest = demonstrations_digest(recorded)
-            now["demonstrations"] = {"rows": len(recorded), "sha256": digest}
+            now["demonstrations"] = {
+                "rows": len(recorded),
+                "sha256": demonstrations_digest(recorded),
+                "pictures_sha256": demonstrations_pictures_digest(recorded),
+            }
         return now
 
     @staticmethod
@@ -192,8 +243,17 @@ class RunState:
         return summary
 
 
+def _differ(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
+    """Whether rows differ; an earlier version did not record their pictures."""
+    if before is None or now is None:
+        return before is not now
+    return {**now, **before} != now
+
+
 def _change(name: str, before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> str:
     """Says how the rows of a split, or the demonstrations, have changed."""
     had, has = (0 if each is None else each["rows"] for each in (before, now))
     what = "demonstrations" if name == "demonstrations" else f"rows of data.{name}"
+    if before is not None and now is not None and before["sha256"] == now["sha256"]:
+        return f"{had} {what} with other pictures now"
     return f"{had} {what} then, {has} now" if had != has else f"{had} {what}, but others now"

@@ -94,6 +94,7 @@ class LocalEngine(Engine):
         objective = run_objective(config, saved)
         following = config.model.teacher is not None and config.model.teacher.follow is not None
         config, specs, tasks = prepared(config, objective, self.folder.data_report)
+        self._state.check_models(checkpoint is not None, specs)
         recorded = read_demonstrations(config, objective)
         notes = [
             self._state.check_data(checkpoint is not None, recorded),

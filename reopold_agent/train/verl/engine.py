@@ -104,6 +104,7 @@ class VerlEngine(Engine):
         os.environ.update(_environment(device))  # before anything of verl is imported here
         with_teacher = len(specs) > 1
         student, contexts = self._check_models(specs)
+        self._state.check_models(checkpoint is not None, specs)
         config, tasks = checked_run(config, student, contexts.values(), self.folder.data_report)
         if config.engine.seeded_requests is None:
             engine = replace(config.engine, seeded_requests=device == "cpu")
