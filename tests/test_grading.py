@@ -168,6 +168,31 @@ def test_dates_ordinals_and_ranges_in_texts(gold: str, answer: str, right: bool)
     assert grade(answer, gold, "text").correct == right
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("0.30000000000000004", "0.3", True),
+        ("0.3", "0.30000000000000004", True),
+        ("3", "2.9999999999999996", True),
+        ("\\frac13", "0.33333333333333337", True),
+        ("-434.99999999999994", "-435", True),
+        ("30.000000000000004\\%", "0.3", True),
+        ("9.99999999999998", "10", True),
+        ("6.000000000000001e-05", "6e-5", True),
+        ("0.31", "0.3", False),
+        ("0.3125", "0.3", False),
+        ("0.30000000000001", "0.3", False),
+        ("0.30000000000004000", "0.3", False),
+        ("12345678901234568", "12345678901234567", False),
+        ("5.551115123125783e-17", "0", False),
+    ],
+)
+def test_the_noise_of_binary_floats_is_no_difference(gold: str, answer: str, right: bool) -> None:
+    for kind in ("auto", "number", "math"):
+        verdict = grade(f"\\boxed{{{answer}}}", gold, kind)
+        assert (verdict.correct, verdict.undecided) == (right, False)
+
+
 def test_the_end_of_a_chain_of_equations_is_the_answer() -> None:
     assert grade(r"\boxed{S = \pi r l = 24\pi\ \text{cm}^2}", r"24\pi").correct
     assert not grade(r"\boxed{S = 24\pi = \pi r l}", r"12\pi").correct

@@ -16,6 +16,9 @@ _MOST_EXPONENT = 400
 _SIGNIFICANT = 4
 """A rounded decimal counts as the exact value if it has at least this many significant digits."""
 
+_FLOAT_DIGITS = 10**14
+"""A decimal of at least 15 digits is taken for the print of a binary float."""
+
 _CURRENCY = r"(?:[$€£¥₹₽₩]|(?:us|usd|eur|gbp|rs|inr)\b\.?)"
 _DIGITS = (
     r"(?:[1-9]\d{0,2}(?:,\s?\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:[.,]\d+)?"
@@ -219,6 +222,8 @@ def same_quantity(
             return True
         if count:
             continue
+        if _noise(a, mine.step * left, b) or _noise(b, wanted.step * right, a):
+            return True
         if tolerance is not None and abs(a - b) <= Fraction(tolerance) * abs(b):
             return True
         if precision is not None and (mine.inexact or wanted.inexact):
@@ -242,6 +247,15 @@ def significant_match(exact: Fraction, written: Fraction, step: Fraction) -> boo
     if step <= 0 or abs(exact - written) * 2 > step:
         return False
     return bool(abs(written) >= step * 10 ** (_SIGNIFICANT - 1))
+
+
+def _noise(written: Fraction, step: Fraction, value: Fraction) -> bool:
+    """Returns whether a decimal is another value with a binary float's noise: 0.1 + 0.2 is 0.3.
+
+    It must have decimals, and digits as nobody writes them; 1e-14 is the noise of some operations.
+    """
+    digits = abs(written) / step if 0 < step < 1 else 0
+    return digits >= _FLOAT_DIGITS and abs(written - value) < abs(value) * Fraction(1, 10**14)
 
 
 def _rounds_to(
