@@ -693,6 +693,12 @@ def test_16_bits_become_8_by_division(most: int) -> None:
     assert (shown == np.round(values[0] / 257)[:, None]).all()
 
 
+def test_a_float_tiff_from_0_to_1_is_not_black() -> None:
+    values = np.array([[0, 0.25, 1]], dtype=np.float32)
+    shown = np.asarray(opened(encoded(Image.fromarray(values), "TIFF")))[0]
+    assert shown[:, 0].tolist() == [0, 64, 255]
+
+
 @pytest.mark.parametrize(
     ("image", "expected"),
     [
@@ -700,6 +706,12 @@ def test_16_bits_become_8_by_division(most: int) -> None:
         (Image.new("1", (1, 1), 1), (255, 255, 255)),
         (Image.new("I", (1, 1), 77), (77, 77, 77)),
         (Image.new("F", (1, 1), 77.0), (77, 77, 77)),
+        (Image.new("F", (1, 1), 1.0), (255, 255, 255)),
+        (Image.new("F", (1, 1), 0.5), (128, 128, 128)),
+        (Image.new("F", (1, 1), 0.0), (0, 0, 0)),
+        (Image.new("F", (1, 1), 1.5), (2, 2, 2)),
+        (Image.new("F", (1, 1), 65535.0), (255, 255, 255)),
+        (Image.new("I", (1, 1), 1), (1, 1, 1)),
         (Image.new("I", (1, 1), 65535), (255, 255, 255)),
         (Image.new("I", (1, 1), -5), (0, 0, 0)),
         (Image.new("CMYK", (1, 1), (0, 0, 0, 0)), (255, 255, 255)),

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,6 +167,90 @@ def test_same(gold: str, answer: str) -> None:
 )
 def test_dates_ordinals_and_ranges_in_texts(gold: str, answer: str, right: bool) -> None:
     assert grade(answer, gold, "text").correct == right
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "right"),
+    [
+        ("0.30000000000000004", "0.3", True),
+        ("0.3", "0.30000000000000004", True),
+        ("3", "2.9999999999999996", True),
+        ("\\frac13", "0.33333333333333337", True),
+        ("-434.99999999999994", "-435", True),
+        ("30.000000000000004\\%", "0.3", True),
+        ("9.99999999999998", "10", True),
+        ("6.000000000000001e-05", "6e-5", True),
+        ("0.31", "0.3", False),
+        ("0.3125", "0.3", False),
+        ("0.30000000000001", "0.3", False),
+        ("0.30000000000004000", "0.3", False),
+        ("12345678901234568", "12345678901234567", False),
+        ("5.551115123125783e-17", "0", False),
+    ],
+)
+def test_the_noise_of_binary_floats_is_no_difference(gold: str, answer: str, right: bool) -> None:
+    for kind in ("auto", "number", "math"):
+        verdict = grade(f"\\boxed{{{answer}}}", gold, kind)
+        assert (verdict.correct, verdict.undecided) == (right, False)
+
+
+SAME_UNIT = """
+5 kg | 5 kilograms  ;  20% | 20 percent  ;  5 sq ft | 5 square feet  ;  5 ft^2 | 5 sq. ft.
+3 p.m. | 3 PM  ;  25 °C | 25 degrees Celsius  ;  25 °F | 25 fahrenheit
+60 mph | 60 miles per hour
+60 km/h | 60 kph  ;  10 m/s | 10\\text{ m s}^{-1}  ;  $10 | 10 dollars  ;  £10 | 10 pounds
+US$10 | $10  ;  10 USD | $10  ;  10€ | 10 euros  ;  ¥10 | 10 yen
+40 years | 40 years old  ;  5 Gigabytes | 5 GB  ;  15 Mar | 15 March  ;  3 people | 3 persons
+5 boxes | 5 box  ;  5 m. | 5 meters
+5 lakh | 500,000  ;  2 crore | 20,000,000  ;  Rs. 5 lakh | 500000
+$1.5M | 1,500,000  ;  5K | 5000  ;  1.5B | 1.5 billion  ;  $1.5M | \\$1.5\\text{ million}
+2 dozen eggs | 24 eggs  ;  $5 million | 5,000,000
+three quarters | 3/4  ;  two-thirds | \\frac{2}{3}  ;  4 to 1 | 4:1  ;  £10 | 10  ;  300 K | 300
+500 BC | 500  ;  20% increase | 20%  ;  25°C | 25  ;  100 mph | 100  ;  5 GB | 5 GB.
+"""
+OTHER_UNIT = """
+15 March | 15 April  ;  3 PM | 3 AM  ;  500 BC | 500 AD  ;  20% increase | 20% decrease
+25°F | 25°C  ;  100 mph | 100 km/h  ;  £10 | $10  ;  10€ | 10 dollars  ;  5 GB | 5 MB
+5 km | 5 km/h  ;  5 ms | 5 m  ;  5 light years | 5 years  ;  $10 per hour | $10 per day
+20% of the pie | 20 pies  ;  three dogs | 3 cats  ;  £5M | $5M  ;  5 apples | 5 red apples
+"""
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(SAME_UNIT))
+def test_a_unit_in_other_words_or_on_one_side_only(gold: str, answer: str) -> None:
+    verdict = grade(f"\\boxed{{{answer}}}", gold)
+    assert verdict.correct, verdict
+    if not gold[0].isalpha():
+        assert grade(f"\\boxed{{{gold}}}", answer).correct
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs(OTHER_UNIT))
+def test_a_number_beside_other_words_is_left_to_a_judge(gold: str, answer: str) -> None:
+    for kind, (one, other) in itertools.product(("auto", "text"), [(gold, answer), (answer, gold)]):
+        verdict = grade(f"\\boxed{{{one}}}", other, kind)
+        assert (verdict.correct, verdict.undecided) == (False, True), (kind, verdict)
+    more = re.sub(r"\d", lambda match: str((int(match[0]) + 1) % 10), answer)
+    if more != answer:
+        verdict = grade(f"\\boxed{{{more}}}", gold)
+        assert (verdict.correct, verdict.undecided) == (False, False), verdict
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("5 lakh", "5 crore"),
+        ("5 kg", "5 m"),
+        ("5 kg", "x = 5 m"),
+        ("36\\pi kg", "36\\pi cm"),
+        ("2ab", "2cd"),
+        ("$5", "$5K"),
+        ("4:1", "5 to 1"),
+        ("1,600,000", "$1.5M"),
+    ],
+)
+def test_another_unit_scale_or_product_is_wrong(gold: str, answer: str) -> None:
+    verdict = grade(f"\\boxed{{{answer}}}", gold)
+    assert (verdict.correct, verdict.undecided) == (False, False), verdict
 
 
 def test_the_end_of_a_chain_of_equations_is_the_answer() -> None:

@@ -283,6 +283,21 @@ def test_tsv_files(tmp_path: Path) -> None:
         load(tmp_path, limit=9)
 
 
+def test_narrow_floats_of_parquet_are_the_decimals_that_were_written(tmp_path: Path) -> None:
+    for width, kind in ((np.float32, pa.float32()), (np.float16, pa.float16())):
+        written = [0.1, 23.7, 3.14, 3.0, None]
+        values = [each if each is None else width(each) for each in written]
+        scores = [{"scores": [value]} for value in values]
+        nested = pa.array(scores, pa.struct([("scores", pa.list_(kind))]))
+        table = {"question": ["?"] * 5, "answer": pa.array(values, kind), "nested": nested}
+        pq.write_table(pa.table(table), tmp_path / "a.parquet")
+        rows_read = list(rows.read_rows(tmp_path / "a.parquet"))
+        assert [row["answer"] for row in rows_read] == written
+        assert [row["nested"]["scores"] for row in rows_read] == [[each] for each in written]
+    answers = [task.answers[0] for task in load(tmp_path, on_bad_row="skip")]
+    assert answers == ["0.1", "23.7", "3.14", "3"]
+
+
 def test_a_parquet_file_with_broken_text_says_how_far_it_was_read(tmp_path: Path) -> None:
     texts = pa.array([b"fine"] * 300 + [b"\xff\xfe"]).cast(pa.binary()).view(pa.string())
     table = pa.table({"question": texts, "answer": pa.array(["1"] * 301)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -247,8 +248,36 @@ def test_held_out_tasks_that_are_training_tasks_are_warned_of(
     if common:
         assert told is not None
         assert told.startswith(f"warning: {common} of {len(splits[own])} held-out tasks are train")
+        assert told.endswith("Give data.eval other rows.")  # 2 % of these would be none
     else:
         assert told is None
+
+
+def test_a_large_file_can_be_split_as_the_warning_says(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "problem": f"{n} + 1?", "answer": str(n + 1)} for n in range(500)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*MATH, f"data.train.path={file}", f"data.eval.path={file}", "evaluation.tasks=2"]
+    checked(composed(*words)[0], tmp_path / "report.json")
+    told = leak_note(tmp_path / "report.json")
+    assert told is not None
+    advice = told.rstrip(".").split(": ")[-1].split()
+    assert advice == ["++data.train.part=train", "++data.eval.part=held_out"]
+    checked(composed(*words, *advice)[0], tmp_path / "report.json")
+    assert leak_note(tmp_path / "report.json") is None
+
+
+def test_a_part_without_rows_is_not_called_an_empty_file(tmp_path: Path) -> None:
+    rows = [{"id": str(n), "problem": f"{n} + 1?", "answer": str(n + 1)} for n in range(16)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*MATH, f"data.train.path={file}", f"data.eval.path={file}", "evaluation.tasks=2"]
+    words += ["++data.train.part=train", "++data.eval.part=held_out"]
+    with pytest.raises(BadRowsError, match="none of its 16 rows falls into part=held_out") as told:
+        checked(composed(*words)[0], tmp_path / "report.json")
+    assert "empty" not in str(told.value)
+    words += re.findall(r"\+\+data\S+share=[\d.]+", str(told.value))
+    checked(composed(*words)[0], tmp_path / "report.json")
 
 
 def test_pictures_that_are_asked_the_same_are_other_tasks() -> None:

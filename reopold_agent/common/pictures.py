@@ -64,13 +64,16 @@ def _formats() -> tuple[str, ...]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to 8-bit RGB: transparency becomes white, 16 bits are scaled to 8."""
+    """Converts to 8-bit RGB: transparency becomes white; 16 bits, and floats to 1, are scaled."""
     if image.mode.startswith("I") or image.mode == "F":
         values: Any = np.asarray(image).astype(np.float32)
         np.nan_to_num(values, copy=False)
         # Modes "I" and "F" do not say how many bits are used; "I;16" does.
-        deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
-        top = 65535.0 if deep else 255.0
+        most = values.max(initial=0)
+        deep = image.mode.startswith("I;16") or most > 255
+        # Floats that are all from 0 to 1 are shares of white, as scientific programs write them.
+        share = image.mode == "F" and most <= 1 and values.min(initial=0) >= 0
+        top = 65535.0 if deep else 1.0 if share else 255.0
         values = values.clip(0, top, out=values) * (255 / top)
         image = Image.fromarray(values.round(out=values).astype(np.uint8))
     if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:

@@ -178,8 +178,23 @@ def _rows(
 
         unread = [column for column in without if column not in (solution, teacher)]
         rows = labelled_rows(find_row_files(root, split), report, unread)
-        rows = (each for each in rows if in_part(each[1], part, held_out_share))
-        tasks = _read_tasks(rows, task_of, limit, chosen, report)
+        others = 0
+
+        def wanted(labelled: tuple[str, Row]) -> bool:
+            nonlocal others
+            inside = in_part(labelled[1], part, held_out_share)
+            others += not inside
+            return inside
+
+        tasks = _read_tasks(filter(wanted, rows), task_of, limit, chosen, report)
+        if others and not report.rows:
+            raise BadRowsError(
+                f"no usable rows in {root}: none of its {others} rows falls into part={part} "
+                f"(held_out_share={held_out_share}, by a hash of each row).\nUse a larger file, a "
+                "larger share (++data.train.held_out_share=0.2 ++data.eval.held_out_share=0.2), or "
+                "give data.eval a file of its own, with part=null.",
+                report,
+            )
         _check_report(report, on_bad_row, chosen)
         return CheckedTasks(tasks, report)
 

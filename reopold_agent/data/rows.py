@@ -9,6 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from reopold_agent.data.checks import RowError
 from reopold_agent.errors import DataError, MissingExtraError
 
@@ -245,11 +247,41 @@ def _parquet_rows(file: Path, without: Collection[str]) -> Iterator[dict[str, An
         columns = [name for name in table.schema_arrow.names if name not in without]
         for batch in table.iter_batches(batch_size=256, columns=columns):
             rows = batch.to_pylist()
+            for field in batch.schema:
+                if _is_narrow(field.type):
+                    for row in rows:
+                        row[field.name] = _shortest(row[field.name], field.type)
             yield from rows
             read += len(rows)
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         where = f" after row {read - 1}" if read else ""
         raise DataError(f"cannot read {file}{where}: {error}") from error
+
+
+def _is_narrow(kind: Any) -> bool:
+    """Returns whether a type of parquet is, or holds, floats of less than 64 bits."""
+    if kind.num_fields:
+        return any(_is_narrow(kind.field(i).type) for i in range(kind.num_fields))
+    return str(kind) in _NARROW
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    """Returns a value with its narrow floats as their shortest decimals: 0.1 as float32 is 0.1.
+
+    Read as 64 bits, as pyarrow does, it would be 0.10000000149011612, which nobody wrote.
+    """
+    if value is None or not _is_narrow(kind):
+        return value
+    if isinstance(value, dict):
+        return {name: _shortest(each, kind.field(name).type) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_shortest(each, kind.field(0).type) for each in value]
+    if isinstance(value, tuple):  # an entry of a map
+        return tuple(_shortest(each, kind.field(i).type) for i, each in enumerate(value))
+    return float(str(_NARROW[str(kind)](value)))
+
+
+_NARROW = {"halffloat": np.float16, "float": np.float32}
 
 
 def _tsv_rows(file: Path) -> Iterator[dict[str, Any]]:

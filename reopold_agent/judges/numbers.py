@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 
-from reopold_agent.judges.text import latex_plain, trim
-from reopold_agent.judges.units import dimension_of, is_unit
+from reopold_agent.judges.text import latex_plain, trim, undelimited
+from reopold_agent.judges.units import dimension_of, is_unit, same_unit
 
 _MOST_DIGITS = 200
 _MOST_EXPONENT = 400
 _SIGNIFICANT = 4
 """A rounded decimal counts as the exact value if it has at least this many significant digits."""
 
-_CURRENCY = r"(?:[$€£¥₹₽₩]|(?:us|usd|eur|gbp|rs|inr)\b\.?)"
+_FLOAT_DIGITS = 10**14
+"""A decimal of at least 15 digits is taken for the print of a binary float."""
+
+_CURRENCY = r"(?:(?:us\s?)?\$|[€£¥₹₽₩]|(?:us|usd|eur|gbp|rs|inr)\b\.?)"
 _DIGITS = (
     r"(?:[1-9]\d{0,2}(?:,\s?\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:[.,]\d+)?"
     r"|\d+,\d{2}(?!\d)|\d+,\d{4,}|\d+(?:\.\d*)?|\.\d+)"
@@ -61,6 +64,7 @@ _FRACTION = re.compile(rf"([-+]?)\s*(\d+\s*|\d+\s+)?\\frac\s*{_PART}\s*{_PART}")
 _SLASH = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?([-+]?\d+(?:\.\d*)?)\s*/\s*(\d+(?:\.\d*)?)(?![\d.])")
 _PERCENT = re.compile(r"\s*(?:%|percent(?:age)?s?\b|pct\b|per cent\b)", re.IGNORECASE)
 _UNIT = re.compile(r"[a-zµμΩ°'\"][\w\s.,/^{}°µμΩ·*()$-]*", re.IGNORECASE)
+_ABBREVIATION = re.compile(r"\b([a-z])\.([a-z])\b\.?", re.IGNORECASE)
 _TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\s*\.?\s*m\b\.?)?", re.IGNORECASE)
 
 _ONES = (
@@ -76,10 +80,17 @@ _SCALES = {
     "dozen": 12,
     "hundred": 100,
     "thousand": 10**3,
+    "lakh": 10**5,
     "million": 10**6,
+    "crore": 10**7,
     "billion": 10**9,
     "trillion": 10**12,
 }
+
+_SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
+_LETTERS = {"k": "thousand", "m": "million", "b": "billion", "t": "trillion"}
+_SCALE_LETTER = re.compile(r"\s*([kt]|[mbt]n?)\b", re.IGNORECASE)
+_WITH_LETTER = re.compile(r"(\W*\d[\d.,]*)\s*(k|K|M|mn|Mn|B|bn|Bn)")
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class Quantity:
         inexact: written as a decimal or with a power of ten, so it may be rounded.
         step: value of one unit in the last digit.
         percent: whether a percent sign or word follows.
-        unit: normalised text after the number; may be empty.
+        unit: currency and normalised text after the number; may be empty.
         glued: letters follow without a space ("10m"), which in mathematics is a product.
     """
 
@@ -110,7 +121,7 @@ def parse_quantity(text: str) -> Quantity | None:
         return None
     text = _CHINESE.sub(_chinese_digits, text)
     text = _PARTS_OF.sub(r"\2/\1", text)
-    text = _DOTTED.sub(r"\\overline{\1\2\3}", _ORDINAL.sub("", text.strip(" $")))
+    text = _DOTTED.sub(r"\\overline{\1\2\3}", _ORDINAL.sub("", undelimited(text)))
     text = marked_ellipsis(_BRACKETED.sub(r".\1\\overline{\2}", text))
     texts = "text" in text or "mbox" in text or "mathrm" in text or "rm" in text
     plain = trim(latex_plain(_spaced_units(text))).replace("~", "")
@@ -167,6 +178,12 @@ def _chinese_digits(match: re.Match[str]) -> str:
     return str(total + part + digit)
 
 
+def with_scale_word(text: str) -> str:
+    """Returns a text with "5M" as "5 million"; other texts as they are."""
+    scale = _WITH_LETTER.fullmatch(text)
+    return f"{scale[1]} {_LETTERS[scale[2][0].lower()]}" if scale else text
+
+
 def number_word(text: str) -> str | None:
     """Returns the only number word in a sentence, else None ("one" may be a pronoun)."""
     words = [word for word in re.findall(r"[a-z]+", text.lower()) if word in _WORDS]
@@ -198,7 +215,7 @@ def same_quantity(
     """Returns whether two numbers are the same answer.
 
     A percentage equals both its fraction (10% = 0.1) and the bare number (10% = 10, the answer to
-    "by how many percent"). Different units make a difference only if both are known.
+    "by how many percent"). Words or signs of both sides must mean the same (see `same_unit`).
 
     Args:
         mine: the response's number.
@@ -207,7 +224,7 @@ def same_quantity(
         precision: decimals to round to before comparing, if the benchmark defines them.
         count: compare exactly.
     """
-    if not _units_agree(mine.unit, wanted.unit):
+    if not _units_agree(mine, wanted):
         return False
     scales = [(Fraction(1), Fraction(1))]
     if mine.percent != wanted.percent:
@@ -219,6 +236,8 @@ def same_quantity(
             return True
         if count:
             continue
+        if _noise(a, mine.step * left, b) or _noise(b, wanted.step * right, a):
+            return True
         if tolerance is not None and abs(a - b) <= Fraction(tolerance) * abs(b):
             return True
         if precision is not None and (mine.inexact or wanted.inexact):
@@ -244,6 +263,15 @@ def significant_match(exact: Fraction, written: Fraction, step: Fraction) -> boo
     return bool(abs(written) >= step * 10 ** (_SIGNIFICANT - 1))
 
 
+def _noise(written: Fraction, step: Fraction, value: Fraction) -> bool:
+    """Returns whether a decimal is another value with a binary float's noise: 0.1 + 0.2 is 0.3.
+
+    It must have decimals, and digits as nobody writes them; 1e-14 is the noise of some operations.
+    """
+    digits = abs(written) / step if 0 < step < 1 else 0
+    return digits >= _FLOAT_DIGITS and abs(written - value) < abs(value) * Fraction(1, 10**14)
+
+
 def _rounds_to(
     a: Fraction, mine: Quantity, left: Fraction, b: Fraction, wanted: Quantity, right: Fraction
 ) -> bool:
@@ -261,9 +289,15 @@ def _whole(quantity: Quantity) -> bool:
     return not quantity.inexact and quantity.value.denominator == 1
 
 
-def _units_agree(mine: str, wanted: str) -> bool:
-    first, second = dimension_of(mine), dimension_of(wanted)
-    return first is None or second is None or first == second
+def same_but_for_words(mine: Quantity, wanted: Quantity, *, tolerance: float | None = None) -> bool:
+    """Returns whether only words or signs differ, which may mean the same: "5 h", "5 Std."."""
+    bare, other = (replace(each, unit="") for each in (mine, wanted))
+    return _units_agree(mine, wanted) is None and same_quantity(bare, other, tolerance=tolerance)
+
+
+def _units_agree(mine: Quantity, wanted: Quantity) -> bool | None:
+    first, second = ("%" * each.percent + " " + each.unit for each in (mine, wanted))
+    return same_unit(first.strip(), second.strip())
 
 
 def _spaced_units(text: str) -> str:
@@ -299,7 +333,8 @@ def _read_number(plain: str) -> tuple[Quantity, str] | None:
     sign = -1 if "-" in (match[1] + match[3]) else 1
     scientific = match[5] is not None or match[6] is not None or match[7] is not None
     rest = plain[match.end() :]
-    unit = "dollar" if match[2] == "$" else ""
+    unit = (match[2] or "").lower().strip(".")
+    unit = "dollar" if "$" in unit else unit
     return Quantity(sign * value * scale, inexact or scientific, step * scale, unit=unit), rest
 
 
@@ -368,16 +403,21 @@ def _with_unit(quantity: Quantity, rest: str, texts: bool) -> Quantity | None:
     percent = False
     if quantity.value.denominator == 1:
         rest = re.sub(r"^(?:st|nd|rd|th)\b", "", rest)
-    scale = re.match(r"\s*(hundred|thousand|million|billion|trillion)\b", rest, re.IGNORECASE)
-    if scale is not None:
-        factor = _SCALES[scale[1].lower()]
-        value, step, rest = value * factor, step * factor, rest[scale.end() :]
+    scale = _SCALE_LETTER.match(rest) if quantity.unit else None
+    while scale := scale or _SCALE.match(rest):
+        word = scale[1].lower()
+        factor = _SCALES[_LETTERS.get(word[0], "") if len(word) < 3 else word]
+        value, step, rest, scale = value * factor, step * factor, rest[scale.end() :], None
     mark = _PERCENT.match(rest)
     if mark is not None:
         percent, rest = True, rest[mark.end() :]
-    unit = rest.strip(" .$€£¥₹")
+    currency = quantity.unit
+    after = re.match(r"\s*([$€£¥₹₽₩¢])", rest)
+    if after is not None:
+        currency, rest = currency or after[1].replace("$", "dollar"), rest[after.end() :]
+    unit = _ABBREVIATION.sub(r"\1\2", rest.strip(" .$€£¥₹"))
     if not unit:
-        return Quantity(value, inexact, step, percent, quantity.unit)
+        return Quantity(value, inexact, step, percent, currency)
     if not _UNIT.fullmatch(unit):
         return None
     # "10m" is a product; "10weeks" must be a word, and "10 m" or "10\text{m}" has a unit.
@@ -386,7 +426,7 @@ def _with_unit(quantity: Quantity, rest: str, texts: bool) -> Quantity | None:
         glued = False  # a word, "m2", or "cm": nobody writes them for a product
     if not is_unit(unit):
         return None
-    return Quantity(value, inexact, step, percent, unit, glued)
+    return Quantity(value, inexact, step, percent, f"{currency} {unit}".strip(), glued)
 
 
 def _long_unit(unit: str) -> bool:

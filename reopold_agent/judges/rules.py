@@ -10,10 +10,11 @@ the reference ("a reference in prose") is not of a form that the rules for its k
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from fractions import Fraction
 
 from reopold_agent.errors import ConfigError
@@ -27,6 +28,7 @@ from reopold_agent.judges import (
     numbers,
     sets,
     text,
+    units,
     vectors,
 )
 from reopold_agent.judges.boxed import boxed_answer, extract_boxed, open_box
@@ -83,6 +85,15 @@ _UNIT_AFTER = re.compile(
     r"(?<=[\w})])\s*(?:\s|\\,|\\(?:text|mathrm)\s*\{\s*)(?:(?:square|sq\.?|cubic)\s+)?(?:mm|cm|dm|km|m|in|ft|yd"
     r"|inch(?:es)?|feet|met(?:er|re)s?|centimet(?:er|re)s?|units?)\}?\s*(?:\^\s*\{?[23]\}?|[²³])?\s*\$?\s*\Z"
 )
+_LAST_UNIT = re.compile(
+    r"(?<=[\w})])\s+((?:(?:square|sq\.?|cubic)\s+)?[A-Za-z]{2,}(?:\s*\^\s*\{?[23]\}?)?)\W*\Z"
+)
+_TO = re.compile(r"(\d+)\s+to\s+(\d+)")
+""" "4 to 1" is a ratio beside "4:1"."""
+
+_PARTS = {"half": 2, "halve": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6}
+_PARTS |= {"seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
+_FRACTION_WORDS = re.compile(rf"(?:(\w+)[\s-]+)?({'|'.join(_PARTS)})s?", re.IGNORECASE)
 _WIDE_UNIT = re.compile(r"(.*[\d})])\s*\$?\s*([\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3]{1,6})\$?")
 _COUNT_WORDS = {
     "couple": "2",
@@ -119,8 +130,6 @@ _JUDGED = re.compile(
     r"(true|false|correct|incorrect|right|wrong)\b\W*\Z",
     re.IGNORECASE,
 )
-_SCALES = {"k": "thousand", "m": "million", "b": "billion"}
-
 _MATHEMATICAL = re.compile(
     r"\\[a-zA-Z]|[\d^_=<>+*/|≤≥∞√π°]|^\W*[a-zA-Z]\W*$|[a-zA-Z]\s*\(|^\W*-"
     r"|(?<![a-zA-Z])[a-zA-Z]\s*-\s*[a-zA-Z](?![a-zA-Z])"
@@ -142,7 +151,7 @@ _LITERAL = re.compile(
 capitals or words."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Rules:
     """How answers are compared.
 
@@ -155,8 +164,8 @@ class Rules:
 
     kind: str = "auto"
     tolerance: float | None = None
-    options: Mapping[str, str] = field(default_factory=dict)
-    math: math.MathOptions = field(default_factory=math.MathOptions)
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    math: math.MathOptions = dataclasses.field(default_factory=math.MathOptions)
 
 
 def grade(
@@ -286,6 +295,8 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
     if any(all(map(pattern.fullmatch, meant)) for pattern in _SAME_MEANING):
         return "text"
     answer, expected = _without_wide_units(answer, expected)
+    if _units_differ(answer, expected):
+        return None
     answer, expected = _aligned(answer, expected)
     decided = _numbers(answer, expected, kind, rules)
     if decided is not None:
@@ -374,8 +385,7 @@ def _short_text(answer: str) -> str:
     plain = _ORDINAL_WORD.sub(lambda match: _ORDINALS[match.group().lower()], plain)
     plain = re.sub(r"\A(\d[\d,.]*\s*-\s*\d[\d,.]*)\s+[A-Za-z]+\Z", r"\1", plain)  # a range's unit
     plain = re.sub(r"^(\d{1,2})\s*(?=[ap]\.?m\.?$)", r"\1:00 ", plain, flags=re.IGNORECASE)
-    scale = re.fullmatch(r"(\W*\d[\d.,]*)\s*(k|K|M|mn|Mn|B|bn|Bn)", plain)
-    return f"{scale[1]} {_SCALES[scale[2][0].lower()]}" if scale else plain
+    return numbers.with_scale_word(plain)
 
 
 def _numbers(answer: str, expected: str, kind: str, rules: Rules) -> bool | None:
@@ -383,23 +393,41 @@ def _numbers(answer: str, expected: str, kind: str, rules: Rules) -> bool | None
     wanted, mine = _quantity(expected), _quantity(answer) or _restated(answer)
     if mine is None and kind == "count":
         mine = _count_in_words(answer)
-    if wanted is None or mine is None:
-        times = numbers.parse_time(answer), numbers.parse_time(expected)
-        if times[0] is not None and times[1] is not None and (times[0][1] or times[1][1]):
-            return times[0][0] == times[1][0]
-        return None
-    if rules.kind in ("auto", "math"):
-        if rules.math.strict and sets.names_differ(answer, expected):
-            return False
-        if _product(mine, wanted):
-            return False
-    return numbers.same_quantity(
-        mine,
-        wanted,
-        tolerance=rules.tolerance,
-        precision=rules.math.precision,
-        count=kind == "count",
-    )
+    symbols = rules.kind in ("auto", "math")
+    if mine and wanted and symbols and rules.math.strict and sets.names_differ(answer, expected):
+        return False
+    if mine and wanted and mine.glued and sorted(mine.unit) == sorted(wanted.unit):
+        mine = dataclasses.replace(mine, unit=wanted.unit)  # "2ab" is "2ba"
+    for each, other in itertools.product(_readings(mine, answer), _readings(wanted, expected)):
+        if not (symbols and _product(each, other)) and numbers.same_quantity(
+            each,
+            other,
+            tolerance=rules.tolerance,
+            precision=rules.math.precision,
+            count=kind == "count",
+        ):
+            return True
+    if mine and wanted:
+        letters = (mine.glued or wanted.glued) and mine.unit and wanted.unit
+        return None if symbols and letters else False  # "2aab" may be "2a^2b"
+    times = numbers.parse_time(answer), numbers.parse_time(expected)
+    if times[0] is not None and times[1] is not None and (times[0][1] or times[1][1]):
+        return times[0][0] == times[1][0]
+    return None
+
+
+def _readings(first: numbers.Quantity | None, answer: str) -> list[numbers.Quantity]:
+    """Returns a quantity and what else its text may mean: "5K" is 5000, "three quarters" 3/4."""
+    plain = text.latex_plain(text.undelimited(answer))
+    scaled = numbers.with_scale_word(plain)
+    found = [first, None if scaled == plain else numbers.parse_quantity(text.undelimited(scaled))]
+    parts = _FRACTION_WORDS.fullmatch(text.trim(plain))
+    if parts is not None:
+        word = (parts[1] or ("a" if parts[2].lower() == "half" else "")).lower()
+        over = numbers.parse_quantity("one" if word == "a" else word)
+        if over is not None:
+            found.append(numbers.Quantity(over.value / _PARTS[parts[2].lower()]))
+    return [each for each in found if each is not None]
 
 
 def _quantity(answer: str) -> numbers.Quantity | None:
@@ -417,14 +445,32 @@ def _without_wide_units(answer: str, expected: str) -> tuple[str, str]:
     return first, second
 
 
+def _units_differ(answer: str, expected: str) -> bool:
+    """Returns whether two expressions, such as "36\\pi cm", end with different simple units."""
+    if _quantity(answer) is not None or _quantity(expected) is not None:
+        return False
+    found = [_LAST_UNIT.search(text.latex_plain(each)) for each in (answer, expected)]
+    known = {units.dimension_of(match[1]) if match else None for match in found}
+    return len(known) == 2 and None not in known
+
+
 def _aligned(answer: str, expected: str) -> tuple[str, str]:
     """Unifies what the sides may write differently: "5 = x", "y =", "f(x) =", a unit's place."""
-    answer, expected = (_TURNED.sub(r"\2 = \1", each.strip(" $")) for each in (answer, expected))
+    answer, expected = (
+        _TURNED.sub(r"\2 = \1", text.undelimited(each)) for each in (answer, expected)
+    )
+    for pair in ((answer, expected), (expected, answer)):
+        if re.search(r"\d\s*:\s*\d", pair[0]) and _TO.fullmatch(pair[1].strip()):
+            answer, expected = (_TO.sub(r"\1:\2", each) for each in (answer, expected))
     answer = re.sub(r"\A(?:\\approx(?![a-z])|≈)\s*", "", answer)
     names = [_FUNCTION_OF.match(each) for each in (answer, expected)]
     if all(names) and {bool(name[1]) for name in names if name} == {True, False}:
         answer, expected = (_FUNCTION_OF.sub("", each) for each in (answer, expected))
-    if _UNIT_AFTER.search(answer) and not _UNIT_AFTER.search(expected):
+    if (
+        _UNIT_AFTER.search(answer)
+        and not _UNIT_AFTER.search(expected)
+        and _quantity(answer) is None
+    ):
         answer = _UNIT_AFTER.sub("", text.latex_plain(answer))
     return answer, expected
 
@@ -677,10 +723,18 @@ def _undecided(
     sentence = prose or not answer or (_VALUES & set(kinds) and extract.is_prose(answer))
     if not chosen and not counted and sentence:
         return "the answer is a sentence, which may be right in other words"
+    mine = None if chosen else _quantity(answer)
+    for each in expected:
+        other = _quantity(each)
+        if not mine or not other or (mine.glued and other.glued):
+            continue
+        if numbers.same_but_for_words(mine, other, tolerance=rules.tolerance):
+            return _UNIT
     read = [_readable(answer, *each, rules) for each in zip(expected, kinds, strict=True)]
     return "" if any(read) else _UNREAD
 
 
+_UNIT = "the number is the same, but the words or signs beside it may mean something else"
 _COMMA = "its comma may be a decimal point, or may stand between two numbers"
 _UNREAD = "the answer is not in a form that the rules for its kind read"
 _SYMBOLS = ("GREEK", "MICRO", "DOUBLE-STRUCK", "SCRIPT", "MATHEMATICAL")

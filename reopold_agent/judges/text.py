@@ -79,6 +79,17 @@ def latex_plain(text: str) -> str:
     return " ".join(text.split())
 
 
+def undelimited(text: str) -> str:
+    """Removes spaces and "$" around mathematics; one "$" beside a number is a currency sign."""
+    text = text.strip()
+    if text.count("$") == 1:
+        if "\\$" in text:
+            return text
+        if re.fullmatch(r"\$\s*[-+]?[\d.,]+(?:\s*[a-z]+)?|[-+]?[\d.,]+\s*\$", text, re.IGNORECASE):
+            return text.replace("$", "\\$")
+    return text.strip(" $")
+
+
 def plain_text(text: str) -> str:
     """Returns a text without LaTeX: "\\$40\\%" is "$40%", "\\text{Red}" is "Red"."""
     if "\\" not in text and text.count("$") != 2:
@@ -139,9 +150,17 @@ def same_text(answer: str, expected: str) -> bool:
     mine, wanted = normal(answer), normal(expected)
     if mine == wanted:
         return bool(mine)
+    if len({sign for sign in map(_currency, (answer, expected)) if sign}) > 1:
+        return False
     mine, wanted = words_only(answer), words_only(expected)
     same = mine == wanted and bool(re.search(r"\w", mine))
     return same and not _signs_differ(normal(answer), normal(expected))
+
+
+def _currency(text: str) -> str:
+    """Returns the currency signs in a text; two "$" are delimiters of mathematics."""
+    found = "".join(sorted({sign for sign in text if sign in "€£¥₹₽₩"}))
+    return found or "$" * (text.count("$") == 1)
 
 
 def joined(text: str) -> str:

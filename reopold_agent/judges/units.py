@@ -1,4 +1,4 @@
-"""Recognises units after numbers, and their dimension."""
+"""Recognises units after numbers, and compares them."""
 
 from __future__ import annotations
 
@@ -29,14 +29,40 @@ _KNOWN = {
     "deg": "° deg degree",
     "rad": "rad radian",
     "cent": "cent",
-    "dollar": "dollar buck usd",
+    "dollar": "dollar buck usd us",
     "n": "newton",
     "j": "j joule",
     "w": "watt",
     "mph": "mph",
 }
+_SYNONYMS = {
+    "celsius": "° deg degree centigrade c", "fahrenheit": "° deg degree f", "kelvin": "k",
+    "£": "gbp pound quid", "€": "eur euro", "₹": "rs inr rupee", "₽": "rub ruble rouble",
+    "yen": "¥ jpy", "yuan": "¥ cny rmb", "₩": "krw won", "cent": "¢",
+    "person": "people", "man": "men", "woman": "women", "child": "children kid",
+    "kb": "kilobyte", "mb": "megabyte", "gb": "gigabyte", "tb": "terabyte",
+    "hz": "hertz", "khz": "kilohertz", "mhz": "megahertz", "ghz": "gigahertz",
+    "kw": "kilowatt", "kj": "kilojoule", "v": "volt", "a": "amp ampere", "ohm": "Ω",
+    "pa": "pascal", "kpa": "kilopascal", "mol": "mole", "kcal": "kilocalorie", "cal": "calorie",
+    "oz": "ounce", "gal": "gallon", "ton": "tonne t", "kg": "kilo kilogramme", "g": "gramme",
+    "week": "wk", "month": "mo", "bc": "bce", "ad": "ce",
+    "january": "jan", "february": "feb", "march": "mar", "april": "apr", "june": "jun",
+    "july": "jul", "august": "aug", "september": "sep sept", "october": "oct", "november": "nov",
+    "december": "dec",
+}  # fmt: skip
+"""Other words for what need not be a simple unit."""
+
 _ALIASES = {alias: name for name, aliases in _KNOWN.items() for alias in aliases.split()}
-_AREA = re.compile(r"\b(?:square|sq\.?)\s+([a-z]+)", re.IGNORECASE)
+_MEANINGS: dict[str, set[str]] = {}
+for _names in (_KNOWN, _SYNONYMS):
+    for _name, _aliases in _names.items():
+        for _alias in (_name, *_aliases.split()):
+            _MEANINGS.setdefault(_alias, {_alias}).add(_name)
+_RATES = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h", "mps": "m/s"}
+_RATE = re.compile(rf"\b({'|'.join(_RATES)})\b", re.IGNORECASE)
+_INVERSE = re.compile(r"[\s·*]*\b([a-z]+)\s*\^\s*\{?\s*-(\d)\s*\}?", re.IGNORECASE)
+_TOKEN = re.compile(r"[^\W\d_]+|[$€£¥₹₽₩¢%°/]|\^\s*\{?\s*\d")
+_AREA = re.compile(r"\b(?:square\s+|sq\.?\s*(?!uare))([a-z]+)", re.IGNORECASE)
 _VOLUME = re.compile(r"\b(?:cubic|cu\.?)\s+([a-z]+)", re.IGNORECASE)
 _POWER = re.compile(r"([a-z°]+)\s*(?:\^\s*\{?\s*([23])\s*\}?)?", re.IGNORECASE)
 _WORDS = re.compile(r"[a-zµμΩ]{2,}(?:[\s-][a-z]+){0,4}", re.IGNORECASE)
@@ -73,5 +99,61 @@ def dimension_of(unit: str) -> tuple[str, int] | None:
     if match is None:
         return None
     word = match[1] if match[1] in _ALIASES else match[1].lower()
-    name = _ALIASES.get(word) or _ALIASES.get(word.removesuffix("s"))
+    name = _ALIASES.get(word) or (_ALIASES.get(word.removesuffix("s")) if len(word) > 2 else None)
     return None if name is None else (name, int(match[2] or 1))
+
+
+def same_unit(mine: str, wanted: str) -> bool | None:
+    """Returns whether the words and signs beside two numbers agree; None if this is not certain.
+
+    What only one side has, alone or after what both have ("40 years" and "40 years old"), makes no
+    difference; a power or a "per" does.
+    """
+    first, second = dimension_of(mine), dimension_of(wanted)
+    if first is not None and second is not None:
+        return first == second
+    left, right = _meanings(mine), _meanings(wanted)
+    if not left or not right:
+        return True
+    joined = [re.sub(r"[\s-]", "", unit.lower()) for unit in (mine, wanted)]
+    if joined[0] == joined[1]:
+        return True
+    short, long = sorted((left, right), key=len)
+    if any(not a & b for a, b in zip(short, long, strict=False)):
+        return None
+    more = long[len(short) :]
+    return None if more and more[0] & _CHANGES else True
+
+
+_CHANGES = {"/", "^2", "^3", "^4"}
+
+
+def _meanings(unit: str) -> list[set[str]]:
+    """Returns what each word and sign of a unit may mean."""
+    unit = re.sub(r"(?<=[a-z])\.(?=[a-z])|\\cdot\b|[·*]", "", unit, flags=re.IGNORECASE)
+    unit = _VOLUME.sub(r"\1^3", _AREA.sub(r"\1^2", unit))
+    unit = re.sub(r"\s+squared\b", "^2", re.sub(r"\s+cubed\b", "^3", unit))
+    unit = re.sub(r"(?<=[a-z])([23])\b", r"^\1", _INVERSE.sub(r"/\1^\2", unit))
+    unit = re.sub(r"\bper\b", "/", unit, flags=re.IGNORECASE).replace("^1", "")
+    unit = _RATE.sub(lambda match: _RATES[match[1].lower()], unit)
+    found: list[set[str]] = []
+    for token in _TOKEN.findall(unit):
+        means = _meaning(re.sub(r"[\s{]", "", token))
+        # "degrees Celsius" are "Celsius", and "$5 dollars" are "$5".
+        if found and found[-1] & means:
+            found[-1] = found[-1] & means
+        else:
+            found.append(means)
+    return found
+
+
+def _meaning(word: str) -> set[str]:
+    """Returns the names of a unit, and a word itself in singular and small letters."""
+    lower = word.lower()
+    forms = {lower, *([lower[:-1]] if len(lower) > 3 and lower.endswith("s") else [])}
+    forms |= {lower[:-2]} if len(lower) > 4 and lower.endswith("es") else set()
+    forms |= {lower[:-3] + "y"} if len(lower) > 4 and lower.endswith("ies") else set()
+    forms |= {lower[:-1]} if len(lower) == 3 and lower[:-1] in _MEANINGS else set()
+    if word in _MEANINGS:
+        forms.add(word)
+    return forms.union(*(_MEANINGS.get(form, ()) for form in forms))

@@ -164,6 +164,10 @@ def preflight_note(config: TrainConfig, objective: Objective, resumed: bool) -> 
     return "note: `reopold preflight` with the same words plays 16 episodes before any update."
 
 
+_ENOUGH_TO_SPLIT = 500
+"""Of fewer rows the 2 % that are held out may be none."""
+
+
 def leak_note(report: Path) -> str | None:
     """Warns of held-out tasks that are training tasks; None if there are none.
 
@@ -175,10 +179,12 @@ def leak_note(report: Path) -> str | None:
     if not leaks:
         return None
     common, held_out = (sum(each[k] for each in leaks) for k in ("trained_on", "usable"))
+    enough = max(each["usable"] for each in leaks) >= _ENOUGH_TO_SPLIT
+    share = ", or a share of these: ++data.train.part=train ++data.eval.part=held_out"
     return (
         f"warning: {common:,} of {held_out:,} held-out tasks are training tasks, so that held-out "
-        "success shows what was learned by heart. Give data.eval other rows, or a share of these: "
-        "++data.train.part=train ++data.eval.part=held_out."
+        "success shows what was learned by heart. Give data.eval other rows"
+        f"{share if enough else ''}."
     )
 
 
