@@ -19,6 +19,7 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
+from reopold_agent.common.pictures import to_rgb
 from reopold_agent.common.pixels import ShownSizes, smaller, stated
 from reopold_agent.envs.spaces import Pictures, UnicodeText, as_observation, succeeded
 from reopold_agent.errors import ConfigError, ToolError, suggestion
@@ -317,7 +318,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         task = self._choose_task(options or {})
         self.end_episode()  # before pictures are opened
         task = self.opened(task)
-        images = [_rgb(source.open()) for source in task.images]
+        images = [to_rgb(source.open()) for source in task.images]
         side = task.metadata.get("overview_max_side", self._overview_max_side)
         self._state = EpisodeState(
             task=task,
@@ -693,10 +694,6 @@ def _by_own_name(
 
 def _options(tool: Tool, options: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     return next((options[name] for name in (tool.name, *tool.aliases) if name in options), {})
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _smaller(image: Image.Image, side: int | None) -> Image.Image:
