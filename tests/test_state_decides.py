@@ -19,7 +19,7 @@ from reopold_agent.errors import ConfigError, ToolResultError
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
 from reopold_agent.tools import EpisodeState, Isolation, Tool, ToolResult
-from reopold_agent.types import IMAGE_MARK, Sampling, StopReason, Task, TaskSource
+from reopold_agent.types import IMAGE_MARK, Sampling, StopReason, Task, TaskSource, Trajectory
 
 PIXELS = PixelLimits(56 * 56, 56 * 56)
 
@@ -59,6 +59,23 @@ class Walk(ToolEnv):
 
     def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:
         return -float(state.extra["at"]), state.extra["at"] == 1
+
+
+class Quiz(ToolEnv):
+    """Any answer is right."""
+
+    def load_tasks(self, split: str) -> TaskSource:
+        return [Task("quiz", "What?", ("3",))]
+
+    def reward(self, task: Task, answer: str) -> tuple[float, bool]:
+        return 1.0, True
+
+
+class StrictQuiz(Quiz):
+    """Unless it is cut."""
+
+    def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:
+        return -1.0, False
 
 
 def walk(**settings: Any) -> Walk:
@@ -289,6 +306,39 @@ def test_the_hook_runs_when_the_rollout_ends_an_episode(
     assert trajectory.stop_reason is stop
     assert trajectory.reward == pytest.approx(-0.1 * moved - moved)
     assert trajectory.success is (moved == 1)
+
+
+@pytest.mark.parametrize("limits", [{"max_turn_tokens": 8}, {"max_response_tokens": 8}])
+@pytest.mark.parametrize(("env", "expected"), [(Quiz, (1.0, True)), (StrictQuiz, (-1.0, False))])
+def test_a_cut_turn_is_graded_unless_the_environment_has_the_hook(
+    chat: ChatRenderer,
+    say: Callable[..., list[int]],
+    limits: dict[str, Any],
+    env: type[Quiz],
+    expected: tuple[float, bool],
+) -> None:
+    def played(words: str) -> Trajectory:
+        policy = ScriptedPolicy(lambda request, turn: say(words))
+        pixels = {"prompt_pixels": PIXELS, "observation_pixels": PIXELS}
+        runner = RolloutRunner(env, chat, None, **pixels, limits=RolloutLimits(**limits))
+        return runner.run(policy, specs(1), Sampling(), (1,))[0]
+
+    cut = played("three " * 20)
+    assert cut.stop_reason is StopReason.MAX_TOKENS
+    assert (cut.reward, cut.success) == expected
+    whole = played("three")
+    assert whole.stop_reason is StopReason.ANSWER
+    assert (whole.reward, whole.success) == (1.0, True)
+
+
+def test_a_cut_call_is_a_bad_call_and_the_episode_goes_on() -> None:
+    env = walk()
+    assert take_turn(env, move(1)[:20], "length")[2:4] == (False, False)
+    terminated, truncated, info = take_turn(env, "I am at", "length")[2:]
+    assert (terminated, truncated, info["success"], info["answer"]) == (False, True, False, None)
+    assert info["cut_short"]
+    env.reset(seed=0)
+    assert take_turn(env, "I am at 0")[1:4] == (0.5, True, False)
 
 
 def test_a_trajectory_sums_rewards_and_keeps_the_end(

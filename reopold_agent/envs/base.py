@@ -60,7 +60,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     ``task_id``, ``system_prompt`` and, for a task with earlier turns, ``history``: a list of
     (role, observation). The info of ``step`` holds ``tool_call`` (`ToolCall` or None)
     and, at the end, ``success``, ``answer`` (None unless the student gave one), and ``time_limit``
-    if that ended the episode.
+    or ``cut_short`` if that ended the episode.
 
     Args:
         tools: tools that the student may call, in the order shown; None for the class's default.
@@ -89,6 +89,8 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         tools: the tools as the model is shown them.
         sizes: how the caller resizes the pictures for the model; boxes in pixels, and the sizes in
             texts, are those of the result. `show_as` sets it; by default there is no resize.
+        cut_short: whether a token budget of the caller cut the turn that the next ``step`` gets;
+            `take_turn` sets it.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012  # Gymnasium declares it so
@@ -143,6 +145,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         self.tools = [each.with_options(_options(each, self._tool_options)) for each in self.tools]
         self._schemas = [each.schema() for each in self.tools]
         self.sizes = ShownSizes()
+        self.cut_short = False
         self._max_turns, self._policy = max_turns, tool_call_policy
         self._max_tokens, self._count_tokens = max_response_tokens, count_tokens
         self._tool_seconds = tool_time_limit_s
@@ -263,7 +266,9 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:
         """Returns reward and success of an episode that a budget ends: here 0 and no success.
 
-        Budgets are turns, tokens and the time of tools, of the environment or of its caller.
+        Budgets are turns, tokens and the time of tools, of the environment or of its caller. A turn
+        without a call that a token budget of the caller cut is such an end only where a subclass
+        overrides this; otherwise it is graded, since it may hold an answer (`reward`).
         """
         return 0.0, False
 
@@ -356,12 +361,15 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         state = self._state
         if state is None:
             raise gymnasium.error.ResetNeeded("call reset before step")
+        cut, self.cut_short = self.cut_short, False
         self._turns += 1
         self._tokens += self._count(action)
         if self._over_budget():
             return self._cut_off({"tool_call": None})
         done = self._run_call(action, state)
         if done is None:
+            if cut and type(self).truncation_reward is not ToolEnv.truncation_reward:
+                return self._cut_off({"tool_call": None, "cut_short": True})
             return self._end({"tool_call": None, "answer": action}, self._verdict(action, state))
         call, result = done
         info: dict[str, Any] = {"tool_call": call}
@@ -527,16 +535,23 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
 
 def take_turn(
-    env: gymnasium.Env[Any, Any], turn: str
+    env: gymnasium.Env[Any, Any], turn: str, finish: Literal["stop", "length"] = "stop"
 ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
     """Takes a step; asks the hook of a `ToolEnv` whose episode a wrapper (a time limit) ended.
+
+    Args:
+        env: the environment.
+        turn: the student's.
+        finish: how it ended (`Turn.finish`); "length" says that a token budget cut it.
 
     Raises:
         ValueError: the episode goes on, and what the environment shows is no observation.
     """
+    inner = env.unwrapped
+    if isinstance(inner, ToolEnv):
+        inner.cut_short = finish == "length"
     observation, reward, terminated, truncated, info = env.step(turn)
     ended = terminated or truncated
-    inner = env.unwrapped
     if ended and isinstance(inner, ToolEnv) and inner.episode is not None:
         last, success = inner.truncate()
         reward, info = float(reward) + last, {**info, "success": success}

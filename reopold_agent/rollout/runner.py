@@ -455,9 +455,11 @@ class RolloutRunner:
             episode.success = succeeded(info, episode.reward)
             episode.info = {k: info[k] for k in ("answer", "success", "feedback") if k in info}
             if terminated:
-                # A turn cut by the budget is graded, but it does not count as an answer.
+                # A cut turn may be graded (`ToolEnv.truncation_reward`), but it is no answer.
                 cut = turn.finish == "length"
                 episode.stop = StopReason.MAX_TOKENS if cut else StopReason.ANSWER
+            elif info.get("cut_short"):
+                episode.stop = StopReason.MAX_TOKENS
             elif info.get("time_limit"):
                 episode.stop = StopReason.TIME_LIMIT
             else:
@@ -570,7 +572,7 @@ class RolloutRunner:
         self.stats.sampled_tokens += len(completion.ids)
         text = self.chat.text(completion.ids)
         episode.turns.append(Turn(start, len(episode.ids), text, completion.finish))
-        episode.worker.call(lambda env: take_turn(env, text))
+        episode.worker.call(lambda env: take_turn(env, text, completion.finish))
 
     @staticmethod
     def _trajectory(episode: _Episode) -> Trajectory:
