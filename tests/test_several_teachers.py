@@ -16,6 +16,7 @@ import torch
 from hydra.errors import HydraException
 from running import composed, results, train
 
+from reopold_agent.cli.groups import check_once
 from reopold_agent.cli.messages import explain
 from reopold_agent.config import TeacherConfig, TrainConfig
 from reopold_agent.data import loading
@@ -202,10 +203,21 @@ def test_keys_of_groups_that_are_not_there(
         ("env=pixel_reasoner", NONE, "model.teachers={pixel_reasoner: A}"),
         (THREE, "model.teachers.math={path: A, view: {hint: answer}}"),
         (THREE, "+model.teachers={math: A, default: B}"),
+        (
+            "env=math model=generalist model.teacher=null",
+            "model.teachers=null",
+            "model.teachers={default: A}",
+        ),
+        (
+            "env=math model=generalist model.teacher=null",
+            "model.teachers=null",
+            "+model.teachers={default: A}",
+        ),
     ],
 )
 def test_what_the_messages_advise_can_be_set(words: tuple[str, ...]) -> None:
     first, *others = words
+    check_once(others)
     config, _ = composed(*first.split(), *others)
     assert "A" in {each.path for each in config.model.all_teachers.values()}
 
