@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -21,6 +20,7 @@ from PIL import Image
 
 from reopold_agent.common.pictures import to_rgb
 from reopold_agent.common.pixels import ShownSizes, smaller, stated
+from reopold_agent.envs.checks import checked_source, checked_task, opened_pictures, outcome
 from reopold_agent.envs.spaces import Pictures, UnicodeText, as_observation, succeeded
 from reopold_agent.errors import ConfigError, ToolError, suggestion
 from reopold_agent.judges import JUDGES, Judge, Verdict
@@ -311,9 +311,10 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         """Ends the running episode at a budget of the caller; returns its reward and success."""
         if self._state is None:
             raise gymnasium.error.ResetNeeded("call reset before truncate")
-        outcome = _outcome(self.truncation_reward(self._state.task, self._state))
+        given = self.truncation_reward(self._state.task, self._state)
+        verdict = outcome(given, f"{type(self).__name__}.truncation_reward")
         self.end_episode()
-        return outcome
+        return verdict
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -323,7 +324,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         task = self._choose_task(options or {})
         self.end_episode()  # before pictures are opened
         task = self.opened(task)
-        images = [to_rgb(source.open()) for source in task.images]
+        images = list(map(to_rgb, opened_pictures(task, type(self).__name__)))
         side = task.metadata.get("overview_max_side", self._overview_max_side)
         self._state = EpisodeState(
             task=task,
@@ -439,19 +440,20 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
     def _verdict(self, answer: str, state: EpisodeState) -> tuple[float, bool]:
         positional, named = _state_of(self.reward, state)
-        return _outcome(self.reward(state.task, answer, *positional, **named))
+        given = self.reward(state.task, answer, *positional, **named)
+        return outcome(given, f"{type(self).__name__}.reward")
 
     def _decided(self, result: ToolResult, state: EpisodeState) -> tuple[float, bool]:
         """Returns reward and success of an episode that a tool ends."""
         if result.reward is None:
             return self._verdict("", state)
         success = result.reward > 0 if result.success is None else result.success
-        return _outcome((result.reward, success))
+        return float(result.reward), bool(success)
 
     def _end(
-        self, info: dict[str, Any], outcome: tuple[float, bool], result: ToolResult | None = None
+        self, info: dict[str, Any], verdict: tuple[float, bool], result: ToolResult | None = None
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        reward, success = outcome
+        reward, success = verdict
         self.end_episode()
         last = Observation(text="", images=())
         if result is not None:  # a game's last picture, say
@@ -513,7 +515,8 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         if split not in ("train", "eval"):
             raise ConfigError(f"split is 'train' or 'eval', got '{split}'")
         if split not in self._tasks:
-            tasks = self.load_tasks(split, **self._source)
+            given = self.load_tasks(split, **self._source)
+            tasks = checked_source(given, f"{type(self).__name__}.load_tasks('{split}')")
             if not len(tasks):
                 raise ConfigError(f"the split '{split}' has no tasks")
             self._tasks[split] = tasks
@@ -524,14 +527,14 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         if task is not None:
             if not isinstance(task, Task):
                 raise ConfigError(f"options['task'] must be a Task, got {type(task).__name__}")
-            return task
+            return checked_task(task, type(self).__name__)
         tasks = self._split(str(options.get("split", "train")))
         index = options.get("index")
         if index is None:
             index = int(self.np_random.integers(len(tasks)))
         if not 0 <= int(index) < len(tasks):
             raise ConfigError(f"there is no task {index}; the split has {len(tasks)}")
-        return tasks[int(index)]
+        return checked_task(tasks[int(index)], type(self).__name__)
 
 
 def take_turn(
@@ -641,22 +644,6 @@ def _state_of(
             "Define it as reward(self, task, answer) or reward(self, task, answer, state)."
         ) from None
     return arguments
-
-
-def _outcome(given: Any) -> tuple[float, bool]:
-    """Returns the reward and success that an environment's hook returned.
-
-    Raises:
-        ValueError: they are no finite number and truth value.
-    """
-    try:
-        reward, success = given
-        reward = float(reward)
-    except (TypeError, ValueError):
-        reward, success = math.nan, False
-    if not math.isfinite(reward):
-        raise ValueError(f"reward must return (number, whether it is a success), got {given!r}")
-    return reward, bool(success)
 
 
 def _choose(choice: ToolChoice) -> list[Tool]:
