@@ -33,6 +33,13 @@ class ConfigError(ReopoldError, ValueError):
     """A setting is missing, unknown or contradicts another."""
 
 
+class EnvironmentCodeError(ConfigError):
+    """An environment's own code returned what it may not; the message says what to return.
+
+    It ends a run in which no episode of that environment has ended with an answer yet.
+    """
+
+
 class UnknownNameError(ReopoldError, KeyError):
     """A registry has no such name; the message lists the known names and the closest match.
 

@@ -203,6 +203,9 @@ def test_known_options_and_other_words_pass() -> None:
         ("+a={b:{c:1,c:2}}", r"'c' is given twice in \+a=\{b:\{c:1,c:2\}\}\.\nLeave one out"),
         ("model.teachers={math:A,math:B}", r"'math' is given .*\nAn environment has one teacher:"),
         ("model.teachers={math:{path:A,path:B}}", r"'path' is given twice in .*\nLeave one out"),
+        ("model.teachers={a:A} model.teachers=null", "'model.teachers' is given twice"),
+        ("a=null a={b:1} a={b:2}", "'a' is given twice: a={b:1} and a={b:2}"),
+        ("a=null a=1", "'a' is given twice"),
         ("tracking=wandb tracking=[mlflow]", r"Write 'tracking=\[wandb,mlflow\]' for both"),
     ],
 )

@@ -37,6 +37,7 @@ from reopold_agent.config import OptimizerConfig, config_differences
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import (
     CheckpointError,
+    ConfigError,
     ModelError,
     NonFiniteError,
     VocabularyMismatchError,
@@ -991,6 +992,49 @@ def test_missing_files_of_a_folder_are_named(folder: Path, missing: list[str], w
         (folder / name).unlink()
     with pytest.raises(ModelError, match=f"the teacher's folder .*{words}"):
         check_available(ModelSpec(str(folder)), "teacher")
+
+
+def run_as_told(told: str) -> None:
+    """Runs the Python lines of a message, those that are indented."""
+    lines = [line.removeprefix("  ") for line in told.split("\n") if line.startswith("  ")]
+    exec("\n".join(lines), {})
+
+
+def test_weights_in_pickles_are_converted_as_the_message_says(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"lacks weights .*; its \*\.bin are pickles") as caught:
+        check_available(ModelSpec(str(folder)), "teacher")
+    run_as_told(str(caught.value))
+    check_available(ModelSpec(str(folder)), "teacher")
+    assert load_file(folder / "model.safetensors").keys() == weights.keys()
+
+
+def test_an_adapter_is_told_from_a_model_and_merged_as_the_message_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    spec = ModelSpec("demo:arithmetic_student", lora={"r": 2, "target_modules": "all-linear"})
+    adapter = tmp_path / "run" / "checkpoints" / "step-000001" / "model"
+    load_model(spec, "student", CPU).save(adapter)
+    given = ModelSpec(str(adapter))
+    with pytest.raises(ModelError, match=r"holds a LoRA adapter, not a whole model\.\nM") as caught:
+        check_available(given, "student")
+    run_as_told(str(caught.value))
+    check_available(ModelSpec("./DIR"), "student")
+    run = tmp_path / "run"
+    (run / "metrics.jsonl").touch()
+    export = rf"python -m reopold_agent\.train\.export {run} DIR$"
+    with pytest.raises(ModelError, match=export):
+        check_available(given, "student")
+    with pytest.raises(ConfigError, match=rf"only LoRA adapters\.\n.*{export}"):
+        check_available(ModelSpec(str(run)), "student")
+    shutil.copytree("DIR", run / "final")
+    with pytest.raises(ModelError, match=rf"Give the run, .* model\.student\.path={run}$"):
+        check_available(given, "student")
+    check_available(ModelSpec(str(run)), "student")
 
 
 def test_where_a_server_has_the_weights_a_folder_need_not(folder: Path) -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import gymnasium
@@ -300,6 +301,38 @@ def test_the_state_holds_rgb_whatever_a_picture_opens_as(mode: str) -> None:
     assert observation["images"][0].shape == (30, 40, 3)
     assert env.episode is not None
     assert env.episode.images[0].mode == "RGB"
+
+
+@dataclass(frozen=True)
+class Made:
+    image: Image.Image
+
+    def open(self) -> Image.Image:
+        return self.image
+
+
+def odd_pictures() -> tuple[Image.Image, ...]:
+    """Returns pictures of 3x1: transparent to black, 16 bits, and a colour that is transparent."""
+    clear = np.zeros((1, 3, 4), np.uint8)
+    clear[0, :, 3] = 0, 128, 255
+    deep = np.array([[0, 128 * 257, 65535]], np.uint16)
+    keyed = Image.new("RGB", (3, 1))
+    keyed.putpixel((0, 0), (1, 2, 3))
+    keyed.info["transparency"] = (1, 2, 3)
+    return Image.fromarray(clear), Image.fromarray(deep), keyed
+
+
+def test_transparency_is_white_and_16_bits_are_scaled_whoever_makes_a_picture() -> None:
+    def paint(state: EpisodeState) -> ToolResult:
+        return ToolResult(IMAGE_MARK * 3, odd_pictures())
+
+    made = Tool("paint", paint, "For tests.")
+    env = ToyEnv(tools=[made, replace(made, name="inline", inline=True)])
+    question = Task("t", "q", ("1",), tuple(map(Made, odd_pictures())))
+    observation, _ = env.reset(options={"task": question})
+    for shown in (observation, env.step(call("paint"))[0], env.step(call("inline"))[0]):
+        colours = [image[0, :, 0].tolist() for image in shown["images"]]
+        assert colours == [[255, 127, 0], [0, 128, 255], [255, 0, 0]]
 
 
 # Observations

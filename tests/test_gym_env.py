@@ -32,7 +32,7 @@ from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.config import TrainConfig
 from reopold_agent.envs.actions import Actions
 from reopold_agent.envs.from_config import make_env
-from reopold_agent.envs.gym_env import GymnasiumEnv
+from reopold_agent.envs.gym_env import GymnasiumEnv, _picture
 from reopold_agent.envs.in_words import can_say, coloured_in_words, find_picture, in_words
 from reopold_agent.envs.registration import task_seed
 from reopold_agent.errors import ConfigError, MissingExtraError, ModelError, ToolError
@@ -428,6 +428,11 @@ def test_pictures_in_observations_are_shown() -> None:
     assert observation["text"].endswith(f"{IMAGE_MARK}\nObservation: say: hello")
     assert observation["images"][0].shape == (40, 50, 3)
     assert np.all(observation["images"][0] == 7)
+
+
+def test_what_is_drawn_on_a_transparent_ground_is_shown_on_white() -> None:
+    made = _picture(np.array([[[0, 0, 0, 0], [0, 0, 0, 255]]], np.uint8))
+    assert np.asarray(made)[0, :, 0].tolist() == [255, 0]
 
 
 @pytest.mark.parametrize(

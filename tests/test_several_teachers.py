@@ -16,10 +16,12 @@ import torch
 from hydra.errors import HydraException
 from running import composed, results, train
 
+from reopold_agent.cli.groups import check_once
 from reopold_agent.cli.messages import explain
 from reopold_agent.config import TeacherConfig, TrainConfig
 from reopold_agent.data import loading
 from reopold_agent.data.checks import BadRowsError
+from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import (
     CheckpointError,
     ConfigError,
@@ -47,7 +49,7 @@ from reopold_agent.train.teachers import Teachers, run_teachers
 from reopold_agent.train.update import Updater
 from reopold_agent.train.verl.records import from_row, to_row
 from reopold_agent.train.verl.supported import check_settings, teacher_replicas
-from reopold_agent.types import TokenScores, Trajectory
+from reopold_agent.types import Task, TokenScores, Trajectory
 
 NONE = "model.teacher=null"
 TINY = (
@@ -201,10 +203,21 @@ def test_keys_of_groups_that_are_not_there(
         ("env=pixel_reasoner", NONE, "model.teachers={pixel_reasoner: A}"),
         (THREE, "model.teachers.math={path: A, view: {hint: answer}}"),
         (THREE, "+model.teachers={math: A, default: B}"),
+        (
+            "env=math model=generalist model.teacher=null",
+            "model.teachers=null",
+            "model.teachers={default: A}",
+        ),
+        (
+            "env=math model=generalist model.teacher=null",
+            "model.teachers=null",
+            "+model.teachers={default: A}",
+        ),
     ],
 )
 def test_what_the_messages_advise_can_be_set(words: tuple[str, ...]) -> None:
     first, *others = words
+    check_once(others)
     config, _ = composed(*first.split(), *others)
     assert "A" in {each.path for each in config.model.all_teachers.values()}
 
@@ -555,6 +568,38 @@ def test_made_tasks_without_a_teacher_are_refused_too() -> None:
     told = r"task .* of 'train' in env=pixel_reasoner has no teacher: .*\nAdd model\.teachers\."
     with pytest.raises(DataError, match=told):
         check_task_teachers(config)
+
+
+class ManySums(ToolEnv):
+    """More tasks than are looked at; one in a hundred names another teacher than the rest."""
+
+    def load_tasks(self, split: str) -> Sequence[Task]:
+        names = ["rare" if i % 100 == 1 else "far" for i in range(2000)]
+        return [Task(str(i), "1+1", ("2",), metadata={"domain": n}) for i, n in enumerate(names)]
+
+
+def test_many_tasks_without_a_value_in_the_column_are_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(task_teachers, "make_env", lambda member: ManySums())
+    words = (
+        "env=math",
+        NONE,
+        f"model.teachers={{{FAR}, rare: demo:teacher, default: demo:teacher}}",
+    )
+    config, _ = composed(*words, "model.teacher_key=domian")
+    told = (
+        r"^model\.teacher_key=domian, but none of 65 training tasks looked at has a value there\."
+        r"\nDid you mean 'domain'\? Correct the column, or leave out model\.teacher_key: each "
+    )
+    with pytest.raises(ConfigError, match=told):
+        check_task_teachers(config)
+    config, _ = composed(words[0], NONE, f"model.teachers={{{FAR}}}", "model.teacher_key=domian")
+    with pytest.raises(DataError, match=r"\nDid you mean 'domain'\? Add model\.teachers\.default="):
+        check_task_teachers(config)
+    config, _ = composed(*words, "model.teacher_key=domain")
+    check_task_teachers(config)  # the rare one is not among those looked at
+    assert "none of the 65 training tasks looked at names model.teachers.rare" in caplog.text
 
 
 @pytest.mark.parametrize("key", ["domain", "null"])

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from gymnasium.wrappers import TimeLimit
 from PIL import Image
+from running import composed
 from test_envs import call
 from test_rollout import ScriptedPolicy, specs
 
 from reopold_agent.common.pixels import PixelLimits
+from reopold_agent.envs import from_config
 from reopold_agent.envs.base import ToolEnv, take_turn
-from reopold_agent.errors import ConfigError, ToolResultError
+from reopold_agent.errors import ConfigError, EnvironmentCodeError, ToolResultError
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
+from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
 from reopold_agent.tools import EpisodeState, Isolation, Tool, ToolResult
-from reopold_agent.types import IMAGE_MARK, Sampling, StopReason, Task, TaskSource
+from reopold_agent.types import IMAGE_MARK, Sampling, StopReason, Task, TaskSource, Trajectory
 
 PIXELS = PixelLimits(56 * 56, 56 * 56)
 
@@ -59,6 +64,23 @@ class Walk(ToolEnv):
 
     def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:
         return -float(state.extra["at"]), state.extra["at"] == 1
+
+
+class Quiz(ToolEnv):
+    """Any answer is right."""
+
+    def load_tasks(self, split: str) -> TaskSource:
+        return [Task("quiz", "What?", ("3",))]
+
+    def reward(self, task: Task, answer: str) -> tuple[float, bool]:
+        return 1.0, True
+
+
+class StrictQuiz(Quiz):
+    """Unless it is cut."""
+
+    def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:
+        return -1.0, False
 
 
 def walk(**settings: Any) -> Walk:
@@ -152,7 +174,8 @@ def test_a_verdict_that_is_none_is_the_developers_error(given: Any) -> None:
 
     env = Wrong()
     env.reset(seed=0)
-    with pytest.raises(ValueError, match=r"reward must return \(number, whether .* got "):
+    told = r"^Wrong\.reward returned .*, not a reward and a success\.\nReturn two values, a finite "
+    with pytest.raises(EnvironmentCodeError, match=told):
         env.step("done")
 
 
@@ -259,7 +282,105 @@ def test_a_time_limit_around_the_environment_asks_the_hook() -> None:
     assert take_turn(limited, move(3))[1:4] == (1.0, True, True)  # it ended by itself
 
 
-# In a rollout, whose budgets the environment does not know
+# In a rollout: code that is wrong, and budgets that the environment does not know
+
+
+class Faulty(Quiz):
+    """Its second task is as a test says."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.given = settings.pop("given", {})
+        super().__init__(**settings)
+
+    def load_tasks(self, split: str) -> Any:
+        return [Task("right", "What?", ("3",)), Task(**{**WHOLE, **self.given})]
+
+    def reward(self, task: Task, answer: str) -> Any:
+        return 1.0 if task.id == "number" else super(Quiz, self).reward(task, answer)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    def open(self) -> Any:
+        return np.zeros((40, 40, 3), np.uint8)
+
+
+WHOLE = {"id": "wrong", "question": "What?", "answers": ("3",)}
+FAULTS = [
+    (
+        {"answers": 12},
+        r"^the answers of task 'wrong' of Faulty are 12, .*\nWrite answers=\('12',\)",
+    ),
+    ({"answers": "12"}, r"^the answers of .* are '12', not .*\nWrite answers=\('12',\)"),
+    ({"answers": [1, 2]}, r"^the answers .* are \[1, 2\], .*\nWrite answers=\('1', '2',\)"),
+    ({"images": (Pixels(),)}, r"^open\(\) .* 'wrong' of Faulty .* type ndarray\.\nReturn a PIL"),
+    ({"images": ("a.png",)}, r"^the images of .* are \('a\.png',\)\.\nGive a tuple of objects"),
+    ({"question": None}, r"^the question of task 'wrong' of Faulty is None\.\nGive a string"),
+    ({"metadata": None}, r"^the metadata .* None\.\nGive a dict"),
+    ({"id": "number"}, r"^Faulty\.reward returned 1\.0, not a reward .*\nReturn two values"),
+]
+
+
+@pytest.mark.parametrize(("given", "told"), FAULTS)
+def test_wrong_code_ends_a_run_at_its_first_episode_and_later_only_its_own(
+    chat: ChatRenderer,
+    say: Callable[..., list[int]],
+    given: dict[str, Any],
+    told: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = RolloutRunner(
+        lambda: Faulty(given=given),
+        chat,
+        None,
+        prompt_pixels=PIXELS,
+        observation_pixels=PIXELS,
+        limits=RolloutLimits(concurrency=1),
+    )
+    policy = ScriptedPolicy(lambda request, turn: say("3"))
+    wrong, right = EpisodeSpec("train", 1), EpisodeSpec("train", 0)
+    with pytest.raises(EnvironmentCodeError, match=told):
+        runner.run(policy, [wrong, right], Sampling(), (1,))
+    played = runner.run(policy, [right, wrong], Sampling(), (1,))
+    assert [each.stop_reason for each in played] == [StopReason.ANSWER, StopReason.ENV_ERROR]
+    assert re.match(told, played[1].info["error"])
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("returned", [(i for i in "ab"), None, {"a": 1}, "tasks", {1, 2}])
+def test_tasks_that_are_no_sequence_are_refused(returned: Any) -> None:
+    class Streamed(ToolEnv):
+        def load_tasks(self, split: str) -> Any:
+            return returned
+
+    told = r"^Streamed\.load_tasks\('eval'\) returned .*, not a sequence of tasks\.\nReturn a list"
+    with pytest.raises(EnvironmentCodeError, match=told):
+        Streamed().num_tasks("eval")
+
+
+def test_what_is_no_task_is_refused() -> None:
+    class Rows(ToolEnv):
+        def load_tasks(self, split: str) -> Any:
+            return [{"question": "What?"}]
+
+    with pytest.raises(
+        EnvironmentCodeError, match=r"^Rows gives a value of type dict as a task\.\n"
+    ):
+        Rows().reset(seed=0)
+
+
+@pytest.mark.parametrize(("given", "told"), FAULTS[:-1])
+def test_the_first_task_is_looked_at_before_a_run(
+    given: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class First(Faulty):
+        def load_tasks(self, split: str) -> Any:
+            return super().load_tasks(split)[1:]
+
+    First.__name__ = "Faulty"
+    monkeypatch.setattr(from_config, "make_env", lambda config: First(given=given))
+    with pytest.raises(EnvironmentCodeError, match=told):
+        from_config.checked_tasks(composed("env=math")[0], tmp_path / "report.json")
 
 
 @pytest.mark.parametrize(
@@ -289,6 +410,39 @@ def test_the_hook_runs_when_the_rollout_ends_an_episode(
     assert trajectory.stop_reason is stop
     assert trajectory.reward == pytest.approx(-0.1 * moved - moved)
     assert trajectory.success is (moved == 1)
+
+
+@pytest.mark.parametrize("limits", [{"max_turn_tokens": 8}, {"max_response_tokens": 8}])
+@pytest.mark.parametrize(("env", "expected"), [(Quiz, (1.0, True)), (StrictQuiz, (-1.0, False))])
+def test_a_cut_turn_is_graded_unless_the_environment_has_the_hook(
+    chat: ChatRenderer,
+    say: Callable[..., list[int]],
+    limits: dict[str, Any],
+    env: type[Quiz],
+    expected: tuple[float, bool],
+) -> None:
+    def played(words: str) -> Trajectory:
+        policy = ScriptedPolicy(lambda request, turn: say(words))
+        pixels = {"prompt_pixels": PIXELS, "observation_pixels": PIXELS}
+        runner = RolloutRunner(env, chat, None, **pixels, limits=RolloutLimits(**limits))
+        return runner.run(policy, specs(1), Sampling(), (1,))[0]
+
+    cut = played("three " * 20)
+    assert cut.stop_reason is StopReason.MAX_TOKENS
+    assert (cut.reward, cut.success) == expected
+    whole = played("three")
+    assert whole.stop_reason is StopReason.ANSWER
+    assert (whole.reward, whole.success) == (1.0, True)
+
+
+def test_a_cut_call_is_a_bad_call_and_the_episode_goes_on() -> None:
+    env = walk()
+    assert take_turn(env, move(1)[:20], "length")[2:4] == (False, False)
+    terminated, truncated, info = take_turn(env, "I am at", "length")[2:]
+    assert (terminated, truncated, info["success"], info["answer"]) == (False, True, False, None)
+    assert info["cut_short"]
+    env.reset(seed=0)
+    assert take_turn(env, "I am at 0")[1:4] == (0.5, True, False)
 
 
 def test_a_trajectory_sums_rewards_and_keeps_the_end(

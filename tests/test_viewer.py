@@ -535,7 +535,9 @@ def test_export_of_two_runs_prefers_what_both_have(tmp_path: Path) -> None:
 def test_export_shrinks_large_pictures_and_survives_damaged_ones(
     run_folder: Path, tmp_path: Path
 ) -> None:
-    noise = np.random.default_rng(0).integers(0, 255, (40, 2000, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (40, 2000, 4), dtype=np.uint8)
+    noise[..., 3] = np.arange(2000) >= 1000
+    noise[..., 3] *= 255
     Image.fromarray(noise).save(run_folder / "pictures" / "large.png")
     (run_folder / "pictures" / "bad.png").write_bytes(b"no picture")
     names = ["pictures/large.png", "pictures/bad.png", "pictures/missing.png"]
@@ -550,7 +552,9 @@ def test_export_shrinks_large_pictures_and_survives_damaged_ones(
 
     kind, _, data = pictures["pictures/large.png"].partition(",")
     assert kind == "data:image/jpeg;base64"
-    assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) == LONGEST_SIDE
+    small = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert max(small.size) == LONGEST_SIDE
+    assert small.getpixel((0, 0)) == (255, 255, 255)  # the noise is on a transparent ground
 
 
 def test_export_where_nothing_can_be_written(

@@ -145,7 +145,8 @@ def test_pil_modes_become_rgb(vision: VisionProcessor) -> None:
     encoded = vision.encode(grey, limits)
     assert encoded.pixels.shape == (56, 56, 3)
     assert np.array_equal(encoded.pixels[..., 0], encoded.pixels[..., 2])
-    vision.encode(Image.new("RGBA", (40, 40)), limits)
+    clear = vision.encode(Image.new("RGBA", (40, 40)), limits)
+    assert np.all(clear.pixels == 255)
     vision.encode(Image.new("P", (40, 40)), limits)
 
 

@@ -177,7 +177,8 @@ def key_of(word: str) -> str:
 def check_once(words: Sequence[str], lists: Sequence[str] = SEVERAL) -> None:
     """Refuses a setting that is given twice with two values, of which only the last would count.
 
-    In ``key={name: one, name: two}`` the name is given twice, too.
+    In ``key={name: one, name: two}`` the name is given twice, too. ``key=null`` before
+    ``key={...}`` is no such setting: it removes the names that the second would only add to.
 
     Args:
         words: the arguments of a command line; flags and words of other forms are passed over.
@@ -196,6 +197,9 @@ def check_once(words: Sequence[str], lists: Sequence[str] = SEVERAL) -> None:
             _check_names(word)
         before = first.setdefault(key, word)
         if before.partition("=")[2] == value:
+            continue
+        if before.endswith("=null") and value.startswith("{"):
+            first[key] = word
             continue
         advice = "Leave one out, or run the command once with each."
         if key in lists:

@@ -64,7 +64,13 @@ def _formats() -> tuple[str, ...]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts to 8-bit RGB: transparency becomes white; 16 bits, and floats to 1, are scaled."""
+    """Converts to 8-bit RGB: transparency becomes white; 16 bits, and floats to 1, are scaled.
+
+    Returns:
+        The same object if it is RGB without transparency.
+    """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode.startswith("I") or image.mode == "F":
         values: Any = np.asarray(image).astype(np.float32)
         np.nan_to_num(values, copy=False)
@@ -76,7 +82,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         top = 65535.0 if deep else 1.0 if share else 255.0
         values = values.clip(0, top, out=values) * (255 / top)
         image = Image.fromarray(values.round(out=values).astype(np.uint8))
-    if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
+    if image.has_transparency_data:
         rgba = image.convert("RGBA")
         paper = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(paper, rgba).convert("RGB")

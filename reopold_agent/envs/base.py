@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, ClassVar, Literal, TypeAlias
@@ -19,7 +18,9 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
+from reopold_agent.common.pictures import to_rgb
 from reopold_agent.common.pixels import ShownSizes, smaller, stated
+from reopold_agent.envs.checks import checked_source, checked_task, opened_pictures, outcome
 from reopold_agent.envs.spaces import Pictures, UnicodeText, as_observation, succeeded
 from reopold_agent.errors import ConfigError, ToolError, suggestion
 from reopold_agent.judges import JUDGES, Judge, Verdict
@@ -59,7 +60,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     ``task_id``, ``system_prompt`` and, for a task with earlier turns, ``history``: a list of
     (role, observation). The info of ``step`` holds ``tool_call`` (`ToolCall` or None)
     and, at the end, ``success``, ``answer`` (None unless the student gave one), and ``time_limit``
-    if that ended the episode.
+    or ``cut_short`` if that ended the episode.
 
     Args:
         tools: tools that the student may call, in the order shown; None for the class's default.
@@ -88,6 +89,8 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         tools: the tools as the model is shown them.
         sizes: how the caller resizes the pictures for the model; boxes in pixels, and the sizes in
             texts, are those of the result. `show_as` sets it; by default there is no resize.
+        cut_short: whether a token budget of the caller cut the turn that the next ``step`` gets;
+            `take_turn` sets it.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012  # Gymnasium declares it so
@@ -142,6 +145,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         self.tools = [each.with_options(_options(each, self._tool_options)) for each in self.tools]
         self._schemas = [each.schema() for each in self.tools]
         self.sizes = ShownSizes()
+        self.cut_short = False
         self._max_turns, self._policy = max_turns, tool_call_policy
         self._max_tokens, self._count_tokens = max_response_tokens, count_tokens
         self._tool_seconds = tool_time_limit_s
@@ -262,7 +266,9 @@ class ToolEnv(gymnasium.Env[Observation, str]):
     def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:
         """Returns reward and success of an episode that a budget ends: here 0 and no success.
 
-        Budgets are turns, tokens and the time of tools, of the environment or of its caller.
+        Budgets are turns, tokens and the time of tools, of the environment or of its caller. A turn
+        without a call that a token budget of the caller cut is such an end only where a subclass
+        overrides this; otherwise it is graded, since it may hold an answer (`reward`).
         """
         return 0.0, False
 
@@ -305,9 +311,10 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         """Ends the running episode at a budget of the caller; returns its reward and success."""
         if self._state is None:
             raise gymnasium.error.ResetNeeded("call reset before truncate")
-        outcome = _outcome(self.truncation_reward(self._state.task, self._state))
+        given = self.truncation_reward(self._state.task, self._state)
+        verdict = outcome(given, f"{type(self).__name__}.truncation_reward")
         self.end_episode()
-        return outcome
+        return verdict
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -317,7 +324,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         task = self._choose_task(options or {})
         self.end_episode()  # before pictures are opened
         task = self.opened(task)
-        images = [_rgb(source.open()) for source in task.images]
+        images = list(map(to_rgb, opened_pictures(task, type(self).__name__)))
         side = task.metadata.get("overview_max_side", self._overview_max_side)
         self._state = EpisodeState(
             task=task,
@@ -355,12 +362,15 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         state = self._state
         if state is None:
             raise gymnasium.error.ResetNeeded("call reset before step")
+        cut, self.cut_short = self.cut_short, False
         self._turns += 1
         self._tokens += self._count(action)
         if self._over_budget():
             return self._cut_off({"tool_call": None})
         done = self._run_call(action, state)
         if done is None:
+            if cut and type(self).truncation_reward is not ToolEnv.truncation_reward:
+                return self._cut_off({"tool_call": None, "cut_short": True})
             return self._end({"tool_call": None, "answer": action}, self._verdict(action, state))
         call, result = done
         info: dict[str, Any] = {"tool_call": call}
@@ -430,19 +440,20 @@ class ToolEnv(gymnasium.Env[Observation, str]):
 
     def _verdict(self, answer: str, state: EpisodeState) -> tuple[float, bool]:
         positional, named = _state_of(self.reward, state)
-        return _outcome(self.reward(state.task, answer, *positional, **named))
+        given = self.reward(state.task, answer, *positional, **named)
+        return outcome(given, f"{type(self).__name__}.reward")
 
     def _decided(self, result: ToolResult, state: EpisodeState) -> tuple[float, bool]:
         """Returns reward and success of an episode that a tool ends."""
         if result.reward is None:
             return self._verdict("", state)
         success = result.reward > 0 if result.success is None else result.success
-        return _outcome((result.reward, success))
+        return float(result.reward), bool(success)
 
     def _end(
-        self, info: dict[str, Any], outcome: tuple[float, bool], result: ToolResult | None = None
+        self, info: dict[str, Any], verdict: tuple[float, bool], result: ToolResult | None = None
     ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        reward, success = outcome
+        reward, success = verdict
         self.end_episode()
         last = Observation(text="", images=())
         if result is not None:  # a game's last picture, say
@@ -504,7 +515,8 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         if split not in ("train", "eval"):
             raise ConfigError(f"split is 'train' or 'eval', got '{split}'")
         if split not in self._tasks:
-            tasks = self.load_tasks(split, **self._source)
+            given = self.load_tasks(split, **self._source)
+            tasks = checked_source(given, f"{type(self).__name__}.load_tasks('{split}')")
             if not len(tasks):
                 raise ConfigError(f"the split '{split}' has no tasks")
             self._tasks[split] = tasks
@@ -515,27 +527,34 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         if task is not None:
             if not isinstance(task, Task):
                 raise ConfigError(f"options['task'] must be a Task, got {type(task).__name__}")
-            return task
+            return checked_task(task, type(self).__name__)
         tasks = self._split(str(options.get("split", "train")))
         index = options.get("index")
         if index is None:
             index = int(self.np_random.integers(len(tasks)))
         if not 0 <= int(index) < len(tasks):
             raise ConfigError(f"there is no task {index}; the split has {len(tasks)}")
-        return tasks[int(index)]
+        return checked_task(tasks[int(index)], type(self).__name__)
 
 
 def take_turn(
-    env: gymnasium.Env[Any, Any], turn: str
+    env: gymnasium.Env[Any, Any], turn: str, finish: Literal["stop", "length"] = "stop"
 ) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
     """Takes a step; asks the hook of a `ToolEnv` whose episode a wrapper (a time limit) ended.
+
+    Args:
+        env: the environment.
+        turn: the student's.
+        finish: how it ended (`Turn.finish`); "length" says that a token budget cut it.
 
     Raises:
         ValueError: the episode goes on, and what the environment shows is no observation.
     """
+    inner = env.unwrapped
+    if isinstance(inner, ToolEnv):
+        inner.cut_short = finish == "length"
     observation, reward, terminated, truncated, info = env.step(turn)
     ended = terminated or truncated
-    inner = env.unwrapped
     if ended and isinstance(inner, ToolEnv) and inner.episode is not None:
         last, success = inner.truncate()
         reward, info = float(reward) + last, {**info, "success": success}
@@ -627,22 +646,6 @@ def _state_of(
     return arguments
 
 
-def _outcome(given: Any) -> tuple[float, bool]:
-    """Returns the reward and success that an environment's hook returned.
-
-    Raises:
-        ValueError: they are no finite number and truth value.
-    """
-    try:
-        reward, success = given
-        reward = float(reward)
-    except (TypeError, ValueError):
-        reward, success = math.nan, False
-    if not math.isfinite(reward):
-        raise ValueError(f"reward must return (number, whether it is a success), got {given!r}")
-    return reward, bool(success)
-
-
 def _choose(choice: ToolChoice) -> list[Tool]:
     if isinstance(choice, Tool):
         return [choice]
@@ -693,10 +696,6 @@ def _by_own_name(
 
 def _options(tool: Tool, options: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     return next((options[name] for name in (tool.name, *tool.aliases) if name in options), {})
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _smaller(image: Image.Image, side: int | None) -> Image.Image:

@@ -17,10 +17,11 @@ from reopold_agent.common.files import write_json_atomic
 from reopold_agent.common.pixels import PixelLimits, ShownSizes
 from reopold_agent.config import PixelsConfig, TrainConfig
 from reopold_agent.data.checks import BadRowsError, DataReport
-from reopold_agent.envs.base import show_as
+from reopold_agent.envs.base import ToolEnv, show_as
+from reopold_agent.envs.checks import opened_pictures
 from reopold_agent.envs.data_env import DataEnv
 from reopold_agent.envs.registration import find_env, load_env, make_found
-from reopold_agent.errors import ConfigError, DataError
+from reopold_agent.errors import ConfigError, DataError, EnvironmentCodeError
 
 _log = logging.getLogger(__name__)
 
@@ -133,6 +134,8 @@ def _checked_splits(
                 counts[split] = num_tasks(env, split)
                 inner = env.unwrapped
                 told = inner.data_report(split) if isinstance(inner, DataEnv) else None
+                if isinstance(inner, ToolEnv) and told is None:
+                    _check_first(inner, split)
                 if isinstance(inner, DataEnv) and told is not None and examine is not None:
                     bad = examine(inner, split)
                     counts[split] -= len(bad)
@@ -153,6 +156,21 @@ def _checked_splits(
     finally:
         env.close()
     return counts
+
+
+def _check_first(env: ToolEnv, split: str) -> None:
+    """Checks the first task of a split that is not from files, and its pictures.
+
+    Raises:
+        EnvironmentCodeError: the environment's code returns what it may not.
+    """
+    task = env.task(split, 0)
+    try:
+        opened_pictures(task, type(env).__name__)
+    except EnvironmentCodeError:
+        raise
+    except Exception:
+        _log.debug("a picture of the first task cannot be opened", exc_info=True)  # episodes tell
 
 
 def _leave_out(bad: BadTasks, report: DataReport, config: TrainConfig, split: str) -> None:

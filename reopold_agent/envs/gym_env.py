@@ -23,6 +23,7 @@ from PIL import Image
 from typing_extensions import override
 
 from reopold_agent.common.bounded import DeadlineError, run_bounded
+from reopold_agent.common.pictures import to_rgb
 from reopold_agent.envs.actions import Actions
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.envs.in_words import can_say, coloured_in_words, find_picture, in_words
@@ -513,7 +514,7 @@ def _picture(found: Any) -> Image.Image:
         pixels = pixels[..., 0]
     if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size:
         raise ValueError(f"render() returned {shorten(found)}, which is no picture")
-    return Image.fromarray(pixels).convert("RGB")
+    return to_rgb(Image.fromarray(pixels))
 
 
 def _unchanged(env: gymnasium.Env[Any, Any]) -> bool:

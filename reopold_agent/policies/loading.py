@@ -210,6 +210,11 @@ def model_path(model: str) -> str:
     final = final_student(folder, has_checkpoint=bool(found))
     if final is not None:
         return str(final)
+    if not found and any((folder / "checkpoints").glob("step-*/model/adapter_config.json")):
+        raise ConfigError(
+            f"the run {folder} has no whole model yet, only LoRA adapters.\nWrite one and give its "
+            f"folder: python -m reopold_agent.train.export {folder} DIR"
+        )
     if not found:
         raise ConfigError(f"the run {folder} has neither a final model nor a full checkpoint yet")
     return str(found[-1].parent)
@@ -631,12 +636,59 @@ def _setting_key(role: str, name: str) -> str:
     return "model" if name == "path" else name
 
 
+def _told_of_adapter(folder: Path, role: str) -> str:
+    """Says that a folder holds a LoRA adapter, and how to get the whole model."""
+    told = f"the {role}'s folder '{folder}' holds a LoRA adapter, not a whole model.\n"
+    where = folder.resolve()
+    run = next((each for each in where.parents[:4] if (each / "metrics.jsonl").is_file()), None)
+    if run is not None and (run / "final" / "config.json").is_file():
+        return f"{told}Give the run, whose final/ is merged: {_setting_key(role, 'path')}={run}"
+    if run is not None:
+        return (
+            f"{told}Write the run's student as a whole and give that folder: "
+            f"python -m reopold_agent.train.export {run} DIR"
+        )
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base = str(settings["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        base = "BASE"
+    return (
+        f"{told}Merge it with its model and give the new folder DIR, in Python with peft (for a "
+        "model that sees pictures with AutoModelForImageTextToText and AutoProcessor):\n"
+        "  from peft import PeftModel; from transformers import AutoModelForCausalLM, "
+        f"AutoTokenizer\n  model = AutoModelForCausalLM.from_pretrained({base!r}, dtype='auto')\n"
+        f"  PeftModel.from_pretrained(model, {str(folder)!r}).merge_and_unload()"
+        f".save_pretrained('DIR')\n  AutoTokenizer.from_pretrained({base!r}).save_pretrained('DIR')"
+    )
+
+
+def _told_of_pickles(folder: Path) -> str:
+    """Says how to convert weights in pickles, which can run code, to safetensors."""
+    try:
+        sees = "vision_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        sees = False
+    kind = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
+    return (
+        "; its *.bin are pickles, which can run code.\nIf you trust them, convert them in Python:\n"
+        f"  from transformers import {kind}\n"
+        f"  model = {kind}.from_pretrained({str(folder)!r}, dtype='auto')\n"
+        f"  model.save_pretrained({str(folder)!r})"
+    )
+
+
 def _check_folder(folder: Path, role: str, weights: bool) -> None:
     if not folder.is_dir():
         raise ModelError(
             f"the {role}'s folder '{folder}' does not exist; set {_setting_key(role, 'path')} to a "
             "folder in Hugging Face layout or to a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
+    whole = any(not each.name.startswith("adapter_") for each in folder.glob("*.safetensors"))
+    if (folder / "adapter_config.json").is_file() and not (
+        (folder / "config.json").is_file() and (whole or not weights)
+    ):
+        raise ModelError(_told_of_adapter(folder, role))
     needed = [
         ("config.json", ["config.json"]),
         ("weights (*.safetensors)", ["*.safetensors"]),
@@ -650,7 +702,10 @@ def _check_folder(folder: Path, role: str, weights: bool) -> None:
         if not any(any(folder.glob(pattern)) for pattern in patterns)
     ]
     if missing:
-        raise ModelError(f"the {role}'s folder '{folder}' lacks {', '.join(missing)}")
+        told = f"the {role}'s folder '{folder}' lacks {', '.join(missing)}"
+        if not whole and any(folder.glob("*.bin")) and weights:
+            told += _told_of_pickles(folder)
+        raise ModelError(told)
     index = folder / "model.safetensors.index.json"
     if weights and index.is_file():
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

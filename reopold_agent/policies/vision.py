@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from reopold_agent.common.pictures import to_rgb
 from reopold_agent.common.pixels import PixelLimits, padded
 from reopold_agent.errors import ConfigError
 from reopold_agent.types import EncodedImage, PixelArray
@@ -45,7 +46,7 @@ class VisionProcessor:
         share their prompt. Qwen's rule rejects pictures whose sides differ by more than a factor
         of 200, but a student may request such a crop: it is padded with grey first.
         """
-        array = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image)
+        array = np.asarray(to_rgb(image) if isinstance(image, Image.Image) else image)
         if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or 0 in array.shape:
             raise ConfigError(
                 "a picture must be a non-empty (height, width, 3) uint8 array, got "

@@ -29,7 +29,7 @@ from reopold_agent.envs.base import (
 )
 from reopold_agent.envs.registration import task_seed
 from reopold_agent.envs.spaces import as_observation, succeeded
-from reopold_agent.errors import DataError, ModelError, told_in_full
+from reopold_agent.errors import DataError, EnvironmentCodeError, ModelError, told_in_full
 from reopold_agent.policies.base import Generator, Policy, RunsBeside
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
@@ -205,7 +205,7 @@ class RolloutRunner:
         self.limits = limits
         self._members = dict(members or {})
         self._idle: list[Worker] = []
-        self._cancelled = False
+        self._cancelled = self._has_answered = False
         self.stats = RolloutStats()
 
     def check_template(self) -> None:
@@ -317,6 +317,8 @@ class RolloutRunner:
 
         Raises:
             RolloutCancelledError: `cancel` was called.
+            EnvironmentCodeError: the code of an environment is wrong, and none of its episodes has
+                ended with an answer yet.
         """
         self.stats = RolloutStats()
         specs = list(episodes)
@@ -352,6 +354,7 @@ class RolloutRunner:
                     pending.append(episode)
                 for key in [k for k, e in playing.items() if e.stop is not None]:
                     episode = playing.pop(key)
+                    episode.rules._has_answered |= episode.stop is StopReason.ANSWER
                     finished[key] = self._trajectory(episode)
                     if episode.stop is not StopReason.ENV_ERROR:
                         episode.worker.tell(end_episode)
@@ -422,6 +425,8 @@ class RolloutRunner:
         started = time.perf_counter()
         try:
             continues = self._handle(episode, outcome)
+        except EnvironmentCodeError:
+            raise
         except _INVALID as error:
             # The environment returned something invalid, which fails only its own episode.
             continues = self._fail_env(episode, told_in_full(error))
@@ -433,7 +438,7 @@ class RolloutRunner:
 
     def _handle(self, episode: _Episode, outcome: Outcome) -> bool:
         if outcome.error is not None:
-            return self._fail_env(episode, outcome.error)
+            return self._fail_env(episode, outcome.error, outcome.fault)
         if not episode.turns:
             (observation, info), teacher = outcome.value
             episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
@@ -455,9 +460,11 @@ class RolloutRunner:
             episode.success = succeeded(info, episode.reward)
             episode.info = {k: info[k] for k in ("answer", "success", "feedback") if k in info}
             if terminated:
-                # A turn cut by the budget is graded, but it does not count as an answer.
+                # A cut turn may be graded (`ToolEnv.truncation_reward`), but it is no answer.
                 cut = turn.finish == "length"
                 episode.stop = StopReason.MAX_TOKENS if cut else StopReason.ANSWER
+            elif info.get("cut_short"):
+                episode.stop = StopReason.MAX_TOKENS
             elif info.get("time_limit"):
                 episode.stop = StopReason.TIME_LIMIT
             else:
@@ -466,8 +473,15 @@ class RolloutRunner:
         return self._add_observation(episode, observation)
 
     @staticmethod
-    def _fail_env(episode: _Episode, error: str) -> bool:
-        """Ends the episode with what it has so far and abandons its environment."""
+    def _fail_env(episode: _Episode, error: str, fault: EnvironmentCodeError | None = None) -> bool:
+        """Ends the episode with what it has so far and abandons its environment.
+
+        Raises:
+            EnvironmentCodeError: the ``fault``, if no episode has ended with an answer yet: most
+                others would probably fail likewise.
+        """
+        if fault is not None and not episode.rules._has_answered:
+            raise fault
         where = "step" if episode.turns else "reset"
         task = episode.task_id or episode.spec
         _log.error("the environment failed in %s of task %s: %s", where, task, error)
@@ -497,7 +511,7 @@ class RolloutRunner:
         episode.worker.call(lambda env: truncate_episode(env, episode.last_info))
         outcome = episode.worker.result(episode.rules.limits.env_seconds)
         if outcome.error is not None:
-            return self._fail_env(episode, outcome.error)
+            return self._fail_env(episode, outcome.error, outcome.fault)
         reward, episode.success = outcome.value
         episode.reward += reward
         episode.stop = stop
@@ -570,7 +584,7 @@ class RolloutRunner:
         self.stats.sampled_tokens += len(completion.ids)
         text = self.chat.text(completion.ids)
         episode.turns.append(Turn(start, len(episode.ids), text, completion.finish))
-        episode.worker.call(lambda env: take_turn(env, text))
+        episode.worker.call(lambda env: take_turn(env, text, completion.finish))
 
     @staticmethod
     def _trajectory(episode: _Episode) -> Trajectory:

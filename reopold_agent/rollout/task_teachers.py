@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,13 @@ from reopold_agent.data.checks import RowError
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.envs.data_env import tasks_to_check
 from reopold_agent.envs.from_config import make_env
-from reopold_agent.errors import ConfigError, DataError
+from reopold_agent.errors import ConfigError, DataError, suggestion
 from reopold_agent.types import Task
 
 if TYPE_CHECKING:
     from reopold_agent.rollout.runner import EpisodeSpec
+
+_log = logging.getLogger(__name__)
 
 
 def named_teacher(env: gymnasium.Env[Any, Any], key: str) -> str:
@@ -80,20 +83,23 @@ def with_teachers(config: TrainConfig, episodes: Sequence[EpisodeSpec]) -> list[
 def check_task_teachers(config: TrainConfig) -> None:
     """Checks that each task has a teacher, and each teacher a training task.
 
-    It looks at `tasks_to_check`, without those that are left out.
+    It looks at `tasks_to_check`, without those that are left out. A teacher that none of a sample
+    of tasks names is only warned of, since a rare one may be absent from it.
 
     Args:
         config: the run's, with the tasks to leave out filled in.
 
     Raises:
-        ConfigError: no training task names a teacher, or a teacher is named by none.
+        ConfigError: no training task that it looks at names a teacher, or none of all training
+            tasks names one of the teachers.
         DataError: a task has no teacher.
     """
     key = config.model.teacher_key
     if key is None:
         return
     used: set[str | None] = set()
-    named, whole = False, True
+    columns: set[str] = set()
+    looked, named, whole = 0, False, True
     for name, member in config.members.items():
         made = make_env(member)
         try:
@@ -106,25 +112,38 @@ def check_task_teachers(config: TrainConfig) -> None:
                 whole &= indices.step == 1 or split != "train"
                 for index in indices:
                     task = env.task(split, index)
+                    columns.update(task.metadata.keys() - {key})
                     problem = teacher_problem(member, name, task)
                     if problem is not None:
                         raise DataError(
                             f"task {task.id} of '{split}' in env={name} has no teacher: {problem}."
-                            f"\nAdd model.teachers.{task.named_teacher(key) or DEFAULT_TEACHER}="
-                            "PATH, or correct model.teacher_key."
+                            f"\n{suggestion(key, columns)}Add model.teachers."
+                            f"{task.named_teacher(key) or DEFAULT_TEACHER}=PATH, or correct "
+                            "model.teacher_key."
                         )
                     if split == "train":
+                        looked += 1
                         used.add(member.model.teacher_name(name, task.named_teacher(key)))
                         named |= bool(task.named_teacher(key))
         finally:
             made.close()
-    if whole and not named:
+    if not named:
+        none = "no training task" if whole else f"none of {looked} training tasks looked at"
         raise ConfigError(
-            f"model.teacher_key={key}, but no training task has a value there.\nCorrect the "
-            "column, or leave out model.teacher_key: each environment then has its own teacher."
+            f"model.teacher_key={key}, but {none} has a value there.\n"
+            f"{suggestion(key, columns)}Correct the column, or leave out model.teacher_key: each "
+            "environment then has its own teacher."
         )
     unused = sorted(set(config.model.all_teachers) - used - {DEFAULT_TEACHER})
-    if unused and whole:
+    if unused and not whole:
+        _log.warning(
+            "none of the %d training tasks looked at names model.teachers.%s in '%s' "
+            "(model.teacher_key); if no other does either, it teaches nothing",
+            looked,
+            unused[0],
+            key,
+        )
+    elif unused:
         raise ConfigError(
             f"model.teachers.{unused[0]} teaches nothing: no training task names it in '{key}' "
             "(model.teacher_key).\nLeave it out, or correct the name or the column."

@@ -16,18 +16,22 @@ from typing import Any
 
 import gymnasium
 
-from reopold_agent.errors import told_in_full
+from reopold_agent.errors import EnvironmentCodeError, told_in_full
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a call: its value, or the error as `told_in_full`."""
+    """The result of a call: its value, or the error as `told_in_full`.
+
+    ``fault`` is the error itself if the environment's own code returned what it may not.
+    """
 
     value: Any
     error: str | None
     seconds: float
+    fault: EnvironmentCodeError | None = None
 
 
 class Worker:
@@ -90,7 +94,10 @@ class Worker:
                 outcome = Outcome(function(env), None, time.perf_counter() - started)
             except BaseException as error:
                 # Third-party code may raise anything, SystemExit included; it is reported.
-                outcome = Outcome(None, told_in_full(error), time.perf_counter() - started)
+                spent = time.perf_counter() - started
+                fault = error if isinstance(error, EnvironmentCodeError) else None
+                outcome = Outcome(None, told_in_full(error), spent, fault)
+                del fault
             if answers:
                 self._outcomes.put(outcome)
             elif outcome.error is not None:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from reopold_agent.common.bounded import DeadlineError, RaisedError, run_bounded
+from reopold_agent.common.pictures import to_rgb
 from reopold_agent.common.pixels import Shown, ShownSizes
 from reopold_agent.errors import (
     ConfigError,
@@ -391,10 +392,10 @@ def usable(
     def rgb(image: Image.Image) -> Image.Image:
         if id(image) in same:
             return image
-        if handed_over and image.mode == "RGB":
-            image.load()
-            return image
-        return image.convert("RGB")  # a copy, even of RGB: the tool may go on using its own
+        image.load()
+        made = to_rgb(image)
+        # The tool may go on using a picture of its own.
+        return made.copy() if made is image and not handed_over else made
 
     return replace(valid, images=tuple(map(rgb, valid.images)))
 

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from reopold_agent.common.files import write_text_atomic
+from reopold_agent.common.pictures import to_rgb
 from reopold_agent.errors import DataError
 from reopold_agent.view.page import static_page
 from reopold_agent.view.run import PICTURE_TYPES, Run
@@ -109,7 +110,7 @@ def _embedded(path: Path) -> str:
     try:
         with Image.open(io.BytesIO(data)) as opened:
             if max(opened.size) > LONGEST_SIDE:
-                image = opened.convert("RGB")
+                image = to_rgb(opened)
                 image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
                 buffer = io.BytesIO()
                 image.save(buffer, format="JPEG", quality=85)
