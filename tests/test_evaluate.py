@@ -626,10 +626,14 @@ def test_a_model_that_computes_no_numbers_is_not_scored(tmp_path: Path) -> None:
     weights = load_file(file)
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, file, {"format": "pt"})
-    run = evaluate(
-        tmp_path / "run", "env=math", f"model={tmp_path / 'model'}", "evaluation.tasks=4"
-    )
+    words = [
+        f"model={tmp_path / 'model'}",
+        "evaluation.tasks=4",
+        "rollout.max_response_tokens=4096",
+    ]
+    run = evaluate(tmp_path / "run", "env=math", *words)
     said, told = run.communicate(timeout=300)
+    assert "math: an answer may have 4,096 tokens, and the model's context is 1,024, the " in said
     assert run.returncode == 2, said + told
     assert "'math' are not numbers: its weights are broken, or overflow.\n  Take another" in told
     assert not (tmp_path / "run" / "results.json").exists()

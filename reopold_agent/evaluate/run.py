@@ -70,6 +70,7 @@ from reopold_agent.policies.loading import (
     ModelSpec,
     Processing,
     check_available,
+    context_length,
     device_name,
     load_model,
     load_processing,
@@ -362,6 +363,14 @@ class Evaluation:
                     progress.note(environment_line(questions.name, questions.facts))
                 for line in differences_lines({questions.name: questions.facts}):
                     progress.note(line)
+                context = context_length(model.config)
+                most = questions.facts["budget"]["max_tokens"]
+                if context is not None and most >= context:
+                    progress.note(
+                        f"warning: {questions.name}: an answer may have {most:,} tokens, and the "
+                        f"model's context is {context:,}, the prompt included. What it writes "
+                        "beyond that may be noise."
+                    )
                 done = 0
 
                 def count(row: Row) -> None:
