@@ -314,7 +314,7 @@ def test_a_full_disk_at_the_start_is_two_lines_without_a_traceback(
     ("owner", "name", "call", "told"),
     [
         ("play", "response_row", 4, "run/"),
-        ("run", "write_json_atomic", 1, "results.json"),
+        ("run", "write_json_atomic", 2, "results.json"),  # after model.json
         ("run", "write_page", 1, "report.html"),
         ("run", "make_plots", 1, "scaling-demo.png"),
     ],
