@@ -23,7 +23,6 @@ MAX_BYTES = 500_000_000
 # RuntimeError: encrypted; NotImplementedError (a RuntimeError): unknown compression.
 _ZIP_ERRORS = (OSError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
-
 _END = 2**15
 """Bytes of a picture's file, at each end, by which it is known again."""
 
@@ -41,7 +40,8 @@ class FileImage(ImageSource):
     def content(self) -> tuple[int, int]:
         """Returns CRC-32 of both ends of the file, and its size.
 
-        Only the ends: all pictures of a data set are read at the start, which may be gigabytes.
+        Only the ends: all pictures of a data set are read at the start, which may be gigabytes. Of
+        a file of up to 64 KiB these are all bytes, so that it is known again in a zip archive.
 
         Raises:
             OSError: it cannot be read.
@@ -129,7 +129,7 @@ class BytesImage(ImageSource):
 
 
 def content_of(data: bytes) -> tuple[int, int]:
-    """Returns CRC-32 and size, as zip archives list them: the same wherever a picture is stored."""
+    """Returns CRC-32 and size of a picture's bytes, as zip archives list them."""
     return zlib.crc32(data), len(data)
 
 

@@ -363,8 +363,9 @@ def _memory(
     share = config.engine.student_server.memory_share
     awake = _server_parts(student, share * gpu.memory, server.gpus)
     asleep = {"sleeping servers": SLEEPING_SERVER * (1 + shares)}
-    if config.engine.ahead:  # they generate while the trainer computes
-        asleep = awake
+    loading = {"server weights": awake["server weights"]}
+    if config.engine.ahead:  # they generate while the trainer computes, and never sleep
+        asleep = loading = awake
     beside = {"sleeping servers": SLEEPING_SERVER} if shares else {}
     phases = {
         "rollout": {**resident, **beside, **awake},
@@ -373,7 +374,7 @@ def _memory(
         "sync": {
             **resident,
             **beside,
-            **(awake if config.engine.ahead else {"server weights": awake["server weights"]}),
+            **loading,
             # the tensor that is gathered, and the bucket that the server reads
             "buffers": trainer.master_bytes * student.text.vocab * student.text.hidden
             + SYNC_BUCKET,
