@@ -23,7 +23,8 @@ class EOPD(ReverseKLStopGradient):
 
     ``loss = sum_t (-ratio R + alpha 1[H_T >= tau] sum_{k of top} p_T log(p_T / p)) / tokens``: the
     policy gradient of reverse KL at every token, and where the teacher's entropy reaches ``tau``
-    forward KL over its likeliest tokens, neither renormalised nor completed by a rest.
+    forward KL over its likeliest tokens (equations 9 and 10), neither renormalised nor completed
+    by a rest, as in the authors' code; equation 10 renormalises the teacher's.
 
     Attributes:
         tau: the teacher's entropy from which on forward KL counts, nats.
