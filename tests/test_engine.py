@@ -1065,6 +1065,10 @@ def test_an_incomplete_download_is_reported(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=rf"lacks 1 of 2 weight files, the first is {missing}"):
         check_available(ModelSpec(str(folder)), "student")
+    for broken in ('{"weight_map": {', "[]", "{}", '{"weight_map": null}'):
+        (folder / "model.safetensors.index.json").write_text(broken)
+        with pytest.raises(ModelError, match=r"index .* cannot be read .* download .* again"):
+            check_available(ModelSpec(str(folder)), "student")
 
 
 def test_weights_that_are_absent_or_cut_off_are_not_replaced_by_random_ones(folder: Path) -> None:

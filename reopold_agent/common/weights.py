@@ -26,7 +26,7 @@ def weights_digest(folder: Path) -> str | None:
     """
     digest = hashlib.sha256()
     try:
-        files = _weight_files(folder)
+        files = weight_files(folder)
         for file in files:
             size = file.stat().st_size
             digest.update(f"{size}\n".encode())
@@ -39,13 +39,22 @@ def weights_digest(folder: Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Returns the files that transformers loads; others may lie beside them."""
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the files that transformers loads of a checkpoint; others may lie beside them.
+
+    Those that its index names need not be there.
+
+    Raises:
+        OSError, ValueError: the index cannot be read, or is none.
+    """
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if whole.is_file():
         return [whole]
     if index.is_file():
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        try:
+            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError("it has no weight_map") from error
         return [folder / name for name in sorted(names)]
     return sorted(folder.glob("*.safetensors"))
 

@@ -26,6 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
+from reopold_agent.common.weights import weight_files
 from reopold_agent.config import ModelsConfig, group_word, model_key
 from reopold_agent.errors import (
     ConfigError,
@@ -706,12 +707,16 @@ def _check_folder(folder: Path, role: str, weights: bool) -> None:
         if not whole and any(folder.glob("*.bin")) and weights:
             told += _told_of_pickles(folder)
         raise ModelError(told)
-    index = folder / "model.safetensors.index.json"
-    if weights and index.is_file():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        absent = sorted(name for name in shards if not (folder / name).is_file())
-        if absent:
-            raise ModelError(
-                f"the {role}'s folder '{folder}' lacks {len(absent)} of {len(shards)} weight "
-                f"files, the first is {absent[0]}; the download is incomplete"
-            )
+    try:
+        files = weight_files(folder) if weights else []
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the {role}'s folder '{folder}' has an index of its weights that cannot be read "
+            f"({error}); download model.safetensors.index.json again"
+        ) from error
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise ModelError(
+            f"the {role}'s folder '{folder}' lacks {len(absent)} of {len(files)} weight "
+            f"files, the first is {absent[0]}; the download is incomplete"
+        )
