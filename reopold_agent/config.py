@@ -379,6 +379,7 @@ VERL_SETTINGS = (
     "gpus_per_node",
     "teacher",
     "teacher_gpus_per_node",
+    "rollout_gpus_per_node",
     "student_server",
     "teacher_server",
     "rollout_workers",
@@ -421,7 +422,8 @@ class EngineConfig:
             model once more before the update, ``auto`` recomputes unless in float32.
         ahead: 1 generates the episodes of the next step while this one is scored and updated, with
             weights that are one step old; 0 waits for the update. With ``verl`` the student's
-            servers then share its GPUs' memory with the trainer at all times.
+            servers then share its GPUs' memory with the trainer at all times, unless
+            ``rollout_gpus_per_node`` gives them others.
 
     The other attributes apply to ``verl`` only:
         nodes, gpus_per_node: machines, and GPUs per machine for student and teacher together.
@@ -429,6 +431,8 @@ class EngineConfig:
             ``shared``: on the student's, where they sleep while it generates and learns; null:
             ``separate`` if ``teacher_gpus_per_node`` is given, else ``shared``.
         teacher_gpus_per_node: how many of the GPUs serve the teacher alone.
+        rollout_gpus_per_node: how many of the GPUs only generate (the student's servers), while
+            the others train; 0: the servers are on the GPUs that train.
         student_server, teacher_server: settings of the vLLM servers.
         rollout_workers: processes that play episodes, each ``rollout.concurrency`` at once.
         seeded_requests: give each request to the servers a seed of its own, so that an episode that
@@ -456,6 +460,7 @@ class EngineConfig:
     gpus_per_node: int = 1
     teacher: str | None = None
     teacher_gpus_per_node: int = 0
+    rollout_gpus_per_node: int = 0
     student_server: ServerConfig = field(default_factory=ServerConfig)
     teacher_server: ServerConfig = field(default_factory=ServerConfig)
     rollout_workers: int = 1
@@ -490,7 +495,7 @@ class EngineConfig:
         _positive(self, "engine", "nodes", "gpus_per_node", "rollout_workers")
         self.student_server.check("engine.student_server")
         self.teacher_server.check("engine.teacher_server")
-        _not_negative(self, "engine", "teacher_gpus_per_node")
+        _not_negative(self, "engine", "teacher_gpus_per_node", "rollout_gpus_per_node")
         if self.teacher is not None:
             _one_of("engine.teacher", self.teacher, ("shared", "separate"))
         if self.teacher == "shared" and self.teacher_gpus_per_node:

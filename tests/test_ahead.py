@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from reopold_agent.train.rollouts import RolloutsAhead
 from reopold_agent.train.rows import Row, StepBatch
 from reopold_agent.train.timing import Clock, step_times
 from reopold_agent.train.update import Updater
-from reopold_agent.train.verl.supported import check_settings
+from reopold_agent.train.verl.supported import check_settings, student_gpus
 
 AHEAD = (
     *("engine.ahead=1", "batch.prompts=2", "batch.mini_batch=2", "batch.samples=2"),
@@ -357,6 +358,31 @@ def test_more_than_one_step_ahead_and_verl_are_refused() -> None:
     for words in (["engine.teacher_gpus_per_node=1"], ["objective=grpo", "model.teacher=null"]):
         config, _ = composed("engine=verl", "engine.ahead=1", "engine.gpus_per_node=2", *words)
         check_settings(config)
+
+
+def test_gpus_that_only_generate_are_taken_from_those_that_train() -> None:
+    words = ["engine=verl", "engine.gpus_per_node=8", "engine.rollout_gpus_per_node=2"]
+    config, _ = composed(*words, "engine.teacher_gpus_per_node=2")
+    check_settings(config)
+    assert student_gpus(config.engine, with_teacher=True) == 4
+    assert student_gpus(config.engine, with_teacher=False) == 6
+    shared, _ = composed(*words)
+    with pytest.raises(ConfigError, match=r"teacher's need some, too\.\nSet engine\.teacher_gpus"):
+        check_settings(shared)
+    check_settings(composed(*words, "objective=grpo", "model.teacher=null")[0])
+    for rollout, parallel, told in (
+        (6, 1, r"beside engine\.rollout_gpus_per_node=6 and engine\.teacher_gpus_per_node=2\.\n"),
+        (2, 4, r"tensor_parallel=4 does not divide the 2 GPUs per node"),
+    ):
+        engine = replace(
+            config.engine,
+            rollout_gpus_per_node=rollout,
+            student_server=replace(config.engine.student_server, tensor_parallel=parallel),
+        )
+        with pytest.raises(ConfigError, match=told):
+            student_gpus(engine, with_teacher=True)
+    with pytest.raises(ConfigError, match="rollout_gpus_per_node must not be negative"):
+        composed("engine=verl", "engine.rollout_gpus_per_node=-1")
 
 
 def test_waiting_is_a_part_of_the_step_and_generation_is_not() -> None:

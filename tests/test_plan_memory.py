@@ -283,6 +283,34 @@ def test_a_shared_teacher_sleeps_and_wakes() -> None:
     assert shared.seconds.switch - apart.seconds.switch == pytest.approx(1 + copied)
 
 
+def test_gpus_that_only_generate_are_planned_so() -> None:
+    words = ("recipe=paper_agentic", "engine.rollout_gpus_per_node=2")
+    words += ("engine.teacher_gpus_per_node=2", "engine.student_server.memory_share=0.85")
+    waiting, ahead = (plan(*words, f"engine.ahead={on}") for on in (0, 1))
+    layout = ahead.layout
+    assert (layout.gpus, layout.student, layout.rollout, layout.teacher) == (8, 4, 2, 2)
+    trainer, server, _ = ahead.memory
+    assert [role.role for role in ahead.memory] == ["student", "rollout", "teacher"]
+    assert trainer.phases.keys() == {"old log-probs", "update", "sync"}
+    for parts in trainer.phases.values():
+        assert not any("server" in name for name in parts)
+    parts = server.phases["rollout"]
+    assert parts["server weights"] + parts["server cache and room"] == pytest.approx(
+        0.85 * ahead.gpu.memory
+    )
+    both = plan("recipe=paper_agentic")  # four train and generate, four teach
+    assert ahead.seconds.update == pytest.approx(both.seconds.update)
+    assert ahead.seconds.generate > both.seconds.generate
+    first = max(ahead.seconds.generate, ahead.seconds.teacher)
+    trained = ahead.seconds.old_logp + ahead.seconds.update
+    assert ahead.seconds.total == pytest.approx(max(first, trained) + ahead.seconds.sync)
+    assert waiting.seconds.total == pytest.approx(first + trained + waiting.seconds.sync)
+    assert any("engine.ahead=1" in line for line in waiting.warnings)
+    assert not ahead.warnings
+    little = plan(*words[:3], "engine.ahead=1", "engine.student_server.memory_share=0.5")
+    assert any("memory_share=0.85" in line for line in little.warnings)
+
+
 def test_servers_that_generate_ahead_hold_their_memory_beside_the_update() -> None:
     waiting, ahead = (plan("recipe=paper_agentic", f"engine.ahead={on}") for on in (0, 1))
     whole = ahead.config.engine.student_server.memory_share * ahead.gpu.memory

@@ -1,8 +1,8 @@
 """Two Ray nodes (raylets on loopback), a rollout worker that is killed in a step, and SIGTERM.
 
-Mathematics with GRPO: no teacher, so outcomes and groups go through verl as well, and episodes are
-generated ahead of the update. Needs the environment that ``.ci/run`` builds: ``pytest -m
-full_env``.
+Mathematics with GRPO: no teacher, so outcomes and groups go through verl as well. Episodes are
+generated ahead of the update, on GPUs that only generate. Needs the environment that ``.ci/run``
+builds: ``pytest -m full_env``.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ PROMPTS, SAMPLES = 4, 4
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """Two nodes with one pretended GPU each."""
+    """Two nodes with two pretended GPUs each."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 32, "num_gpus": 1, "object_store_memory": 2**30}
+    node = {"num_cpus": 32, "num_gpus": 2, "object_store_memory": 2**30}
     found = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     found.add_node(**node)
     found.wait_for_nodes()
@@ -66,7 +66,7 @@ def test_a_killed_rollout_worker_loses_nothing_and_sigterm_saves(
     command = [
         *(sys.executable, "-m", "reopold_agent.train", "env=math", "objective=grpo"),
         *("engine=verl", "engine.device=cpu", f"engine.ray_address={cluster.address}"),
-        *("engine.nodes=2", "engine.gpus_per_node=1", "engine.teacher_gpus_per_node=0"),
+        *("engine.nodes=2", "engine.gpus_per_node=2", "engine.rollout_gpus_per_node=1"),
         *("engine.ahead=1", "model.teacher=null", "optimizer.lr=0.001"),
         *("engine.rollout_workers=2", "steps=100", f"batch.prompts={PROMPTS}"),
         *(f"batch.samples={SAMPLES}", f"batch.mini_batch={PROMPTS}", "evaluation.teacher=false"),

@@ -116,6 +116,21 @@ def test_servers_that_generate_ahead_never_sleep() -> None:
     assert not ahead.free_cache_engine
 
 
+def test_servers_on_gpus_of_their_own() -> None:
+    """verl's standalone servers: awake, with the weights sent to them."""
+    theirs = settings(
+        "recipe=paper_agentic", "engine.rollout_gpus_per_node=2", "engine.teacher_gpus_per_node=2"
+    )
+    assert theirs.trainer.n_gpus_per_node == 4
+    assert theirs.distillation.n_gpus_per_node == 2
+    rollout = theirs.actor_rollout_ref.rollout
+    assert (rollout.nnodes, rollout.n_gpus_per_node) == (1, 2)
+    assert rollout.checkpoint_engine.backend == "nccl"
+    assert not rollout.free_cache_engine
+    before = settings("recipe=paper_agentic").actor_rollout_ref.rollout
+    assert before.checkpoint_engine.backend == "naive"  # in place
+
+
 def test_each_teacher_has_servers_of_its_own() -> None:
     from verl.utils.config import omega_conf_to_dataclass
 

@@ -190,7 +190,7 @@ UNSUPPORTED = [
     (["model.student.lora={r: 8, modules_to_save: [norm]}"], "Leave it out (there are r, "),
     (["model.student.lora={r: 8, init_lora_weights: pissa}"], "Leave it out (there are r, "),
     (["engine.attention=flash_attention_2"], "Use engine.attention=auto, which takes sdpa there."),
-    (["engine.teacher_gpus_per_node=2"], "Raise the first or lower the second; "),
+    (["engine.teacher_gpus_per_node=2"], "Raise the first or lower the others; "),
     (["engine.student_server.tensor_parallel=3"], "Choose a divisor of 1, or another "),
     (
         ["engine.gpus_per_node=4", "engine.student_server.tensor_parallel=3"],
@@ -563,3 +563,11 @@ def test_other_failures_of_a_server_leave_out_the_episode(
     generator.submit([Request(0, [1], [], 5, (0,))])
     (completion,) = generator.step()
     assert "leaves no room" in str(completion.error)
+
+
+def test_weights_over_nccl_need_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs cupy\.\nRun pip install cupy-cuda12x"):
+        verl_engine._require_sender("nccl")
+    for backend in ("naive", "gloo", "nixl"):
+        verl_engine._require_sender(backend)

@@ -54,6 +54,8 @@ def warnings_for(
                 "engine.teacher_gpus_per_node can be smaller where batch.mini_batch x "
                 "batch.samples divides by the rest."
             )
+    if layout.rollout:
+        found += _rollout_apart(config, seconds)
     generates = config.policy.student["name"]
     fitted = not rates.iteration.source.startswith("measured")
     if layout.schedule == "local" and generates == "transformers" and fitted:
@@ -68,6 +70,31 @@ def warnings_for(
             "computes none."
         )
     return tuple(found)
+
+
+def _rollout_apart(config: TrainConfig, seconds: StepSeconds) -> list[str]:
+    """Returns advice on GPUs that only generate."""
+    found = []
+    if not config.engine.ahead:
+        found.append(
+            "the GPUs that generate and those that train wait for each other: engine.ahead=1."
+        )
+    share = config.engine.student_server.memory_share
+    if share < 0.8:
+        found.append(
+            f"the student's servers have GPUs of their own, but {share:.0%} of their memory: "
+            "engine.student_server.memory_share=0.85."
+        )
+    trained = seconds.old_logp + seconds.update
+    for slow, fast, which in (
+        (seconds.generate, trained, "training waits for the rollout"),
+        (trained, seconds.generate, "the rollout waits for training"),
+    ):
+        if config.engine.ahead and slow > 1.5 * fast:
+            found.append(
+                f"{which} ({slow:.0f} s against {fast:.0f} s): change engine.rollout_gpus_per_node."
+            )
+    return found
 
 
 def _does_not_fit(
@@ -96,6 +123,8 @@ def _remedy(config: TrainConfig, layout: Layout, role: GpuMemory, phase: str, la
     if phase == "sync":
         return "Set engine.offload=true, or use more GPUs for the student."
     if phase == "rollout":
+        if role.role == "rollout":
+            return "Lower engine.student_server.memory_share."
         if local:
             return "Lower rollout.concurrency, or use engine=verl over several GPUs."
         return "Lower engine.student_server.memory_share, or set engine.offload=true."
@@ -121,7 +150,7 @@ def _more_gpus(config: TrainConfig, layout: Layout, role: str) -> str:
     """Returns the beginning of a sentence that gives a server more GPUs, of those that it has."""
     if role in layout.wider:
         return f"Raise engine.{role}_server.tensor_parallel"
-    gpus = getattr(layout, role) // config.engine.nodes
+    gpus = (layout.teacher if role == "teacher" else layout.generating) // config.engine.nodes
     return f"Give the {role} more GPUs than these {gpus},"
 
 

@@ -23,6 +23,7 @@ from reopold_agent.train.settings import compose_run
 from reopold_agent.train.verl.supported import (
     check_objective,
     check_settings,
+    rollout_gpus,
     student_gpus,
     teacher_gpus,
 )
@@ -236,6 +237,7 @@ def _lower_parallel(config: TrainConfig, chosen: set[str]) -> list[str]:
     engine = config.engine
     both = teacher_gpus(engine)
     students = engine.gpus_per_node - (engine.teacher_gpus_per_node if _taught(config) else 0)
+    students = rollout_gpus(engine, students)
     words = []
     for name, gpus in (("student_server", students), ("teacher_server", both)):
         have = getattr(engine, name).tensor_parallel
@@ -296,7 +298,8 @@ def _division(config: TrainConfig, gpus: int, chosen: set[str]) -> list[str]:
         counts = [
             count
             for count in range(step, each if wanted else 0, step)
-            if _rows(config) % (nodes * (each - count)) == 0
+            if (students := each - count - config.engine.rollout_gpus_per_node) > 0
+            and _rows(config) % (nodes * students) == 0
         ]
         # Without such a count they share.
         teacher = min(counts, key=lambda count: abs(count - wanted), default=0)

@@ -117,7 +117,8 @@ def make_plan(
         check_tensor_parallel(config.engine, models.items())
     half = _compute_bytes(config) == 2
     counts = _gpu_counts(config, schedule, teacher is not None)
-    server, room = _student_server(config, schedule, counts, student, work, gpu)
+    generating = counts[3] or counts[1]
+    server, room = _student_server(config, schedule, generating, student, work, gpu)
     if schedule != "local" and teacher is not None:
         settings = config.engine.teacher_server
         share = teacher_share(config, schedule)
@@ -126,10 +127,11 @@ def make_plan(
         room["teacher"] = cache_sequences(teacher, cache, longest, settings.tensor_parallel)
     wider = frozenset(
         role
-        for (role, model), gpus in zip(models.items(), counts[1:], strict=False)
+        for (role, model), gpus in zip(models.items(), (generating, counts[2]), strict=False)
         if _can_widen(config, role, model, gpus // config.engine.nodes)
     )
-    layout = Layout(schedule, *counts, server, config.engine.teacher_server.tensor_parallel, wider)
+    teacher_server = config.engine.teacher_server.tensor_parallel
+    layout = Layout(schedule, *counts, server, teacher_server, wider)
     how = Training(
         checkpointing=config.model.student.gradient_checkpointing,
         lora=config.model.student.lora is not None,
@@ -178,28 +180,29 @@ def _compute_bytes(config: TrainConfig) -> int:
     return 4 if config.engine.precision == "float32" else 2
 
 
-def _gpu_counts(config: TrainConfig, schedule: str, taught: bool) -> tuple[int, int, int]:
-    """Returns the numbers of all GPUs, of the student's and of the teacher's."""
+def _gpu_counts(config: TrainConfig, schedule: str, taught: bool) -> tuple[int, int, int, int]:
+    """Returns the first numbers of a `Layout`: all GPUs, student's, teacher's, rollout's."""
     engine = config.engine
     if schedule == "local":
-        return 1, 1, int(taught)
+        return 1, 1, int(taught), 0
     total = engine.nodes * engine.gpus_per_node
     if schedule == "shared":
-        return total, total, total if taught else 0
+        return total, total, total if taught else 0, 0
     teachers = engine.nodes * engine.teacher_gpus_per_node if taught else 0
-    students = total - teachers
+    rollouts = engine.nodes * engine.rollout_gpus_per_node
+    students = total - teachers - rollouts
     if students < 1 or (taught and teachers < 1):
         raise ConfigError(
-            f"of {total} GPUs the teacher gets {teachers}: both need some; see "
-            "engine.teacher_gpus_per_node"
+            f"of {total} GPUs the teacher gets {teachers}, and {rollouts} only generate: both need "
+            "some, and the student; see engine.teacher_gpus_per_node, engine.rollout_gpus_per_node"
         )
-    return total, students, teachers
+    return total, students, teachers, rollouts
 
 
 def _student_server(
     config: TrainConfig,
     schedule: str,
-    counts: tuple[int, int, int],
+    generating: int,
     student: Architecture,
     work: Workload,
     gpu: Gpu,
@@ -210,7 +213,7 @@ def _student_server(
         return Server(1, min(in_flight, work.episodes)), {}
     settings: ServerConfig = config.engine.student_server
     gpus = settings.tensor_parallel
-    replicas = counts[1] // gpus
+    replicas = generating // gpus
     cache = server_cache(student, settings.memory_share * gpu.memory, gpus)
     holds = cache_sequences(student, cache, work.length, gpus)
     wanted = math.ceil(work.episodes / replicas)
@@ -230,7 +233,7 @@ def _seconds(
     rates: Rates,
 ) -> StepSeconds:
     score, width = rates.score.value, _compute_bytes(config)
-    replicas = max(1, layout.student // layout.student_server.gpus)
+    replicas = max(1, layout.generating // layout.student_server.gpus)
     each = math.ceil(work.episodes / replicas)
     decode = decode_seconds(
         student,
@@ -243,7 +246,7 @@ def _seconds(
     sync = switch = 0.0
     if layout.schedule != "local":
         sync = SYNC_SECONDS + width * student.parameters / SYNC_BANDWIDTH
-        switch = 0.0 if config.engine.ahead else 2 * SWITCH_SECONDS
+        switch = 0.0 if config.engine.ahead or layout.rollout else 2 * SWITCH_SECONDS
         if layout.schedule == "shared" and teacher is not None:
             copied = 2 * teacher.parameters / layout.teacher_server_gpus
             switch += 2 * (SWITCH_SECONDS + copied / HOST_BANDWIDTH)
@@ -252,12 +255,13 @@ def _seconds(
             state = sum(replace(trainer, offload=False).resident(student).values())
             switch += 2 * state / HOST_BANDWIDTH
     return StepSeconds(
-        generate=decode + counted.prompt / (score * layout.student),
+        generate=decode + counted.prompt / (score * layout.generating),
         teacher=counted.teacher / (score * layout.teacher) if layout.teacher else 0.0,
         old_logp=counted.old_logp / (score * layout.student),
         update=counted.update / (rates.train.value * layout.student),
         sync=sync,
         overlap=layout.schedule == "pools",
+        ahead=layout.rollout > 0 and config.engine.ahead > 0,
         switch=switch,
     )
 
@@ -366,6 +370,8 @@ def _memory(
     loading = {"server weights": awake["server weights"]}
     if config.engine.ahead:  # they generate while the trainer computes, and never sleep
         asleep = loading = awake
+    if layout.rollout:
+        asleep = loading = {}
     beside = {"sleeping servers": SLEEPING_SERVER} if shares else {}
     phases = {
         "rollout": {**resident, **beside, **awake},
@@ -377,13 +383,19 @@ def _memory(
             **loading,
             # the tensor that is gathered, and the bucket that the server reads
             "buffers": trainer.master_bytes * student.text.vocab * student.text.hidden
-            + SYNC_BUCKET,
+            + SYNC_BUCKET * (2 if layout.rollout else 1),
         },
     }
+    servers: tuple[GpuMemory, ...] = ()
+    if layout.rollout:
+        del phases["rollout"]
+        # Of two buckets one is filled while the other is read.
+        alone = {**base, **awake, "buffers": 2 * SYNC_BUCKET}
+        servers = (GpuMemory("rollout", layout.rollout, {"rollout": alone}),)
     if trainer.adapters and trainer.offload:  # merging needs all weights at once
         phases["sync"] |= trainer.weights(student)
     if teacher is None:
-        return (GpuMemory("student", layout.student, phases),)
+        return (GpuMemory("student", layout.student, phases), *servers)
     budget = teacher_share(config, layout.schedule) * gpu.memory
     scores = {
         **_server_parts(teacher, budget, layout.teacher_server_gpus),
@@ -395,6 +407,7 @@ def _memory(
         return (GpuMemory("student and teacher", layout.gpus, phases),)
     return (
         GpuMemory("student", layout.student, phases),
+        *servers,
         GpuMemory("teacher", layout.teacher, {"score": {**base, **scores}}),
     )
 

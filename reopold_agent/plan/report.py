@@ -28,7 +28,12 @@ def as_values(plan: Plan) -> dict[str, Any]:
     work, layout = plan.work, plan.layout
     return {
         "gpu": plan.gpu.name,
-        "gpus": {"all": layout.gpus, "student": layout.student, "teacher": layout.teacher},
+        "gpus": {
+            "all": layout.gpus,
+            "student": layout.student,
+            "rollout": layout.rollout,
+            "teacher": layout.teacher,
+        },
         "schedule": layout.schedule,
         "models": {
             role: {"path": m.name, "parameters": m.parameters, "shapes": m.source}
@@ -102,6 +107,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Prints all tables of a plan."""
     work, layout = plan.work, plan.layout
     division = f"{layout.student} student, {layout.teacher} teacher"
+    if layout.rollout:
+        division += f", {layout.rollout} rollout"
     if layout.schedule != "pools":
         division = "all do everything in turn" if layout.gpus > 1 else "one does everything"
         if layout.schedule == "local" and plan.config.policy.teacher["name"] == "server":
@@ -168,9 +175,11 @@ def _time_table(plan: Plan, console: Console) -> Table:
     title = f"A step (vision towers: {counted.vision:.0%} of the FLOPs)"
     table = _table(console, title, "part", "PFLOP", "seconds", "share")
     for part in PARTS:
-        during = part == "teacher" and seconds.overlap
+        during = (part == "teacher" and seconds.overlap and plan.teacher is not None) or (
+            part in ("old_logp", "update") and seconds.ahead
+        )
         table.add_row(
-            f"{part} (meanwhile)" if during and plan.teacher else part,
+            f"{part} (meanwhile)" if during else part,
             f"{work[part] / 1e15:.4g}" if part in work else "-",
             f"{getattr(seconds, part):.3g}",
             f"{seconds.share(part):.1%}",

@@ -171,6 +171,8 @@ class Layout:
     """Division of the GPUs between student and teacher.
 
     Attributes:
+        student: GPUs that train the student.
+        rollout: GPUs that only generate; 0 where the student's servers are on those that train.
         wider: the roles whose servers could have more of the role's GPUs each.
     """
 
@@ -178,9 +180,15 @@ class Layout:
     gpus: int
     student: int
     teacher: int
+    rollout: int
     student_server: Server
     teacher_server_gpus: int
     wider: frozenset[str] = frozenset()
+
+    @property
+    def generating(self) -> int:
+        """GPUs of the student's servers."""
+        return self.rollout or self.student
 
 
 def decode_seconds(
@@ -244,6 +252,7 @@ class StepSeconds:
 
     Attributes:
         overlap: the teacher scores while the student generates (its own GPUs).
+        ahead: the next step's episodes are generated while this one is trained on (other GPUs).
         switch: servers fall asleep and wake, and what is offloaded comes back.
     """
 
@@ -254,6 +263,7 @@ class StepSeconds:
     sync: float
     overlap: bool
     switch: float = 0.0
+    ahead: bool = False
 
     @property
     def total(self) -> float:
@@ -261,7 +271,9 @@ class StepSeconds:
         first = max(self.generate, self.teacher)
         if not self.overlap:
             first = self.generate + self.teacher
-        return first + self.old_logp + self.update + self.sync + self.switch
+        trained = self.old_logp + self.update
+        both = max(first, trained) if self.ahead else first + trained
+        return both + self.sync + self.switch
 
     def share(self, part: str) -> float:
         """A part's share of the step."""

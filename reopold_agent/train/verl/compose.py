@@ -41,6 +41,9 @@ bytes (2.5 GB with Qwen's vocabulary); without a bound they exhaust a GPU (vllm 
 LORA_SETTINGS, FROZEN_DTYPE = "reopold_settings", "reopold_dtype"
 """Keys of our settings of LoRA among verl's (``actor_rollout_ref.model.lora``)."""
 
+GLOO = "gloo"
+"""Name of `weights.GlooWeights` among verl's ways to send weights to servers on other GPUs."""
+
 CPU_CACHE_BYTES = 256 * 2**20
 """Keys and values of a server on a CPU, for tiny models."""
 
@@ -292,7 +295,24 @@ def _student(config: TrainConfig, device: str, context: int) -> dict[str, Any]:
         **_server(rollout, engine.student_server, config, spec, device, length),
         # They generate while the trainer computes, and so never sleep.
         **({f"{rollout}.free_cache_engine": False} if engine.ahead else {}),
+        **_apart(engine, device),
         **{f"{model}.{key}": value for key, value in verl_lora(spec.lora, spec.dtype).items()},
+    }
+
+
+def _apart(engine: EngineConfig, device: str) -> dict[str, Any]:
+    """Returns the settings of servers on GPUs of their own; nothing for those that train."""
+    if not engine.rollout_gpus_per_node:
+        return {}
+    rollout = "actor_rollout_ref.rollout"
+    sent = f"{rollout}.checkpoint_engine"
+    own = {f"{sent}.custom_backend_module": "reopold_agent.train.verl.weights"}
+    return {
+        f"{rollout}.nnodes": engine.nodes,
+        f"{rollout}.n_gpus_per_node": engine.rollout_gpus_per_node,
+        f"{rollout}.free_cache_engine": False,
+        f"{sent}.backend": GLOO if device == "cpu" else "nccl",
+        **(own if device == "cpu" else {}),
     }
 
 

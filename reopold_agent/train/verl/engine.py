@@ -123,6 +123,7 @@ class VerlEngine(Engine):
         composed = verl_config(
             config, self.folder.path, with_teacher=with_teacher, device=device, contexts=contexts
         )
+        _require_sender(composed.actor_rollout_ref.rollout.checkpoint_engine.backend)
         self._begin(objective, saved)
         self.folder.write_versions(device=device)
         started = time.perf_counter()
@@ -247,7 +248,7 @@ class VerlEngine(Engine):
         elif device == "cpu":
             # Ray would kill processes at 95 % of the memory, and a laptop is smaller than a node.
             os.environ.setdefault("RAY_memory_usage_threshold", "0.98")
-            gpus = student_gpus(engine, with_teacher)
+            gpus = student_gpus(engine, with_teacher) + engine.rollout_gpus_per_node
             gpus += engine.teacher_gpus_per_node if with_teacher else 0
             arguments.update(
                 num_cpus=PRETENDED_CPUS,
@@ -324,4 +325,14 @@ def _require_verl() -> None:
         raise ConfigError(
             f"verl imports a class of trl that trl {trl} no longer has, if trl is installed; run "
             "pip uninstall trl (verl needs none)"
+        )
+
+
+def _require_sender(backend: str) -> None:
+    """Refuses verl's way to send weights over NCCL where a package of it is missing."""
+    if backend == "nccl" and importlib.util.find_spec("cupy") is None:
+        raise ConfigError(
+            "engine.rollout_gpus_per_node sends weights with verl's nccl, which needs cupy.\nRun "
+            "pip install cupy-cuda12x (cupy-cuda13x beside a PyTorch for CUDA 13), or set "
+            "engine.rollout_gpus_per_node=0."
         )

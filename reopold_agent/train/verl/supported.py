@@ -79,6 +79,16 @@ def check_settings(config: TrainConfig) -> None:
             "GPUs needs them alone.\nGive it GPUs of its own (engine.teacher_gpus_per_node=N), or "
             "set engine.ahead=0."
         )
+    if (
+        config.engine.rollout_gpus_per_node
+        and config.model.all_teachers
+        and config.engine.shares_gpus
+    ):
+        raise ConfigError(
+            "engine.rollout_gpus_per_node gives the student's servers GPUs of their own, and then "
+            "the teacher's need some, too.\nSet engine.teacher_gpus_per_node=N, or "
+            "engine.rollout_gpus_per_node=0."
+        )
     check_overrides(config.engine.overrides)
     if config.engine.old_logp != "recompute":
         raise ConfigError(
@@ -114,20 +124,24 @@ def _policy(config: TrainConfig, role: str) -> str:
 
 
 def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
-    """Returns the number of GPUs per node on which the student trains and rolls out.
+    """Returns the number of GPUs per node on which the student trains.
 
     Raises:
         ConfigError: the GPUs cannot be divided so.
     """
-    rest = engine.gpus_per_node - (engine.teacher_gpus_per_node if with_teacher else 0)
+    taken = {"rollout_gpus_per_node": engine.rollout_gpus_per_node}
+    if with_teacher:
+        taken["teacher_gpus_per_node"] = engine.teacher_gpus_per_node
+    rest = engine.gpus_per_node - sum(taken.values())
     if rest < 1:
+        others = " and ".join(f"engine.{key}={count}" for key, count in taken.items() if count)
         raise ConfigError(
             f"engine.gpus_per_node={engine.gpus_per_node} leaves no GPU for the student beside "
-            f"engine.teacher_gpus_per_node={engine.teacher_gpus_per_node}.\nRaise the first or "
-            "lower the second; engine.teacher=shared puts both on the same GPUs."
+            f"{others}.\nRaise the first or lower the others; at 0 their servers are where the "
+            "student trains."
         )
     for count, server, which in (
-        (rest, engine.student_server, "student_server"),
+        (rollout_gpus(engine, rest), engine.student_server, "student_server"),
         (teacher_gpus(engine), engine.teacher_server, "teacher_server"),
     ):
         if which == "teacher_server" and not with_teacher:
@@ -136,7 +150,8 @@ def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
             raise ConfigError(
                 f"engine.{which}.tensor_parallel={server.tensor_parallel} does not divide the "
                 f"{count} GPUs per node that it has.\nChoose a divisor of {count}, or another "
-                "engine.gpus_per_node or engine.teacher_gpus_per_node."
+                "engine.gpus_per_node, engine.teacher_gpus_per_node or "
+                "engine.rollout_gpus_per_node."
             )
     return rest
 
@@ -188,3 +203,13 @@ def teacher_replicas(engine: EngineConfig, teachers: int) -> int:
 def teacher_gpus(engine: EngineConfig) -> int:
     """Returns the number of GPUs per node on which the teacher's servers are."""
     return engine.gpus_per_node if engine.shares_gpus else engine.teacher_gpus_per_node
+
+
+def rollout_gpus(engine: EngineConfig, students: int) -> int:
+    """Returns the number of GPUs per node on which the student's servers are.
+
+    Args:
+        engine: the engine's settings.
+        students: GPUs per node on which the student trains (`student_gpus`).
+    """
+    return engine.rollout_gpus_per_node or students

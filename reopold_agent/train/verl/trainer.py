@@ -24,11 +24,14 @@ import transfer_queue
 from tensordict import TensorDict
 from torch import Tensor
 from torchdata.stateful_dataloader import StatefulDataLoader
+from verl.checkpoint_engine import CheckpointEngineManager
 from verl.protocol import DataProto
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_add_to_batch
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.rl_dataset import collate_fn
+from verl.workers.rollout.llm_server import LLMServerManager
 from verl.workers.utils.padding import response_to_nested
 
 from reopold_agent.config import OVER, TrainConfig
@@ -126,6 +129,8 @@ class Trainer(PPOTrainerSync):
             processing.tokenizer, stop_at_tool_call=config.rollout.stop_at_tool_call
         )
         self._allowed = len(processing.tokenizer)
+        # verl's name for servers on the GPUs that train.
+        self._enable_hybrid_replicas = not config.engine.rollout_gpus_per_node
         super().__init__(config=verl_config)
         self.replay_buffer.poll_interval = POLL_SECONDS
 
@@ -157,12 +162,29 @@ class Trainer(PPOTrainerSync):
     def _init_resource_pool_mgr(self) -> None:
         """Makes verl's resource pools, with `StudentWorker` on the student's GPUs."""
         super()._init_resource_pool_mgr()
-        self.role_worker_mapping[Role.ActorRollout] = ray.remote(StudentWorker)
+        student = Role.ActorRollout if self._enable_hybrid_replicas else Role.Actor
+        self.role_worker_mapping[student] = ray.remote(StudentWorker)
         self._shared = self.use_teacher_policy and self.run_config.engine.shares_gpus
         if self._shared:
             pools = self.resource_pool_manager
             del pools.resource_pool_spec[pools.mapping[Role.TeacherModel]]
-            pools.mapping[Role.TeacherModel] = pools.mapping[Role.ActorRollout]
+            pools.mapping[Role.TeacherModel] = pools.mapping[student]
+
+    def _setup(self) -> None:
+        """Starts verl's processes; then the servers that are on GPUs of their own.
+
+        As in verl's `trainer_separate_async`.
+        """
+        super()._setup()
+        if self._enable_hybrid_replicas:
+            return
+        self.llm_server_manager = LLMServerManager.create(config=self.config)
+        settings = self.config.actor_rollout_ref.rollout.checkpoint_engine
+        self.checkpoint_manager = CheckpointEngineManager(
+            config=omega_conf_to_dataclass(settings),
+            actor_wg=self.actor_rollout_wg,
+            replicas=self.llm_server_manager.get_replicas(),
+        )
 
     def on_init_end(self) -> None:
         """Sets the loss, bans ids at all servers, and sends them the weights."""
