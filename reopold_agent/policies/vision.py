@@ -8,6 +8,7 @@ fixed at encoding time, so they always match the features.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, Generic, TypeVar
@@ -40,7 +41,7 @@ class VisionProcessor:
         self._patches: _ByteLimitedCache[int, Tensor] = _ByteLimitedCache(cache_bytes)
 
     def encode(self, image: PixelArray | Image.Image, limits: PixelLimits) -> EncodedImage:
-        """Resizes (bicubic) to a multiple of patch x merge within the limits.
+        """Resizes (bicubic) to a multiple of patch x merge within the limits, on any thread.
 
         Equal pictures under equal limits give the same object, so that the samples of a group
         share their prompt. Qwen's rule rejects pictures whose sides differ by more than a factor
@@ -67,9 +68,7 @@ class VisionProcessor:
             array = np.asarray(resized)
         elif isinstance(image, np.ndarray):
             array = array.copy()  # the environment may draw on its own array later
-        encoded = self.adopt(array)
-        self._encoded.put(key, encoded, array.nbytes)
-        return encoded
+        return self._encoded.put(key, self.adopt(array), array.nbytes)
 
     def adopt(self, pixels: PixelArray) -> EncodedImage:
         """Returns an `EncodedImage` of pixels that `encode` has already resized, here or elsewhere.
@@ -108,7 +107,7 @@ class VisionProcessor:
                 part = features["pixel_values"]
                 if tuple(features["image_grid_thw"][0].tolist()) != image.grid:
                     raise RuntimeError("the image processor changed the size of an encoded picture")
-                self._patches.put(image.key, part, part.nbytes)
+                part = self._patches.put(image.key, part, part.nbytes)
             parts.append(part)
         return torch.cat(parts), torch.tensor([image.grid for image in images])
 
@@ -128,21 +127,32 @@ _V = TypeVar("_V")
 
 
 class _ByteLimitedCache(Generic[_K, _V]):
-    """A least-recently-used cache, limited by the total size of its values in bytes."""
+    """A least-recently-used cache for several threads, limited by its values' bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
         self._entries: OrderedDict[_K, tuple[_V, int]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def get(self, key: _K) -> _V | None:
+        with self._lock:
+            return self._found(key)
+
+    def put(self, key: _K, value: _V, size: int) -> _V:
+        """Keeps and returns the value, or the one that another thread has put meanwhile."""
+        with self._lock:
+            found = self._found(key)
+            if found is not None:
+                return found
+            self._entries[key] = (value, size)
+            self._bytes += size
+            while self._bytes > self._max_bytes and len(self._entries) > 1:
+                self._bytes -= self._entries.popitem(last=False)[1][1]
+            return value
+
+    def _found(self, key: _K) -> _V | None:
         entry = self._entries.get(key)
         if entry is None:
             return None
         self._entries.move_to_end(key)
         return entry[0]
-
-    def put(self, key: _K, value: _V, size: int) -> None:
-        self._entries[key] = (value, size)
-        self._bytes += size
-        while self._bytes > self._max_bytes and len(self._entries) > 1:
-            self._bytes -= self._entries.popitem(last=False)[1][1]

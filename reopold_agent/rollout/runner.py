@@ -245,13 +245,18 @@ class RolloutRunner:
             self._make().close()
 
     def prompt(
-        self, observation: Observation, info: Mapping[str, Any], opening: Opening | None = None
+        self,
+        observation: Observation,
+        info: Mapping[str, Any],
+        opening: Opening | None = None,
+        images: list[EncodedImage] | None = None,
     ) -> tuple[list[int], list[EncodedImage]]:
         """Renders the first turns: system message and history of ``info``, and the question.
 
         Args:
             observation, info: what the environment's ``reset`` returned.
             opening: what it knows for a teacher; needed where one with a view plays.
+            images: the observation's pictures, if they are encoded already.
 
         Returns:
             The ids for the policy to continue, and the pictures in order.
@@ -261,9 +266,12 @@ class RolloutRunner:
             return self._plays_as.prompt(shown, shown.hint)
         system = str(info.get("system_prompt", ""))
         messages = [Message("system", (system,))] if system else []
-        for role, turn in [*info.get("history", ()), ("user", observation)]:
+        for role, turn in info.get("history", ()):
             content = observation_message(turn, self._encode(turn, self.prompt_pixels)).content
             messages.append(Message(role, content))
+        if images is None:
+            images = self._encode(observation, self.prompt_pixels)
+        messages.append(Message("user", observation_message(observation, images).content))
         return self.chat.prompt(messages)
 
     def prompt_tokens(self, spec: EpisodeSpec) -> int | None:
@@ -278,22 +286,31 @@ class RolloutRunner:
         if outcome.error is not None:
             return None
         try:
-            (observation, info), teacher = outcome.value
+            (observation, info), teacher, _ = outcome.value
             return len(self.prompt(as_observation(observation), info, teacher.opening)[0])
         except _INVALID:
             return None
 
     def continuation(
-        self, observation: Observation, last: int
+        self, observation: Observation, last: int, images: list[EncodedImage] | None = None
     ) -> tuple[list[int], list[EncodedImage]]:
         """Renders what the environment answered to a turn whose last token is ``last``.
+
+        Args:
+            observation: the answer.
+            last: the token.
+            images: the answer's pictures, if they are encoded already.
 
         Returns:
             The ids up to the student's next turn, and the pictures in order.
         """
-        limits = (self._plays_as or self).observation_pixels
-        images = self._encode(observation, limits)
+        if images is None:
+            images = self._encode(observation, self._answer_pixels)
         return self.chat.continuation(observation_message(observation, images), last)
+
+    @property
+    def _answer_pixels(self) -> PixelLimits:
+        return (self._plays_as or self).observation_pixels
 
     def run(
         self,
@@ -394,16 +411,30 @@ class RolloutRunner:
         options = {"split": spec.split, "index": spec.index}
         seed = task_seed(spec.split, spec.index)
         readers, plays_as, key = self.reader, self._plays_as, self._teacher_key
+        limits = self.prompt_pixels if plays_as is None else None
 
-        def reset(env: Env) -> tuple[Any, _ForTeacher]:
+        def reset(env: Env) -> tuple[Any, _ForTeacher, list[EncodedImage] | None]:
             shown = env.reset(seed=seed, options=options)
             name = "" if key is None else named_teacher(env, key)
             reader = readers.of(name) if isinstance(readers, Readers) else readers
             opener = reader or plays_as
             opening = None if opener is None else opener.opening(env)
-            return shown, _ForTeacher(name, reader, opening)
+            return shown, _ForTeacher(name, reader, opening), self._resized(shown[0], limits)
 
         worker.call(reset)
+
+    def _resized(self, observation: Any, limits: PixelLimits | None) -> list[EncodedImage] | None:
+        """Encodes pictures on an environment's thread, beside the generator and other episodes.
+
+        Returns:
+            The pictures; None leaves them, and what is wrong with them, to `_encode`.
+        """
+        if limits is None:
+            return None
+        try:
+            return self._encode(observation, limits)
+        except _INVALID:
+            return None
 
     def _due(self, pending: list[_Episode], generator: Generator) -> list[_Episode]:
         """Returns the episodes whose environments to wait for now."""
@@ -440,16 +471,16 @@ class RolloutRunner:
         if outcome.error is not None:
             return self._fail_env(episode, outcome.error, outcome.fault)
         if not episode.turns:
-            (observation, info), teacher = outcome.value
+            (observation, info), teacher, images = outcome.value
             episode.task_id = str(info.get("task_id", f"{episode.spec.split}-{episode.spec.index}"))
             observation = as_observation(observation)
-            ids, images = episode.rules.prompt(observation, info, teacher.opening)
+            ids, images = episode.rules.prompt(observation, info, teacher.opening, images)
             self._add_prompt(episode, ids, images)
             episode.teacher = teacher
             if teacher.reader is not None and teacher.opening is not None:
                 episode.shown = teacher.reader.begin(observation, info, teacher.opening)
             return True
-        observation, reward, terminated, truncated, info = outcome.value
+        (observation, reward, terminated, truncated, info), images = outcome.value
         turn = episode.turns[-1]
         call = info.get("tool_call")
         turn.tool_call = call if isinstance(call, ToolCall) else None
@@ -470,7 +501,7 @@ class RolloutRunner:
             else:
                 episode.stop = StopReason.MAX_TURNS
             return False
-        return self._add_observation(episode, observation)
+        return self._add_observation(episode, observation, images)
 
     @staticmethod
     def _fail_env(episode: _Episode, error: str, fault: EnvironmentCodeError | None = None) -> bool:
@@ -517,11 +548,13 @@ class RolloutRunner:
         episode.stop = stop
         return False
 
-    def _add_observation(self, episode: _Episode, observation: Observation) -> bool:
+    def _add_observation(
+        self, episode: _Episode, observation: Observation, images: list[EncodedImage] | None
+    ) -> bool:
         limits = episode.rules.limits
         if len(episode.turns) >= limits.max_turns:
             return self._truncate(episode, StopReason.MAX_TURNS)
-        ids, images = episode.rules.continuation(observation, episode.ids[-1])
+        ids, images = episode.rules.continuation(observation, episode.ids[-1], images)
         used = len(episode.ids) - episode.prompt_length
         # An observation is added as a whole or not at all, so that no image is cut, and it must
         # leave room for at least one token of the student.
@@ -584,7 +617,15 @@ class RolloutRunner:
         self.stats.sampled_tokens += len(completion.ids)
         text = self.chat.text(completion.ids)
         episode.turns.append(Turn(start, len(episode.ids), text, completion.finish))
-        episode.worker.call(lambda env: take_turn(env, text, completion.finish))
+        rules = episode.rules
+
+        def step(env: Env) -> tuple[Any, list[EncodedImage] | None]:
+            taken = take_turn(env, text, completion.finish)
+            observation, _, terminated, truncated, _ = taken
+            limits = None if terminated or truncated else rules._answer_pixels
+            return taken, rules._resized(observation, limits)
+
+        episode.worker.call(step)
 
     @staticmethod
     def _trajectory(episode: _Episode) -> Trajectory:
