@@ -86,15 +86,20 @@ def ours(tasks: Sequence[Task], actions: Sequence[Sequence[str]]) -> tuple[float
     for worker in workers:
         assert worker.result(60).error is None
     pixels = 0
+
+    def called(env: PixelReasonerEnv, text: str) -> int:
+        """As in `RolloutRunner`: the environment's thread also makes the picture's size."""
+        (picture,) = env.step(text)[0]["images"]
+        return int(vision.encode(picture, LIMITS).pixels.size)
+
     started, cpu = time.perf_counter(), cpu_seconds(None)
     for number in range(calls):
         for worker, turns in zip(workers, actions, strict=True):
-            worker.call(lambda env, text=turns[number]: env.step(text))
+            worker.call(lambda env, text=turns[number]: called(env, text))
         for worker in workers:
             outcome = worker.result(60)
             assert outcome.error is None, outcome.error
-            (picture,) = outcome.value[0]["images"]
-            pixels += vision.encode(picture, LIMITS).pixels.size
+            pixels += outcome.value
     seconds, cpu = time.perf_counter() - started, cpu_seconds(None) - cpu
     for worker in workers:
         worker.close()

@@ -887,3 +887,21 @@ def test_images_are_encoded_objects(make_runner: Any, scripted: ScriptedPolicy) 
         i.tokens * 784 for i in trajectory.images
     ]
     assert trajectory.images[0].tokens > trajectory.images[1].tokens
+
+
+def test_pictures_are_resized_on_the_threads_of_their_environments(
+    make_runner: Any, scripted: ScriptedPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the generator; the teacher's own form of an episode is made elsewhere."""
+    runner = make_runner()
+    threads = []
+    whole = runner.vision.encode
+
+    def encode(*arguments: Any) -> EncodedImage:
+        threads.append(threading.current_thread().name)
+        return whole(*arguments)
+
+    monkeypatch.setattr(runner.vision, "encode", encode)
+    (trajectory,) = runner.run(scripted, specs(1), T1, (1,))
+    assert len(trajectory.images) == 2
+    assert threads == ["reopold-env"] * 2

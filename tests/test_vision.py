@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -116,6 +118,24 @@ def test_caches_are_bounded_and_a_forgotten_picture_comes_back_equal() -> None:
         assert torch.equal(vision.patches([one])[0], patch)
     assert vision._encoded._bytes <= 3 * 56 * 56 * 3
     assert len(vision._patches._entries) == 1
+
+
+def test_equal_pictures_are_one_object_on_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find nothing in the cache and resize; the first to be done is kept."""
+    vision = VisionProcessor(Qwen2VLImageProcessorPil())
+    meet = threading.Barrier(2, timeout=30)
+    adopt = vision.adopt
+
+    def wait(pixels: Any) -> EncodedImage:
+        meet.wait()
+        return adopt(pixels)
+
+    monkeypatch.setattr(vision, "adopt", wait)
+    picture = random_picture(1, 200, 120)
+    limits = PixelLimits(TOKEN, 4 * TOKEN)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: vision.encode(picture.copy(), limits), range(2))
+    assert one is other
 
 
 def test_a_picture_in_use_outlives_one_that_is_not() -> None:
