@@ -108,6 +108,7 @@ def test_what_a_plan_changes_is_shown(capsys: pytest.CaptureFixture[str]) -> Non
         (["paper_agentic", "gpus=5"], "engine.teacher_gpus_per_node=3"),
         (["paper_agentic", "gpus=4"], "engine.gpus_per_node=4"),
         (["paper_agentic", "gpus=16"], "engine.nodes=2"),
+        (["paper_agentic", "gpus=3", "engine.rollout_gpus_per_node=1"], "engine.gpus_per_node=3"),
     ],
 )
 def test_what_a_plan_proposes_the_engine_takes(words: list[str], changed: str) -> None:
@@ -115,7 +116,8 @@ def test_what_a_plan_proposes_the_engine_takes(words: list[str], changed: str) -
     made = plan_run([recipe, *words[1:]])
     assert made.fits
     assert changed in made.changes
-    config = compose_run([recipe, *made.changes])
+    kept = [word for word in words[1:] if not word.startswith("gpus=")]
+    config = compose_run([recipe, *kept, *made.changes])
     if config.engine.name == "verl":
         check_settings(config)
         students = config.engine.nodes * student_gpus(config.engine, with_teacher=True)

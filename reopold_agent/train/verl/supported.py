@@ -79,16 +79,6 @@ def check_settings(config: TrainConfig) -> None:
             "GPUs needs them alone.\nGive it GPUs of its own (engine.teacher_gpus_per_node=N), or "
             "set engine.ahead=0."
         )
-    if (
-        config.engine.rollout_gpus_per_node
-        and config.model.all_teachers
-        and config.engine.shares_gpus
-    ):
-        raise ConfigError(
-            "engine.rollout_gpus_per_node gives the student's servers GPUs of their own, and then "
-            "the teacher's need some, too.\nSet engine.teacher_gpus_per_node=N, or "
-            "engine.rollout_gpus_per_node=0."
-        )
     check_overrides(config.engine.overrides)
     if config.engine.old_logp != "recompute":
         raise ConfigError(
@@ -131,6 +121,12 @@ def student_gpus(engine: EngineConfig, with_teacher: bool) -> int:
     """
     taken = {"rollout_gpus_per_node": engine.rollout_gpus_per_node}
     if with_teacher:
+        if engine.rollout_gpus_per_node and engine.shares_gpus:
+            raise ConfigError(
+                "engine.rollout_gpus_per_node gives the student's servers GPUs of their own, and "
+                "then the teacher's need some, too.\nSet engine.teacher_gpus_per_node=N, or "
+                "engine.rollout_gpus_per_node=0."
+            )
         taken["teacher_gpus_per_node"] = engine.teacher_gpus_per_node
     rest = engine.gpus_per_node - sum(taken.values())
     if rest < 1:
