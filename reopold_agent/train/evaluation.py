@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from reopold_agent.train.interrupts import EvaluationStoppedError, Interrupts
 from reopold_agent.train.roles import Roles, computing
 from reopold_agent.train.teachers import Teachers, by_teacher
 from reopold_agent.types import Sampling, Trajectory
+
+_log = logging.getLogger(__name__)
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -58,6 +61,7 @@ class HeldOutEvaluation:
         self._metrics, self._progress, self._interrupts = metrics, progress, interrupts
         self._sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
         self._use_current = use_current
+        self._prompts: dict[tuple[str, int], str] = {}
 
     def before_training(self) -> None:
         """Evaluates the student, and the teacher as it is at the start.
@@ -115,6 +119,8 @@ class HeldOutEvaluation:
                     seed=self._config.seed,
                     on_done=self._stop_if_asked,
                 )
+        if who == "student":  # a teacher may have a prompt of its own
+            check_prompts(self._prompts, played)
         row = evaluation_row(EvaluationResult.of(played), who, step, sampling, curve=curve)
         row |= success_by_teacher(self._config, played)
         self._metrics.write(row)
@@ -226,6 +232,29 @@ def held_out(tasks: Mapping[str, int], most: int) -> list[EpisodeSpec]:
         for name, count in tasks.items()
         for index in range(min(most, count))
     ]
+
+
+def check_prompts(known: dict[tuple[str, int], str], played: Sequence[Trajectory]) -> None:
+    """Warns if held-out tasks are not those of the run's earlier evaluations.
+
+    Args:
+        known: digests of the prompts of earlier evaluations, by environment and index; those of
+            other tasks are added.
+        played: the student's episodes.
+    """
+    digests = {t.group: t.prompt_digest for t in played if t.prompt_digest}
+    differ = [group for group, digest in digests.items() if known.get(group, digest) != digest]
+    known |= digests
+    if differ:
+        _log.warning(
+            "%d of %d held-out tasks differ from those of the evaluation before, so the two "
+            "cannot be compared (first: index %d%s).\nLet reset(seed=...) alone decide the task; "
+            "load_tasks must give the same tasks each time.",
+            len(differ),
+            len(digests),
+            differ[0][1],
+            f" of env={differ[0][0]}" if differ[0][0] else "",
+        )
 
 
 def ends_due(rows: Sequence[MetricsRow], who: str, step: int, sampling: Sampling) -> list[Sampling]:
