@@ -859,14 +859,15 @@ def test_held_out_tasks_that_change_are_warned_of(
     asks: type[Asks],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = ["env=asks", "objective=rkl", *TINY]
     train(tmp_path / "same", *words)
-    assert "cannot be compared" not in caplog.text
+    assert "were asked otherwise" not in capsys.readouterr().out
     monkeypatch.setattr(asks, "by", "picture")
     train(tmp_path / "other", *words)
-    assert "1 of 1 held-out tasks differ from those of the evaluation before" in caplog.text
+    told = "warning: 1 of 1 held-out tasks (first: index 0 of env=asks) were asked otherwise"
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

@@ -26,6 +26,7 @@ from reopold_agent.cli.groups import (
     options_of,
     place_words,
     prepare_groups,
+    refuse_data,
     searched,
 )
 from reopold_agent.cli.messages import dotted, explain
@@ -88,12 +89,7 @@ def prepared_words(words: Sequence[str]) -> list[str]:
         for name in names
     }
     if not any(base["env"]["takes_data"] for base in bases.values()):
-        for word in (*groups, *keys):
-            if _section(word) == "data" and word != "data=none":
-                raise ConfigError(
-                    f"'{_key(word)}': env={names[0]} makes its own tasks and takes no data.\nIts "
-                    "settings are env.kwargs: +env.kwargs.NAME=VALUE."
-                )
+        refuse_data((*groups, *keys), names[0])
     settings = {name: _settings(name, bases[name], keys, places) for name in names}
     students = {name: each.pop("model")["student"] for name, each in settings.items()}
     if _value(rest, "checkpoint") is None:

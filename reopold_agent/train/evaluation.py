@@ -119,8 +119,9 @@ class HeldOutEvaluation:
                     seed=self._config.seed,
                     on_done=self._stop_if_asked,
                 )
-        if who == "student":  # a teacher may have a prompt of its own
-            check_prompts(self._prompts, played)
+        # A teacher may have a prompt of its own.
+        if who == "student" and (told := check_prompts(self._prompts, played)) is not None:
+            self._progress.note(told)
         row = evaluation_row(EvaluationResult.of(played), who, step, sampling, curve=curve)
         row |= success_by_teacher(self._config, played)
         self._metrics.write(row)
@@ -234,8 +235,8 @@ def held_out(tasks: Mapping[str, int], most: int) -> list[EpisodeSpec]:
     ]
 
 
-def check_prompts(known: dict[tuple[str, int], str], played: Sequence[Trajectory]) -> None:
-    """Warns if held-out tasks are not those of the run's earlier evaluations.
+def check_prompts(known: dict[tuple[str, int], str], played: Sequence[Trajectory]) -> str | None:
+    """Warns, in the log too, of held-out tasks that differ from those of earlier evaluations.
 
     Args:
         known: digests of the prompts of earlier evaluations, by environment and index; those of
@@ -245,16 +246,17 @@ def check_prompts(known: dict[tuple[str, int], str], played: Sequence[Trajectory
     digests = {t.group: t.prompt_digest for t in played if t.prompt_digest}
     differ = [group for group, digest in digests.items() if known.get(group, digest) != digest]
     known |= digests
-    if differ:
-        _log.warning(
-            "%d of %d held-out tasks differ from those of the evaluation before, so the two "
-            "cannot be compared (first: index %d%s).\nLet reset(seed=...) alone decide the task; "
-            "load_tasks must give the same tasks each time.",
-            len(differ),
-            len(digests),
-            differ[0][1],
-            f" of env={differ[0][0]}" if differ[0][0] else "",
-        )
+    if not differ:
+        return None
+    env, index = differ[0]
+    told = (
+        f"warning: {len(differ)} of {len(digests)} held-out tasks (first: index {index}"
+        f"{f' of env={env}' if env else ''}) were asked otherwise in the evaluation before, so the "
+        "two cannot be compared. Let reset(seed=...) alone decide the task; load_tasks must give "
+        "the same tasks each time."
+    )
+    _log.warning("%s", told)
+    return told
 
 
 def ends_due(rows: Sequence[MetricsRow], who: str, step: int, sampling: Sampling) -> list[Sampling]:
