@@ -848,6 +848,44 @@ def test_a_group_of_different_questions_ends_the_run(
         train(tmp_path / "other", *words)
 
 
+@pytest.mark.parametrize("words", [["objective=grpo", *ALONE], ["objective.outcome=1"]])
+def test_greedy_samples_cannot_be_compared(words: list[str], tmp_path: Path) -> None:
+    told = r"^sampling\.temperature=0 gives all samples .*\.\nSet sampling\.temperature=1, or .*\.$"
+    with pytest.raises(ConfigError, match=told):
+        train(tmp_path / "run", *words, "sampling.temperature=0")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_greedy_distillation_is_evaluated_greedily_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["env=math", "objective=rkl", "steps=1", "sampling.temperature=0"]
+    summary = train(tmp_path, *words, "evaluation.tasks=2")
+    rows = [row for row in lines(tmp_path / "metrics.jsonl") if row["kind"] == "eval"]
+    assert [(r["who"], r["step"], r["sampling"]) for r in rows] == [
+        ("student", 0, "greedy"),
+        ("teacher", 0, "greedy"),
+        ("student", 1, "greedy"),
+    ]
+    for name, row in zip(("before", "teacher", "after"), rows, strict=True):
+        assert summary[name]["success"] == summary[name]["greedy"]["success"] == row["success"]
+    out = capsys.readouterr().out
+    assert "Held-out success" in out
+    assert "T 0" in out
+    assert "T 1 " not in out
+
+
+def test_demonstrations_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    words = ["env=math", "+data.demonstrations={path: /nowhere/foo.jsonl}"]
+    told = r"^data\.demonstrations has no effect without objective\.source=recorded\.\nSet "
+    for objective in ("sft", "rkl"):
+        with pytest.raises(ConfigError, match=told):
+            train(tmp_path / "run", *words, f"objective={objective}")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    with pytest.raises(DataError, match="foo"):
+        train(tmp_path / "run", *words, "objective=sft", "objective.source=recorded")
+
+
 def test_samples_that_are_not_compared_may_be_asked_anything(
     asks: type[Asks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,12 +261,13 @@ def check_prompts(known: dict[tuple[str, int], str], played: Sequence[Trajectory
 
 def ends_due(rows: Sequence[MetricsRow], who: str, step: int, sampling: Sampling) -> list[Sampling]:
     """Returns the samplings with which ``who`` has yet to be evaluated before or after the run:
-    as in training, and greedy.
+    as in training, and greedy, which may be the same.
 
     A run that was killed between its last step and its end has some of the rows already.
     """
     done = end_rows(rows, who, step)
-    return [each for each in (sampling, GREEDY) if _kind(each) not in done]
+    kinds = {sampling_kind(each): each for each in (sampling, GREEDY)}
+    return [each for kind, each in kinds.items() if kind not in done]
 
 
 def curve_due(rows: Sequence[MetricsRow], step: int, config: TrainConfig) -> bool:
@@ -288,7 +289,7 @@ def evaluation_row(
         "kind": "eval",
         "step": step,
         "who": who,
-        "sampling": _kind(sampling),
+        "sampling": sampling_kind(sampling),
         "curve": curve,
         **result.row(),
     }
@@ -317,5 +318,6 @@ def end_rows(rows: Sequence[MetricsRow], who: str, step: int) -> dict[str, Metri
     }
 
 
-def _kind(sampling: Sampling) -> str:
+def sampling_kind(sampling: Sampling) -> str:
+    """Returns what rows of ``metrics.jsonl`` call it: ``sampled`` or ``greedy``."""
     return "greedy" if sampling.temperature == 0 else "sampled"
