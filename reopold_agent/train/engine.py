@@ -15,7 +15,7 @@ from reopold_agent.config import ModelConfig, TrainConfig
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective, RunFacts, make_objective
 from reopold_agent.policies.loading import ModelSpec, student_spec
-from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.run_folder import STARTED_IN, RunFolder
 from reopold_agent.tracking.trackers import follow_run
 from reopold_agent.train.interrupts import resume_command
 from reopold_agent.train.resume import RunState, filled_in
@@ -72,7 +72,7 @@ class Engine(ABC):
         }
         command = " ".join(resume_command(self._command, self.folder.path).splitlines())
         text = OmegaConf.to_yaml(OmegaConf.create({**self._raw, "objective": settings}))
-        self.folder.write_config(f"# {command}\n{text}")
+        self.folder.write_config(f"# {command}\n{STARTED_IN}{Path.cwd()}\n{text}")
 
     @abstractmethod
     def _run(self) -> dict[str, Any]:
