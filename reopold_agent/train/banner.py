@@ -22,7 +22,7 @@ from reopold_agent.config import (
     ViewConfig,
     whole_weights,
 )
-from reopold_agent.envs.from_config import report_keys
+from reopold_agent.envs.from_config import MADE, report_keys
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective, Reopold, RunFacts
 from reopold_agent.policies.architecture import find_architecture
@@ -198,16 +198,19 @@ def leak_note(report: Path) -> str | None:
         report: the report on the rows, if there is one.
     """
     splits = json.loads(report.read_text("utf-8")) if report.is_file() else {}
-    leaks = [each for each in splits.values() if each.get("trained_on")]
+    found = {key: each for key, each in splits.items() if each.get("trained_on")}
+    leaks = list(found.values())
     if not leaks:
         return None
     common, held_out = (sum(each[k] for each in leaks) for k in ("trained_on", "usable"))
     enough = max(each["usable"] for each in leaks) >= _ENOUGH_TO_SPLIT
     share = ", or a share of these: ++data.train.part=train ++data.eval.part=held_out"
+    advice = f"Give data.eval other rows{share if enough else ''}."
+    if all(key.rpartition("/")[2] == MADE for key in found):
+        advice = "Let the environment's load_tasks(split) make other tasks for 'eval'."
     return (
         f"warning: {common:,} of {held_out:,} held-out tasks are training tasks, so that held-out "
-        "success shows what was learned by heart. Give data.eval other rows"
-        f"{share if enough else ''}."
+        f"success shows what was learned by heart. {advice}"
     )
 
 
