@@ -35,7 +35,7 @@ from reopold_agent.cli.messages import dotted, explain
 from reopold_agent.config import DataConfig, EvaluationConfig, build
 from reopold_agent.data import load_tasks
 from reopold_agent.data.fingerprint import tasks_digest
-from reopold_agent.errors import ConfigError, ReopoldError, suggestion
+from reopold_agent.errors import ConfigError, DataError, ReopoldError, suggestion
 from reopold_agent.tracking.run_folder import run_settings
 
 _log = logging.getLogger(__name__)
@@ -304,7 +304,7 @@ def _run_of(
         if (run / "metrics.jsonl").is_file() and (run / "config.yaml").is_file():
             try:
                 saved = run_settings(run)
-            except ValueError:  # no run's
+            except DataError:  # no run's
                 continue
             if (saved.get("env") or {}).get("name") == registered:
                 return run, saved

@@ -27,7 +27,7 @@ from reopold_agent.common.files import (
     write_text_atomic,
     writing,
 )
-from reopold_agent.errors import CheckpointError
+from reopold_agent.errors import CheckpointError, DataError
 
 if sys.platform != "win32":
     import fcntl
@@ -235,12 +235,13 @@ def run_settings(run: Path) -> dict[str, Any]:
     the run was started (`STARTED_IN`; earlier versions did not record it).
 
     Raises:
-        OSError, ValueError, YAMLError: it cannot be read.
+        DataError: it is not a configuration.
+        OSError, YAMLError: it cannot be read.
     """
     text = (run / "config.yaml").read_text("utf-8")
     values = yaml.safe_load(text)
     if not isinstance(values, dict):
-        raise ValueError(f"{run / 'config.yaml'} is not a configuration")
+        raise DataError(f"{run / 'config.yaml'} is not a configuration")
     found = re.search(rf"^{STARTED_IN}(.+)$", text, re.MULTILINE)
     if found is not None:
         folder = Path(found.group(1))
