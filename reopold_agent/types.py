@@ -206,6 +206,8 @@ class Trajectory:
             program plays one environment without naming it.
         reading: the episode in its teacher's form, if that is another one; else None.
         teacher: what the task says of its teacher (``model.teacher_key``); empty for nothing.
+        prompt_digest: digest of the prompt's ids and pictures; empty for episodes that were not
+            played, which nothing compares.
     """
 
     task_id: str
@@ -228,6 +230,7 @@ class Trajectory:
     env: str = ""
     reading: Reading | None = None
     teacher: str = ""
+    prompt_digest: str = ""
 
     @property
     def group(self) -> tuple[str, int]:

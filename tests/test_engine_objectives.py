@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import warnings
 import zlib
@@ -10,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium import Env
+from gymnasium import Env, spaces
 from PIL import Image
 from running import (
     assert_same_weights,
@@ -26,12 +28,14 @@ from running import (
 from step_rows import make_updates
 
 from examples.embedded_models.digits.scripts import expert_turns, record
+from reopold_agent.cli.groups import prepare_groups
 from reopold_agent.config import OptimizerConfig
 from reopold_agent.data.demonstrations import load_demonstrations
 from reopold_agent.demo.tasks import DemoTasks
+from reopold_agent.envs import ENVS, register_env
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.envs.from_config import make_env
-from reopold_agent.errors import CheckpointError, ConfigError, DataError
+from reopold_agent.errors import CheckpointError, ConfigError, DataError, EnvironmentCodeError
 from reopold_agent.objectives import GKD, GRPO, OBJECTIVES, Objective
 from reopold_agent.policies.batch import TrajectoryBatch
 from reopold_agent.policies.loading import ModelSpec, load_model, resolve_path
@@ -784,6 +788,124 @@ def test_the_loss_of_grpo_by_hand(
     count = sum(lengths) if aggregate == "token" else 4
     assert len(set(lengths)) > 2
     assert stats.loss == pytest.approx(-total / count, rel=1e-4)
+
+
+class Asks(Env[Any, str]):
+    """Asks for a sum, or shows a picture; ``asked`` counts those that a seed does not decide."""
+
+    observation_space = spaces.Dict({})
+    action_space = spaces.Text(1000)
+    asked, by = itertools.count(), "seed"
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        number = int(self.np_random.integers(1, 200))
+        words, shade = f"{number} + 1", number
+        if self.by == "words":
+            words = f"{next(self.asked)} + 1"
+        if self.by == "picture":
+            shade = next(self.asked) % 256
+        picture = np.full((56, 56, 3), shade, np.uint8)
+        return {"text": f"{IMAGE_MARK}{words}", "images": (picture,)}, {}
+
+    def step(self, action: str) -> Any:
+        return {"text": "", "images": ()}, coin("", action), True, False, {}
+
+
+@pytest.fixture
+def asks(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Asks]]:
+    monkeypatch.setattr(Asks, "asked", itertools.count())
+    register_env("asks", id="reopold_tests/Asks-v0", entry_point=Asks)
+    prepare_groups(["env=asks"])
+    yield Asks
+    gymnasium.registry.pop("reopold_tests/Asks-v0")
+    del ENVS._things["asks"]
+
+
+@pytest.mark.parametrize(
+    ("by", "objective"),
+    [
+        ("words", ["objective=grpo", *ALONE]),
+        ("picture", ["objective=grpo", *ALONE]),
+        ("words", ["objective=rkl", "objective.outcome=0.5"]),
+    ],
+)
+def test_a_group_of_different_questions_ends_the_run(
+    by: str,
+    objective: list[str],
+    asks: type[Asks],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["env=asks", *objective, *TINY, *GROUPS]
+    train(tmp_path / "same", *words)
+    monkeypatch.setattr(asks, "by", by)
+    told = (
+        r"^env=asks: samples 0 and \d+ of task index \d+ had different prompts or pictures, .*\.\n"
+        r"Let reset\(seed=\.\.\.\) alone decide the task .*; load_tasks must give the same .*\.$"
+    )
+    with pytest.raises(EnvironmentCodeError, match=told):
+        train(tmp_path / "other", *words)
+
+
+@pytest.mark.parametrize("words", [["objective=grpo", *ALONE], ["objective.outcome=1"]])
+def test_greedy_samples_cannot_be_compared(words: list[str], tmp_path: Path) -> None:
+    told = r"^sampling\.temperature=0 gives all samples .*\.\nSet sampling\.temperature=1, or .*\.$"
+    with pytest.raises(ConfigError, match=told):
+        train(tmp_path / "run", *words, "sampling.temperature=0")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_greedy_distillation_is_evaluated_greedily_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["env=math", "objective=rkl", "steps=1", "sampling.temperature=0"]
+    summary = train(tmp_path, *words, "evaluation.tasks=2")
+    rows = [row for row in lines(tmp_path / "metrics.jsonl") if row["kind"] == "eval"]
+    assert [(r["who"], r["step"], r["sampling"]) for r in rows] == [
+        ("student", 0, "greedy"),
+        ("teacher", 0, "greedy"),
+        ("student", 1, "greedy"),
+    ]
+    for name, row in zip(("before", "teacher", "after"), rows, strict=True):
+        assert summary[name]["success"] == summary[name]["greedy"]["success"] == row["success"]
+    out = capsys.readouterr().out
+    assert "Held-out success" in out
+    assert "T 0" in out
+    assert "T 1 " not in out
+
+
+def test_demonstrations_that_nothing_reads_are_refused(tmp_path: Path) -> None:
+    words = ["env=math", "+data.demonstrations={path: /nowhere/foo.jsonl}"]
+    told = r"^data\.demonstrations has no effect without objective\.source=recorded\.\nSet "
+    for objective in ("sft", "rkl"):
+        with pytest.raises(ConfigError, match=told):
+            train(tmp_path / "run", *words, f"objective={objective}")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    with pytest.raises(DataError, match="foo"):
+        train(tmp_path / "run", *words, "objective=sft", "objective.source=recorded")
+
+
+def test_samples_that_are_not_compared_may_be_asked_anything(
+    asks: type[Asks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asks, "by", "words")
+    train(tmp_path, "env=asks", "objective=rkl", *TINY, *GROUPS)
+
+
+def test_held_out_tasks_that_change_are_warned_of(
+    asks: type[Asks],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["env=asks", "objective=rkl", *TINY]
+    train(tmp_path / "same", *words)
+    assert "were asked otherwise" not in capsys.readouterr().out
+    monkeypatch.setattr(asks, "by", "picture")
+    train(tmp_path / "other", *words)
+    told = "warning: 1 of 1 held-out tasks (first: index 0 of env=asks) were asked otherwise"
+    assert told in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])

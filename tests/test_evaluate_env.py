@@ -17,7 +17,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException
-from running import SMALL, composed
+from running import SMALL, composed, train
 from safetensors.torch import load_file, save_file
 
 from reopold_agent.common.weights import weights_digest
@@ -27,6 +27,8 @@ from reopold_agent.errors import CheckpointError, ConfigError, ModelError, Unkno
 from reopold_agent.evaluate.report import markdown
 from reopold_agent.evaluate.run import Evaluation, load_config
 from reopold_agent.evaluate.words import prepared_words
+from reopold_agent.policies.loading import resolve_path
+from reopold_agent.tracking.run_folder import run_settings
 from reopold_agent.train.setup import LocalEngine
 
 CPU = ("engine.device=cpu", "engine.threads=1")
@@ -364,6 +366,42 @@ def test_a_runs_student_is_evaluated_with_the_runs_settings(tmp_path: Path) -> N
     assert given["environments"]["math"]["data"]["eval"]["source"] == "figures"
     other = settings("env=geometry", f"model={run}")["environments"]["geometry"]
     assert other["evaluation"]["tasks"] == 256
+
+
+def test_a_runs_paths_are_those_of_the_folder_in_which_it_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    def write(folder: Path, name: str, first: int) -> None:
+        rows = [{"problem": f"{n} + 1?", "answer": str(n + 1)} for n in range(first, first + 4)]
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        loading._load.cache_clear()  # another process would read the file
+
+    for folder, first in ((here, 10), (there, 50)):
+        write(folder, "tr.jsonl", first)
+        write(folder, "ev.jsonl", first + 4)
+    monkeypatch.chdir(here)
+    run = tmp_path / "run"
+    shutil.copytree(resolve_path("demo:arithmetic_student"), here / "student")
+    data = ["data=math_jsonl", "data.train.path=tr.jsonl", "data.eval.path=ev.jsonl"]
+    words = ["env=math", *data, "model.student.path=student", "steps=0", "evaluation.tasks=2"]
+    train(run, *words)
+    monkeypatch.chdir(there)
+    loading._load.cache_clear()
+    found = settings("env=math", f"model={run}")["environments"]["math"]["data"]["eval"]
+    assert found["path"] == str(here / "ev.jsonl")
+    assert run_settings(run)["model"]["student"]["path"] == str(here / "student")
+    assert run_settings(run)["model"]["teacher"]["path"] == "demo:arithmetic_teacher"
+    assert "not those that" not in caplog.text
+    write(here, "ev.jsonl", 70)
+    settings("env=math", f"model={run}")
+    assert f"{here / 'ev.jsonl'}, are not those that {run} was started with.\n" in caplog.text
+    caplog.clear()
+    own = settings("env=math", f"model={run}", "data.eval.path=ev.jsonl")["environments"]["math"]
+    assert own["data"]["eval"]["path"] == "ev.jsonl"
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(

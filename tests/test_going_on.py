@@ -108,6 +108,8 @@ def test_exploration_that_the_user_sets_is_not_remarked_on(tmp_path: Path) -> No
     for word in ("objective.switch_step=0", "objective.switch_share=0"):
         summary = train(tmp_path / word, "evaluation.tasks=0", "steps=1", word)
         assert "note" not in summary
+    never = train(tmp_path / "never", "evaluation.tasks=0", "steps=1", "objective.switch_step=3")
+    assert never["note"].startswith("note: every step explores, because objective.switch_step=3 is")
 
 
 ROWS = [{"problem": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(8)]

@@ -743,6 +743,36 @@ def test_a_model_for_any_data_plays_without_data() -> None:
 
 
 @pytest.mark.parametrize(
+    "word", ["data=math_jsonl", "data.train.size=9", "+data.demonstrations={path: x}"]
+)
+def test_data_for_an_environment_that_takes_none_is_refused(word: str) -> None:
+    lake = "gym:FrozenLake-v1"
+    told = (
+        rf"env={lake} makes its own tasks and takes no data\.\nLeave it out, or write data=none; "
+    )
+    with pytest.raises(ConfigError, match=rf"^'{word.strip('+').partition('=')[0]}': {told}"):
+        run_of(f"env={lake}", word)
+    words = [f"env=[pixel_reasoner,{lake}]", "model=demo"]
+    with pytest.raises(ConfigError, match=rf"^mix\.envs\.{lake}: 'data': {told}"):
+        run_of(*words, f"mix.envs.{lake}.data=math_jsonl")
+    run_of(*words, f"mix.envs.{lake}.data=none", "mix.envs.pixel_reasoner.data.train.size=9")
+
+
+def test_data_of_a_recipe_for_such_an_environment_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    for name, text in (
+        ("rows", "data: {train: {source: math_jsonl, path: rows.jsonl}}"),
+        ("plain", "steps: 3"),
+    ):
+        (tmp_path / "recipe" / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    words = [f"--config-dir={tmp_path}", "env=gym:FrozenLake-v1"]
+    with pytest.raises(ConfigError, match=r"^'data\.train\.path': env=gym:.* takes no data\.\n"):
+        run_of(*words, "recipe=rows")
+    run_of(*words, "recipe=rows", "data=none")
+    assert run_of(*words, "recipe=plain").steps == 3
+
+
+@pytest.mark.parametrize(
     ("env", "model"),
     [
         ("gym:FrozenLake-v1", "demo"),

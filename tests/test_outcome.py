@@ -27,7 +27,7 @@ from reopold_agent.objectives import (
     whole_loss,
 )
 from reopold_agent.objectives.pieces import reward_floor
-from reopold_agent.train.banner import _objective
+from reopold_agent.train.banner import _objective, outcome_note
 from reopold_agent.train.engine import run_objective
 
 FLOOR = reward_floor(0.1)  # -2.558
@@ -246,6 +246,31 @@ def test_the_schedule_ends_with_the_run_that_was_started() -> None:
     )
     short = run_objective(composed(*words[:2], "steps=1")[0])
     assert short.setting("outcome_until") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("objective.outcome_from=5", "steps=2"), True),
+        (("objective.outcome_from=1", "steps=2"), True),  # the last step still has outcome
+        (("objective.outcome_from=1", "steps=3"), False),
+        (("objective.outcome=1", "objective.outcome_from=5", "steps=2"), False),  # no change
+        (("objective.outcome_from=5", "steps=0"), False),
+    ],
+)
+def test_a_schedule_that_never_begins_is_warned_of(words: tuple[str, ...], told: bool) -> None:
+    config = composed("objective.outcome_end=1", *words)[0]
+    note = outcome_note(config)
+    assert (note is not None) == told
+    objective = run_objective(config)
+    assert isinstance(objective, WithOutcome)
+    assert told == ({objective.outcome.alpha(step) for step in range(config.steps)} == {0.0})
+    if told:
+        assert note is not None
+        assert note.startswith(
+            "warning: objective.outcome_end=1 has no effect: objective.outcome=0"
+        )
+        assert note.endswith("the run has 2 steps. Set an earlier step, or more steps.")
 
 
 # The setting

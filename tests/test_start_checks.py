@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import gymnasium
 import pytest
 from PIL import Image
 from running import SMALL, composed, lines, train
@@ -15,6 +16,7 @@ from test_text_checkpoints import QWEN3
 from reopold_agent.config import TrainConfig
 from reopold_agent.data.checks import BadRowsError
 from reopold_agent.data.fingerprint import tasks_in_common
+from reopold_agent.envs import ENVS, register_env
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.errors import ConfigError, DataError, ModelError
 from reopold_agent.policies.loading import ModelSpec, load_processing, resolve_path
@@ -23,6 +25,7 @@ from reopold_agent.rollout.lengths import prompt_limit
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.train import setup
 from reopold_agent.train.banner import leak_note
+from reopold_agent.train.settings import compose_run
 from reopold_agent.types import Task
 
 MATH = ("env=math", "data=math_jsonl", "steps=1", "evaluation.tasks=0", "rollout.max_turns=1")
@@ -251,6 +254,51 @@ def test_held_out_tasks_that_are_training_tasks_are_warned_of(
         assert told.endswith("Give data.eval other rows.")  # 2 % of these would be none
     else:
         assert told is None
+
+
+class Sums(ToolEnv):
+    """Makes its own tasks: ``common`` of the four held-out ones are those of training."""
+
+    common, named = 4, False
+
+    def load_tasks(self, split: str) -> list[Task]:
+        first = 4 - self.common if split == "eval" else 0
+        return [
+            Task(
+                str(n) if self.named else f"{split}-{n}",
+                f"{n} + 1",
+                () if self.named else (str(n),),
+            )
+            for n in range(first, first + 4)
+        ]
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["answers", "state decides"])
+@pytest.mark.parametrize(
+    ("common", "tasks", "told"), [(4, 9, "4 of 4"), (1, 3, "1 of 3"), (0, 3, "")]
+)
+def test_held_out_tasks_that_an_environment_makes_for_training_too_are_warned_of(
+    named: bool,
+    common: int,
+    tasks: int,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Sums, "common", common)
+    monkeypatch.setattr(Sums, "named", named)
+    register_env("sums", id="reopold_tests/Sums-v0", entry_point=Sums)
+    try:
+        config = compose_run(["env=sums", f"evaluation.tasks={tasks}"])
+        checked(config, tmp_path / "report.json")
+    finally:
+        gymnasium.registry.pop("reopold_tests/Sums-v0")
+        del ENVS._things["sums"]
+    note = leak_note(tmp_path / "report.json")
+    assert (note is not None) == bool(told)
+    if note is not None:
+        assert note.startswith(f"warning: {told} held-out tasks are training tasks, so")
+        assert note.endswith("Let the environment's load_tasks(split) make other tasks for 'eval'.")
 
 
 def test_a_large_file_can_be_split_as_the_warning_says(tmp_path: Path) -> None:

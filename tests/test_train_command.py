@@ -361,6 +361,7 @@ def test_help_lists_groups_and_examples() -> None:
         ("data=verll", 2, "Did you mean 'verl'?"),
         ("steps=many", 2, "'steps' must be int, got 'many'"),
         ("data=verl", 2, "data.eval.path, data.train.path"),
+        ("env=gym:FrozenLake-v1 data=verl", 2, "'data': env=gym:FrozenLake-v1 makes its own tasks"),
         ("objective.mixture=2", 2, "objective.mixture"),
     ],
 )
@@ -368,7 +369,7 @@ def test_errors_are_reported_without_a_traceback(
     argument: str, code: int, text: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    done = _main(argument, f"hydra.run.dir={folder}")
+    done = _main(*argument.split(), f"hydra.run.dir={folder}")
     assert done.returncode == code
     assert text in done.stderr
     assert "Traceback" not in done.stderr

@@ -93,6 +93,7 @@ def trajectory(prompt: int = 3, response: int = 5, seed: int = 0) -> Trajectory:
         info={"answer": "B"},
         seconds=1.5,
         teacher_logp=np.where(mask, -2 * rng.random(length), 0).astype(np.float32),
+        prompt_digest="0f1e",
     )
 
 

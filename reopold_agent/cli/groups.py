@@ -235,6 +235,26 @@ def _check_names(word: str) -> None:
             raise ConfigError(f"'{twice}' is given twice in {word}.\n{advice} one out.")
 
 
+def refuse_data(words: Sequence[str], env: str) -> None:
+    """Refuses words that give data to an environment that takes none.
+
+    Args:
+        words: of a command line; ``data=none`` may be among them.
+        env: the environment's name.
+
+    Raises:
+        ConfigError: names the first of these words.
+    """
+    for word in words:
+        key = key_of(word).lstrip("~")
+        if key.partition(".")[0] == "data" and word != "data=none":
+            raise ConfigError(
+                f"'{key}': env={env} makes its own tasks and takes no data.\nLeave it out, or "
+                "write data=none; the environment's settings are env.kwargs: "
+                "+env.kwargs.NAME=VALUE."
+            )
+
+
 def groups_of(config: str) -> list[str]:
     """Returns the groups that a command's configuration selects from."""
     text = (resources.files("reopold_agent") / "configs" / f"{config}.yaml").read_text("utf-8")

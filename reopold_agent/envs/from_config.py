@@ -22,8 +22,15 @@ from reopold_agent.envs.checks import opened_pictures
 from reopold_agent.envs.data_env import DataEnv
 from reopold_agent.envs.registration import find_env, load_env, make_found
 from reopold_agent.errors import ConfigError, DataError, EnvironmentCodeError
+from reopold_agent.types import Task
 
 _log = logging.getLogger(__name__)
+
+MADE = "made"
+"""Key of the report on the rows for tasks that an environment makes itself."""
+
+_LOOKED_AT = 1000
+"""Most tasks of a split that are made to compare the splits."""
 
 BadTasks: TypeAlias = "Mapping[int, tuple[str, DataError]]"
 """Tasks that cannot be played, by position: the task's name and why."""
@@ -153,9 +160,43 @@ def _checked_splits(
             common = inner.tasks_in_common()
             if common:
                 found[keys["eval"]]["trained_on"] = common
+        if isinstance(inner, ToolEnv) and not isinstance(inner, DataEnv) and len(keys) > 1:
+            made = _made_in_common(inner, config.evaluation.tasks)
+            if made["trained_on"]:
+                found[f"{keys['eval'].removesuffix('eval')}{MADE}"] = made
     finally:
         env.close()
     return counts
+
+
+def _made_in_common(env: ToolEnv, most: int) -> dict[str, int]:
+    """Returns how many of the first held-out tasks that an environment makes are training tasks.
+
+    Args:
+        env: the environment.
+        most: number of held-out tasks that are played.
+
+    Returns:
+        Their number as ``trained_on``, and that of the tasks that were looked at as ``usable``. Of
+        each split `_LOOKED_AT` are made at most.
+    """
+
+    def asked(task: Task) -> str:
+        # Without answers, or with pictures that are asked the same, the name may be what differs.
+        name = None if task.answers and not task.images else task.id
+        what = (name, task.question, task.answers, task.history, len(task.images))
+        return repr((what, sorted(task.metadata.items())))
+
+    def first(split: str, most: int) -> list[str]:
+        return [asked(env.task(split, i)) for i in range(min(most, env.num_tasks(split)))]
+
+    try:
+        known = set(first("train", _LOOKED_AT))
+        held_out = first("eval", min(most, _LOOKED_AT))
+    except Exception:
+        _log.debug("a task cannot be made", exc_info=True)  # its episode tells
+        return {"usable": 0, "trained_on": 0}
+    return {"usable": len(held_out), "trained_on": sum(each in known for each in held_out)}
 
 
 def _check_first(env: ToolEnv, split: str) -> None:

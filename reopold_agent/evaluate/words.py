@@ -6,6 +6,8 @@ the run whose student is evaluated, and then the command line's.
 
 from __future__ import annotations
 
+import json
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -26,11 +28,17 @@ from reopold_agent.cli.groups import (
     options_of,
     place_words,
     prepare_groups,
+    refuse_data,
     searched,
 )
 from reopold_agent.cli.messages import dotted, explain
-from reopold_agent.config import EvaluationConfig
-from reopold_agent.errors import ConfigError, suggestion
+from reopold_agent.config import DataConfig, EvaluationConfig, build
+from reopold_agent.data import load_tasks
+from reopold_agent.data.fingerprint import tasks_digest
+from reopold_agent.errors import ConfigError, DataError, ReopoldError, suggestion
+from reopold_agent.tracking.run_folder import run_settings
+
+_log = logging.getLogger(__name__)
 
 SECTIONS = ("env", "data", "pixels", "rollout", "sampling", "evaluation")
 """Sections of a training run's settings that also say how its held-out tasks are played."""
@@ -88,13 +96,10 @@ def prepared_words(words: Sequence[str]) -> list[str]:
         for name in names
     }
     if not any(base["env"]["takes_data"] for base in bases.values()):
-        for word in (*groups, *keys):
-            if _section(word) == "data" and word != "data=none":
-                raise ConfigError(
-                    f"'{_key(word)}': env={names[0]} makes its own tasks and takes no data.\nIts "
-                    "settings are env.kwargs: +env.kwargs.NAME=VALUE."
-                )
+        refuse_data((*groups, *keys), names[0])
     settings = {name: _settings(name, bases[name], keys, places) for name in names}
+    for name, each in settings.items():
+        _warn_of_rows(checkpoint, name, each)
     students = {name: each.pop("model")["student"] for name, each in settings.items()}
     if _value(rest, "checkpoint") is None:
         rest = [*_default_checkpoint(students, rest), *rest]
@@ -191,7 +196,7 @@ def _base(
 
     A run of another environment changes nothing, and data that the command line chooses stays.
     """
-    run = _run_settings(checkpoint, name, composed["env"]["name"])
+    _, run = _run_of(checkpoint, name, composed["env"]["name"])
     data_chosen = any(_key(word) == "data" for word in groups)
     for section in SECTIONS:
         if section in run and not (data_chosen and section in ("data", "pixels")):
@@ -252,8 +257,40 @@ def _check_held_out(name: str, train: Any, held_out: Any) -> None:
         )
 
 
-def _run_settings(checkpoint: str | None, name: str, registered: str) -> dict[str, Any]:
-    """Returns the settings of the run whose student is evaluated; none if it has another env.
+def _warn_of_rows(checkpoint: str | None, name: str, settings: Mapping[str, Any]) -> None:
+    """Warns if a run's held-out rows are no longer those that it was started with.
+
+    Args:
+        checkpoint, name: as of `_run_of`.
+        settings: of the environment; other rows than the run's are the user's choice.
+    """
+    run, before = _run_of(checkpoint, name, settings["env"]["name"])
+    held_out, recorded = settings["data"].get("eval"), None
+    if run is not None and held_out is not None and before["data"].get("eval") == held_out:
+        told = run / "data.json"
+        splits = json.loads(told.read_text("utf-8")) if told.is_file() else {}
+        recorded = splits.get("eval", splits.get(f"{name}/eval"))
+    if recorded is None:
+        return
+    key = before["model"].get("teacher_key")
+    data = build(DataConfig, {**settings["data"], "train": None}).specification("eval")
+    try:
+        tasks = load_tasks({**(data or {}), **({} if key is None else {"teacher": key})})
+    except ReopoldError:  # the evaluation will tell
+        return
+    if tasks_digest(tasks, key) != recorded["sha256"]:
+        _log.warning(
+            "warning: the rows of data.eval, %s, are not those that %s was started with.\n"
+            "Its held-out success was measured on other tasks; put the rows back to compare.",
+            held_out.get("path"),
+            run,
+        )
+
+
+def _run_of(
+    checkpoint: str | None, name: str, registered: str
+) -> tuple[Path | None, dict[str, Any]]:
+    """Returns the run whose student is evaluated and its settings; none if it has another env.
 
     Args:
         checkpoint: the student.
@@ -261,21 +298,21 @@ def _run_settings(checkpoint: str | None, name: str, registered: str) -> dict[st
         registered: its ``env.name``, which a run of one environment has.
     """
     if checkpoint is None:
-        return {}
+        return None, {}
     folder = Path(checkpoint).expanduser().absolute()
     for run in (folder, *folder.parents[:3]):  # also RUN/final, RUN/checkpoints/step-N/model
         if (run / "metrics.jsonl").is_file() and (run / "config.yaml").is_file():
-            saved = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-            if not isinstance(saved, dict):
+            try:
+                saved = run_settings(run)
+            except DataError:  # no run's
                 continue
-            run_settings = {str(key): value for key, value in saved.items()}
-            if (run_settings.get("env") or {}).get("name") == registered:
-                return run_settings
-            of_mixture = ((run_settings.get("mix") or {}).get("envs") or {}).get(name)
+            if (saved.get("env") or {}).get("name") == registered:
+                return run, saved
+            of_mixture = ((saved.get("mix") or {}).get("envs") or {}).get(name)
             if of_mixture is not None:
-                turns = {**run_settings["evaluation"], **of_mixture["evaluation"]}
-                return {**run_settings, **of_mixture, "evaluation": turns}
-    return {}
+                turns = {**saved["evaluation"], **of_mixture["evaluation"]}
+                return run, {**saved, **of_mixture, "evaluation": turns}
+    return None, {}
 
 
 def _composed(config: str, words: Sequence[str]) -> dict[str, Any]:

@@ -6,9 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from reopold_agent.cli.groups import check_once, key_of
 from reopold_agent.config import TrainConfig, build, only_for_verl
@@ -19,6 +16,7 @@ from reopold_agent.plan.measured import measured_rates
 from reopold_agent.plan.paper import PAPER_RUNS
 from reopold_agent.plan.workload import Workload, assumed_workload
 from reopold_agent.policies.architecture import Architecture, find_architecture
+from reopold_agent.tracking.run_folder import run_settings
 from reopold_agent.train.settings import compose_run
 from reopold_agent.train.verl.supported import (
     check_objective,
@@ -322,7 +320,7 @@ def _models(config: TrainConfig) -> tuple[Architecture, Architecture | None]:
 
 def _measure(run: Path, names: Mapping[str, str], rates: Rates) -> tuple[Rates, Plan]:
     try:
-        values: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+        values = run_settings(run)
     except OSError as error:
         raise DataError(f"{run} has no config.yaml; is it the folder of a run?") from error
     config = build(TrainConfig, values)

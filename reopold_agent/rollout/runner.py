@@ -8,6 +8,7 @@ depends on counts, never on the clock, so that runs with the same seeds give the
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 import zlib
@@ -140,6 +141,7 @@ class _Episode:
     worker: Worker
     started: float
     prompt_length: int = 0
+    prompt_digest: str = ""
     task_id: str = ""
     ids: list[int] = field(default_factory=list)
     loss: list[bool] = field(default_factory=list)
@@ -536,6 +538,8 @@ class RolloutRunner:
         episode.append(ids)
         episode.images += images
         episode.prompt_length = len(ids)
+        shown = [(each.pixels.shape, zlib.crc32(each.pixels.tobytes())) for each in images]
+        episode.prompt_digest = hashlib.sha256(repr((ids, shown)).encode()).hexdigest()[:16]
 
     def _truncate(self, episode: _Episode, stop: StopReason) -> bool:
         """Ends an episode at a budget that its environment does not know."""
@@ -649,6 +653,7 @@ class RolloutRunner:
             seconds=time.perf_counter() - episode.started,
             env=episode.spec.env,
             teacher=episode.teacher.name,
+            prompt_digest=episode.prompt_digest,
         )
         reader = episode.teacher.reader
         if reader is not None and episode.shown is not None and trajectory.trainable:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
 import reopold_agent.envs  # noqa: F401  # registers the environments
 from reopold_agent.cli.hydra import report_errors
@@ -30,6 +29,7 @@ from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.from_config import make_runner
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
+from reopold_agent.tracking.run_folder import run_settings
 from reopold_agent.types import Sampling, Trajectory
 
 SAMPLING = Sampling(1.0, 1.0)
@@ -45,8 +45,7 @@ def load_config(run: Path) -> TrainConfig:
     path = run / "config.yaml"
     if not path.is_file():
         raise DataError(f"{run} has no config.yaml; is it a training run?")
-    raw: Any = OmegaConf.to_container(OmegaConf.load(path))
-    config = build(TrainConfig, raw)
+    config = build(TrainConfig, run_settings(run))
     if config.mix is not None:
         raise DataError(
             f"{run} trained on several environments, and a probe plays one.\n"

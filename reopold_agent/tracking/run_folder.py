@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
+import yaml
 from typing_extensions import Self
 
 import reopold_agent
@@ -26,7 +27,7 @@ from reopold_agent.common.files import (
     write_text_atomic,
     writing,
 )
-from reopold_agent.errors import CheckpointError
+from reopold_agent.errors import CheckpointError, DataError
 
 if sys.platform != "win32":
     import fcntl
@@ -34,6 +35,10 @@ if sys.platform != "win32":
 _log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "transformers", "numpy", "gymnasium", "hydra-core", "pillow", "safetensors")
+
+STARTED_IN = "# in "
+"""Begins the line of ``config.yaml`` that names the folder in which the run was started."""
+
 _CHECKPOINT = re.compile(r"step-(\d{6,})")
 
 
@@ -221,6 +226,44 @@ class RunFolder:
         with writing(self.path / ".lock"):  # unbuffered: a buffer would be flushed again on closing
             os.ftruncate(stream.fileno(), 0)
             os.write(stream.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def run_settings(run: Path) -> dict[str, Any]:
+    """Returns the values of a run's ``config.yaml``, with paths that hold in any folder.
+
+    The paths of rows and models are made absolute where they are files or folders, seen from where
+    the run was started (`STARTED_IN`; earlier versions did not record it).
+
+    Raises:
+        DataError: it is not a configuration.
+        OSError, YAMLError: it cannot be read.
+    """
+    text = (run / "config.yaml").read_text("utf-8")
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        raise DataError(f"{run / 'config.yaml'} is not a configuration")
+    found = re.search(rf"^{STARTED_IN}(.+)$", text, re.MULTILINE)
+    if found is not None:
+        folder = Path(found.group(1))
+        members = (values.get("mix") or {}).get("envs") or {}
+        for part in (values, *members.values()):
+            for section in ("data", "model"):
+                _make_absolute(part.get(section), folder)
+    return {str(key): value for key, value in values.items()}
+
+
+def _make_absolute(settings: Any, folder: Path) -> None:
+    """Makes the local paths in a section ``data`` or ``model`` absolute, in place."""
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        if isinstance(value, dict):
+            teachers = value if key == "teachers" else ("path",)
+            for name in teachers:
+                path = value.get(name)
+                if not isinstance(path, str) or path in ("", "self") or path.startswith("~"):
+                    continue
+                if (folder / path).exists():
+                    value[name] = str(folder / path)
+            _make_absolute(value, folder)
 
 
 def versions(device: str = "cpu") -> dict[str, Any]:

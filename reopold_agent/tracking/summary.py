@@ -31,8 +31,9 @@ _FILES = (
 def print_summary(summary: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints a table of before, teacher and after, the run's files, and the next commands.
 
-    Columns: held-out success sampled at temperature 1 with its interval, greedy success, share of
-    (sampled) episodes that call a tool, number of tasks. It fits 60 columns.
+    Columns: held-out success sampled as in training (at temperature 1, say) with its interval,
+    greedy success, share of (sampled) episodes that call a tool, number of tasks. It fits 60
+    columns.
 
     Args:
         summary: content of ``summary.json``; missing values show as "-" or are left out.
@@ -99,7 +100,13 @@ def _table(summary: Mapping[str, Any], pretty: bool) -> Table:
     )
     # Short headings and no wrapping: rich drops columns that do not fit, and 60 must do.
     table.add_column("", no_wrap=True)
-    for heading in ("T 1", "95 % interval", "greedy", "tools", "n"):
+    for heading in (
+        f"T {show(summary.get('temperature', 1.0), 'g')}",
+        "95 % interval",
+        "greedy",
+        "tools",
+        "n",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     rows: Sequence[tuple[str, str]] = _ROWS
     if summary.get("steps") == 0:

@@ -15,13 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from reopold_agent.cli.groups import check_once, place_words
 from reopold_agent.cli.hydra import report_errors, run_hydra
 from reopold_agent.train.mixture import as_typed, mixed_words
-from reopold_agent.train.settings import check_engine, check_student, load_config
+from reopold_agent.train.settings import check_data, check_engine, check_student, load_config
 
 
 def run(composed: DictConfig) -> dict[str, Any]:
     """Runs the training that Hydra composed; returns the summary."""
     words = _as_typed(HydraConfig.get().overrides.task)
     check_engine(composed, words)
+    check_data(composed, words)
     check_student(composed, words)
     config, raw = load_config(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -16,12 +16,13 @@ from reopold_agent.config import (
     OUTCOME_DEFAULTS,
     OVER,
     ModelConfig,
+    OutcomeConfig,
     PixelConfig,
     TrainConfig,
     ViewConfig,
     whole_weights,
 )
-from reopold_agent.envs.from_config import report_keys
+from reopold_agent.envs.from_config import MADE, report_keys
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective, Reopold, RunFacts
 from reopold_agent.policies.architecture import find_architecture
@@ -87,8 +88,13 @@ def exploration_note(config: TrainConfig, objective: Objective) -> str | None:
     objective = objective.own
     if not isinstance(objective, Reopold) or not objective.switch_share or not config.steps:
         return None
-    if config.objective.get("switch_step") is not None:
-        return None  # as the user has set it
+    if (given := config.objective.get("switch_step")) is not None:  # as the user has set it
+        if given < config.steps or not given:
+            return None
+        return (
+            f"note: every step explores, because objective.switch_step={given} is not before the "
+            f"end of the run's {_count(config.steps, 'step')}."
+        )
     share, switch = objective.switch_share, objective.switch_step
     facts = RunFacts(config.steps, config.rollout.max_response_tokens)
     usual = replace(objective, switch_step=None).for_run(facts).switch_step or 0
@@ -110,6 +116,23 @@ def exploration_note(config: TrainConfig, objective: Objective) -> str | None:
     return (
         f"note: exploration ends after step {switch}, as when the run was started with fewer "
         f"steps. For {_count(usual, 'step')} of it ({rule}), start anew in another hydra.run.dir."
+    )
+
+
+def outcome_note(config: TrainConfig) -> str | None:
+    """Warns of a schedule of the outcome that begins with the run's last step or later.
+
+    Args:
+        config: the run's configuration.
+    """
+    outcome = OutcomeConfig.of(config.objective)
+    start, end = outcome.outcome_from, outcome.outcome_end
+    if end is None or end == outcome.outcome or not 0 < config.steps <= start + 1:
+        return None
+    return (
+        f"warning: objective.outcome_end={end:g} has no effect: objective.outcome="
+        f"{outcome.outcome:g} counts until step {start} (objective.outcome_from, from 0), and the "
+        f"run has {_count(config.steps, 'step')}. Set an earlier step, or more steps."
     )
 
 
@@ -175,16 +198,19 @@ def leak_note(report: Path) -> str | None:
         report: the report on the rows, if there is one.
     """
     splits = json.loads(report.read_text("utf-8")) if report.is_file() else {}
-    leaks = [each for each in splits.values() if each.get("trained_on")]
+    found = {key: each for key, each in splits.items() if each.get("trained_on")}
+    leaks = list(found.values())
     if not leaks:
         return None
     common, held_out = (sum(each[k] for each in leaks) for k in ("trained_on", "usable"))
     enough = max(each["usable"] for each in leaks) >= _ENOUGH_TO_SPLIT
     share = ", or a share of these: ++data.train.part=train ++data.eval.part=held_out"
+    advice = f"Give data.eval other rows{share if enough else ''}."
+    if all(key.rpartition("/")[2] == MADE for key in found):
+        advice = "Let the environment's load_tasks(split) make other tasks for 'eval'."
     return (
         f"warning: {common:,} of {held_out:,} held-out tasks are training tasks, so that held-out "
-        "success shows what was learned by heart. Give data.eval other rows"
-        f"{share if enough else ''}."
+        f"success shows what was learned by heart. {advice}"
     )
 
 

@@ -15,7 +15,7 @@ from reopold_agent.config import ModelConfig, TrainConfig
 from reopold_agent.errors import ConfigError
 from reopold_agent.objectives import Needs, Objective, RunFacts, make_objective
 from reopold_agent.policies.loading import ModelSpec, student_spec
-from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.run_folder import STARTED_IN, RunFolder
 from reopold_agent.tracking.trackers import follow_run
 from reopold_agent.train.interrupts import resume_command
 from reopold_agent.train.resume import RunState, filled_in
@@ -72,7 +72,7 @@ class Engine(ABC):
         }
         command = " ".join(resume_command(self._command, self.folder.path).splitlines())
         text = OmegaConf.to_yaml(OmegaConf.create({**self._raw, "objective": settings}))
-        self.folder.write_config(f"# {command}\n{text}")
+        self.folder.write_config(f"# {command}\n{STARTED_IN}{Path.cwd()}\n{text}")
 
     @abstractmethod
     def _run(self) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def run_objective(config: TrainConfig, saved: Mapping[str, Any] | None = None) -
             such as the step of the switch to refinement, stays if the run now gets more steps.
 
     Raises:
-        ConfigError: a setting is wrong, or there are no groups to compare.
+        ConfigError: a setting is wrong or has no effect, or there are no groups to compare.
     """
     settings = {key: value for key, value in config.objective.items() if key != "name"}
     if saved is not None:
@@ -99,6 +99,18 @@ def run_objective(config: TrainConfig, saved: Mapping[str, Any] | None = None) -
             f"objective={config.objective['name']} compares the episodes of one task, so "
             "batch.samples must be at least 2 (8, say, with fewer batch.prompts and "
             "batch.mini_batch)"
+        )
+    if objective.needs & Needs.OUTCOME and not config.sampling.temperature:
+        raise ConfigError(
+            "sampling.temperature=0 gives all samples of a task one answer, so that there are no "
+            f"outcomes for objective={config.objective['name']} to compare.\nSet "
+            "sampling.temperature=1, or learn from a teacher alone."
+        )
+    recorded = objective.needs & Needs.DEMONSTRATIONS and not objective.needs & Needs.TEACHER
+    if not recorded and any(each.data.demonstrations for each in config.members.values()):
+        raise ConfigError(
+            "data.demonstrations has no effect without objective.source=recorded.\nSet "
+            "objective=sft objective.source=recorded, or leave data.demonstrations out."
         )
     views = [teacher.view for teacher in config.model.all_teachers.values()]
     scores = objective.needs & Needs.TEACHER and not objective.needs & Needs.DEMONSTRATIONS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from reopold_agent.train.interrupts import EvaluationStoppedError, Interrupts
 from reopold_agent.train.roles import Roles, computing
 from reopold_agent.train.teachers import Teachers, by_teacher
 from reopold_agent.types import Sampling, Trajectory
+
+_log = logging.getLogger(__name__)
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -58,6 +61,7 @@ class HeldOutEvaluation:
         self._metrics, self._progress, self._interrupts = metrics, progress, interrupts
         self._sampling = Sampling(config.sampling.temperature, config.sampling.top_p)
         self._use_current = use_current
+        self._prompts: dict[tuple[str, int], str] = {}
 
     def before_training(self) -> None:
         """Evaluates the student, and the teacher as it is at the start.
@@ -115,6 +119,9 @@ class HeldOutEvaluation:
                     seed=self._config.seed,
                     on_done=self._stop_if_asked,
                 )
+        # A teacher may have a prompt of its own.
+        if who == "student" and (told := check_prompts(self._prompts, played)) is not None:
+            self._progress.note(told)
         row = evaluation_row(EvaluationResult.of(played), who, step, sampling, curve=curve)
         row |= success_by_teacher(self._config, played)
         self._metrics.write(row)
@@ -228,14 +235,39 @@ def held_out(tasks: Mapping[str, int], most: int) -> list[EpisodeSpec]:
     ]
 
 
+def check_prompts(known: dict[tuple[str, int], str], played: Sequence[Trajectory]) -> str | None:
+    """Warns, in the log too, of held-out tasks that differ from those of earlier evaluations.
+
+    Args:
+        known: digests of the prompts of earlier evaluations, by environment and index; those of
+            other tasks are added.
+        played: the student's episodes.
+    """
+    digests = {t.group: t.prompt_digest for t in played if t.prompt_digest}
+    differ = [group for group, digest in digests.items() if known.get(group, digest) != digest]
+    known |= digests
+    if not differ:
+        return None
+    env, index = differ[0]
+    told = (
+        f"warning: {len(differ)} of {len(digests)} held-out tasks (first: index {index}"
+        f"{f' of env={env}' if env else ''}) were asked otherwise in the evaluation before, so the "
+        "two cannot be compared. Let reset(seed=...) alone decide the task; load_tasks must give "
+        "the same tasks each time."
+    )
+    _log.warning("%s", told)
+    return told
+
+
 def ends_due(rows: Sequence[MetricsRow], who: str, step: int, sampling: Sampling) -> list[Sampling]:
     """Returns the samplings with which ``who`` has yet to be evaluated before or after the run:
-    as in training, and greedy.
+    as in training, and greedy, which may be the same.
 
     A run that was killed between its last step and its end has some of the rows already.
     """
     done = end_rows(rows, who, step)
-    return [each for each in (sampling, GREEDY) if _kind(each) not in done]
+    kinds = {sampling_kind(each): each for each in (sampling, GREEDY)}
+    return [each for kind, each in kinds.items() if kind not in done]
 
 
 def curve_due(rows: Sequence[MetricsRow], step: int, config: TrainConfig) -> bool:
@@ -257,7 +289,7 @@ def evaluation_row(
         "kind": "eval",
         "step": step,
         "who": who,
-        "sampling": _kind(sampling),
+        "sampling": sampling_kind(sampling),
         "curve": curve,
         **result.row(),
     }
@@ -286,5 +318,6 @@ def end_rows(rows: Sequence[MetricsRow], who: str, step: int) -> dict[str, Metri
     }
 
 
-def _kind(sampling: Sampling) -> str:
+def sampling_kind(sampling: Sampling) -> str:
+    """Returns what rows of ``metrics.jsonl`` call it: ``sampled`` or ``greedy``."""
     return "greedy" if sampling.temperature == 0 else "sampled"

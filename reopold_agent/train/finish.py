@@ -18,9 +18,9 @@ from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
 from reopold_agent.train.checkpoint import save_final
-from reopold_agent.train.evaluation import MetricsRow, end_rows
+from reopold_agent.train.evaluation import MetricsRow, end_rows, sampling_kind
 from reopold_agent.train.interrupts import again
-from reopold_agent.types import Message
+from reopold_agent.types import Message, Sampling
 
 
 def save_student(student: LoadedModel, folder: RunFolder, chat: ChatRenderer) -> bool:
@@ -105,21 +105,22 @@ def show_summary(summary: Mapping[str, Any], folder: RunFolder) -> None:
 def summarise(rows: Sequence[MetricsRow], config: TrainConfig, folder: Path) -> dict[str, Any]:
     """Returns the content of ``summary.json``, from the rows of ``metrics.jsonl``."""
     fields = ("success", "low", "high", "n", "tool_rate")
+    own = sampling_kind(Sampling(config.sampling.temperature, config.sampling.top_p))
 
     def find(who: str, step: int) -> dict[str, Any] | None:
         ends = end_rows(rows, who, step)
         found = {kind: {name: row[name] for name in fields} for kind, row in ends.items()}
-        if "sampled" not in found:
+        if own not in found:
             return None
 
         def of_environment(name: str) -> dict[str, Any]:
             each, greedy = (
                 {field: ends.get(kind, {}).get(f"env/{name}/{field}") for field in fields}
-                for kind in ("sampled", "greedy")
+                for kind in (own, "greedy")
             )
             return {**each, "greedy": greedy}
 
-        part = {**found["sampled"], "greedy": found.get("greedy")}
+        part = {**found[own], "greedy": found.get("greedy")}
         if config.mix is not None:
             part["envs"] = {name: of_environment(name) for name in config.members}
         return part
@@ -132,6 +133,7 @@ def summarise(rows: Sequence[MetricsRow], config: TrainConfig, folder: Path) -> 
         "teacher": find("teacher", 0),
         "env": config.env.name,
         "seed": config.seed,
+        "temperature": config.sampling.temperature,
         "steps": config.steps,
         "run": str(folder),
         "train_seconds": round(sum(steps), 1),

@@ -17,7 +17,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.cli.groups import key_of, options_of, place_words, prepare_groups, searched
+from reopold_agent.cli.groups import (
+    key_of,
+    options_of,
+    place_words,
+    prepare_groups,
+    refuse_data,
+    searched,
+)
 from reopold_agent.cli.messages import explain
 from reopold_agent.errors import ConfigError, suggestion
 
@@ -233,6 +240,8 @@ def _members(
         try:
             its = [f"env={name}", *model, *_overridden(shared, mine), *mine, *places]
             composed, _ = _composed(its)
+            if not composed.env.takes_data:
+                refuse_data(mine, name)
             members[name] = _plain(composed, name, played)
         except ConfigError as error:
             text = str(error)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from reopold_agent.errors import EnvironmentCodeError
 from reopold_agent.objectives import Objective, Outcomes
 from reopold_agent.rollout.runner import RolloutStats
 from reopold_agent.tracking.trajectories import TokenUse
@@ -213,7 +214,12 @@ def outcomes_of(rows: Sequence[Row]) -> Outcomes:
 
 
 def set_advantages(objective: Objective, rows: Sequence[Row]) -> list[bool]:
-    """Sets each row's advantage and ``taught``; returns which rows are in informative groups."""
+    """Sets each row's advantage and ``taught``; returns which rows are in informative groups.
+
+    Raises:
+        EnvironmentCodeError: the samples of a group were asked different things.
+    """
+    _check_groups(rows)
     outcomes = outcomes_of(rows)
     for row, advantage in zip(rows, objective.advantages(outcomes).tolist(), strict=True):
         row.trajectory.advantage = advantage
@@ -222,3 +228,19 @@ def set_advantages(objective: Objective, rows: Sequence[Row]) -> list[bool]:
         for row, flag in zip(rows, taught.tolist(), strict=True):
             row.taught = bool(flag)
     return [bool(kept) for kept in objective.informative(outcomes).tolist()]
+
+
+def _check_groups(rows: Sequence[Row]) -> None:
+    """Checks that the samples of each group, whose outcomes are compared, had one prompt."""
+    firsts: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        first = firsts.setdefault(row.trajectory.group, row)
+        if first.trajectory.prompt_digest != row.trajectory.prompt_digest:
+            env = row.trajectory.env
+            raise EnvironmentCodeError(
+                f"{f'env={env}' if env else 'the environment'}: samples {first.trajectory.sample} "
+                f"and {row.trajectory.sample} of task index {row.trajectory.index} had different "
+                "prompts or pictures, so their outcomes cannot be compared.\nLet reset(seed=...) "
+                "alone decide the task (super().reset(seed=seed), then self.np_random); load_tasks "
+                "must give the same tasks each time."
+            )

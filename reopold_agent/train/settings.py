@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reopold_agent.cli.groups import check_once, key_of, prepare_groups, searched
+from reopold_agent.cli.groups import check_once, key_of, prepare_groups, refuse_data, searched
 from reopold_agent.cli.hydra import plain_values
 from reopold_agent.cli.messages import explain, verl_only
 from reopold_agent.config import TrainConfig, build, flatten, only_for_verl
@@ -148,6 +148,25 @@ def check_engine(composed: DictConfig, words: Sequence[str]) -> None:
             raise ConfigError("\n".join(verl_only(key)))
 
 
+def check_data(composed: DictConfig, words: Sequence[str]) -> None:
+    """Refuses data, of the command line or a recipe, for an environment that takes none.
+
+    Args:
+        composed: the composed configuration; `mixed_words` has checked that of a mixture.
+        words: the command line's settings.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if composed.env.takes_data or "mix" in composed:
+        return
+    refuse_data(words, composed.env.name)
+    keys = {key_of(word) for word in words}
+    given = [s for s in ("train", "eval") if (composed.data.get(s) or {}).get("path") is not None]
+    if "recipe" in keys and "data" not in keys and given:
+        refuse_data([f"data.{given[0]}.path"], composed.env.name)
+
+
 def compose_run(words: Sequence[str], *, with_student: bool = False) -> TrainConfig:
     """Composes and checks the configuration that ``python -m reopold_agent.train`` would use.
 
@@ -167,6 +186,7 @@ def compose_run(words: Sequence[str], *, with_student: bool = False) -> TrainCon
         with initialize_config_module("reopold_agent.configs", version_base="1.3"):
             composed = compose("train", list(words))
             check_engine(composed, words)
+            check_data(composed, words)
             if with_student:
                 check_student(composed, words)
             return load_config(composed)[0]

@@ -6,16 +6,14 @@ import re
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
 from reopold_agent.config import TrainConfig, build
 from reopold_agent.errors import ConfigError, MissingExtraError, ModelError
 from reopold_agent.policies.loading import LoadedModel, final_student, load_model, student_spec
 from reopold_agent.rollout.chat import ChatRenderer
-from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.run_folder import RunFolder, run_settings
 from reopold_agent.train.checkpoint import check_files, newest_checkpoint, save_final
 from reopold_agent.train.finish import probe_ids
 
@@ -69,7 +67,7 @@ def push(folder: Path, name: str) -> str:
 
 def _student(run: Path, folder: Path) -> LoadedModel:
     try:
-        values: Any = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+        values = run_settings(run)
     except OSError as error:
         raise ConfigError(
             f"{run} is not the folder of a training run: it has no config.yaml.\n"

@@ -117,7 +117,8 @@ def pixels_of(row: Mapping[str, Any]) -> list[PixelArray]:
 def _written(trajectory: Trajectory) -> str:
     """Returns JSON, since verl's tables turn dataclasses into dictionaries."""
     names = ("task_id", "env", "teacher", "index", "sample", "stop_reason", "reward", "success")
-    episode = {name: getattr(trajectory, name) for name in (*names, "info", "seconds")}
+    also = ("prompt_digest", "info", "seconds")
+    episode = {name: getattr(trajectory, name) for name in (*names, *also)}
     episode["turns"] = [asdict(turn) for turn in trajectory.turns]
     return json.dumps(episode, default=str)  # an environment may put any value into info
 

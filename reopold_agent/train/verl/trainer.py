@@ -48,6 +48,7 @@ from reopold_agent.train.behaviour import invalid_behaviour
 from reopold_agent.train.data_order import TaskOrder, tasks_of
 from reopold_agent.train.evaluation import (
     EvaluationResult,
+    check_prompts,
     ends_due,
     evaluation_row,
     held_out,
@@ -113,6 +114,7 @@ class Trainer(PPOTrainerSync):
     ) -> None:
         self.run_config, self.objective, self.folder = config, objective, folder
         self._without_update = 0  # steps in a row
+        self._prompts: dict[tuple[str, int], str] = {}
         self._stop = StopRequest(folder)
         self._made = self._saved = 0  # steps of this process, and the newest saved one
         # With `engine.ahead`: the loader before it gave the draws of the step that is generated,
@@ -562,6 +564,8 @@ class Trainer(PPOTrainerSync):
             )
         if swap:
             self.checkpoint_manager.update_weights(self.global_steps)  # wakes the student
+        if not by_teacher:
+            check_prompts(self._prompts, played)
         result = EvaluationResult.of(played)
         row = evaluation_row(result, who, step, sampling, curve=curve)
         self.metrics.write({**row, **success_by_teacher(self.run_config, played)})
