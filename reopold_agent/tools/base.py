@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from reopold_agent.common.bounded import DeadlineError, RaisedError, run_bounded
@@ -120,7 +122,8 @@ class ToolResult:
 
     Raises:
         ToolResultError: the text is not a string, marks and pictures differ in number, the reward
-            is no finite number, or there is a verdict on an episode that goes on.
+            is no finite number, or there is a verdict on an episode that goes on, or one that is
+            neither true nor false.
     """
 
     text: str
@@ -137,6 +140,8 @@ class ToolResult:
             raise ToolResultError(f"its reward is {self.reward!r}, not a finite number")
         if self.success is not None and (self.reward is None or not self.done):
             raise ToolResultError("it has a verdict (success) without done=True and a reward")
+        if self.success is not None and not is_verdict(self.success):
+            raise ToolResultError(f"its success is {self.success!r}, neither True nor False")
         marks = self.text.count(IMAGE_MARK)
         if marks != len(self.images):
             raise ToolResultError(f"{marks} image marks in its text, but {len(self.images)} images")
@@ -439,6 +444,11 @@ def checked(result: object) -> ToolResult:
     if len(regions) > MAX_PICTURES or not all(isinstance(each, Region) for each in regions):
         raise ToolResultError("it returned invalid regions")
     return replace(result, regions=regions)
+
+
+def is_verdict(value: object) -> bool:
+    """Whether a value says true or false: a boolean, NumPy's too, or the number 0 or 1."""
+    return isinstance(value, (numbers.Real, np.bool_)) and value in (0, 1)
 
 
 def _is_finite(value: object) -> bool:
