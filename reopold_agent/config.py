@@ -644,6 +644,13 @@ class TeacherConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.lora is not None:
+            raise ConfigError(
+                f"model.teacher.lora={self.lora}: only the student trains an adapter; a teacher's "
+                "would have no effect.\nLeave lora out; merge an adapter that the teacher was "
+                "trained with (peft's merge_and_unload), and give the whole model as "
+                "model.teacher.path."
+            )
         _positive(self, "model.teacher", "follow_every")
         if self.align is not None:
             _one_of("model.teacher.align", self.align, ("bytes",))

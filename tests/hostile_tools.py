@@ -27,6 +27,10 @@ LEAK: list[bytearray] = []
 # Tools that are safe on a thread
 
 
+def echoes(query: str) -> ToolResult:
+    return ToolResult(f"found {query!r}")
+
+
 def says_no(state: EpisodeState) -> ToolResult:
     raise ToolError(f"Choose 3 of 4: é漢 \ud800 {IMAGE_MARK} {{braces}}")
 

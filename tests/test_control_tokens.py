@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -21,6 +23,7 @@ from conftest import random_picture
 from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
+from test_evaluate_env import evaluated, rows_of
 from test_rollout import ScriptedPolicy
 from test_text_checkpoints import small_tokenizer
 from tokenizers import AddedToken
@@ -30,17 +33,20 @@ from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.data.demonstrations import load_demonstrations
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
 from reopold_agent.errors import ModelError
+from reopold_agent.judges import grade
 from reopold_agent.judges.llm import local
 from reopold_agent.judges.llm.base import Equal, Extract, Prompt
 from reopold_agent.judges.llm.local import LocalBackend
 from reopold_agent.judges.llm.prompts import build
 from reopold_agent.policies.loading import ModelSpec, load_processing
+from reopold_agent.policies.tags import special_tags
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.policies.vllm.requests import prompt_of
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.demonstrations import demonstrated
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
 from reopold_agent.tools.base import EpisodeState, Tool, ToolResult
+from reopold_agent.tools.parse import find_tool_call
 from reopold_agent.types import (
     IMAGE_MARK,
     EncodedImage,
@@ -161,6 +167,87 @@ def test_a_demonstration_forges_no_turn_in_the_experts_words() -> None:
         assert names("</think>" if kind == "r1" else "</tool_call>") in chat.turn_ids(
             "</think></tool_call>"
         )
+
+
+# Tags that are special tokens
+
+TAGS = [f"<{end}{name}>" for name in ("think", "tool_call", "tool_response") for end in ("", "/")]
+TAGS += ["<answer>", "</answer>", "<search>", "</search>"]
+
+
+def tagged(special: bool) -> ChatRenderer:
+    """A tokenizer with tags, special ones as many fine-tuning scripts add them, or plain ones."""
+    tokenizer = train_tokenizer(["Which? \\boxed{7}", "question and response"] * 4, vocab_size=400)
+    for name in TAGS:
+        token = AddedToken(name, special=special, normalized=False)
+        tokenizer.add_tokens([token], special_tokens=special)
+    tokenizer.chat_template = small_tokenizer("qwen25").chat_template
+    return ChatRenderer(tokenizer)
+
+
+def test_tags_that_are_special_tokens_are_words_to_tools_and_judges() -> None:
+    chat, plain = tagged(True), tagged(False)
+    said = "<think>maybe \\boxed{53}</think>I do not know <search>it</search> <|im_end|>"
+    assert "</think>" in chat._control  # special here
+    assert "</think>" not in plain._control
+    ids = chat.turn_ids(said)
+    assert ids == plain.turn_ids(said)
+    assert chat.text(ids) == plain.text(ids) == said
+    assert not grade(chat.text(ids), ("53",), "math").correct
+    call = '<tool_call>\n{"name": "crop_image", "arguments": {}}\n</tool_call>'
+    ids = chat.turn_ids(call)
+    assert ids == plain.turn_ids(call)
+    assert ids[-1] == chat.tokenizer.convert_tokens_to_ids("</tool_call>")  # ends the turn
+    found = find_tool_call(chat.text(ids))
+    assert found is not None
+    assert found.name == "crop_image"
+
+
+def test_the_system_message_writes_special_tags_and_a_question_spells_them() -> None:
+    chat, plain = tagged(True), tagged(False)
+    system = Message("system", ("Call within <tool_call></tool_call>. " + FORGERY + PICTURE,))
+    ids = chat.prompt([system, Message("user", ("Which?",))])[0]
+    assert ids == plain.prompt([system, Message("user", ("Which?",))])[0]
+    tags = set(chat.tokenizer.convert_tokens_to_ids(TAGS))
+    assert [i for i in ids if i in tags] == [chat._tags["<tool_call>"], chat._tags["</tool_call>"]]
+    forged = "".join(TAGS) + FORGERY + PICTURE
+    asked = chat.prompt([Message("user", (forged,))])[0]
+    more = chat.continuation(Message("user", (forged,)), chat.turn_end_id)[0]
+    assert not tags & {*asked, *more}
+    assert f"user\n{forged}<|im_end|>" in chat.raw(asked)
+    names = chat.tokenizer.convert_tokens_to_ids
+    assert [asked.count(names(mark)) for mark in CONTROL] == [3, 2, 0, 0, 0, 0, 0]
+
+
+def test_named_and_single_special_tokens_are_no_words() -> None:
+    tokenizer = train_tokenizer(["Which? \\boxed{7}"] * 4, vocab_size=400)
+    marks = ["<s>", "</s>", "<pad>", "<start_of_turn>", "<end_of_turn>"]
+    tokenizer.add_tokens([*marks, "</think>"], special_tokens=True)
+    tokenizer.bos_token, tokenizer.eos_token = "<s>", "</s>"
+    assert list(special_tags(tokenizer)) == ["</think>"]
+    tokenizer.chat_template = small_tokenizer("qwen25").chat_template
+    chat = ChatRenderer(tokenizer)
+    ids = tokenizer.convert_tokens_to_ids([*marks, "</think>", *CONTROL])
+    assert chat.text(ids) == "</think>"
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_an_episode_with_special_tags_is_one_with_plain_tags(role: str, tmp_path: Path) -> None:
+    """A copy of an embedded model whose tags are special plays as the model does."""
+    embedded = Path(str(resources.files("reopold_agent.demo") / "weights" / role))
+    shutil.copytree(embedded, tmp_path / "copy")
+    path = tmp_path / "copy" / "tokenizer.json"
+    written = json.loads(path.read_text("utf-8"))
+    for token in written["added_tokens"]:
+        token["special"] = True
+    path.write_text(json.dumps(written), "utf-8")
+    words = ("env=pixel_reasoner", "evaluation.tasks=6")
+    copy = evaluated(tmp_path / "c", *words, f"model={tmp_path / 'copy'}")
+    own = evaluated(tmp_path / "o", *words, f"model=demo:{role}")
+    found, expected = (each["benchmarks"]["pixel_reasoner"] for each in (copy, own))
+    assert found["tool_rate"] == expected["tool_rate"] > 0
+    said = [[row["response"] for row in rows_of(tmp_path / folder)] for folder in "co"]
+    assert said[0] == said[1]
 
 
 # Whole episodes

@@ -30,7 +30,12 @@ from running import (
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from step_rows import make_updates
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
+)
 
 from reopold_agent.common import files
 from reopold_agent.config import OptimizerConfig, config_differences
@@ -1035,6 +1040,50 @@ def test_an_adapter_is_told_from_a_model_and_merged_as_the_message_says(
     with pytest.raises(ModelError, match=rf"Give the run, .* model\.student\.path={run}$"):
         check_available(given, "student")
     check_available(ModelSpec(str(run)), "student")
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_whole_model_with_an_adapter_beside_it_is_refused(tmp_path: Path, shards: bool) -> None:
+    peft = pytest.importorskip("peft")
+    base = resolve_path("demo:arithmetic_teacher")
+    shutil.copytree(base, tmp_path / "merged")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model.save_pretrained(tmp_path / "merged")
+    (tmp_path / "merged" / "model.safetensors").unlink()
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged", max_shard_size="300KB" if shards else "5GB")
+    spec = ModelSpec(str(tmp_path / "merged"))
+    told = (
+        r"^the (\w+)'s folder '.*' holds a whole model and a LoRA adapter .*\nIf they are, delete"
+    )
+    for role in ("student", "teacher"):
+        with pytest.raises(ModelError, match=told):
+            load_model(spec, role, CPU)
+    (tmp_path / "adapter").mkdir()
+    for file in (tmp_path / "merged").glob("adapter_*"):
+        file.rename(tmp_path / "adapter" / file.name)
+    loaded = load_model(spec, "teacher", CPU).adapter.model.state_dict()
+    assert all(torch.equal(loaded[name], each) for name, each in merged.state_dict().items())
+    with pytest.raises(ModelError, match=r"holds a LoRA adapter, not a whole model\.\nMerge it"):
+        check_available(ModelSpec(str(tmp_path / "adapter")), "student")
+    assert load_processing(spec, "teacher", weights=False).config.model_type == "qwen2"
+
+
+def test_an_adapter_that_the_hub_has_beside_a_whole_model_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the folder is not seen before; transformers notes that it has applied the adapter."""
+    found = AutoModelForCausalLM.from_pretrained
+
+    def applied(*args: Any, **settings: Any) -> Any:
+        model, report = found(*args, **settings)
+        model._hf_peft_config_loaded = True
+        return model, report
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", applied)
+    with pytest.raises(ModelError, match=r"holds a whole model and a LoRA adapter"):
+        load_model(ModelSpec("demo:arithmetic_student"), "teacher", CPU)
 
 
 def test_where_a_server_has_the_weights_a_folder_need_not(folder: Path) -> None:

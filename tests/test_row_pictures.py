@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import logging
+import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 import reopold_agent.envs  # noqa: F401  # registers the environments
 from reopold_agent.data import load_tasks
@@ -223,6 +224,59 @@ def test_videos_that_cannot_be_used(folder: Path, given: dict[str, Any], message
     for source in ("pixel_reasoner", "verl"):
         with pytest.raises(DataError, match=message):
             load(folder, source, {**question(source), **given})
+
+
+def film(kind: str, frames: int = 3) -> bytes:
+    """A file with several frames; of an MPO they are views of one moment."""
+    data = io.BytesIO()
+    first, *others = (Image.new("RGB", (30, 30), (60 * n, 0, 0)) for n in range(1, frames + 1))
+    first.save(data, kind, save_all=True, append_images=others)
+    return data.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_an_animation_is_no_video_of_one_frame(folder: Path, kind: str) -> None:
+    data = film(kind)
+    (folder / "clip.bin").write_bytes(data)
+    with zipfile.ZipFile(folder / "films.zip", "w") as archive:
+        archive.writestr("packed.bin", data)
+    told = "the video is an animation in one file; give its frames"
+    named = {"image": ["clip.bin"], "is_video": True}
+    for given in ({"videos": ["clip.bin"]}, {"video": "packed.bin"}, {"video": data},
+                  {"frames": [["clip.bin"]]}, named):  # fmt: skip
+        for source in ("pixel_reasoner", "verl"):
+            with pytest.raises(DataError, match=told):
+                load(folder, source, {**question(source), **given})
+    part = {"type": "video", "video": "clip.bin"}
+    with pytest.raises(DataError, match=told):
+        load(folder, "verl", asked([part, {"type": "text", "text": "Which?"}]))
+    answer = {"role": "assistant", "content": "It is 7."}
+    shown = {"role": "user", "content": "<video>Which?"}
+    (folder / "d").mkdir()
+    (folder / "d" / "clip.bin").write_bytes(data)
+    (folder / "d" / "rows.jsonl").write_text(
+        json.dumps({"messages": [shown, answer], "videos": ["clip.bin"]})
+    )
+    with pytest.raises(DataError, match=f"row 0: .*{told}"):
+        load_demonstrations({"path": str(folder / "d")})
+    # As a picture it is its first frame, as before.
+    task = load(folder, "pixel_reasoner", {**question("pixel_reasoner"), "image": ["clip.bin"]})
+    assert (task.is_video, len(task.images)) == (False, 1)
+    frames = list(ImageSequence.Iterator(Image.open(io.BytesIO(data))))  # as the message says
+    for n, frame in enumerate(frames):
+        frame.convert("RGB").save(folder / f"f{n}.png")
+    given = {"videos": [[f"f{n}.png" for n in range(len(frames))]]}
+    task = load(folder, "pixel_reasoner", {**question("pixel_reasoner"), **given})
+    assert (task.is_video, len(task.images)) == (True, 3)
+
+
+def test_videos_of_one_frame_stay(folder: Path) -> None:
+    (folder / "one.gif").write_bytes(film("GIF", 1))
+    (folder / "two.jpg").write_bytes(film("MPO", 2))
+    for name in ("one.gif", "two.jpg", "1.png"):
+        row = {**question("pixel_reasoner"), "videos": [name]}
+        task = load(folder, "pixel_reasoner", row)
+        assert (task.is_video, len(task.images)) == (True, 1)
 
 
 @pytest.mark.parametrize(

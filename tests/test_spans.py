@@ -113,6 +113,21 @@ def test_a_tag_is_one_token_here_and_several_there() -> None:
     assert aligned.teacher.tolist() == [0, 0, 0, 0, 0, 0, 1]
 
 
+def test_a_special_tag_is_a_word_on_either_side() -> None:
+    tags = ("<tool_call>", "</tool_call>")
+    special, plain = byte_level([], special=("<end>", *tags)), byte_level([], added=tags)
+    words = [*b"a", *special.convert_tokens_to_ids(["<tool_call>"]), *b"b"]
+    aligned = aligner(special, plain).align(words)
+    assert aligned.ids.tolist() == [*b"a", *plain.convert_tokens_to_ids(["<tool_call>"]), *b"b"]
+    assert aligned.student.tolist() == aligned.teacher.tolist() == [0, 1, 2]
+    back = aligner(plain, special).align(aligned.ids.tolist())
+    assert back.ids.tolist() == words
+    assert back.student.tolist() == [0, 1, 2]
+    spelled = aligner(special, byte_level([])).align(words)
+    assert spelled.ids.tolist() == [*b"a<tool_call>b"]
+    assert spelled.student.tolist() == [0, 1, 2]
+
+
 def test_a_character_that_is_cut_off_has_no_span() -> None:
     student = byte_level([(b"a", b"\xe2")])
     euro = "€".encode()

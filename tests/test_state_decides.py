@@ -21,6 +21,7 @@ from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.envs import from_config
 from reopold_agent.envs.base import ToolEnv, take_turn
 from reopold_agent.errors import ConfigError, EnvironmentCodeError, ToolResultError
+from reopold_agent.judges import Judge, Verdict
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutLimits, RolloutRunner
 from reopold_agent.tools import EpisodeState, Isolation, Tool, ToolResult
@@ -166,7 +167,21 @@ def test_rewards_with_two_arguments_keep_working() -> None:
     assert env.step("\\boxed{3}")[1:3] == (2.0, True)
 
 
-@pytest.mark.parametrize("given", [1.0, (float("nan"), True), ("x", True), None])
+@pytest.mark.parametrize(
+    "given",
+    [
+        1.0,
+        (float("nan"), True),
+        ("x", True),
+        None,
+        ("0.5", True),
+        (0.0, {"why": "wrong"}),
+        (1.0, "False"),
+        (1.0, None),
+        (1.0, 0.5),
+        (1.0, np.array([False, False])),
+    ],
+)
 def test_a_verdict_that_is_none_is_the_developers_error(given: Any) -> None:
     class Wrong(Walk):
         def reward(self, task: Task, answer: str, state: EpisodeState) -> Any:
@@ -179,6 +194,57 @@ def test_a_verdict_that_is_none_is_the_developers_error(given: Any) -> None:
         env.step("done")
 
 
+@pytest.mark.parametrize("success", [0, False, 0.0, np.bool_(False), np.int64(0), np.float32(0)])
+def test_a_success_is_a_boolean_or_the_number_0_or_1(success: Any) -> None:
+    class Graded(Walk):
+        def reward(self, task: Task, answer: str, state: EpisodeState) -> Any:
+            return np.float32(0.5), (success if answer == "no" else 1 - int(success))
+
+    for answer in ("no", "yes"):
+        env = Graded()
+        env.reset(seed=0)
+        _, reward, _, _, info = env.step(answer)
+        assert reward == 0.5
+        assert info["success"] is (answer == "yes")
+
+
+@pytest.mark.parametrize("answers", [(), ("",), (" ", "\n")])
+def test_forgotten_answers_are_refused_where_the_rules_decide(answers: tuple[str, ...]) -> None:
+    class Forgot(ToolEnv):
+        def load_tasks(self, split: str) -> list[Task]:
+            return [Task(f"{split}-1", "1+1", answers)]
+
+    told = (
+        r"^task 'train-1' of \w+ has no accepted answers, .*\nGive Task\(id, question, answers\) "
+        r"some, or define \w+\.reward\("
+    )
+    with pytest.raises(EnvironmentCodeError, match=told):
+        Forgot().task("train", 0)
+    with pytest.raises(EnvironmentCodeError, match=told):
+        Forgot().reset(options={"index": 0})
+
+    def end(state: EpisodeState) -> ToolResult:
+        return ToolResult("over", done=True, reward=1.0)
+
+    env = Forgot(tools=[Tool("end", end, "Ends.")])  # the tool decides
+    env.reset(options={"index": 0})
+    assert env.step(call("end"))[1] == 1.0
+    env.reset(options={"index": 0})
+    with pytest.raises(EnvironmentCodeError, match=told):
+        env.step("2")
+
+    class Own(Forgot):
+        def reward(self, task: Task, answer: str) -> tuple[float, bool]:  # type: ignore[override]
+            return float(answer == "2"), answer == "2"
+
+    own = Own()
+    own.reset(options={"index": 0})
+    assert own.step("2")[1] == 1.0
+    rated = Forgot(judge=Judge("brief", lambda response, given: Verdict(True, response)))
+    rated.reset(options={"index": 0})
+    assert rated.step("2")[1] == 1.0
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -187,6 +253,8 @@ def test_a_verdict_that_is_none_is_the_developers_error(given: Any) -> None:
         {"success": True},
         {"success": True, "reward": 1.0},
         {"success": True, "done": True},
+        {"success": {"why": "wrong"}, "done": True, "reward": 1.0},
+        {"success": "False", "done": True, "reward": 1.0},
     ],
 )
 def test_impossible_results_are_refused(values: dict[str, Any]) -> None:

@@ -150,6 +150,14 @@ def test_a_teacher_that_stays_is_not_saved(tmp_path: Path) -> None:
             ("model.teacher.follow=0.9", "model.student.lora={r: 4, target_modules: [q_proj]}"),
             "cannot follow a LoRA adapter",
         ),
+        (
+            ("+model.teacher.lora={r: 4, target_modules: [q_proj]}",),
+            r"^model\.teacher\.lora=.*no effect\.\nLeave lora out; merge",
+        ),
+        (
+            ("~model.teacher", "+model.teachers={math: {path: demo:x, lora: {r: 4}}}"),
+            r"lora=\{'r': 4\}.* no effect\.\nLeave lora out; merge",
+        ),
         (("model.student.follow=0.9",), "student.follow"),
     ],
 )

@@ -221,6 +221,15 @@ def test_the_model_sees_the_same_messages_wherever_tools_run(
 
 
 @pytest.mark.parametrize("where", ["thread", "process"])
+def test_a_function_without_the_state_does_not_get_it(processes: ToolProcesses, where: str) -> None:
+    run: ToolRunner = processes if where == "process" else on_thread
+    record, result = call(hostile.echoes, run, query="it")
+    assert record.ok
+    assert result.text == "found 'it'"
+    assert not call(hostile.echoes, run)[0].ok
+
+
+@pytest.mark.parametrize("where", ["thread", "process"])
 def test_a_picture_that_unpacks_to_too_much_is_refused_before_it_does(
     processes: ToolProcesses, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

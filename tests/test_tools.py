@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -217,6 +218,115 @@ def test_an_annotation_that_cannot_be_checked_is_refused_at_registration(functio
     with pytest.raises(ConfigError, match="x"):
         tool("never_registered", description="d")(function)
     assert "never_registered" not in TOOLS
+
+
+def _search(query: str) -> ToolResult:
+    """Searches."""
+    return ToolResult(f"found {query!r}")
+
+
+def _weather(state: str, day: int = 1) -> ToolResult:
+    """Says the weather of a federal state."""
+    return ToolResult(f"found {state!r}")
+
+
+def _ping() -> ToolResult:
+    """Answers."""
+    return ToolResult("found 'it'")
+
+
+def _context(context: EpisodeState, query: str) -> ToolResult:
+    """Searches."""
+    assert context.task.answers == ("7",)
+    return ToolResult(f"found {query!r}")
+
+
+def _context_later(context: Later | None, query: str) -> ToolResult:  # type: ignore[name-defined]  # noqa: F821
+    raise NotImplementedError
+
+
+class Searcher:
+    """Searches in an index."""
+
+    def __call__(self, query: str) -> ToolResult:
+        return _search(query)
+
+    def bound(self, query: str) -> ToolResult:
+        """Searches."""
+        return _search(query)
+
+    def bound_with_state(self, state: Any, *, query: str) -> ToolResult:
+        """Searches."""
+        return _context(state, query)
+
+    @staticmethod
+    def static(query: str) -> ToolResult:
+        """Searches."""
+        return _search(query)
+
+    @classmethod
+    def of_class(cls, query: str) -> ToolResult:
+        """Searches."""
+        return _search(query)
+
+
+def _indexed(index: dict[str, str], query: str) -> ToolResult:
+    """Searches."""
+    return _search(index[query])
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "first"),
+    [
+        (_search, "_search", "query"),
+        (_weather, "_weather", "state"),
+        (_ping, "_ping", None),
+        (_context, "_context", "query"),
+        (Searcher(), "Searcher", "query"),
+        (Searcher().bound, "bound", "query"),
+        (Searcher().bound_with_state, "bound_with_state", "query"),
+        (Searcher.static, "static", "query"),
+        (Searcher.of_class, "of_class", "query"),
+        (partial(_indexed, {"it": "it"}), "_indexed", "query"),
+    ],
+)
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_function_gets_the_state_only_if_it_has_a_parameter_for_it(
+    function: Any, name: str, first: str | None, inline: bool
+) -> None:
+    made = Tool.of(function, inline=inline)
+    assert made.name == name
+    assert made.description.startswith(("Searches", "Says", "Answers"))
+    assert next(iter(made.parameters()["properties"]), None) == first
+    state = EpisodeState(Task("t", "What is it?", ("7",)), [])
+    record, result = made.call(state, {first: "it"} if first else {})
+    assert record.ok
+    assert result.text == "found 'it'"
+    record, result = made.call(state, {})
+    assert record.ok is (first is None)
+    assert "7" not in result.text
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_arguments_without_names_and_types_are_refused(wrapped: bool) -> None:
+    def rest(state: EpisodeState, **fields: str) -> ToolResult: ...
+    def several(*queries: str) -> ToolResult: ...
+    def placed(query: str, /) -> ToolResult: ...
+    def later(query: str, state: EpisodeState) -> ToolResult: ...
+    def other(context: Any, query: str) -> ToolResult: ...
+    def untyped(query): ...  # type: ignore[no-untyped-def]
+
+    for function, message in (
+        (rest, r"tool 'rest' has the parameter '\*\*fields: .*\nName each argument"),
+        (several, r"tool 'several' has the parameter '\*queries"),
+        (placed, r"tool 'placed' has the parameter 'query"),
+        (later, r"later\(state\): .*EpisodeState"),
+        (other, r"other\(context\): .*Any.* is not supported"),
+        (untyped, r"'query' of tool 'untyped' has no annotation.\nAdd its type"),
+        (_context_later, r"'_context_later'.*'Later' is not defined"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Tool.of(partial(function) if wrapped else function, description="d")
 
 
 def test_an_annotation_with_an_unknown_name_says_where_to_import_it() -> None:

@@ -56,6 +56,18 @@ def decode(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"{name} is not a readable picture: {reason}") from error
 
 
+def is_animation(data: bytes) -> bool:
+    """Whether a file holds several frames, of which `decode` returns the first.
+
+    A camera's MPO is none: its further pictures are views of the same moment.
+    """
+    try:
+        image: Any = Image.open(io.BytesIO(data), formats=_formats())
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # as in `decode`, which says what is wrong
+        return False
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Returns those of `FORMATS` that this build of Pillow supports."""

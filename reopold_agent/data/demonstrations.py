@@ -30,6 +30,7 @@ from reopold_agent.data.pictures import (
     is_empty,
     is_picture_column,
     picture_of,
+    refuse_film,
     unread_columns,
 )
 from reopold_agent.data.rows import download, fills_with_nulls, find_row_files, read_rows
@@ -327,7 +328,7 @@ def _with_pictures(
         parts: list[str | ImageSource] = []
         for piece in its_pieces:
             if isinstance(piece, Mark):
-                parts += _opened(next(chosen), folder, each.where)
+                parts += _opened(next(chosen), folder, each.where, video=piece.video)
             elif piece:
                 parts.append(piece)
         turn = replace(each.turn, parts=(*parts, *each.turn.parts))
@@ -340,9 +341,14 @@ def _shown(read: Sequence[_Read]) -> list[ImageSource]:
     return [part for part in parts if not isinstance(part, (str, RecordedCall))]
 
 
-def _opened(values: Sequence[Any], folder: PictureFolder, where: str) -> list[ImageSource]:
+def _opened(
+    values: Sequence[Any], folder: PictureFolder, where: str, *, video: bool
+) -> list[ImageSource]:
     try:
-        return [picture_of(value, folder) for value in values]
+        opened = [picture_of(value, folder) for value in values]
+        if video:
+            refuse_film(opened)
+        return opened
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
 

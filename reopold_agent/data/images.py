@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 from typing_extensions import override
 
-from reopold_agent.common.pictures import decode
+from reopold_agent.common.pictures import decode, is_animation
 from reopold_agent.errors import DataError
 from reopold_agent.types import ImageSource
 
@@ -126,6 +126,16 @@ class BytesImage(ImageSource):
     def content(self) -> tuple[int, int]:
         """Returns CRC-32 and size of the bytes."""
         return content_of(self.data)
+
+
+def is_film(source: ImageSource) -> bool:
+    """Whether a picture in a file, an archive or a row is an animation (a GIF, WebP or APNG)."""
+    try:
+        if isinstance(source, (FileImage, ZipImage)):
+            return is_animation(source._read())
+        return isinstance(source, BytesImage) and is_animation(source.data)
+    except DataError:  # `open` says it
+        return False
 
 
 def content_of(data: bytes) -> tuple[int, int]:

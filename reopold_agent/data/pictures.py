@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from reopold_agent.data.checks import NO_PICTURE, RowError
-from reopold_agent.data.images import BytesImage, FileImage, ZipImage, safe_join
+from reopold_agent.data.images import BytesImage, FileImage, ZipImage, is_film, safe_join
 from reopold_agent.data.urls import UrlRules, is_url, url_image
 from reopold_agent.errors import DataError
 from reopold_agent.types import ImageSource
@@ -126,6 +126,20 @@ class PictureFolder:
             NO_PICTURE,
             f"the picture '{relative}' is neither in {self.root} nor in its zip archives; "
             "download images.zip and videos.zip of the dataset beside its rows",
+        )
+
+
+def refuse_film(frames: Sequence[ImageSource]) -> None:
+    """Refuses an animation as the one picture of a video: only its first frame would be seen.
+
+    Raises:
+        RowError: it is one.
+    """
+    if len(frames) == 1 and is_film(frames[0]):
+        raise RowError(
+            "video",
+            "the video is an animation in one file; give its frames as pictures "
+            "(PIL.ImageSequence.Iterator(PIL.Image.open(FILE)) yields them)",
         )
 
 

@@ -19,6 +19,7 @@ from reopold_agent.data.pictures import (
     is_picture_column,
     looks_like_picture,
     picture_of,
+    refuse_film,
     repeats_pictures,
     target_is_picture,
 )
@@ -85,6 +86,8 @@ def read_turns(
     chosen = chosen_pictures(marks, given, pictures)
     shown = [value for values in chosen for value in values] if marks else given.values
     opened = tuple(picture_of(value, pictures) for value in shown)
+    if given.is_video or videos:
+        refuse_film(opened)
     remaining = iter(chosen)
     texts = tuple(
         (role, "".join(p if isinstance(p, str) else IMAGE_MARK * len(next(remaining)) for p in ps))

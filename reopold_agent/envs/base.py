@@ -20,10 +20,17 @@ from PIL import Image
 
 from reopold_agent.common.pictures import to_rgb
 from reopold_agent.common.pixels import ShownSizes, smaller, stated
-from reopold_agent.envs.checks import checked_source, checked_task, opened_pictures, outcome
+from reopold_agent.envs.checks import (
+    check_answers,
+    checked_source,
+    checked_task,
+    opened_pictures,
+    outcome,
+)
 from reopold_agent.envs.spaces import Pictures, UnicodeText, as_observation, succeeded
 from reopold_agent.errors import ConfigError, ToolError, suggestion
 from reopold_agent.judges import JUDGES, Judge, Verdict
+from reopold_agent.judges.registry import RULES
 from reopold_agent.tools import (
     BASE_PROMPT,
     TOOLS,
@@ -259,7 +266,12 @@ class ToolEnv(gymnasium.Env[Observation, str]):
             answer: the student's last turn; empty if a tool ended the episode.
             *args: the `EpisodeState`, with what the tools noted in ``extra``.
             **kwargs: not used.
+
+        Raises:
+            EnvironmentCodeError: the rules are to compare the answer, but the task has none.
         """
+        if self._judge is RULES:
+            check_answers(task, type(self).__name__)
         correct = self._judge.verdict(answer, task).correct
         return float(correct), correct
 
@@ -527,14 +539,21 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         if task is not None:
             if not isinstance(task, Task):
                 raise ConfigError(f"options['task'] must be a Task, got {type(task).__name__}")
-            return checked_task(task, type(self).__name__)
+            return self._checked(task)
         tasks = self._split(str(options.get("split", "train")))
         index = options.get("index")
         if index is None:
             index = int(self.np_random.integers(len(tasks)))
         if not 0 <= int(index) < len(tasks):
             raise ConfigError(f"there is no task {index}; the split has {len(tasks)}")
-        return checked_task(tasks[int(index)], type(self).__name__)
+        return self._checked(tasks[int(index)])
+
+    def _checked(self, task: Any) -> Task:
+        checked = checked_task(task, type(self).__name__)
+        judged = type(self).reward is ToolEnv.reward and self._judge is RULES
+        if judged and not self.tools:  # a tool may decide
+            check_answers(checked, type(self).__name__)
+        return checked
 
 
 def take_turn(

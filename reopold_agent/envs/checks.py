@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from reopold_agent.errors import EnvironmentCodeError
+from reopold_agent.tools.base import is_verdict
 from reopold_agent.types import Task, TaskSource
 
 
@@ -70,6 +71,24 @@ def checked_task(task: Any, env: str) -> Task:
     return task
 
 
+def check_answers(task: Task, env: str) -> None:
+    """Checks that a task has answers to grade by.
+
+    Args:
+        task: the task.
+        env: the environment's name, for messages.
+
+    Raises:
+        EnvironmentCodeError: it has none, or blank ones only.
+    """
+    if not any(each.strip() for each in task.answers):
+        raise EnvironmentCodeError(
+            f"task '{task.id}' of {env} has no accepted answers, so that every answer would be "
+            f"wrong.\nGive Task(id, question, answers) some, or define {env}.reward(self, task, "
+            "answer)."
+        )
+
+
 def opened_pictures(task: Task, env: str) -> list[Image.Image]:
     """Opens the pictures of a task.
 
@@ -101,15 +120,15 @@ def outcome(given: Any, hook: str) -> tuple[float, bool]:
     """
     try:
         reward, success = given
-        reward, success = float(reward), bool(success)
+        reward = math.nan if isinstance(reward, (str, bytes)) else float(reward)
     except (TypeError, ValueError):
         reward, success = math.nan, False
-    if not math.isfinite(reward):
+    if not math.isfinite(reward) or not is_verdict(success):
         raise EnvironmentCodeError(
             f"{hook} returned {given!r:.80}, not a reward and a success.\nReturn two values, a "
             "finite number and whether the task is solved: return 1.0, True"
         )
-    return reward, success
+    return reward, bool(success)
 
 
 def _is_list(value: object) -> bool:

@@ -408,6 +408,8 @@ def load_model(
         )
     except _UNREADABLE as error:
         raise ModelError(f"cannot load the {role} from '{path}': {error}") from error
+    if getattr(model, "_hf_peft_config_loaded", False):  # of the hub: a folder was checked before
+        raise ModelError(_told_of_both(f"checkpoint '{path}'", role))
     absent = sorted(report["missing_keys"])
     if absent:  # transformers would continue with random weights instead
         raise ModelError(
@@ -664,6 +666,19 @@ def _told_of_adapter(folder: Path, role: str) -> str:
     )
 
 
+def _told_of_both(where: str, role: str) -> str:
+    """Says that a whole model has a LoRA adapter beside it, and what to do.
+
+    Transformers would apply the adapter, to weights that it may have been merged into before.
+    """
+    return (
+        f"the {role}'s {where} holds a whole model and a LoRA adapter (adapter_config.json): "
+        "whether they are merged cannot be told.\nIf they are, delete the files adapter_*; if not, "
+        "move these files to a folder of their own and give that: the message then says how to "
+        "merge them."
+    )
+
+
 def _told_of_pickles(folder: Path) -> str:
     """Says how to convert weights in pickles, which can run code, to safetensors."""
     try:
@@ -690,6 +705,8 @@ def _check_folder(folder: Path, role: str, weights: bool) -> None:
         (folder / "config.json").is_file() and (whole or not weights)
     ):
         raise ModelError(_told_of_adapter(folder, role))
+    if (folder / "adapter_config.json").is_file() and whole and weights:
+        raise ModelError(_told_of_both(f"folder '{folder}'", role))
     needed = [
         ("config.json", ["config.json"]),
         ("weights (*.safetensors)", ["*.safetensors"]),

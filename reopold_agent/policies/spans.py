@@ -21,6 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from reopold_agent.errors import VocabularyMismatchError
+from reopold_agent.policies.tags import special_tags, split_at
 from reopold_agent.types import IntArray, span_count
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -127,7 +128,9 @@ class TokenBytes:
                 f"its decoder ({found}) is neither byte-level nor SentencePiece's with bytes",
             )
         added = tokenizer.added_tokens_decoder
-        self.special = {i: str(t.content) for i, t in added.items() if t.special}
+        self._tags = special_tags(tokenizer)
+        names = {i: str(t.content) for i, t in added.items() if t.special}
+        self.special = {i: name for i, name in names.items() if name not in self._tags}
         self.by_name = {name: i for i, name in self.special.items()}
         self._bytes: dict[int, bytes] = {}
         for token, i in tokenizer.get_vocab().items():
@@ -146,9 +149,14 @@ class TokenBytes:
         return self._bytes.get(token_id, b"")
 
     def encode(self, text: str) -> Encoded:
-        """Encodes text as an assistant's words: special tokens in it are ordinary text."""
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-        ids = [int(i) for i in encoded["input_ids"]]
+        """Encodes text as an assistant's words: special tokens but tags are ordinary text."""
+        ids: list[int] = []
+        for piece in split_at(text, self._tags):
+            if piece in self._tags:
+                ids.append(self._tags[piece])
+            elif piece:
+                encoded = self.tokenizer(piece, add_special_tokens=False, split_special_tokens=True)
+                ids += [int(i) for i in encoded["input_ids"]]
         runs = [(text, text)] if self._normalise is None else _runs(text, self._normalise)
         return Encoded(ids, runs, [self.of(i) for i in ids])
 

@@ -6,7 +6,9 @@ tokenisation of the whole conversation, because every piece starts or ends at a 
 no tokenizer merges across one (drift elsewhere: trl #5224, verl #6719).
 
 Text that only looks like a control token (a question that contains ``<|im_end|>``) is encoded as
-ordinary text, so that no question, file name or tool output can forge a turn or an image.
+ordinary text, so that no question, file name or tool output can forge a turn or an image. A tag
+that is a special token (`reopold_agent.policies.tags`) is the model's token in the system message
+and the student's turns, and text in a user's.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from reopold_agent.errors import ModelError, first_line
+from reopold_agent.policies.tags import special_tags, split_at
 from reopold_agent.policies.templates import SHIPPED, ChatTemplate, chat_template
 from reopold_agent.types import IMAGE_MARK, EncodedImage, Message, Observation
 
@@ -68,6 +71,8 @@ class ChatRenderer:
         self._control = {token.content: i for i, token in added.items() if token.special}
         if not self._control:
             raise ModelError(f"the tokenizer of '{tokenizer.name_or_path}' has no control tokens")
+        self._tags = special_tags(tokenizer)
+        self._unread = frozenset(self._control.values()) - frozenset(self._tags.values())
         # DeepSeek's turn marks are added tokens but not special ones; a question must not forge
         # them either.
         opening = self._apply([Message("user", ("?",))], True)
@@ -193,11 +198,7 @@ class ChatRenderer:
 
     def text(self, ids: Sequence[int]) -> str:
         """Decodes ids without control tokens and without any other change."""
-        return str(
-            self.tokenizer.decode(
-                list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
+        return self.raw([i for i in ids if i not in self._unread])
 
     def turn_ids(self, text: str) -> list[int]:
         """Returns the ids of an assistant turn that the student did not sample, with its end.
@@ -206,8 +207,12 @@ class ChatRenderer:
         text are encoded as ordinary text.
         """
         ids: list[int] = []
-        for words in self._cut(text, self._turn_marks):
-            ids += self._plain(words)
+        for piece in split_at(text, self._tags):
+            if piece in self._tags:
+                ids.append(self._tags[piece])
+                continue
+            for words in self._cut(piece, self._turn_marks):
+                ids += self._plain(words)
         return ids if ids and ids[-1] in self.stop_ids else [*ids, self.turn_end_id]
 
     def raw(self, ids: Sequence[int]) -> str:
@@ -265,7 +270,10 @@ class ChatRenderer:
         return [int(i) for i in encoded["input_ids"]]
 
     def _guard(self, messages: Sequence[Message]) -> tuple[list[Message], dict[str, str]]:
-        """Replaces control strings in the messages by characters that occur nowhere in them."""
+        """Replaces control strings in the messages by characters that occur nowhere in them.
+
+        Tags are replaced in a user's messages only.
+        """
         messages = [Message(m.role, _joined(m.content)) for m in messages]
         whole = "".join(p for m in messages for p in m.content if isinstance(p, str))
         typed = [token for token in self._control if token in whole]
@@ -274,13 +282,15 @@ class ChatRenderer:
         spare = (chr(c) for c in range(0x100000, 0x10FFFD) if chr(c) not in whole)
         guards = {next(spare): token for token in typed}
 
-        def hide(part: str | EncodedImage) -> str | EncodedImage:
+        def hide(part: str | EncodedImage, role: str) -> str | EncodedImage:
             if isinstance(part, str):
                 for guard, token in guards.items():
-                    part = part.replace(token, guard)
+                    if role == "user" or token not in self._tags:
+                        part = part.replace(token, guard)
             return part
 
-        return [Message(m.role, tuple(hide(p) for p in m.content)) for m in messages], guards
+        hidden = [Message(m.role, tuple(hide(p, m.role) for p in m.content)) for m in messages]
+        return hidden, guards
 
     def _continuation_text(self, observation: Message) -> str:
         """Returns what the template writes between an assistant's words and its next turn."""

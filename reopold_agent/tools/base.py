@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import numbers
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 from PIL import Image
 
 from reopold_agent.common.bounded import DeadlineError, RaisedError, run_bounded
@@ -28,8 +30,10 @@ from reopold_agent.registry import Registry
 from reopold_agent.tools.schema import (
     check_arguments,
     check_by_schema,
+    name_of,
     parameters_schema,
     shorten,
+    takes_state,
 )
 from reopold_agent.types import IMAGE_MARK, Region, Task, ToolCall
 
@@ -118,7 +122,8 @@ class ToolResult:
 
     Raises:
         ToolResultError: the text is not a string, marks and pictures differ in number, the reward
-            is no finite number, or there is a verdict on an episode that goes on.
+            is no finite number, or there is a verdict on an episode that goes on, or one that is
+            neither true nor false.
     """
 
     text: str
@@ -135,6 +140,8 @@ class ToolResult:
             raise ToolResultError(f"its reward is {self.reward!r}, not a finite number")
         if self.success is not None and (self.reward is None or not self.done):
             raise ToolResultError("it has a verdict (success) without done=True and a reward")
+        if self.success is not None and not is_verdict(self.success):
+            raise ToolResultError(f"its success is {self.success!r}, neither True nor False")
         marks = self.text.count(IMAGE_MARK)
         if marks != len(self.images):
             raise ToolResultError(f"{marks} image marks in its text, but {len(self.images)} images")
@@ -166,7 +173,7 @@ class Tool:
     Attributes:
         name: the name that the model calls; `shown_as` changes it.
         function: ``function(state, **arguments) -> ToolResult``; raises `ToolError` with a
-            message for the model.
+            message for the model. Without ``input_schema`` the state may be left out.
         description: for the model.
         aliases: other accepted names.
         timeout_s: wall-clock limit of one call, seconds.
@@ -206,24 +213,31 @@ class Tool:
     ) -> Tool:
         """Makes a tool of a typed function.
 
-        Parameters after the first need annotations (`reopold_agent.tools.schema`).
+        Parameters but the state need annotations (`reopold_agent.tools.schema`).
 
         Args:
-            function: ``function(state, **arguments) -> ToolResult``.
+            function: ``function(state, **arguments) -> ToolResult``, with or without the state.
             name: its name; None for the function's.
             description: for the model; None for the first paragraph of the docstring.
             **fields: the other attributes.
 
         Raises:
-            ConfigError: no description, or an unsupported annotation.
+            ConfigError: no description, an unsupported annotation, or a parameter that cannot be
+                given by its name.
         """
-        name = function.__name__ if name is None else name
-        text = description or (function.__doc__ or "").strip().split("\n\n")[0]
+        name = name_of(function) if name is None else name
+        documented = function.func if isinstance(function, partial) else function
+        text = description or (documented.__doc__ or "").strip().split("\n\n")[0]
         if not text:
             raise ConfigError(f"tool '{name}' needs a description or a docstring")
         made = cls(name, function, " ".join(text.split()), **fields)
         made.schema()
         return made
+
+    @property
+    def takes_state(self) -> bool:
+        """Whether the function is called with the episode's state before its arguments."""
+        return self.input_schema is not None or takes_state(self.function)
 
     @property
     def needs_sizes(self) -> bool:
@@ -357,9 +371,10 @@ def on_thread(
         Exception: as `ToolRunner` does.
     """
     if tool.inline:
-        return usable(tool.function(state, **arguments), state.images, handed_over=True)
+        given = (state,) if tool.takes_state else ()
+        return usable(tool.function(*given, **arguments), state.images, handed_over=True)
     theirs = replace(state)
-    call = partial(tool.function, theirs)
+    call = partial(tool.function, theirs) if tool.takes_state else tool.function
     try:
         # The pictures are checked within the time limit too: opening one may take long.
         return run_bounded(lambda: usable(call(**arguments), state.images), seconds)
@@ -429,6 +444,11 @@ def checked(result: object) -> ToolResult:
     if len(regions) > MAX_PICTURES or not all(isinstance(each, Region) for each in regions):
         raise ToolResultError("it returned invalid regions")
     return replace(result, regions=regions)
+
+
+def is_verdict(value: object) -> bool:
+    """Whether a value says true or false: a boolean, NumPy's too, or the number 0 or 1."""
+    return isinstance(value, (numbers.Real, np.bool_)) and value in (0, 1)
 
 
 def _is_finite(value: object) -> bool:

@@ -77,6 +77,7 @@ class ToolProcesses(ProcessPool[ToolProcess]):
             "arguments": arguments,
             "seconds": seconds,
             "state": self._sent(state),
+            "takes_state": tool.takes_state,
         }
         try:
             with self.lend(seconds, lambda process: process.held_bytes(pictures)) as process:

@@ -11,7 +11,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from jsonschema import Draft202012Validator
@@ -29,21 +29,55 @@ _ARTICLES = {int: "an integer", float: "a number", str: "a string", bool: "true 
 
 
 def parameters_schema(function: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the JSON schema of a tool's arguments: all parameters after the episode's state.
+    """Returns the JSON schema of a tool's arguments: all parameters but the episode's state.
 
     ``Annotated[T, "text"]`` adds a description; a default makes a parameter optional.
 
     Raises:
-        ConfigError: an annotation is missing or not supported.
+        ConfigError: an annotation is missing or not supported, or a parameter cannot be given by
+            its name.
     """
     properties: dict[str, Any] = {}
     required = []
     for name, parameter in _arguments(function).items():
+        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            raise ConfigError(
+                f"tool '{name_of(function)}' has the parameter '{parameter}', which a call cannot "
+                "give by a name.\nName each argument, with an annotation: query: str"
+            )
         hint = _hint(function, name)
-        properties[name] = _schema(hint, f"{function.__name__}({name})")
+        properties[name] = _schema(hint, f"{name_of(function)}({name})")
         if parameter.default is inspect.Parameter.empty:
             required.append(name)
     return {"type": "object", "properties": properties, "required": required}
+
+
+def takes_state(function: Callable[..., Any]) -> bool:
+    """Returns whether a tool's first parameter is the episode's state.
+
+    It is if its annotation says ``EpisodeState``, or if it is named ``state`` (or ``_``) and its
+    annotation is none of an argument.
+    """
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+        return False
+    try:
+        hint = _hints(_typed(function)).get(first.name)
+    except NameError:
+        hint = first.annotation
+    if _is_state(hint):
+        return True
+    try:
+        _schema(hint, first.name)
+    except ConfigError:
+        return first.name.strip("_") in ("state", "")
+    return False
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """Returns the name of a function, or of a callable's class."""
+    function = function.func if isinstance(function, partial) else function
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def check_arguments(function: Callable[..., Any], arguments: object) -> dict[str, Any]:
@@ -146,7 +180,24 @@ def shorten(value: object, most: int = 80) -> str:
 
 
 def _arguments(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(list(inspect.signature(function).parameters.items())[1:])
+    parameters = list(inspect.signature(function).parameters.items())
+    return dict(parameters[1:] if takes_state(function) else parameters)
+
+
+def _is_state(hint: Any) -> bool:
+    if isinstance(hint, str):  # its name is not known at run time
+        return "EpisodeState" in hint
+    classes = hint.__mro__ if isinstance(hint, type) else ()
+    return any(each.__name__ == "EpisodeState" for each in classes) or any(
+        _is_state(each) for each in get_args(hint) if isinstance(each, type)
+    )
+
+
+def _typed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function that has the annotations."""
+    if isinstance(function, partial):
+        return _typed(function.func)
+    return function if inspect.isroutine(function) else type(function).__call__
 
 
 @lru_cache(maxsize=512)  # reading them takes ten times as long as checking the arguments
@@ -156,14 +207,17 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _hint(function: Callable[..., Any], name: str) -> Any:
     try:
-        hints = _hints(function)
+        hints = _hints(_typed(function))
     except NameError as error:
         raise ConfigError(
-            f"an annotation of tool '{function.__name__}' cannot be read: {error}; import the name "
+            f"an annotation of tool '{name_of(function)}' cannot be read: {error}; import the name "
             "at the top of the module, not under TYPE_CHECKING"
         ) from error
     if name not in hints:
-        raise ConfigError(f"the parameter '{name}' of tool '{function.__name__}' has no annotation")
+        raise ConfigError(
+            f"the parameter '{name}' of tool '{name_of(function)}' has no annotation.\nAdd its "
+            f"type ({name}: str); for the episode's state, name the first parameter state"
+        )
     return hints[name]
 
 

@@ -7,8 +7,9 @@ its end, means "stop".
 
 Requests and replies are frames (`reopold_agent.tools.wire`)::
 
-    {"load": ADDRESS}                                    -> {"loaded": true} or {"error": TEXT}
-    {"call": ADDRESS, "arguments", "state", "seconds"}   -> {"picture": KEY}*, then the outcome
+    {"load": ADDRESS}                       -> {"loaded": true} or {"error": TEXT}
+    {"call": ADDRESS, "arguments", "state", "takes_state", "seconds"}
+                                            -> {"picture": KEY}*, then the outcome
 
 A picture is sent when a tool first reads it, and kept for later calls.
 """
@@ -133,8 +134,9 @@ def _run(
     link.forget(request["forget"])
     state = _state(request["state"], link)
     given = list(state.images)
+    first = (state,) if request["takes_state"] else ()
     try:
-        result = usable(function(state, **request["arguments"]), given)
+        result = usable(function(*first, **request["arguments"]), given)
         numbers = {id(image): n for n, image in enumerate(given, 1) if image.readonly}
         outcome: dict[str, Any] = {
             "text": result.text,
