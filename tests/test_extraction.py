@@ -143,11 +143,14 @@ I don't think it's B. ; I wouldn't choose B. ; It would be wrong to choose B. ; 
 A and B are wrong. ; A, B and C are wrong. ; Options A and B are wrong. ; (A) and (B) are impossible. ; A or B is right.
 If B is correct, then x=1. ; If the answer is B then x = 1. ; Suppose the answer is B. ; B would be correct if x = 4.
 The answer would be B if x were 4. ; The answer is neither A nor B. ; So we reject B. ; I doubt B. ; B: wrong
+So B is incorrect because x = 4. ; If B were correct, x = 4. ; The wrong one is B. ; All but B are right. ; Is it B?
+The student chose B. ; Tom says the answer is B. ; So B leads to a contradiction. ; The answer won't be B. ; B got eliminated.
 The least likely answer is B. ; The option that is incorrect is B. ; It's unlikely that the answer is B.
 """
 CHOSEN = """
 If A is correct then x=1. But x=2. So B. ; A and C are wrong, so the answer is B. ; A and C are wrong. B is right.
 So B must be correct. ; The answer is B, not A. ; A cannot be the answer. B is correct. ; Since A fails, it must be B.
+Therefore, C cannot be the answer, so B. ; Suppose A is correct. Then x=1, a contradiction. So B. ; B is clearly correct.
 Because A is impossible, the answer is B. ; The wrong answers are A and C. The answer is B. ; B is true, A is false.
 Thus B is right. ; The answer is B because the others are impossible. ; Not A, but B. ; B, because A fails.
 """
@@ -184,7 +187,7 @@ Oui ; Sí ; Ja ; Да ; はい ; 네 ; <answer>yes</answer>
 Yes, there is no car. ; **Yes**, there is no difference. ; Final answer: Yes, there is no cat. ; Yes - there is no car
 <answer>Yes, there is no cat</answer> ; \\boxed{\\text{Yes, there is no cat}} ; {"answer": "Yes, there is no cat"}
 #### Yes, there is no cat ; Answer: Yes, not a single car is there. ; \\boxed{Yes, no car} ; Yes, that is not wrong.
-The answer is yes, there is no cat. ; **Answer:** Yes, there is no cat. ; True, there is no cat. ; Yes; nobody is there
+So yes, there is no cat. ; Definitely yes. ; The answer is yes, there is no cat. ; **Answer:** Yes, there is no cat. ; True, there is no cat. ; Yes; nobody is there
 Oui, il n'y a pas de chat. ; There is no doubt about it: yes.
 """
 NO = """
@@ -209,7 +212,8 @@ def test_yes_and_no(response: str, said: str) -> None:
 
 @pytest.mark.parametrize(
     "response",
-    ["The answer is far from yes", "It would be wrong to say yes.", "This is never true.", "No one can say yes.",
+    ["The answer is almost yes", "The opposite of yes", "If so, yes", "It is too early to say yes", "certainly not no",
+     "The answer is far from yes", "It would be wrong to say yes.", "This is never true.", "No one can say yes.",
      "It would be incorrect to say no.", "I would not say yes.", "The answer is hardly yes.", "The answer isn't yes.",
      "anything but yes", "I disagree with yes", "The wrong answer is yes.", "It's not necessarily yes.", "Right line",
      "I doubt that the answer is yes.", "It is rarely true.", "It isn't false", "Yes, no.", "If the answer is yes",
@@ -306,7 +310,7 @@ def test_counts(gold: str, response: str) -> None:
 @pytest.mark.parametrize(
     "response",
     ["\\boxed{at least 3}", "\\boxed{3+}", "There are at least 3 dogs.", "three or four", "There are 3 dogs and 2 cats.",
-     "There are 3 or 4 hundred dogs.", "There are 3+ dogs.", "There are 3-4 dogs.", "There are 3 and a half dozen dogs.",
+     "There are three-legged dogs.", "There are 3 hundred and fifty dogs.", "There are 3 or 4 hundred dogs.", "There are 3+ dogs.", "There are 3-4 dogs.", "There are 3 and a half dozen dogs.",
      "There are two or 3 dogs.", "three four", "\\boxed{three to four}", "There are 3 hundred and 4 thousand dogs.",
      "There are three dogs, two cats and a bird.", "3 or 4", "Maybe 3", "several", "I see a dog.",
      "There are three dogs on the left. On the right there are two."],
@@ -401,7 +405,9 @@ def test_cues_of_an_answer(response: str, kind: str) -> None:
      "The answer is unlikely to be 12.", "Hence x differs from 12.", "Thus x exceeds 12.", "The answer was supposed to be 12.",
      "If the answer is 12 then it is even.", "The answer is at least equal to 12.",
      "The answer is as large as 12.", "I doubt that the answer is 12.", "A common wrong answer is 12.",
-     "It is false that x is 12.", "So the statement x is 12 is false.", "The answer is anything but 12.",
+     "It is not the case that the answer is 12.", "No one says that the answer is 12.", "The answer is a multiple of 12.",
+     "The answer is the square of 12.", "The naive answer is 12.", "The answer is divisible by 12.", "So 12 is impossible.",
+     "Therefore the value is next to 12.", "Some say the answer is 12.", "It is false that x is 12.", "So the statement x is 12 is false.", "The answer is anything but 12.",
      "She had 12 apples. She gave 3 away. Then she bought 5.", "<think> 12", "двенадцать",
      "\\boxed{doce manzanas rojas}"],
 )  # fmt: skip

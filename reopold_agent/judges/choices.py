@@ -51,6 +51,7 @@ _KNOWN = _YES | _NO
 _ADJECTIVES = {"true", "correct", "right", "sure", "negative", "false", "incorrect", "wrong"}
 _ADJECTIVES |= {"y", "n", "certainly", "absolutely", "definitely"}
 _EXPLAINING = {"because", "since", "as", "for", "it", "that", "this", "there", "they", "he", "she"}
+_SO_FIRST = re.compile(r"^(?:so|therefore|thus|hence|well|oh|overall)[\s,:*]+(?=(?:yes|no)\b)")
 _PAUSE = re.compile(r"[^\W\d_]+(?:\s*[^\w\s'’/&-]|\s+-|\s*$)")
 """A word that punctuation separates from what follows: "yes, there is no cat"."""
 
@@ -131,7 +132,7 @@ _OTHERS = rf"(?:\s*,?\s*(?:and|or|nor|&)\s*{_TOKEN}(?!\s*(?:is|was|has|does)\b)|
 
 _VERB = re.compile(
     r"\s+(?:is|are|was|were|has|have|had|does|do|did|can|could|will|would|should|must|may|might|cannot"
-    r"|[a-z]+n't|looks?|seems?|appears?|becomes?|remains?|gives?|yields?|shows?|says?|violates?|needs?"
+    r"|[a-z]+n't|looks?|seems?|appears?|becomes?|remains?|gives?|yields?|shows?|says?|gets?|got|leads?|turns?|violates?|needs?"
     r"|contradicts?|fails?|conflicts?|ignores?|misses|lacks?|works?|fits|holds)\b",
 )
 _GOOD = re.compile(
@@ -142,6 +143,9 @@ _GOOD = re.compile(
 )
 """What is said of the option that is chosen, after its letter."""
 
+_EXPLAINS = re.compile(
+    r"\s+(?:because|since|as|and|which|for|due|given|where|while|whereas|but|with|rather|instead)\b"
+)
 _IF_AFTER = re.compile(r"\s*,?\s*(?:only\s+)?(?:if|unless|when|provided|assuming)\b", re.IGNORECASE)
 _STATED = re.compile(
     r"(?:\b(?:answer|option|choice)s?\s*(?:is|are|would be|should be|must be|will be"
@@ -183,12 +187,15 @@ def yes_no(text: str) -> bool | None:
     words = re.findall(r"[^\W\d_]+", mine)
     if not words:
         return None
-    if _NOT_SO.match(mine) or (words[0] in _YES and re.match(r"\w+\s+not\b", mine)):
+    if _NOT_SO.match(mine) or (
+        words[0] in _YES and re.match(r"\w+\s+not\b(?!\W+(?:yes|no)\b)", mine)
+    ):
         return False
     if _SO.match(mine):
         return True
-    if words[0] in _KNOWN:
-        return leading(mine)
+    lead = leading(mine)
+    if lead is not None or words[0] in _KNOWN - _ADJECTIVES:
+        return lead
     # "The answer is yes": nothing else may stand before it ("far from yes", "I see no dog").
     last = _ENDS_WITH.fullmatch(mine) if len(words) <= _FEW_WORDS + 5 else None
     return last[1] in _YES if last and last[1] in _KNOWN else None
@@ -196,7 +203,7 @@ def yes_no(text: str) -> bool | None:
 
 def leading(text: str) -> bool | None:
     """Returns whether a text begins with yes (True) or no (False); None if with neither or both."""
-    mine = normal(text)
+    mine = _SO_FIRST.sub("", normal(text))
     words = re.findall(r"[^\W\d_]+", mine)
     if not words or words[0] not in _KNOWN or not mine.startswith(words[0]) or _both(mine):
         return None
@@ -289,9 +296,7 @@ def stated_choice(text: str, options: Mapping[str, str] | None = None) -> Letter
     for form in (_STATED, _SAID_RIGHT, _CHOSEN):
         found = [match for match in form.finditer(plain) if _settles(match, plain)]
         if form is _CHOSEN:
-            found = [
-                m for m in found if not _VERB.match(rest := plain[m.end() :]) or _GOOD.match(rest)
-            ]
+            found = [m for m in found if _stands_alone(m, plain, options)]
         if form is _SAID_RIGHT:
             found = [m for m in found if _is_option(m, plain) and _IS_RIGHT.match(plain, m.end())]
         if found:
@@ -348,8 +353,8 @@ def _letters_in(sentence: str, *, alone: bool = True) -> set[str]:
 def named_option(text: str, options: Mapping[str, str]) -> Letters | None:
     """Returns the only option whose text occurs in a sentence without a negation, or None."""
     said = f" {words_only(text)} "
-    if _letters_in(_plain(text)):
-        return None  # a letter that contradicts the text
+    if names_letter(_plain(text)):
+        return None  # a letter that contradicts the text, or that is rejected
     if re.search(r" (?:not|no|never|neither|nor|than|instead|except|or) |n't ", said):
         return None
     texts = {letter: words_only(option) for letter, option in options.items()}
@@ -470,6 +475,19 @@ def _before(text: str, match: re.Match[str]) -> str:
 
 def _after(text: str, match: re.Match[str]) -> str:
     return text[match.end() : match.end() + _NEAR]
+
+
+def _stands_alone(match: re.Match[str], plain: str, options: Mapping[str, str]) -> bool:
+    """Returns whether what follows a letter says that it is right, is its text or explains it."""
+    rest, text = plain[match.end() :], words_only(options.get(_letter(match).lower(), ""))
+    says = re.match(r"\s+[a-z]", rest) and not _EXPLAINS.match(rest)
+    own = bool(text) and words_only(rest.split("\n", 1)[0]).startswith(text)
+    return not says or own or _GOOD.match(rest) is not None
+
+
+def names_letter(text: str) -> bool:
+    """Returns whether a text has a letter that may be an option, chosen or not."""
+    return any(_is_option(match, text) for match in _ANY_OPTION.finditer(text))
 
 
 def is_excluded(after: str) -> bool:

@@ -86,8 +86,9 @@ HEDGE = re.compile(
 """Words of doubt."""
 
 DENIED = re.compile(
-    r"\b(?:wrong|incorrect|false|mistaken|erroneous|invalid|worst)"
-    r"\s+(?:\w+\s+)?(?:answer|option|choice|result|value|solution|statement|claim|guess)s?\b"
+    r"\b(?:wrong|incorrect|false|mistaken|erroneous|invalid|worst|trap|tempting|naive|previous"
+    r"|earlier|initial)"
+    r"\s+(?:\w+\s+)?(?:answer|option|choice|result|value|solution|statement|claim|guess|one)s?\b"
     r"|\b(?:answer|option|choice|result|value|one)s?\s+(?:that|which)\s+(?:is|are)\s+"
     r"(?:not|wrong|incorrect|false)\b"
     r"|\bleast\s+(?:likely|plausible|probable|suitable)\b"
@@ -95,7 +96,12 @@ DENIED = re.compile(
     r"\s+(?:to|that)\b|\b(?:mistake|error|trap|distractor)\s+(?:is|was)\b"
     r"|\b(?:far\s+from|anything\s+but|hardly|scarcely|barely|rarely|seldom|short\s+of|disagree)\b"
     r"|(?:\bnot|n't|\bnever|\bcannot)\s+(?:\w+\s+)?"
-    r"(?:think|believe|say|claim|choose|pick|select|accept|agree|conclude)\b",
+    r"(?:think|believe|say|claim|choose|pick|select|accept|agree|conclude|true|the\s+case|proven)\b"
+    r"|\bno\s+(?:one\s+\w+\s+\w+|proof|evidence|reason|guarantee)\b|\btempting\b|\bthought\b"
+    r"|\bused\s+to\b|(?<!\bi )(?<!\bwe )\b(?:says?|said|claims?|claimed|thinks?|believes?|believed)"
+    r"\s+(?:that\s+)?(?:the|it|[A-J])\b"
+    r"|\b(?:many|some|most|people|students?|they|you|he|she)\s+(?:(?:would|might|may|will)\s+)?"
+    r"(?:choose|chose|pick(?:ed)?|select(?:ed)?|say|think)\b",
     re.IGNORECASE,
 )
 """Words that deny what follows, or say it of a wrong answer: "it is wrong to say 5"."""
@@ -106,7 +112,8 @@ CLAUSE = re.compile(
 """What separates a clause from the one before it."""
 
 CONDITION = re.compile(
-    r"\b(?:if|unless|suppos(?:e|ing)|whether|(?:let\s+us|let's)\s+say)\b[^,;:]*\Z", re.IGNORECASE
+    r"\b(?:if|when|unless|suppos(?:e|ing)|whether|(?:let\s+us|let's)\s+say)\b[^,;:]*\Z",
+    re.IGNORECASE,
 )
 """A condition that is not yet complete: "if B" is no choice of B."""
 
@@ -117,7 +124,7 @@ REFUSED = re.compile(
     r"|description|caption|evidence|indication|mention|hint|ideas?|clues?|answer|option|choice"
     r"|question|query|prompt|problem|task|solution|result|response|reply|comment|way(?=\s+(?:to|of|for|that|i|we)\b)|means|method"
     r"|basis|reason|sense|access|ability|knowledge|record|certainty|conclusion|consensus|telling"
-    r"|knowing|thanks?)\b"
+    r"|knowing|explanation|judge?ment|decision|opinion|luck|link|thing|can\s+do)\b"
     r"|\b(?:no(?:\s+[\w'-]+){1,3}|nothing|none)\s+(?:(?:is|are|was|were|has\s+been|have\s+been)\s+)?"
     r"(?:provided|given|attached|uploaded|supplied|shared|specified|sent|received|asked)\b"
     r"|\bnone\s+of\s+(?:the|these|those)\s+(?:\w+\s+)?(?:above|below|options?|choices|answers)\b"
@@ -134,7 +141,11 @@ OTHERWISE = (
     r"|between|than|up to|over|under|higher|lower|unequal|neither|nor|short of|far from|hardly"
     r"|other than|anything but|close(?:r|st)? to|differs?|different|rang(?:es?|ing)|approach(?:es)?"
     r"|var(?:y|ies)|exceeds?|bounded|tends? to|no longer"
-    r"|as \w+ as|(?:is|are|was) (?:false|wrong|incorrect|untrue)"
+    r"|as \w+ as|(?:is|are|was) (?:false|wrong|incorrect|untrue|impossible)"
+    r"|(?:near|next) to|nothing like|distinct from|towards?|divisible"
+    r"|(?:starts?|begins?) (?:from|at|with)"
+    r"|(?:(?:multiple|square|cube|root|power|factor|divisor|reciprocal|inverse|opposite|part|third"
+    r"|quarter|half|double|triple|fraction) of|twice|thrice|half)(?=\s*[\d$*\\(\x00-])"
     r"|(?:near(?:ly|er)?|almost|around|roughly"
     r"|above|below|beyond|within|out of)(?=\s*[\d$*\\(\x00-])"
     r"|(?:step|case|part|equation|eq|question|problem|figure|page|frame|region|image|picture|row"
@@ -148,7 +159,8 @@ OTHERWISE = (
 """Negations and comparisons: with them, the only number in a sentence need not be the answer."""
 
 NEGATED = (
-    r"\b(?:not|never|neither|nor|cannot be|can't be|isn't|is not|wasn't|rather than|instead of"
+    r"\b(?:not|never|neither|nor|cannot be|\w+n't|is not|(?:all|everything|anything|none) but"
+    r"|rather than|instead of"
     r"|except|unlike|(?:eliminat|exclud|reject|discard|dismiss)(?:es?|s|ed|ing)?"
     r"|rul(?:es?|ed|ing) out|non|pas|nicht|no es|não é|не|and not)"
     r"|不是|不选|并非|而非|排除|非|ではなく|아닌"

@@ -82,6 +82,11 @@ _COPULA = re.compile(
     r"(?:\s*\b(?:equal to|approximately|about|exactly|simply)\b)?\s*:?\s*",
     re.IGNORECASE,
 )
+_ONES = "one|two|three|four|five|six|seven|eight|nine"
+_BELOW_HUNDRED = (
+    rf"(?:(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:[\s-]+(?:{_ONES})\b(?!-))?"
+    rf"|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|{_ONES})"
+)
 _NEGATED = re.compile(
     r"(?:\b(?:not|never|cannot|neither|nor|hardly|than|least|most|un\w+)|n't)\s+"
     r"(?:\w+\s+){0,2}\Z",
@@ -100,7 +105,11 @@ _INFINITIVE = (
     "reduces",
     "evaluates",
 )
-_ALTERNATIVE = re.compile(r"\bor\s+(?=\S*\d)|\d\S*\s+(?:or\b|and\s+a\s+half)", re.IGNORECASE)
+_ALTERNATIVE = re.compile(
+    r"\bor\s+(?=\S*\d)|\d\S*\s+(?:or\b|and\s+a\s+half)"
+    rf"|{SCALE_WORD}\s+and\s+{_BELOW_HUNDRED}\b",
+    re.IGNORECASE,
+)
 _SUPPOSED = re.compile(r"\b(?:if|unless|suppos(?:e|ing)|were)\b", re.IGNORECASE)
 _REASON = re.compile(
     r"\s*,?\s*\b(?:because|since|as|which|where|given|due to|(?:and|but) not)\b"
@@ -127,11 +136,6 @@ _PRICE = re.compile(r"([-+]?\d[\d.,]*\s*[$€£¥])(?=\s+[A-Za-z])")
 
 _BOLD = re.compile(r"\*\*\s*([^*\n]{1,60}?)\s*\*\*")
 _QUOTED = re.compile(r"[\"“]([^\"“”\n]{1,60})[\"”]")
-_ONES = "one|two|three|four|five|six|seven|eight|nine"
-_BELOW_HUNDRED = (
-    rf"(?:(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:[\s-]+(?:{_ONES})\b(?!-))?"
-    rf"|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|{_ONES})"
-)
 _COUNT = (
     rf"\d[\d,]*(?:\.\d+)?(?![\d/%°+])(?:[\s-]+{SCALE_WORD}\b)*"
     rf"|(?:{_BELOW_HUNDRED}|an?)(?:[\s-]+{SCALE_WORD}\b(?:[\s-]+(?:and\s+)?{_BELOW_HUNDRED}\b(?!-))?)+"
@@ -144,7 +148,7 @@ _THERE_ARE = re.compile(
     r"(?:\bthere\s+(?:(?:appear|seem)s?\s+to\s+be|is|are|was|were)|\bthere's|\b(?:i|we)\s+(?:can\s+)?"
     r"(?:see|count(?:ed)?|find|found|spot|identify)|\b(?:picture|image|photo|figure)\s+(?:shows?|contains?|has|depicts?))"
     r"\s+(?:exactly\s+|only\s+|just\s+|a\s+total\s+of\s+|in\s+total\s+)?"
-    rf"(?:\*\*)?({_COUNT})\b(?:\*\*)?([^.!?\n]*)",
+    rf"(?:\*\*)?({_COUNT})\b(?!-[a-z])(?:\*\*)?([^.!?\n]*)",
     re.IGNORECASE,
 )
 _ARE = re.compile(
@@ -337,8 +341,9 @@ def _bare(text: str) -> Found | None:
     rest = _COMMAND.sub(" ", _MATH_SPAN.sub(" ", text))
     words = _WORD.findall(rest)
     wide = sum(len(word) for word in words if re.match(f"[{_WIDE}]", word))
+    doubtful = cues.HEDGE.search(text) or cues.DENIED.search(text)
     few = len(words) <= _FEW_WORDS and wide <= 3 * _FEW_WORDS
-    if few and not _cue(text) and not cues.HEDGE.search(text) and len(_sentences(text)) == 1:
+    if few and not _cue(text) and not doubtful and len(_sentences(text)) == 1:
         if wide and re.search(r"\d", rest):
             return None  # "图中有3只狗" is a sentence
         text = _without_counter(re.sub(r"^[=∴]\s*|^__|__$", "", text))
@@ -421,7 +426,7 @@ def _counted(text: str) -> Found | None:
     if len(stated) != 1 or cues.HEDGE.search(text):
         return None
     number, rest = stated[0][1], stated[0][2]
-    if re.match(r"\s*(?:or|to|and\s+a\s+half)\b|\s*[-–]\s*\d|[+%]", rest):
+    if re.match(rf"\s*(?:or|to|and\s+(?:a\s+half|{_BELOW_HUNDRED}))\b|\s*[-–]\s*\d|[+%]", rest):
         return None
     parts = re.findall(
         rf"\b({_COUNT})\b(?!\s*(?:of\s+(?:them|which|these|those)|side|another))",

@@ -130,7 +130,11 @@ _JUDGED = re.compile(
     r"(true|false|correct|incorrect|right|wrong)\b\W*\Z",
     re.IGNORECASE,
 )
-_NOBODY = re.compile(r"\bno(?:body|ne)?\b[^,;:]*\Z|\b(?:not|nor|and|or|yes|no)\W*\Z", re.IGNORECASE)
+_NOBODY = re.compile(
+    r"\b(?:no(?:body|ne)?|whether|either)\b[^,;:]*\Z|\bif\b[^.!?]*\Z"
+    r"|\b(?:not|nor|and|or|yes|no)\W*\Z",
+    re.IGNORECASE,
+)
 """ "No one can say", "yes or" before a yes or no."""
 
 _MATHEMATICAL = re.compile(
@@ -641,6 +645,15 @@ def _found(response: str, kinds: Sequence[str], rules: Rules) -> Found | None:
         return found
     closing = extract.closing(response)
     if closing and kind == "option":
+        concluded = (
+            found is not None
+            and found.where == "concluded"
+            and choices.letter_of(found.text) is None
+        )
+        if concluded and choices.names_letter(closing.splitlines()[-1]):
+            found = None  # "B is wrong because x = 4", where 4 is the text of an option
+        if closing.endswith("?"):
+            return None
         return _found_option(closing, found, rules) or found
     if closing and kind == "yes_no" and (found is None or choices.yes_no(found.text) is None):
         return _led(closing) or found
@@ -662,9 +675,9 @@ def _found_option(closing: str, found: Found | None, rules: Rules) -> Found | No
     if sorted(map(str, said.values())) == ["False", "True"] and (led := _led(closing)):
         letters = frozenset(each for each in said if said[each] == choices.yes_no(led.text))
         return Found(_capitals(letters), led.where)
+    last = closing.splitlines()[-1]
     if found is not None and not found.prose and (letters := _chosen(found.text, rules)):
         return Found(_capitals(letters), found.where)
-    last = closing.splitlines()[-1]
     letters = choices.named_option(found.text if found else last, rules.options)
     if letters is not None and extract.is_certain(last):
         return Found(_capitals(letters), "named")
@@ -694,7 +707,10 @@ def _led(closing: str) -> Found | None:
         return Found(said, "bare")
     match = re.search(r"[\s,:]\**(yes|no)\**\W*$", said, re.IGNORECASE)
     before = said[: match.start()] if match else ""
+    clause = cues.CLAUSE.split(before)[-1]
     if match is None or extract.is_denied(before) or _NOBODY.search(before):
+        return None
+    if choices.yes_no(f"{clause} {match[1]}") is None:
         return None
     return Found(match.group(1), "concluded")
 
@@ -704,8 +720,8 @@ def _value_in(answer: str, kinds: Sequence[str], rules: Rules) -> str | None:
     if "option" in kinds:
         letters = choices.stated_choice(answer, rules.options)
         letters = letters or choices.named_option(answer, rules.options)
-        if letters is not None:
-            return _capitals(letters)
+        if letters is not None or choices.names_letter(answer):
+            return _capitals(letters) if letters else None
     if not _VALUES - {"yes_no"} & set(kinds):
         return None
     value = extract.value_in(answer, "count" if "count" in kinds else "auto")
