@@ -442,6 +442,17 @@ def test_the_judge_extracts_and_the_rules_decide(tmp_path: Path) -> None:
     assert [r["correct"] for r in judged] == [True, True, False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("said", "right"), [("None", False), ("no answer", False), ("0", True), ("zero", True)]
+)
+def test_a_judge_that_says_none_has_found_no_count(said: str, right: bool, tmp_path: Path) -> None:
+    judge = ScriptedJudge({"b/1/0": JudgeReply(said, How.JUDGE)})
+    counted = {**row(1), "kind": "count", "answers": ["0"]}
+    judged = judge_rows([counted], judge, tmp_path / "judged.jsonl")  # type: ignore[arg-type]
+    assert (judged[0]["correct"], judged[0]["undecided"]) == (right, False)
+    assert (judged[0]["how"] == How.NO_ANSWER) is not right
+
+
 JUDGED = ("benchmarks.arithmetic.limit=3", "benchmark=[arithmetic]", "engine.device=cpu",
           "checkpoint=demo:arithmetic_student", "single.max_response_tokens=2")  # fmt: skip
 

@@ -134,6 +134,42 @@ def test_a_response_that_names_no_option_is_undecided(
     assert verdict.reason
 
 
+NUMBERS = ["3", "4", "5", "No correct answer"]
+REJECTED = """
+Therefore, B cannot be the answer. ; So B is impossible. ; Thus B fails. ; The wrong answer is B. ; The incorrect option is B
+The answer is unlikely to be B ; I'm not sure the answer is B ; B won't work. ; So B is out. ; Thus B is eliminated.
+Therefore, (B) cannot be the answer. ; So option B must be wrong. ; Thus B contradicts the premise. ; So B is a trap.
+I don't think it's B. ; I wouldn't choose B. ; It would be wrong to choose B. ; B is never correct. ; B might be correct.
+A and B are wrong. ; A, B and C are wrong. ; Options A and B are wrong. ; (A) and (B) are impossible. ; A or B is right.
+If B is correct, then x=1. ; If the answer is B then x = 1. ; Suppose the answer is B. ; B would be correct if x = 4.
+The answer would be B if x were 4. ; The answer is neither A nor B. ; So we reject B. ; I doubt B. ; B: wrong
+So B is incorrect because x = 4. ; If B were correct, x = 4. ; The wrong one is B. ; All but B are right. ; Is it B?
+The student chose B. ; Tom says the answer is B. ; So B leads to a contradiction. ; The answer won't be B. ; B got eliminated.
+The least likely answer is B. ; The option that is incorrect is B. ; It's unlikely that the answer is B.
+"""
+CHOSEN = """
+If A is correct then x=1. But x=2. So B. ; A and C are wrong, so the answer is B. ; A and C are wrong. B is right.
+So B must be correct. ; The answer is B, not A. ; A cannot be the answer. B is correct. ; Since A fails, it must be B.
+Therefore, C cannot be the answer, so B. ; Suppose A is correct. Then x=1, a contradiction. So B. ; B is clearly correct.
+Because A is impossible, the answer is B. ; The wrong answers are A and C. The answer is B. ; B is true, A is false.
+Thus B is right. ; The answer is B because the others are impossible. ; Not A, but B. ; B, because A fails.
+"""
+
+
+@pytest.mark.parametrize("response", cells(REJECTED))
+def test_a_rejected_option_is_not_chosen(response: str) -> None:
+    for letter in "ABC":
+        verdict = grade(response, letter, "option", options=NUMBERS)
+        assert (verdict.correct, verdict.undecided) == (False, True), verdict
+
+
+@pytest.mark.parametrize("response", cells(CHOSEN))
+def test_an_option_beside_rejected_ones(response: str) -> None:
+    for letter in "ABCD":
+        verdict = grade(response, letter, "option", options=NUMBERS)
+        assert (verdict.correct, verdict.undecided) == (letter == "B", False), verdict
+
+
 def test_options_that_differ_are_wrong() -> None:
     assert not grade("\\boxed{12}", "B", "option", options=LENGTHS).undecided
     assert not grade("\\boxed{AB}", "A", "option").correct
@@ -148,13 +184,19 @@ So the answer is yes. ; Therefore, yes. ; Is it longer? Yes. ; Based on the pict
 Yes.~~The left line is longer. ; \\boxed{\\text{Yes, they are}} ; \\boxed{True} ; 是 ; 是的，一样长。 ; 答案：是
 Of course! ; Indeed. ; It is. ; It does. ; They are. ; I think so. ; The statement is true. ; Absolutely
 Oui ; Sí ; Ja ; Да ; はい ; 네 ; <answer>yes</answer>
+Yes, there is no car. ; **Yes**, there is no difference. ; Final answer: Yes, there is no cat. ; Yes - there is no car
+<answer>Yes, there is no cat</answer> ; \\boxed{\\text{Yes, there is no cat}} ; {"answer": "Yes, there is no cat"}
+#### Yes, there is no cat ; Answer: Yes, not a single car is there. ; \\boxed{Yes, no car} ; Yes, that is not wrong.
+So yes, there is no cat. ; Definitely yes. ; The answer is yes, there is no cat. ; **Answer:** Yes, there is no cat. ; True, there is no cat. ; Yes; nobody is there
+Oui, il n'y a pas de chat. ; There is no doubt about it: yes.
 """
 NO = """
 No ; no. ; **No** ; No, it is not. ; Nope ; False ; Incorrect. ; Not really. ; Not exactly. ; It is not.
 They aren't. ; That is not correct. ; Is it longer? No. ; The answer is **no**. ; {"answer": false}
 Definitely not. ; Of course not. ; I don't think so. ; There is not. ; The statement is false. ; No way
 No, there is no dog; there is a cat. ; \\boxed{\\text{No, they are not}} ; 否 ; 不 ; 不是 ; 没有 ; Non ; Nein
-Нет ; いいえ ; 아니요 ; Não ; \\boxed{不对}
+Нет ; いいえ ; 아니요 ; Não ; \\boxed{不对} ; No, there is no image of a dog. ; No, it is true that there is a dog.
+No, the right line is longer. ; {"answer": "No, the right line is longer"} ; Correct answer: no ; I would say no.
 """
 
 
@@ -170,13 +212,56 @@ def test_yes_and_no(response: str, said: str) -> None:
 
 @pytest.mark.parametrize(
     "response",
-    ["Not yes", "Yes/No", "yes no", "\\boxed{Yes/No}", "Yes and no", "Yes or no", "yes? no?", "Maybe yes", "I cannot determine, no.",
+    ["The answer is almost yes", "The opposite of yes", "If so, yes", "It is too early to say yes", "certainly not no",
+     "The answer is far from yes", "It would be wrong to say yes.", "This is never true.", "No one can say yes.",
+     "It would be incorrect to say no.", "I would not say yes.", "The answer is hardly yes.", "The answer isn't yes.",
+     "anything but yes", "I disagree with yes", "The wrong answer is yes.", "It's not necessarily yes.", "Right line",
+     "I doubt that the answer is yes.", "It is rarely true.", "It isn't false", "Yes, no.", "If the answer is yes",
+     "Not yes", "Yes/No", "yes no", "\\boxed{Yes/No}", "Yes and no", "Yes or no", "yes? no?", "Maybe yes", "I cannot determine, no.",
      "It depends", "The lines are equally long.", "\\boxed{}"],
 )  # fmt: skip
 def test_neither_yes_nor_no(response: str) -> None:
     for gold in ("yes", "no"):
         verdict = grade(response, gold, "yes_no")
         assert (verdict.correct, verdict.undecided) == (False, True), verdict
+
+
+REFUSALS = """
+No image was provided. ; There is no image. ; I have no idea. ; No information is given. ; \\boxed{no answer} ; No answer
+No idea ; I see no image ; There is no way to tell. ; none of the above ; No picture is attached. ; No clue. ; N/A
+There isn't an image. ; I cannot see any picture. ; No file was uploaded. ; Nothing was provided. ; keine Antwort
+{"answer": "no answer"} ; \\boxed{\\text{No image was provided}} ; No visual information is available. ; No such image
+<answer>no answer</answer> ; The answer is no image ; No parcel was sent. ; There is no telling. ; no comment ; No solution
+"""
+
+
+@pytest.mark.parametrize("response", cells(REFUSALS))
+def test_a_refusal_is_neither_no_nor_none(response: str) -> None:
+    for gold, kind in (("no", "yes_no"), ("yes", "yes_no"), ("0", "count"), ("1", "count")):
+        verdict = grade(response, gold, kind)
+        assert (verdict.correct, verdict.undecided) == (False, True), verdict
+    for letter in "AB":
+        assert grade(response, letter, "option", options=["Yes", "No"]).undecided
+
+
+SCALES = """
+There are 3 hundred people. | 300 ; There are 2 dozen eggs. | 24 ; There are 5 million people | 5000000
+There are three hundred people. | 300 ; There are twenty-three dogs. | 23 ; There are a hundred people. | 100
+There are one hundred and twenty people. | 120 ; There are 2.5 million people. | 2500000 ; \\boxed{2 dozen eggs} | 24
+a total of 3 hundred people | 300 ; 3 hundred people are there in total. | 300 ; 2 dozen eggs altogether | 24
+Two dozen eggs are in the box. | 24 ; The number of people is three hundred. | 300 ; Thus 2 dozen eggs are left. | 24
+There are **3 hundred** people. | 300 ; There are five thousand two hundred people. | 5200 ; There are 2 lakh people. | 200000
+There are half a dozen eggs. | 6 ; The answer is 3 hundred. | 300 ; There are 2 dozen eggs: 12 white and 12 brown. | 24
+"""
+
+
+@pytest.mark.parametrize(("response", "gold"), [c.split(" | ") for c in cells(SCALES)])
+def test_counts_keep_their_scales(response: str, gold: str) -> None:
+    assert grade(response, gold, "count").correct
+    for other in {"1", "2", "3", "5", "12", "20", "2.5", "100"} - {gold}:
+        assert not grade(response, other, "count").correct
+    verdict = grade(response, gold, "number")
+    assert verdict.correct or verdict.undecided
 
 
 @pytest.mark.parametrize(
@@ -225,12 +310,23 @@ def test_counts(gold: str, response: str) -> None:
 @pytest.mark.parametrize(
     "response",
     ["\\boxed{at least 3}", "\\boxed{3+}", "There are at least 3 dogs.", "three or four", "There are 3 dogs and 2 cats.",
+     "There are three-legged dogs.", "There are 3 hundred and fifty dogs.", "There are 3 or 4 hundred dogs.", "There are 3+ dogs.", "There are 3-4 dogs.", "There are 3 and a half dozen dogs.",
+     "There are two or 3 dogs.", "three four", "\\boxed{three to four}", "There are 3 hundred and 4 thousand dogs.",
      "There are three dogs, two cats and a bird.", "3 or 4", "Maybe 3", "several", "I see a dog.",
      "There are three dogs on the left. On the right there are two."],
 )  # fmt: skip
 def test_no_certain_count(response: str) -> None:
     assert not grade(response, "3", "count").correct
     assert not grade("There are three dogs. So the answer is five.", "3", "count").correct
+
+
+@pytest.mark.parametrize(
+    "response", ["zero or one", "no or one dog", "no dogs or one dog", "0 or 1", "No, there are 3"]
+)
+def test_an_uncertain_zero(response: str) -> None:
+    for form in (response, f"\\boxed{{{response}}}", f"There are {response}."):
+        assert not grade(form, "0", "count").correct
+    assert grade("\\boxed{zero or one}", "0", "count").undecided
 
 
 SAME_TEXT = """
@@ -280,6 +376,8 @@ Hence it is 12.~~Let me know if you have any questions! ; So it is 12.~~I hope t
 Primero, 5 * 3 = 15. Por lo tanto, Juan tiene 12 manzanas en total. ; Also hat er insgesamt 12 Äpfel.
 Сначала 5 * 3 = 15. Таким образом, осталось 12 яблок. ; まず5×3=15です。したがって、合計で12個です。 ; पहले 5 * 3 = 15। इसलिए, कुल 12 सेब हैं।
 먼저 5 * 3 = 15입니다. 따라서 총 12개입니다. ; 5 * 3 = 15 ดังนั้น มี 12 ผล ; أولاً 5 * 3 = 15. لذلك، المجموع هو 12. ; 首先5*3=15。因此，他一共有12个苹果。
+The sum comes to 12. ; The least common multiple is 12. ; The number of people who are not married is 12.
+x is equal to 12. ; The distance from A to B is 12. ; The answer is 12 and not 13. ; Thus x equals 12.
 I got 12 ; __12__ ; Our final answer is 12. ; 12元 ; 12 яблок ; = 12 ; So there are more than 5, and he has **12** apples. ; We get 5 + 7 = 12. ; 重量 = 60 / 5 = 12千克
 """
 
@@ -300,6 +398,16 @@ def test_cues_of_an_answer(response: str, kind: str) -> None:
      "I have 12 apples and 3 pears.", "It may be 12.", "x is greater than 12", "答案不是12", "大概12个",
      "至少12个", "La respuesta no es 12.", "Es sind mindestens 12.", "Let me look at region 12 again.",
      "Question 12 asks for", "The first number is 12 and the second is 13", "Первый шаг: 12 и 13",
+     "Thus the length is not equal to 12.", "So x is never equal to 12", "Therefore, the limit does not equal 12.",
+     "The answer is greater than or equal to 12.", "The answer ranges from 3 to 12.", "The wrong answer is 12.",
+     "Therefore the value is close to 12.", "So x cannot be equal to 12.", "The answer is far from 12.",
+     "It would be wrong to say 12.", "I'm not sure the answer is 12.", "I don't think the answer is 12.",
+     "The answer is unlikely to be 12.", "Hence x differs from 12.", "Thus x exceeds 12.", "The answer was supposed to be 12.",
+     "If the answer is 12 then it is even.", "The answer is at least equal to 12.",
+     "The answer is as large as 12.", "I doubt that the answer is 12.", "A common wrong answer is 12.",
+     "It is not the case that the answer is 12.", "No one says that the answer is 12.", "The answer is a multiple of 12.",
+     "The answer is the square of 12.", "The naive answer is 12.", "The answer is divisible by 12.", "So 12 is impossible.",
+     "Therefore the value is next to 12.", "Some say the answer is 12.", "It is false that x is 12.", "So the statement x is 12 is false.", "The answer is anything but 12.",
      "She had 12 apples. She gave 3 away. Then she bought 5.", "<think> 12", "двенадцать",
      "\\boxed{doce manzanas rojas}"],
 )  # fmt: skip

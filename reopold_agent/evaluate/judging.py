@@ -46,6 +46,7 @@ def judge_rows(rows: Sequence[Row], judge: ProseJudge, judged: Path) -> list[Row
     ]
     with JsonLines(judged) as writer:
         for reply in judge.run(requests):
+            reply = reply.of_kind(waiting[reply.id]["kind"])
             entry: dict[str, Any] = {
                 "key": reply.id,
                 "extracted": reply.extracted,

@@ -210,6 +210,7 @@ def by_judge(compared: Sequence[Compared], replies: Mapping[int, JudgeReply]) ->
 
 
 def _judged(case: Mapping[str, Any], reply: JudgeReply) -> Verdict:
+    reply = reply.of_kind(case.get("kind") or "auto")
     if reply.undecided:
         return Verdict(False, None, str(reply.how), True, reply.error or "")
     if reply.extracted is None:

@@ -47,6 +47,22 @@ _NOT_SO = re.compile(
     r"|(?:it|that|this|they|he|she|there)\s*(?:(?:is|are|was|were|does|do|has|have)(?:\s*not|n't)"
     r"|(?:'s|'re) not)(?:\s+(?:true|correct|right|the case|so))?$"
 )
+_KNOWN = _YES | _NO
+_ADJECTIVES = {"true", "correct", "right", "sure", "negative", "false", "incorrect", "wrong"}
+_ADJECTIVES |= {"y", "n", "certainly", "absolutely", "definitely"}
+_EXPLAINING = {"because", "since", "as", "for", "it", "that", "this", "there", "they", "he", "she"}
+_SO_FIRST = re.compile(r"^(?:so|therefore|thus|hence|well|oh|overall)[\s,:*]+(?=(?:yes|no)\b)")
+_PAUSE = re.compile(r"[^\W\d_]+(?:\s*[^\w\s'’/&-]|\s+-|\s*$)")
+"""A word that punctuation separates from what follows: "yes, there is no cat"."""
+
+_OR = re.compile(r"([^\W\d_]+)\b[\W_]*(and\b|or\b|&|/|和|或)?[\W_]*([^\W\d_]+)")
+_ENDS_WITH = re.compile(
+    r"(?:(?:so|thus|therefore|hence|overall|then|oh|well|ok|okay|and|the|my|our|your|final|correct|right|short"
+    r"|answer|result|verdict|response|statement|claim|assertion|sentence|given|above|in|conclusion|is|are"
+    r"|was|it|that|this|they|[ds]|re|be|would|will|must|should|has|have|to|i|we|say|vote|think|clearly"
+    r"|definitely|certainly|absolutely|indeed|obviously|surely|simply|just|also|really|indeed|very"
+    rf"|both|all)[\s,:*'’-]+|(?:{cues.any_of(cues.ANSWER_IS)})[\s*]*)*([^\W\d_]+)"
+)
 _SO = re.compile(
     r"(?:of course|indeed|(?:i|we)\s+(?:do\s+)?think\s+so"
     r"|(?:it|that|this|they|he|she|there)\s+(?:is|are|was|were|does|do|has|have))$"
@@ -89,18 +105,48 @@ _TEXT_COMMAND = re.compile(r"\\(?:text\w*|math(?:rm|bf|it|sf|tt)|mbox)\s*\{")
 _MARKDOWN = re.compile(r"[*_`]{1,3}(?=\S)|(?<=\S)[*_`]{1,3}")
 
 _NOT_BEFORE = re.compile(
-    rf"(?:{cues.NEGATED})\s*(?:(?:option|choice|the|be|选项)\s*)*$", re.IGNORECASE
+    rf"(?:{cues.NEGATED})\s*(?:(?:options?|choices?|the|be|both|either|选项)\s*)*"
+    rf"(?:{_TOKEN}\s*(?:,\s*(?:(?:and|or|nor)\s+)?|and\s+|or\s+|nor\s+|&\s*))*[(\[]?$",
+    re.IGNORECASE,
 )
 _ALTERNATIVE = re.compile(rf"\s*(?:or|/|或|oder|ou|o|или|または)\s*(?:option\s+)?{_TOKEN}")
+_OR_BEFORE = re.compile(rf"{_TOKEN}\s*(?:or|/)\s*(?:option\s+)?[(\[]?$")
 _ANOTHER = re.compile(
     rf"\s*(?:,|&|and|和|、|und|et|и)\s*(?:(?:and|&)\s*)?(?:option\s+)?{_TOKEN}(?!\s*[.:)]?\s*\w*\s*(?:is|are|不)\b)"
 )
 _EXCLUDED = re.compile(
-    r"(?:is|are|was|can be|should be)?\s*(?:not\b|isn't|incorrect|wrong|false|ruled out|eliminated)"
-    r"|(?:does|do|did|can|could|will|would)\s*(?:not\b|n't)|cannot\b|can't\b|contradicts\b|fails\b"
+    r"(?:(?:is|are|was|were|(?:can|could|should|must|would|may|might|has\s+to|have\s+to)\s+be|looks?"
+    r"|seems?|appears?)\s+(?:to\s+be\s+)?)?(?:(?!not\b)(?:both|all|also|\w+ly)\s+)?"
+    r"(?:not\b|never\b|isn't|aren't|incorrect\b|wrong\b|false\b|untrue\b|impossible\b|invalid\b"
+    r"|implausible\b|unlikely\b|inconsistent\b|inaccurate\b|out\b|(?:ruled|crossed)\s+out\b"
+    r"|eliminated\b|excluded\b|discarded\b|rejected\b|dismissed\b|hardly\b|too\s)"
+    r"|(?:is|are|was|were|does|do|did|can|could|will|would|should|must|may|might|has|have)"
+    r"\s*(?:not\b|n't)|cannot\b|can't\b|won't\b|contradicts?\b|fails?\b|violates?\b|conflicts?\b"
     r"|不对|不正确|错",
     re.IGNORECASE,
 )
+"""What is said of an option that is not chosen."""
+
+_OTHERS = rf"(?:\s*,?\s*(?:and|or|nor|&)\s*{_TOKEN}(?!\s*(?:is|was|has|does)\b)|\s*,\s*{_TOKEN})*"
+"""Further letters of a list that one verb follows: "A, C and D are wrong"."""
+
+_VERB = re.compile(
+    r"\s+(?:is|are|was|were|has|have|had|does|do|did|can|could|will|would|should|must|may|might|cannot"
+    r"|[a-z]+n't|looks?|seems?|appears?|becomes?|remains?|gives?|yields?|shows?|says?|gets?|got|leads?|turns?|violates?|needs?"
+    r"|contradicts?|fails?|conflicts?|ignores?|misses|lacks?|works?|fits|holds)\b",
+)
+_GOOD = re.compile(
+    r"\s+(?:(?:is|are|was|must\s+be|has\s+to\s+be|remains|becomes)\s+(?:\w+ly\s+|therefore\s+|thus\s+)?"
+    r"(?:(?:the\s+)?(?:only\s+)?(?:\w+\s+)?(?:correct|right|true|best|accurate|appropriate|answer"
+    r"|choice|option|one|match|chosen|left|valid)\b)|works|fits|holds|remains|matches|satisfies)"
+    r"(?!.*\b(?:if|unless|provided)\b)",
+)
+"""What is said of the option that is chosen, after its letter."""
+
+_EXPLAINS = re.compile(
+    r"\s+(?:because|since|as|and|which|for|due|given|where|while|whereas|but|with|rather|instead)\b"
+)
+_IF_AFTER = re.compile(r"\s*,?\s*(?:only\s+)?(?:if|unless|when|provided|assuming)\b", re.IGNORECASE)
 _STATED = re.compile(
     r"(?:\b(?:answer|option|choice)s?\s*(?:is|are|would be|should be|must be|will be"
     r"|:|=|→|->|[-–—](?=\s))"
@@ -120,7 +166,8 @@ _CHOSEN = re.compile(
 )
 _SAID_RIGHT = re.compile(rf"{_TOKEN}(?:\s*(?:,|&|and)\s*{_TOKEN})*")
 _IS_RIGHT = re.compile(
-    rf"(?:(?!{_TOKEN}|\bnot\b|n't)[^.!?\n]){{0,60}}?(?:\b(?:is|are)\s+(?:the\s+)?(?:most\s+)?"
+    rf"(?:(?!{_TOKEN}|\b(?:not|never|hardly|cannot|if|wrong|unlikely)\b|n't)[^.!?\n]){{0,60}}?"
+    r"(?:\b(?:is|are|must\s+be)\s+(?:the\s+)?(?:only\s+|most\s+)?"
     r"(?:correct|right|true|best|accurate|appropriate|answer)\b"
     r"|\bmatches\s+(?:our|my|this|the)\s+(?:\w+\s+)?(?:result|answer|calculation|value)\b"
     r"|正确|が正しい|が正解|이 정답)",
@@ -140,23 +187,44 @@ def yes_no(text: str) -> bool | None:
     words = re.findall(r"[^\W\d_]+", mine)
     if not words:
         return None
-    if _NOT_SO.match(mine) or (words[0] in _YES and words[1:2] == ["not"]):
+    if _NOT_SO.match(mine) or (
+        words[0] in _YES and re.match(r"\w+\s+not\b(?!\W+(?:yes|no)\b)", mine)
+    ):
         return False
     if _SO.match(mine):
         return True
-    known = _YES | _NO
-    said = {word for word in words if word in known}
-    if not said:
+    lead = leading(mine)
+    if lead is not None or words[0] in _KNOWN - _ADJECTIVES:
+        return lead
+    # "The answer is yes": nothing else may stand before it ("far from yes", "I see no dog").
+    last = _ENDS_WITH.fullmatch(mine) if len(words) <= _FEW_WORDS + 5 else None
+    return last[1] in _YES if last and last[1] in _KNOWN else None
+
+
+def leading(text: str) -> bool | None:
+    """Returns whether a text begins with yes (True) or no (False); None if with neither or both."""
+    mine = _SO_FIRST.sub("", normal(text))
+    words = re.findall(r"[^\W\d_]+", mine)
+    if not words or words[0] not in _KNOWN or not mine.startswith(words[0]) or _both(mine):
         return None
-    first = words[0]
-    kinds = {word in _YES for word in said}
-    if len(kinds) == 2:
-        # "No, that is not right": the first word answers, the rest explains.
-        apart = words[1:2] and words[1] in ("and", "or", "和", "或", *known)
-        return first in _YES if first in known and not apart else None
-    if "not" in words[:3] and first not in known:
-        return None
-    return kinds.pop() if first in said or len(words) <= 4 else None
+    paused = len(words) == 1 or _PAUSE.match(mine)
+    return words[0] in _YES if paused or _explained(mine, words[0], words[1]) else None
+
+
+def _both(mine: str) -> bool:
+    """Returns whether yes and no stand side by side ("yes and no"), without a noun after "no"."""
+    side = _OR.match(mine)
+    if side is None or side[3] not in _KNOWN:
+        return False
+    noun = side[3] in ("no", "right") and re.match(r"\s+[^\W\d_]", mine[side.end() :])
+    return (side[1] in _YES) != (side[3] in _YES) and not (noun and _PAUSE.match(mine))
+
+
+def _explained(mine: str, first: str, after: str) -> bool:
+    """Returns whether a yes or no without a pause is the answer: not "right line", "no image"."""
+    if first in _ADJECTIVES:
+        return after in _EXPLAINING
+    return not (first == "no" and (after in ("one", "longer") or cues.REFUSED.match(mine)))
 
 
 def chosen(
@@ -178,13 +246,16 @@ def chosen(
     plain = _plain(text)
     if not plain:
         return None
+    item = _NAMED.match(plain)
+    lead = re.compile(_TOKEN).match(plain, item.end() if item else 0)
+    if lead and is_excluded(plain[lead.end() :]):
+        return None
     match = _WHOLE.fullmatch(plain)
     if match:
         return _among(match[1], options)
     named = [letter.lower() for letter, option in options.items() if same_text(text, option)]
     if len(named) == 1:
         return frozenset(named)
-    item = _NAMED.match(plain)
     if item and (rest := plain[item.end() :].strip()) and rest != plain:
         match = re.match(rf"(?:{_TOKEN}|([a-z])(?=[.):,]|$))", rest)
         if match:
@@ -198,6 +269,8 @@ def chosen(
         if in_order or not re.search(r"[A-Z]{2}", plain):
             return _among("".join(found), options)
     match = _LED.match(plain)
+    if match and match[5] and _VERB.match(plain, match.end(5)):
+        match = None
     if match and not (match[5] and match[5].lower() in _CAN_BE_WORDS):
         if not _ALTERNATIVE.match(plain, match.end(0)) and not re.match(
             r"(?:or|或)\b", plain[match.end() :]
@@ -222,6 +295,8 @@ def stated_choice(text: str, options: Mapping[str, str] | None = None) -> Letter
     plain = _lines(text)
     for form in (_STATED, _SAID_RIGHT, _CHOSEN):
         found = [match for match in form.finditer(plain) if _settles(match, plain)]
+        if form is _CHOSEN:
+            found = [m for m in found if _stands_alone(m, plain, options)]
         if form is _SAID_RIGHT:
             found = [m for m in found if _is_option(m, plain) and _IS_RIGHT.match(plain, m.end())]
         if found:
@@ -244,9 +319,17 @@ def last_choice(text: str, options: Mapping[str, str] | None = None) -> Letters 
     left = _letters_in(sentences[-1], alone=short)
     if len(left) != 1:
         return None
+    if short and (cues.DENIED.search(sentences[-1]) or _something_said(sentences[-1])):
+        return None
     (letter,) = left
     at = sentences[-1].lower().rfind(f"({letter})")
     return _agreeing(letter, sentences[-1][at:] if at >= 0 else letter, options or {})
+
+
+def _something_said(sentence: str) -> bool:
+    """Returns whether something else than that it is right is said of a letter: "B is a trap"."""
+    found = re.finditer(_ALONE, sentence)
+    return any(_VERB.match(sentence, m.end()) and not _GOOD.match(sentence, m.end()) for m in found)
 
 
 def _letters_in(sentence: str, *, alone: bool = True) -> set[str]:
@@ -261,7 +344,8 @@ def _letters_in(sentence: str, *, alone: bool = True) -> set[str]:
         for match in _ANY_OPTION.finditer(sentence)
         if (alone or match[1] or len(match.group()) > 1)
         and not _NOT_BEFORE.search(_before(sentence, match))
-        and not _EXCLUDED.match(_after(sentence, match).lstrip())
+        and not is_excluded(_after(sentence, match))
+        and not cues.CONDITION.search(_before(sentence, match))
         and _is_option(match, sentence)
     }
 
@@ -269,8 +353,8 @@ def _letters_in(sentence: str, *, alone: bool = True) -> set[str]:
 def named_option(text: str, options: Mapping[str, str]) -> Letters | None:
     """Returns the only option whose text occurs in a sentence without a negation, or None."""
     said = f" {words_only(text)} "
-    if _letters_in(_plain(text)):
-        return None  # a letter that contradicts the text
+    if names_letter(_plain(text)):
+        return None  # a letter that contradicts the text, or that is rejected
     if re.search(r" (?:not|no|never|neither|nor|than|instead|except|or) |n't ", said):
         return None
     texts = {letter: words_only(option) for letter, option in options.items()}
@@ -393,11 +477,38 @@ def _after(text: str, match: re.Match[str]) -> str:
     return text[match.end() : match.end() + _NEAR]
 
 
+def _stands_alone(match: re.Match[str], plain: str, options: Mapping[str, str]) -> bool:
+    """Returns whether what follows a letter says that it is right, is its text or explains it."""
+    rest, text = plain[match.end() :], words_only(options.get(_letter(match).lower(), ""))
+    says = re.match(r"\s+[a-z]", rest) and not _EXPLAINS.match(rest)
+    own = bool(text) and words_only(rest.split("\n", 1)[0]).startswith(text)
+    return not says or own or _GOOD.match(rest) is not None
+
+
+def names_letter(text: str) -> bool:
+    """Returns whether a text has a letter that may be an option, chosen or not."""
+    return any(_is_option(match, text) for match in _ANY_OPTION.finditer(text))
+
+
+def is_excluded(after: str) -> bool:
+    """Returns whether the words after a letter reject it: "is wrong", "and C are wrong"."""
+    others = re.match(_OTHERS, after)
+    said = after[others.end() if others else 0 :]
+    if _EXCLUDED.match(said.lstrip()) or _EXCLUDED.match(after.lstrip()):
+        return True
+    return re.match(r"\W+(?:wrong|incorrect|false)\W*(?:\n|$)", said, re.IGNORECASE) is not None
+
+
 def _settles(match: re.Match[str], plain: str) -> bool:
     """Returns whether a letter is stated, not excluded, and not the word "a" or "I"."""
+    if is_excluded(_after(plain, match)) or _IF_AFTER.match(_after(plain, match)):
+        return False
     at = _start(match)
     sentence = plain[max(0, at - 60) : at].rsplit("\n", 1)[-1].rsplit(". ", 1)[-1]
-    if _NOT_BEFORE.search(sentence) or cues.HEDGE.search(sentence):
+    clause = cues.CLAUSE.split(sentence)[-1] + match.group()
+    if any(each.search(clause) for each in (cues.DENIED, cues.CONDITION)):
+        return False
+    if any(each.search(sentence) for each in (_NOT_BEFORE, _OR_BEFORE, cues.HEDGE)):
         return False
     letter = _letter(match)
     bracketed = bool(match[1])

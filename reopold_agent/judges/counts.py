@@ -173,13 +173,15 @@ _ANY = re.compile(
     rf"(?<![^\W_])(?:{_WORD}(?![^\W_])|{_WORD}(?=\s*{_COUNTER})|\d[\d.,]*)"
     rf"|{_DIGITS}(?={_CLASSIFIER})|\d+(?=[{_WIDE}])",
 )
-_AND = re.compile(r"\b(?:und|oder|et|ou|y|e|o|i|en|of|и|или)\b")
+_AND = re.compile(r"\b(?:and|or|to|und|oder|et|ou|y|e|o|i|en|of|и|или)\b")
 
 
 def read_count(text: str) -> int | None:
     """Returns the count that an answer is, alone or with a noun; None if it is not understood."""
     plain = normal(text)
     if len(plain) > 60:
+        return None
+    if cues.REFUSED.search(plain):
         return None
     if _ZERO.fullmatch(plain):
         return 0

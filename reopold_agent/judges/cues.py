@@ -74,7 +74,10 @@ CONCLUSION = {
 
 HEDGE = re.compile(
     r"\b(?:maybe|may be|perhaps|might|could|possibly|probably|not sure|unsure|unclear|guess|cannot"
-    r"|can't|don't know|do not know|either|unknown|not enough|assum\w+)\b"
+    r"|can't|don't know|do not know|either|unknown|not enough|assum\w+|unlikely"
+    r"|(?<!no )(?<!without )(?<!beyond )(?<!without a )doubt(?:s|ed|ful)?"
+    r"|uncertain|unconvinced|supposed(?:ly)?|allegedly"
+    r"|(?:not|n't)\s+(?:\w+\s+)?(?:certain|clear|convinced|confident|obvious))\b"
     r"|可能|也许|或许|大概|不确定|无法|おそらく|かもしれ|아마|모르|возможно|может быть|наверное"
     r"|vielleicht|wahrscheinlich|möglicherweise|peut-être|probablement|quizás|tal vez|probablemente"
     r"|talvez|provavelmente|forse|probabilmente|ربما|قد يكون|शायद|belki|có thể|mungkin",
@@ -82,9 +85,69 @@ HEDGE = re.compile(
 )
 """Words of doubt."""
 
+DENIED = re.compile(
+    r"\b(?:wrong|incorrect|false|mistaken|erroneous|invalid|worst|trap|tempting|naive|previous"
+    r"|earlier|initial)"
+    r"\s+(?:\w+\s+)?(?:answer|option|choice|result|value|solution|statement|claim|guess|one)s?\b"
+    r"|\b(?:answer|option|choice|result|value|one)s?\s+(?:that|which)\s+(?:is|are)\s+"
+    r"(?:not|wrong|incorrect|false)\b"
+    r"|\bleast\s+(?:likely|plausible|probable|suitable)\b"
+    r"|\b(?:wrong|incorrect|false|untrue|mistaken|absurd|impossible|a\s+mistake|an\s+error)"
+    r"\s+(?:to|that)\b|\b(?:mistake|error|trap|distractor)\s+(?:is|was)\b"
+    r"|\b(?:far\s+from|anything\s+but|hardly|scarcely|barely|rarely|seldom|short\s+of|disagree)\b"
+    r"|(?:\bnot|n't|\bnever|\bcannot)\s+(?:\w+\s+)?"
+    r"(?:think|believe|say|claim|choose|pick|select|accept|agree|conclude|true|the\s+case|proven)\b"
+    r"|\bno\s+(?:one\s+\w+\s+\w+|proof|evidence|reason|guarantee)\b|\btempting\b|\bthought\b"
+    r"|\bused\s+to\b|(?<!\bi )(?<!\bwe )\b(?:says?|said|claims?|claimed|thinks?|believes?|believed)"
+    r"\s+(?:that\s+)?(?:the|it|[A-J])\b"
+    r"|\b(?:many|some|most|people|students?|they|you|he|she)\s+(?:(?:would|might|may|will)\s+)?"
+    r"(?:choose|chose|pick(?:ed)?|select(?:ed)?|say|think)\b",
+    re.IGNORECASE,
+)
+"""Words that deny what follows, or say it of a wrong answer: "it is wrong to say 5"."""
+
+CLAUSE = re.compile(
+    r"[;,:](?:\s|\Z)|\b(?:so|(?<!anything )but|therefore|thus|hence)\b", re.IGNORECASE
+)
+"""What separates a clause from the one before it."""
+
+CONDITION = re.compile(
+    r"\b(?:if|when|unless|suppos(?:e|ing)|whether|(?:let\s+us|let's)\s+say)\b[^,;:]*\Z",
+    re.IGNORECASE,
+)
+"""A condition that is not yet complete: "if B" is no choice of B."""
+
+REFUSED = re.compile(
+    r"(?:\b(?:no|without)\b|(?:\bnot|\bcannot|n't)\s+(?:\w+\s+)?(?:an?|any)\b)(?:\s+[\w'-]+){0,2}?\s+"
+    r"(?:images?|pictures?|photos?|photographs?|diagram|figure|chart|graph|screenshot|video|file"
+    r"|attachments?|input|document|text|passage|context|content|data|information|info|details?"
+    r"|description|caption|evidence|indication|mention|hint|ideas?|clues?|answer|option|choice"
+    r"|question|query|prompt|problem|task|solution|result|response|reply|comment|way(?=\s+(?:to|of|for|that|i|we)\b)|means|method"
+    r"|basis|reason|sense|access|ability|knowledge|record|certainty|conclusion|consensus|telling"
+    r"|knowing|explanation|judge?ment|decision|opinion|luck|link|thing|can\s+do)\b"
+    r"|\b(?:no(?:\s+[\w'-]+){1,3}|nothing|none)\s+(?:(?:is|are|was|were|has\s+been|have\s+been)\s+)?"
+    r"(?:provided|given|attached|uploaded|supplied|shared|specified|sent|received|asked)\b"
+    r"|\bnone\s+of\s+(?:the|these|those)\s+(?:\w+\s+)?(?:above|below|options?|choices|answers)\b"
+    r"|\bnone\s+of\s+the\s+(?:above|below)\b|\bn/a\b"
+    r"|\b(?:kein\w*|aucune?|pas\s+d[e']|ning[uú]n[ao]?|nenhuma?|nessuna?|geen|нет)\s*"
+    r"(?:antwort|ahnung|bild|angaben?|information\w*|idée|réponse|image|idea|respuesta|imagen"
+    r"|resposta|imagem|ideia|risposta|immagine|antwoord|idee|afbeelding|ответа|изображения)\b",
+    re.IGNORECASE,
+)
+"""Words that refuse an answer: "no" is neither the answer no nor the count 0 in "no image"."""
+
 OTHERWISE = (
-    r"\b(?:not|never|without|except|less|more|greater|fewer|smaller|larger|bigger|least|most"
-    r"|between|than|up to|over|under"
+    r"\b(?:not|never|cannot|without|except|less|more|greater|fewer|smaller|larger|bigger|least|most"
+    r"|between|than|up to|over|under|higher|lower|unequal|neither|nor|short of|far from|hardly"
+    r"|other than|anything but|close(?:r|st)? to|differs?|different|rang(?:es?|ing)|approach(?:es)?"
+    r"|var(?:y|ies)|exceeds?|bounded|tends? to|no longer"
+    r"|as \w+ as|(?:is|are|was) (?:false|wrong|incorrect|untrue|impossible)"
+    r"|(?:near|next) to|nothing like|distinct from|towards?|divisible"
+    r"|(?:starts?|begins?) (?:from|at|with)"
+    r"|(?:(?:multiple|square|cube|root|power|factor|divisor|reciprocal|inverse|opposite|part|third"
+    r"|quarter|half|double|triple|fraction) of|twice|thrice|half)(?=\s*[\d$*\\(\x00-])"
+    r"|(?:near(?:ly|er)?|almost|around|roughly"
+    r"|above|below|beyond|within|out of)(?=\s*[\d$*\\(\x00-])"
     r"|(?:step|case|part|equation|eq|question|problem|figure|page|frame|region|image|picture|row"
     r"|column|line|box|panel|turn|round)\.? \d+)\b|n't\b"
     r"|不是|不等于|并非|没有|大于|小于|至少|至多|最多|超过|不到|不足|以上|以下|ではな|より|아니|이상|이하"
@@ -96,8 +159,10 @@ OTHERWISE = (
 """Negations and comparisons: with them, the only number in a sentence need not be the answer."""
 
 NEGATED = (
-    r"\b(?:not|never|neither|nor|cannot be|can't be|isn't|is not|wasn't|rather than|instead of"
-    r"|except|unlike|eliminates?|excludes?|rules? out|non|pas|nicht|no es|não é|не|and not)"
+    r"\b(?:not|never|neither|nor|cannot be|\w+n't|is not|(?:all|everything|anything|none) but"
+    r"|rather than|instead of"
+    r"|except|unlike|(?:eliminat|exclud|reject|discard|dismiss)(?:es?|s|ed|ing)?"
+    r"|rul(?:es?|ed|ing) out|non|pas|nicht|no es|não é|не|and not)"
     r"|不是|不选|并非|而非|排除|非|ではなく|아닌"
 )
 """Words directly before an option that is not chosen."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from reopold_agent.judges import counts, cues
 from reopold_agent.judges.boxed import boxed_answer
-from reopold_agent.judges.numbers import parse_quantity
+from reopold_agent.judges.numbers import SCALE_WORD, parse_quantity
 from reopold_agent.judges.text import latex_plain, undoubled
 
 __all__ = ["Found", "closing", "final_part", "find_answer", "is_certain", "is_prose", "value_in"]
@@ -70,19 +70,50 @@ _CONCLUSION = re.compile(
 _INTENT = re.compile(
     r"\W*(?:let me|let's|let us|i(?:'ll| will| need| want| should| am going)"
     r"|we (?:need|should|will)"
-    r"|next|first|zoom|crop|look|to (?:find|solve|answer|determine))\b",
+    r"|next|first|zoom|crop|look|if|unless|suppos(?:e|ing)|to (?:find|solve|answer|determine))\b",
     re.IGNORECASE,
 )
 """Start of a sentence that says what will be done, not what was found."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\\.)\s+(?=[A-Z\[(*$\\]|[^\W\da-zà-ÿа-я_])|\n+")
 _COPULA = re.compile(
-    r"(?:\b(?:is|are|was|equals?|be|to)\b|(?<![<>!=\\:])=|:(?=\s))\s*"
+    r"(?:\b(?:is|are|was|(?:equal|comes|amounts|adds up|sums|simplifies|reduces|evaluates)\s+to"
+    r"|equals?|be)\b|(?<![<>!=\\:])=|:(?=\s))\s*"
     r"(?:\s*\b(?:equal to|approximately|about|exactly|simply)\b)?\s*:?\s*",
     re.IGNORECASE,
 )
+_ONES = "one|two|three|four|five|six|seven|eight|nine"
+_BELOW_HUNDRED = (
+    rf"(?:(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:[\s-]+(?:{_ONES})\b(?!-))?"
+    rf"|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|{_ONES})"
+)
+_NEGATED = re.compile(
+    r"(?:\b(?:not|never|cannot|neither|nor|hardly|than|least|most|un\w+)|n't)\s+"
+    r"(?:\w+\s+){0,2}\Z",
+    re.IGNORECASE,
+)
+""" "Not" or "than" shortly before "be" or "equal to": "does not equal", "greater than or equal"."""
+
+_INFINITIVE = (
+    "be",
+    "equal",
+    "comes",
+    "amounts",
+    "adds",
+    "sums",
+    "simplifies",
+    "reduces",
+    "evaluates",
+)
+_ALTERNATIVE = re.compile(
+    r"\bor\s+(?=\S*\d)|\d\S*\s+(?:or\b|and\s+a\s+half)"
+    rf"|{SCALE_WORD}\s+and\s+{_BELOW_HUNDRED}\b",
+    re.IGNORECASE,
+)
+_SUPPOSED = re.compile(r"\b(?:if|unless|suppos(?:e|ing)|were)\b", re.IGNORECASE)
 _REASON = re.compile(
-    r"\s*,?\s*\b(?:because|since|as|which|where|given|due to)\b|\s*[;(]|,\s+(?=[a-z]{2})|\s+–\s",
+    r"\s*,?\s*\b(?:because|since|as|which|where|given|due to|(?:and|but) not)\b"
+    r"|\s*[;(]|,\s+(?=[a-z]{2})|\s+–\s",
     re.IGNORECASE,
 )
 """Start of what explains a stated answer: "18, since there are ..."."""
@@ -96,7 +127,8 @@ _WIDE = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3"
 
 _NUMBER_SPAN = re.compile(
     rf"(?<![^\W{_WIDE}])(?<![.,/^])[-+]?[$€£¥₹]?(?:\d{{1,3}}(?:,\d{{3}})+|\d+(?:[ ]\d{{3}})*)?"
-    rf"(?:[.,]?\d+)?(?<=\d)(?:/\d+)?(?:\s*(?:%|\\%|percent\b|pct\b))?(?![^\W{_WIDE}])"
+    rf"(?:[.,]?\d+)?(?<=\d)(?:/\d+)?(?:[\s-]+{SCALE_WORD}\b)*(?:\s*(?:%|\\%|percent\b|pct\b))?"
+    rf"(?![^\W{_WIDE}])(?!\s*[百千万亿萬億](?![克米瓦卡升]))"
 )
 _FOREIGN_NOUN = r"[^\W\d_]*[\u00c0-\u024f\u0400-\u1fff\u3040-\ud7ff][^\s\d]*(?:\s+[^\s\d]+){0,2}"
 _PRICE = re.compile(r"([-+]?\d[\d.,]*\s*[$€£¥])(?=\s+[A-Za-z])")
@@ -105,15 +137,18 @@ _PRICE = re.compile(r"([-+]?\d[\d.,]*\s*[$€£¥])(?=\s+[A-Za-z])")
 _BOLD = re.compile(r"\*\*\s*([^*\n]{1,60}?)\s*\*\*")
 _QUOTED = re.compile(r"[\"“]([^\"“”\n]{1,60})[\"”]")
 _COUNT = (
-    r"\d[\d,]*|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen"
-    r"|fourteen|fifteen|sixteen|seventeen|eighteen|nineteen|twenty|no|none|a\s+single|a\s+pair"
-    r"|a\s+couple|a\s+dozen"
+    rf"\d[\d,]*(?:\.\d+)?(?![\d/%°+])(?:[\s-]+{SCALE_WORD}\b)*"
+    rf"|(?:{_BELOW_HUNDRED}|an?)(?:[\s-]+{SCALE_WORD}\b(?:[\s-]+(?:and\s+)?{_BELOW_HUNDRED}\b(?!-))?)+"
+    rf"|{_BELOW_HUNDRED}(?![\s-]+{SCALE_WORD}\b)|half\s+a\s+dozen|zero|no|none|a\s+single|a\s+pair"
+    r"|a\s+couple"
 )
+"""A number in digits or words with all of its scales: "3 hundred", "two dozen", "a hundred"."""
+
 _THERE_ARE = re.compile(
     r"(?:\bthere\s+(?:(?:appear|seem)s?\s+to\s+be|is|are|was|were)|\bthere's|\b(?:i|we)\s+(?:can\s+)?"
     r"(?:see|count(?:ed)?|find|found|spot|identify)|\b(?:picture|image|photo|figure)\s+(?:shows?|contains?|has|depicts?))"
     r"\s+(?:exactly\s+|only\s+|just\s+|a\s+total\s+of\s+|in\s+total\s+)?"
-    rf"(?:\*\*)?({_COUNT})\b(?:\*\*)?([^.!?\n]*)",
+    rf"(?:\*\*)?({_COUNT})\b(?!-[a-z])(?:\*\*)?([^.!?\n]*)",
     re.IGNORECASE,
 )
 _ARE = re.compile(
@@ -126,6 +161,7 @@ _THERE_ARE_NONE = re.compile(
     r"|\b(?:do not|don't|cannot|can't)\s+see\s+any\b",
     re.IGNORECASE,
 )
+_SCALES = re.compile(rf"\b{SCALE_WORD}\b", re.IGNORECASE)
 _IN_WORDS = re.compile(rf"(?:{_COUNT})(?:[\s-](?:{_COUNT}))*(?:\s+[a-z]+)?", re.IGNORECASE)
 _BEFORE_DISPLAY = re.compile(r"(?<=[A-Za-z,:])[ \t]*\n\s*(?=\\\[|\$\$)")
 _TOTAL = re.compile(
@@ -214,7 +250,7 @@ def find_answer(response: str, *, kind: str = "auto") -> Found | None:
     Args:
         response: the final turn.
         kind: ``option``: "A: ..." begins an option, not an answer; ``count``: "there are three
-            dogs" states a count.
+            dogs" states a count; ``yes_no``: no number is looked for ("there is no dog").
     """
     response = _BOX_TOKENS.sub(r"\\boxed{\1}", undoubled(response))
     boxed = boxed_answer(final_part(response))
@@ -223,12 +259,11 @@ def find_answer(response: str, *, kind: str = "auto") -> Found | None:
     text = closing(response)
     if not text:
         return None
-    found = _marked(text) or _bare(text) or _stated(text, letters=kind == "option")
-    if found is None and _retracted(text):
-        return None
-    if found is None and kind == "count":
-        found = _counted(text)
-    return found or _concluded(text)
+    words = kind == "yes_no"
+    found = _marked(text) or _bare(text) or _stated(text, letters=kind == "option", whole=words)
+    if found is not None or words or _retracted(text):
+        return found
+    return (_counted(text) if kind == "count" else None) or _concluded(text)
 
 
 def is_prose(text: str) -> bool:
@@ -263,6 +298,12 @@ def phrases(response: str) -> list[str]:
 def is_certain(text: str) -> bool:
     """Returns whether a sentence has no words of doubt."""
     return not cues.HEDGE.search(text)
+
+
+def is_asserted(text: str) -> bool:
+    """Returns whether a sentence has no words of doubt, negation, comparison or refusal."""
+    doubts = (cues.HEDGE, cues.DENIED, cues.REFUSED, _OTHERWISE, _ALTERNATIVE)
+    return not any(each.search(text) for each in doubts)
 
 
 def _without_text_command(text: str) -> str:
@@ -300,8 +341,9 @@ def _bare(text: str) -> Found | None:
     rest = _COMMAND.sub(" ", _MATH_SPAN.sub(" ", text))
     words = _WORD.findall(rest)
     wide = sum(len(word) for word in words if re.match(f"[{_WIDE}]", word))
+    doubtful = cues.HEDGE.search(text) or cues.DENIED.search(text)
     few = len(words) <= _FEW_WORDS and wide <= 3 * _FEW_WORDS
-    if few and not _cue(text) and not cues.HEDGE.search(text) and len(_sentences(text)) == 1:
+    if few and not _cue(text) and not doubtful and len(_sentences(text)) == 1:
         if wide and re.search(r"\d", rest):
             return None  # "图中有3只狗" is a sentence
         text = _without_counter(re.sub(r"^[=∴]\s*|^__|__$", "", text))
@@ -325,7 +367,8 @@ def _cue(text: str) -> bool:
     )
 
 
-def _stated(text: str, *, letters: bool) -> Found | None:
+def _stated(text: str, *, letters: bool, whole: bool) -> Found | None:
+    """Returns what a cue introduces: its value, or all of it (``whole``)."""
     found = list(_STATED.finditer(text))
     if not found and not letters:
         found = list(_LETTER_CUE.finditer(text))[-1:]
@@ -333,21 +376,31 @@ def _stated(text: str, *, letters: bool) -> Found | None:
         return None
     rest = text[found[-1].end() : found[-1].end() + _LONGEST_STATEMENT].strip()
     rest = _without_politeness(rest)
-    if _retracted(text):
+    if _retracted(text) or is_denied(text[: found[-1].end()]):
         return None
     said = _SENTENCE_END.split(rest, maxsplit=1)[0] if rest else ""
     said = said.strip().strip("\"'*`").lstrip("# ").removesuffix('"').strip()
     said = re.sub(cues.VERB_AT_END, "", said)
     if (
         not said
-        or re.match(r"(?:not|n't|unknown)\b", said, re.IGNORECASE)
+        or re.match(r"(?:not|never|n't|unknown)\b", said, re.IGNORECASE)
         or cues.HEDGE.search(said)
     ):
         return None
+    if whole:
+        return Found(said, "stated", prose=True)
     head = _REASON.split(said, maxsplit=1)[0].strip()
     if head != said and _is_value(head):
         return Found(head, "stated")
     return _value_of(said, "stated") or Found(said, "stated", prose=len(_WORD.findall(said)) > 2)
+
+
+def is_denied(before: str) -> bool:
+    """Returns whether the clause that a text ends with denies, doubts or supposes what follows."""
+    said = _SENTENCE_END.split(before[-_LONGEST_STATEMENT:])[-1]
+    said = cues.CLAUSE.split(said)[-1]
+    doubts = (cues.DENIED, cues.HEDGE, cues.CONDITION, _NEGATED)
+    return any(each.search(f"{said.rstrip()} ") for each in doubts)
 
 
 def _retracted(text: str) -> bool:
@@ -363,7 +416,7 @@ def _counted(text: str) -> Found | None:
     part of it ("five dogs, two of them black").
     """
     if _THERE_ARE_NONE.search(text) and len(_sentences(text)) == 1:
-        return Found("0", "concluded")
+        return None if cues.REFUSED.search(text) else Found("0", "concluded")
     totals = {total[1] or total[2] for total in _TOTAL.finditer(text)}
     if len(totals) == 1 and not cues.HEDGE.search(text) and not _OTHERWISE.search(text):
         return Found(totals.pop(), "concluded")
@@ -373,6 +426,8 @@ def _counted(text: str) -> Found | None:
     if len(stated) != 1 or cues.HEDGE.search(text):
         return None
     number, rest = stated[0][1], stated[0][2]
+    if re.match(rf"\s*(?:or|to|and\s+(?:a\s+half|{_BELOW_HUNDRED}))\b|\s*[-–]\s*\d|[+%]", rest):
+        return None
     parts = re.findall(
         rf"\b({_COUNT})\b(?!\s*(?:of\s+(?:them|which|these|those)|side|another))",
         rest,
@@ -386,7 +441,9 @@ def _counted(text: str) -> Found | None:
     others = re.findall(rf"\b(?:{_COUNT})\b", text[stated[0].end() :], re.IGNORECASE)
     others = [other for other in others if other.lower() not in ("no", "one")]
     none = number.lower() in ("no", "none")
-    return None if others else Found("0" if none else number, "concluded")
+    if others or (none and cues.REFUSED.search(text)):
+        return None
+    return Found("0" if none else number, "concluded")
 
 
 def _count_value(word: str) -> int:
@@ -410,7 +467,7 @@ def _concluded(text: str) -> Found | None:
     # "In total" may also stand after the value: then an earlier word marks the conclusion.
     for start in [match.end() for match in reversed(found)] or [0]:
         part = said[start:]
-        if cues.HEDGE.search(part) or len(part) > _LONGEST_STATEMENT:
+        if len(part) > _LONGEST_STATEMENT or cues.HEDGE.search(part):
             return None
         value = _value_of(part, "concluded")
         if value is not None or re.search(r"\d", part):
@@ -439,7 +496,14 @@ def _value_of(said: str, where: str) -> Found | None:
     masked = _masked(said)
     if len(set(re.findall(r"\b(?:is|are|was|were)\s+([-+]?\d[\d.,]*\d|\d)", masked))) > 1:
         return None  # "the first is 12 and the second is 13"
-    tails = [said[match.end() :].strip() for match in _COPULA.finditer(masked)]
+    if cues.DENIED.search(masked):
+        return None
+    tails = [
+        said[match.end() :].strip()
+        for match in _COPULA.finditer(masked)
+        if not (match.group().startswith(_INFINITIVE) and _NEGATED.search(_before(said, match)))
+        and not cues.CONDITION.search(said[: match.start()])
+    ]
     for tail in [said, *tails]:
         priced = _PRICE.match(tail)
         if priced is not None:
@@ -447,7 +511,7 @@ def _value_of(said: str, where: str) -> Found | None:
         # Of "72000 / 18 = 4000", only the result is the value; "x = 3" is one.
         if tail and _is_value(tail) and not re.match(r"[\d.,+*/() -]+=\s*\S", tail):
             return Found(_without_counter(tail), where)
-    if _OTHERWISE.search(masked):
+    if any(each.search(masked) for each in (_OTHERWISE, _ALTERNATIVE, _SUPPOSED)):
         return None
     spans = list(_MATH_SPAN.finditer(said))
     loose = _NUMBER_SPAN.findall(_MATH_SPAN.sub(" ", said))
@@ -476,7 +540,9 @@ def _masked(said: str) -> str:
 
 def _is_value(text: str) -> bool:
     rest = _COMMAND.sub(" ", _MATH_SPAN.sub(" 0 ", text))
-    words = [w for w in _WORD.findall(rest) if w.lower() not in ("and", "or")]
+    words = [w for w in _WORD.findall(_SCALES.sub(" ", rest)) if w.lower() not in ("and", "or")]
+    if re.search(r"\b(?:is|are|was|equals?|not|never|than)\b|n't", rest):
+        return False
     single = re.fullmatch(r"\(?[A-Z]\)?", text.strip())
     numbers = re.search(r"\d|\\[a-z]", rest) or _IN_WORDS.fullmatch(text.strip(" *"))
     if numbers and not re.search(r"\d", rest) and "\\" not in rest:

@@ -8,6 +8,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 
+from reopold_agent.judges.cues import REFUSED
 from reopold_agent.judges.text import latex_plain, trim, undelimited
 from reopold_agent.judges.units import dimension_of, is_unit, same_unit
 
@@ -87,7 +88,11 @@ _SCALES = {
     "trillion": 10**12,
 }
 
+SCALE_WORD = rf"(?:{'|'.join(_SCALES)})s?"
+"""Pattern of a word for a scale: "hundred", "dozens"."""
+
 _SCALE = re.compile(rf"\s*({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
+_NUMERALS = {*_WORDS, *_SCALES}
 _LETTERS = {"k": "thousand", "m": "million", "b": "billion", "t": "trillion"}
 _SCALE_LETTER = re.compile(r"\s*([kt]|[mbt]n?)\b", re.IGNORECASE)
 _WITH_LETTER = re.compile(r"(\W*\d[\d.,]*)\s*(k|K|M|mn|Mn|B|bn|Bn)")
@@ -186,8 +191,8 @@ def with_scale_word(text: str) -> str:
 
 def number_word(text: str) -> str | None:
     """Returns the only number word in a sentence, else None ("one" may be a pronoun)."""
-    words = [word for word in re.findall(r"[a-z]+", text.lower()) if word in _WORDS]
-    return words[0] if len(words) == 1 and words[0] != "one" else None
+    words = [w for w in re.findall(r"[a-z]+", text.lower()) if w.removesuffix("s") in _NUMERALS]
+    return words[0] if len(words) == 1 and words[0] in _WORDS and words[0] != "one" else None
 
 
 def parse_time(text: str) -> tuple[int, bool] | None:
@@ -436,17 +441,21 @@ def _long_unit(unit: str) -> bool:
 def _spelled(plain: str) -> Quantity | None:
     """Reads a number in words, also with a noun: "twenty-three", "three red apples", "none"."""
     words = re.findall(r"[a-z]+", plain.lower())
-    if not words or len(words) > 12 or re.search(r"[\\^_=<>]", plain):
+    if not words or len(words) > 12 or re.search(r"[\\^_=<>]", plain) or REFUSED.search(plain):
         return None
     sign = 1
     if words[0] in ("minus", "negative"):
         sign, words = -1, words[1:]
+    if words[0] in ("a", "an") and words[1:2] and words[1] in _SCALES:
+        words[0] = "one"
     if words == ["none"] or (words[:1] == ["no"] and len(words) == 2) or words == ["nothing"]:
         return Quantity(Fraction(0), unit=" ".join(words[1:]))
     total = current = 0
     used = 0
-    for word in words:
+    for before, word in zip(["", *words], words, strict=False):
         if word in _WORDS:
+            if before in _WORDS and not (before in _TENS and 0 < _WORDS[word] < 10):
+                return None  # "two three"
             current += _WORDS[word]
         elif word == "hundred" and used:
             current = max(1, current) * 100

@@ -130,6 +130,13 @@ _JUDGED = re.compile(
     r"(true|false|correct|incorrect|right|wrong)\b\W*\Z",
     re.IGNORECASE,
 )
+_NOBODY = re.compile(
+    r"\b(?:no(?:body|ne)?|whether|either)\b[^,;:]*\Z|\bif\b[^.!?]*\Z"
+    r"|\b(?:not|nor|and|or|yes|no)\W*\Z",
+    re.IGNORECASE,
+)
+""" "No one can say", "yes or" before a yes or no."""
+
 _MATHEMATICAL = re.compile(
     r"\\[a-zA-Z]|[\d^_=<>+*/|≤≥∞√π°]|^\W*[a-zA-Z]\W*$|[a-zA-Z]\s*\(|^\W*-"
     r"|(?<![a-zA-Z])[a-zA-Z]\s*-\s*[a-zA-Z](?![a-zA-Z])"
@@ -336,7 +343,9 @@ def _chosen(answer: str, rules: Rules) -> choices.Letters | None:
     inner = Rules("auto", rules.tolerance, {}, rules.math)
 
     def same(mine: str, option: str) -> bool:
-        return choices.letter_of(mine) is None and compare(mine, option, inner) is not None
+        if choices.letter_of(mine) is not None or extract.is_prose(mine):
+            return False
+        return compare(mine, option, inner) is not None
 
     found = choices.chosen(answer, rules.options, same)
     if found is None and not rules.options:
@@ -487,6 +496,8 @@ def _restated(answer: str) -> numbers.Quantity | None:
 
 def _count_in_words(answer: str) -> numbers.Quantity | None:
     """Reads a count with words around it ("only 3", "a pair"), or in another language."""
+    if cues.REFUSED.search(answer):
+        return None
     plain = numbers.parse_quantity(_bare_count(answer))
     if plain is not None:
         return plain
@@ -498,8 +509,8 @@ def _count_in_words(answer: str) -> numbers.Quantity | None:
 def _bare_count(answer: str) -> str:
     """Returns a count without the words around it ("only 3", "a pair", "none of them"), or ""."""
     plain = re.sub(r"^(?:only|just|exactly|precisely|a total of|all)\s+", "", text.normal(answer))
-    if re.match(r"(?:no one|none of|no)\b", plain):
-        return "0"
+    if re.match(r"(?:no one|none of|no)\b(?!.*(?:[,;:.\d]|\b(?:and|or|but)\b))", plain):
+        return "0" if numbers.number_word(plain.removeprefix("no one")) is None else ""
     dozens = re.match(r"(half a|a|one|two|three|four|five)\s+dozens?\b", plain)
     if dozens:
         return str(_DOZENS[dozens[1]])
@@ -634,6 +645,15 @@ def _found(response: str, kinds: Sequence[str], rules: Rules) -> Found | None:
         return found
     closing = extract.closing(response)
     if closing and kind == "option":
+        concluded = (
+            found is not None
+            and found.where == "concluded"
+            and choices.letter_of(found.text) is None
+        )
+        if concluded and choices.names_letter(closing.splitlines()[-1]):
+            found = None  # "B is wrong because x = 4", where 4 is the text of an option
+        if closing.endswith("?"):
+            return None
         return _found_option(closing, found, rules) or found
     if closing and kind == "yes_no" and (found is None or choices.yes_no(found.text) is None):
         return _led(closing) or found
@@ -651,18 +671,20 @@ def _found_option(closing: str, found: Found | None, rules: Rules) -> Found | No
     letters = choices.last_choice(closing, rules.options)
     if letters is not None:
         return Found(_capitals(letters), "concluded")
-    if found is not None and not found.prose and (letters := _chosen(found.text, rules)):
-        return Found(_capitals(letters), found.where)
     said = {letter: choices.yes_no(option) for letter, option in rules.options.items()}
     if sorted(map(str, said.values())) == ["False", "True"] and (led := _led(closing)):
         letters = frozenset(each for each in said if said[each] == choices.yes_no(led.text))
         return Found(_capitals(letters), led.where)
     last = closing.splitlines()[-1]
+    if found is not None and not found.prose and (letters := _chosen(found.text, rules)):
+        return Found(_capitals(letters), found.where)
     letters = choices.named_option(found.text if found else last, rules.options)
     if letters is not None and extract.is_certain(last):
         return Found(_capitals(letters), "named")
     match = re.match(r"\s*(?:\*\*)?(\([A-Z]\)|[A-Z][.):])(?=\s|\*|$)", closing)
-    return None if match is None else Found(match.group(1), "led")
+    if match is None or choices.is_excluded(closing[match.end(1) - (match[1][0] != "(") :]):
+        return None
+    return Found(match.group(1), "led")
 
 
 def _capitals(letters: choices.Letters) -> str:
@@ -673,20 +695,24 @@ def _led(closing: str) -> Found | None:
     """Returns the yes or no that a response begins or ends with."""
     said = re.sub(r"^(?:[^.!?\n]*\?\s*)+", "", closing)
     judged = _JUDGED.search(said)
-    if judged is not None and extract.is_certain(judged.group()):
+    if judged is not None and not extract.is_denied(said[: judged.start()]):
         right = bool(judged[1]) != (judged[2].lower() in ("true", "correct", "right"))
         return Found("yes" if right else "no", "concluded")
     if not said or not extract.is_certain(said.splitlines()[-1]):
         return None
-    match = re.match(r"\W*([^\W\d_]+)(?=[\s,.;:!*]|$)(?!\s+(?:and|or|yes|no)\b)", said, re.I)
-    if match and choices.yes_no(match.group(1)) is not None:
-        return Found(match.group(1), "led")
+    lead = choices.leading(said)
+    if lead is not None:
+        return Found("yes" if lead else "no", "led")
     if len(said) <= _SHORT and "\n" not in said and choices.yes_no(said) is not None:
         return Found(said, "bare")
-    match = re.search(
-        r"(?<!not)(?<!nor)(?<!and)(?<!or)(?<!yes)(?<!no)[\s,:]\**(yes|no)\**\W*$", said, re.I
-    )
-    return None if match is None else Found(match.group(1), "concluded")
+    match = re.search(r"[\s,:]\**(yes|no)\**\W*$", said, re.IGNORECASE)
+    before = said[: match.start()] if match else ""
+    clause = cues.CLAUSE.split(before)[-1]
+    if match is None or extract.is_denied(before) or _NOBODY.search(before):
+        return None
+    if choices.yes_no(f"{clause} {match[1]}") is None:
+        return None
+    return Found(match.group(1), "concluded")
 
 
 def _value_in(answer: str, kinds: Sequence[str], rules: Rules) -> str | None:
@@ -694,12 +720,12 @@ def _value_in(answer: str, kinds: Sequence[str], rules: Rules) -> str | None:
     if "option" in kinds:
         letters = choices.stated_choice(answer, rules.options)
         letters = letters or choices.named_option(answer, rules.options)
-        if letters is not None:
-            return _capitals(letters)
-    if not _VALUES & set(kinds):
+        if letters is not None or choices.names_letter(answer):
+            return _capitals(letters) if letters else None
+    if not _VALUES - {"yes_no"} & set(kinds):
         return None
     value = extract.value_in(answer, "count" if "count" in kinds else "auto")
-    if value is None and {"count", "number"} & set(kinds):
+    if value is None and {"count", "number"} & set(kinds) and extract.is_asserted(answer):
         value = numbers.number_word(answer)
     return value
 
@@ -762,6 +788,8 @@ def _readable(answer: str, expected: str, kind: str, rules: Rules) -> bool:
         if numbers.parse_quantity(answer) is not None or numbers.parse_time(answer) is not None:
             return True
         if kind == "count":
+            if cues.REFUSED.search(answer):
+                return False
             named = numbers.parse_quantity(sets.without_name(answer)) or _restated(answer)
             return named is not None or _count_in_words(answer) is not None
         if intervals.unread(answer, expected):

@@ -7,12 +7,15 @@ sees the ground truth: `Extract` has no field for it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeAlias
 
 from typing_extensions import Self
 
 from reopold_agent.common.compat import StrEnum
+
+_NO_COUNT = frozenset({"none", "null", "nil", "nothing", "no answer", "no count", "n/a", "nan"})
+"""What judges write instead of null; the prompt asks for counts in digits."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,13 @@ class JudgeReply:
     def undecided(self) -> bool:
         """Whether the judge gave no usable reply."""
         return self.how not in (How.JUDGE, How.NO_ANSWER)
+
+    def of_kind(self, kind: str) -> Self:
+        """Returns the reply to a question of a kind: a count of "none" is no answer, not 0."""
+        said = (self.extracted or "").strip(" .").casefold()
+        if kind != "count" or said not in _NO_COUNT:
+            return self
+        return replace(self, extracted=None, how=How.NO_ANSWER)
 
 
 class ProseJudge(Protocol):
