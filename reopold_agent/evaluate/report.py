@@ -172,8 +172,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     header, *rows = results_rows(results)
     found = results["benchmarks"].items()
     played = [environment_line(name, each) for name, each in found if "environment" in each]
+    served = results["model"].get("served", {}).get("model", results["model"]["path"])
+    told = "" if served == results["model"]["path"] else f", served as {served}"
     lines = [
-        f"# Evaluation of {results['model']['path']}",
+        f"# Evaluation of {results['model']['path']}{told}",
         "",
         f"| {' | '.join(header)} |",
         f"|{'---|' * len(header)}",
