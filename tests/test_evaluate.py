@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -30,12 +31,13 @@ from reopold_agent.evaluate.benchmarks import Benchmark, load_benchmark, select
 from reopold_agent.evaluate.judging import judge_rows
 from reopold_agent.evaluate.paper import PAPER_TABLES
 from reopold_agent.evaluate.plots import make_plots
-from reopold_agent.evaluate.report import markdown, write_page
+from reopold_agent.evaluate.report import failure_lines, markdown, write_page
 from reopold_agent.evaluate.results import benchmark_results
 from reopold_agent.evaluate.run import Evaluation, load_config
 from reopold_agent.evaluate.words import prepared_words
 from reopold_agent.judges.llm import How, JudgeReply
 from reopold_agent.policies.loading import model_path, resolve_path
+from reopold_agent.tracking.metrics import read_json_lines
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -342,6 +344,45 @@ def test_answers_to_other_questions_are_not_continued(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"number 0 was '1 \+ 1\?', now it is '9 - 7\?'"):
         evaluated("9 - 7?", "3 - 1?")
     assert evaluated("1 + 1?")["questions"] == 1  # the second question is gone
+
+
+def test_prompts_beyond_the_context_are_not_played(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's context is 1,024 tokens, and a word of these has at least one."""
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    asked = ["1 + 1?", "cat " * 6000]
+    rows.write_text("".join(json.dumps({"question": q, "answer": "2"}) + "\n" for q in asked))
+    words = [f"+benchmarks.mine={{path: {rows}, format: math_jsonl}}", "benchmark=[mine]",
+             "checkpoint=demo:arithmetic_student", "single.max_response_tokens=4",
+             "engine.device=cpu"]  # fmt: skip
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        config, raw = load_config(compose("evaluate", words))
+    results = Evaluation(config, raw, run).run()
+    found = results["benchmarks"]["mine"]
+    assert (found["questions"], found["errors"], found["prompts_too_long"]) == (2, 1, 1)
+    first, second = read_json_lines(run / "responses.jsonl")
+    first, second = sorted((first, second), key=lambda row: row["index"])
+    assert first["error"] is None
+    assert first["tokens"] > 0
+    assert second["error"].startswith("prompt too long: ")
+    assert second["tokens"] == 0
+    assert not second["correct"]
+    told = "1 of 2 episodes failed and count as wrong, 1 of them with a prompt too long"
+    assert told in (run / "results.md").read_text("utf-8")
+
+    # One that leaves room for a single token is played; what follows is past the context.
+    monkeypatch.setattr("reopold_agent.evaluate.run.context_length", lambda _: 2)
+    Evaluation(config, raw, tmp_path / "two").run()
+    (first, _) = sorted(
+        read_json_lines(tmp_path / "two/responses.jsonl"), key=lambda row: row["index"]
+    )
+    prompt = int(re.findall(r"\d+", first["error"])[0])
+    monkeypatch.setattr("reopold_agent.evaluate.run.context_length", lambda _: prompt + 1)
+    results = Evaluation(config, raw, tmp_path / "three").run()
+    found = results["benchmarks"]["mine"]
+    assert (found["errors"], found["past_context"]) == (1, 1)
+    assert "mine: 1 of 2 answers ran past the model's context" in "".join(failure_lines(results))
 
 
 def test_answers_about_other_pictures_are_not_continued(tmp_path: Path) -> None:

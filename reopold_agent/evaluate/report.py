@@ -104,13 +104,27 @@ def kept_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def failure_lines(results: Mapping[str, Any]) -> list[str]:
-    """Returns a sentence for each benchmark or environment in which episodes failed."""
-    return [
-        f"{name}: {figures['errors']} of {figures['answers']} episodes failed and count as wrong; "
-        "responses.jsonl has their errors."
-        for name, figures in results["benchmarks"].items()
-        if figures["errors"]
-    ]
+    """Returns sentences for benchmarks and environments in which episodes failed, or were longer
+    than the model's context."""
+    lines = []
+    for name, figures in results["benchmarks"].items():
+        long, past = figures.get("prompts_too_long"), figures.get("past_context")
+        if figures["errors"]:
+            lines.append(
+                f"{name}: {figures['errors']} of {figures['answers']} episodes failed and count as "
+                + (
+                    f"wrong, {long} of them with a prompt too long for the model; "
+                    if long
+                    else "wrong; "
+                )
+                + "responses.jsonl has their errors."
+            )
+        if past:
+            lines.append(
+                f"{name}: {past} of {figures['answers']} answers ran past the model's context "
+                "(past_context in responses.jsonl); what they say there may be noise."
+            )
+    return lines
 
 
 def left_out_lines(results: Mapping[str, Any]) -> list[str]:

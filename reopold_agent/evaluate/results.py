@@ -17,6 +17,7 @@ from reopold_agent.evaluate.metrics import (
     rmse,
     wemath_scores,
 )
+from reopold_agent.rollout.runner import PROMPT_TOO_LONG
 
 
 def benchmark_results(
@@ -56,6 +57,10 @@ def benchmark_results(
         "extra": _extra(rows, benchmark),
         "undecided": sum(row["undecided"] for row in rows),
         "errors": sum(row["error"] is not None for row in rows),
+        "prompts_too_long": sum(
+            str(row["error"] or "").startswith(PROMPT_TOO_LONG) for row in rows
+        ),
+        "past_context": sum(row.get("past_context", False) for row in rows),
         "judged": sum("judge" in row for row in rows),
         "how": _counts([row["how"] for row in rows]),
         "stop": _counts([row["stop"] for row in rows]),

@@ -353,6 +353,11 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Rolls out and judges all answers; returns what is reported."""
         runner = questions.make_runner(chat, model.vision)
+        context = context_length(model.config)
+        if context is not None:
+            room = context - 1  # the answer has a token
+            longest = min(runner.limits.max_prompt_tokens or room, room)
+            runner.limits = replace(runner.limits, max_prompt_tokens=longest)
         folder = self.folder.path
         total = questions.count * questions.samples
         started = time.perf_counter()
@@ -364,7 +369,6 @@ class Evaluation:
                     progress.note(environment_line(questions.name, questions.facts))
                 for line in differences_lines({questions.name: questions.facts}):
                     progress.note(line)
-                context = context_length(model.config)
                 most = questions.facts["budget"]["max_tokens"]
                 if context is not None and most >= context:
                     progress.note(
@@ -387,6 +391,7 @@ class Evaluation:
                     responses=folder / "responses.jsonl",
                     folder=folder,
                     on_row=count,
+                    context=context,
                 )
             played = time.perf_counter() - started
             points: list[LatencyPoint] = []

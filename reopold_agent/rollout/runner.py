@@ -58,6 +58,9 @@ class RolloutCancelledError(Exception):
     """Ends a rollout that another thread has cancelled."""
 
 
+PROMPT_TOO_LONG = "prompt too long"
+"""Beginning of the error of an episode that is not played for its prompt's length."""
+
 _INVALID = (AttributeError, LookupError, TypeError, ValueError)
 """What the code here raises for values of an environment that are none."""
 
@@ -484,7 +487,10 @@ class RolloutRunner:
             raise fault
         where = "step" if episode.turns else "reset"
         task = episode.task_id or episode.spec
-        _log.error("the environment failed in %s of task %s: %s", where, task, error)
+        if error.startswith(PROMPT_TOO_LONG):
+            _log.error("task %s is not played: %s", task, error)
+        else:
+            _log.error("the environment failed in %s of task %s: %s", where, task, error)
         episode.info["error"] = error
         episode.stop = StopReason.ENV_ERROR
         episode.worker.abandon()
@@ -501,7 +507,7 @@ class RolloutRunner:
     def _add_prompt(episode: _Episode, ids: list[int], images: list[EncodedImage]) -> None:
         most = episode.rules.limits.max_prompt_tokens
         if most is not None and len(ids) > most:
-            raise DataError(f"the prompt has {len(ids)} tokens; engine.max_prompt_tokens is {most}")
+            raise DataError(f"{PROMPT_TOO_LONG}: {len(ids)} tokens, of which {most} fit")
         episode.append(ids)
         episode.images += images
         episode.prompt_length = len(ids)
