@@ -35,6 +35,7 @@ from reopold_agent.evaluate.report import failure_lines, markdown, write_page
 from reopold_agent.evaluate.results import benchmark_results
 from reopold_agent.evaluate.run import Evaluation, load_config
 from reopold_agent.evaluate.words import prepared_words
+from reopold_agent.judges import grade
 from reopold_agent.judges.llm import How, JudgeReply
 from reopold_agent.policies.loading import model_path, resolve_path
 from reopold_agent.tracking.metrics import read_json_lines
@@ -383,6 +384,55 @@ def test_prompts_beyond_the_context_are_not_played(
     found = results["benchmarks"]["mine"]
     assert (found["errors"], found["past_context"]) == (1, 1)
     assert "mine: 1 of 2 answers ran past the model's context" in "".join(failure_lines(results))
+
+
+def test_a_benchmarks_own_samples_come_first(tmp_path: Path) -> None:
+    """Also those that equal the usual number, of a shipped benchmark and of one's own."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+    process = evaluate(
+        tmp_path / "run",
+        f"+benchmarks.mine={{path: {rows}, format: math_jsonl, samples: 1}}",
+        "+benchmarks.other={path: " + str(rows) + ", format: math_jsonl}",
+        "benchmark=[arithmetic,mine,other,figures]",
+        "benchmarks.arithmetic.samples=1",
+        "benchmarks.arithmetic.limit=1",
+        "benchmarks.figures.limit=1",
+        "samples=2",
+        "model=demo:figures_student",
+        "single.max_response_tokens=4",
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    found = json.loads((tmp_path / "run/results.json").read_text("utf-8"))["benchmarks"]
+    samples = {name: figures["samples"] for name, figures in found.items()}
+    assert samples == {"arithmetic": 1, "mine": 1, "other": 2, "figures": 2}
+
+
+def test_votes_are_compared_as_the_grader_compares_them() -> None:
+    """With the question's options, the reference's kind and the benchmark's precision."""
+
+    def majority(answers: list[str], said: list[str], **settings: Any) -> float:
+        rows = []
+        for sample, response in enumerate(said):
+            verdict = grade(response, answers, settings.get("kind", "auto"),
+                            options=settings.get("options"),
+                            precision=settings.get("precision"))  # fmt: skip
+            rows.append(row(0, sample, answers=answers, extracted=verdict.extracted,
+                            correct=verdict.correct, undecided=verdict.undecided,
+                            **{"kind": "auto", **settings}))  # fmt: skip
+        found = benchmark_results(rows, entry("b"), ks=[5], seed=0)
+        return float(found["maj_at_k"]["5"])
+
+    votes = ["\\boxed{A}", "\\boxed{A}", "\\boxed{B}", "\\boxed{dog}", "The answer is dog."]
+    options = ["cat", "dog", "cow"]
+    assert majority(["B"], votes, options=options) == 1
+    assert majority(["B"], votes, options=options, kind="option") == 1
+    rounded = ["\\boxed{1.3}", "\\boxed{1.3}", "\\boxed{1.21}", "\\boxed{1.19}", "\\boxed{1.2}"]
+    assert majority(["1.2"], rounded, precision=1, kind="number") == 1
+    assert majority(["1.2"], rounded, kind="number") == 0
+    yes = ["\\boxed{no}", "\\boxed{no}", "\\boxed{yes}", "\\boxed{true}", "\\boxed{correct}"]
+    assert majority(["yes"], yes) == 1
 
 
 def test_answers_about_other_pictures_are_not_continued(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from reopold_agent.common.statistics import bootstrap_interval
@@ -17,6 +18,7 @@ from reopold_agent.evaluate.metrics import (
     rmse,
     wemath_scores,
 )
+from reopold_agent.judges.rules import equivalent, kind_of
 from reopold_agent.rollout.runner import PROMPT_TOO_LONG
 
 
@@ -76,7 +78,14 @@ def benchmark_results(
 def _majority(group: Sequence[Row]) -> float:
     # An undecided sample has no answer to vote for.
     votes = [(None if row["undecided"] else row["extracted"], row["correct"]) for row in group]
-    return maj_at_k(votes, group[0]["kind"])
+    first = group[0]
+    kinds = {kind_of(answer, first["kind"]) for answer in first["answers"]}
+    # The reference says whether "dog" is the option B, or yes the same as true.
+    kind = kinds.pop() if kinds in ({"option"}, {"yes_no"}) else first["kind"]
+    same = partial(
+        equivalent, kind=kind, options=first["options"], precision=first.get("precision")
+    )
+    return maj_at_k(votes, same=same)
 
 
 def _categories(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

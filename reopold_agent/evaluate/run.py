@@ -11,6 +11,7 @@ from typing import Any
 
 import gymnasium
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import reopold_agent.envs  # noqa: F401  # registers the environments
@@ -487,7 +488,12 @@ class Evaluation:
         """Returns the benchmark with the samples that its own setting, or that of all, says."""
         samples = self.config.samples or self.config.protocol.get("samples")
         usual = shipped_benchmarks().get(benchmark.name, {}).get("samples", Benchmark.samples)
-        if samples is None or benchmark.samples != usual:
+        entry = self.config.benchmarks[benchmark.name]
+        own = "samples" in entry and benchmark.name not in shipped_benchmarks()
+        if HydraConfig.initialized():  # the composed settings do not tell who set the usual number
+            words = HydraConfig.get().overrides.task
+            own |= any(w.startswith(f"benchmarks.{benchmark.name}.samples=") for w in words)
+        if samples is None or benchmark.samples != usual or own:
             return benchmark
         return replace(benchmark, samples=samples)
 

@@ -262,9 +262,29 @@ def grade_boxed(
     return grade(response, answers, "option" if options else "auto", options=options)
 
 
-def equivalent(answer: str, expected: str, kind: str = "auto") -> bool:
-    """Returns whether two answers are the same, without extracting them from a response."""
-    return compare(answer, reference(expected), Rules(kind)) is not None
+def equivalent(
+    answer: str,
+    expected: str,
+    kind: str = "auto",
+    *,
+    options: Sequence[str] | Mapping[str, str] | None = None,
+    precision: int | None = None,
+) -> bool:
+    """Returns whether two answers are the same, without extracting them from a response.
+
+    Args:
+        answer, expected: the two.
+        kind, options, precision: as of `grade`.
+    """
+    rules = Rules(
+        kind, options=choices.options_by_letter(options), math=math.MathOptions(precision)
+    )
+    return compare(answer, reference(expected), rules) is not None
+
+
+def kind_of(answer: str, kind: str = "auto") -> str:
+    """Returns the kind by which responses are compared with a reference."""
+    return _kind(reference(answer), Rules(kind))
 
 
 def reference(answer: str) -> str:
