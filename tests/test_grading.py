@@ -896,3 +896,27 @@ def test_luffy_answers_against_themselves_and_their_neighbours() -> None:
     assert len(taken) <= 40
     values = [(parse_quantity(a), parse_quantity(b)) for a, b in taken]
     assert all(a and b and (a.value == b.value or a.percent != b.percent) for a, b in values), taken
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("2", "2xy"), ("4", "4ab"), ("-2", "-2xy"), ("\\frac12", "\\frac{1}{2}ab"), ("3", "3AB"),
+     ("12 xy", "12"), ("5ab^2", "5"), ("5", "5ab^2"), ("2", "2mn"), ("6", "6abc"), ("2 a b", "2"),
+     ("5ab^2", "5a^2b"), ("10", "10m")],
+)  # fmt: skip
+def test_a_product_with_symbols_is_not_its_coefficient(answer: str, expected: str) -> None:
+    verdict = grade(f"\\boxed{{{answer}}}", expected, "math")
+    assert not verdict.correct
+    assert not verdict.undecided
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("10", "10cm"), ("10", "10 km"), ("10 mL", "10"), ("5", "5ml"), ("36", "36cm^2"),
+     ("5m^2", "5"),
+     ("20 m/s", "20"), ("6", "6kWh"), ("10 dB", "10"), ("50", "50Hz"), ("12 oz", "12"),
+     ("15 BC", "15"), ("5 Std", "5"), ("3 red apples", "3"), ("10 N m", "10"), ("2ba", "2ab"),
+     ("2xy", "2 xy"), ("5b^2a", "5ab^2"), ("10 m", "10")],
+)  # fmt: skip
+def test_units_are_dropped_beside_products_that_are_not(answer: str, expected: str) -> None:
+    assert grade(f"\\boxed{{{answer}}}", expected, "math").correct

@@ -422,7 +422,9 @@ def _with_unit(quantity: Quantity, rest: str, texts: bool) -> Quantity | None:
         return None
     # "10m" is a product; "10weeks" must be a word, and "10 m" or "10\text{m}" has a unit.
     glued = not rest[0].isspace() and not texts and unit[0].isalpha()
-    if glued and (re.match(r"[A-Za-z]{4}|[a-z]{1,2}\^?[23]\b", unit) or _long_unit(unit)):
+    area = re.match(r"([a-z]{1,2})\^?[23]\b", unit)
+    known = area is not None and dimension_of(area[1]) is not None
+    if glued and (known or re.match(r"[A-Za-z]{4}", unit) or _long_unit(unit)):
         glued = False  # a word, "m2", or "cm": nobody writes them for a product
     if not is_unit(unit):
         return None

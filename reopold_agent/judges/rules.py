@@ -416,7 +416,8 @@ def _numbers(answer: str, expected: str, kind: str, rules: Rules) -> bool | None
     symbols = rules.kind in ("auto", "math")
     if mine and wanted and symbols and rules.math.strict and sets.names_differ(answer, expected):
         return False
-    if mine and wanted and mine.glued and sorted(mine.unit) == sorted(wanted.unit):
+    same_letters = mine and wanted and sorted(mine.unit) == sorted(wanted.unit)
+    if mine and wanted and mine.glued and same_letters and mine.unit.isalpha():
         mine = dataclasses.replace(mine, unit=wanted.unit)  # "2ab" is "2ba"
     for each, other in itertools.product(_readings(mine, answer), _readings(wanted, expected)):
         if not (symbols and _product(each, other)) and numbers.same_quantity(
@@ -531,10 +532,11 @@ def _bare_count(answer: str) -> str:
 
 def _product(mine: numbers.Quantity, wanted: numbers.Quantity) -> bool:
     """Returns whether one side is a number and the other its product with symbols ("10m")."""
-    if mine.glued and not wanted.unit:
-        return True
+    if bool(mine.unit) == bool(wanted.unit):
+        return False
     # A reference such as "10cm" is a length; "10m" could be a length or a product.
-    return wanted.glued and not mine.unit and len(wanted.unit) == 1
+    unit, glued = mine.unit or wanted.unit, mine.glued or wanted.glued
+    return mine.glued or units.is_product(unit, glued=glued)
 
 
 def _mathematics(answer: str, expected: str, kind: str, rules: Rules, depth: int) -> str | None:
