@@ -1,4 +1,5 @@
 """Grading: kinds of answers, where answers are found, math-verify's workers, real data."""
+# ruff: noqa: RUF001  # full-width characters
 
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ from reopold_agent.judges import KINDS, equivalent, extract_boxed, grade
 from reopold_agent.judges.extract import find_answer
 from reopold_agent.judges.math import MathPool, same_expression
 from reopold_agent.judges.numbers import parse_quantity
+from reopold_agent.judges.text import plain_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HANGS = "9^{9^{9^{9}}}"
@@ -920,3 +922,32 @@ def test_a_product_with_symbols_is_not_its_coefficient(answer: str, expected: st
 )  # fmt: skip
 def test_units_are_dropped_beside_products_that_are_not(answer: str, expected: str) -> None:
     assert grade(f"\\boxed{{{answer}}}", expected, "math").correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("－5", "-5"), ("3／4", "3/4"), ("x＝5", "5"), ("２π", "2\\pi"), ("x＞2", "x>2"),
+     ("a＋b", "a+b"),
+     ("＜3", "<3"), ("x＾2", "x^2"), ("｛1，2｝", "{1,2}"), ("３．５", "3.5"), ("2＊3", "6"),
+     ("ｘ", "x"),
+     ("＼frac12", "1/2"), ("（1，2）", "(1,2)"), ("５０％", "50%"), ("［1，2］", "[1,2]")],
+)  # fmt: skip
+def test_full_width_characters_are_what_they_show(answer: str, expected: str) -> None:
+    for mine, wanted in ((answer, expected), (expected, answer)):
+        assert grade(f"\\boxed{{{mine}}}", wanted).correct
+        assert equivalent(mine, wanted)
+    wrong = grade("\\boxed{－6}", "-5")
+    assert not wrong.correct
+    assert not wrong.undecided
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [("$5 to $10", "$5 to $10", True), ("$5 to $10", "5 to 10", True), ("$5-$10", "$5 - $10", True),
+     ("\\$5 to \\$10", "$5 to $10", True), ("€5 to €10", "$5 to $10", False),
+     ("$5 to $11", "$5 to $10", False), ("$x$", "x", True), ("$5$", "5", True)],
+)  # fmt: skip
+def test_dollars_before_numbers_are_no_delimiters(answer: str, expected: str, right: bool) -> None:
+    assert grade(f"\\boxed{{{answer}}}", expected, "text").correct == right
+    assert plain_text("$5 to $10") == "$5 to $10"
+    assert plain_text("$x$ and 5") == "x and 5"

@@ -216,6 +216,7 @@ def grade(
         return Verdict(False, None, "undecided", True, "no answer was found")
     if len(found.text) > _LONGEST:
         return Verdict(False, found.text, "undecided")
+    found = dataclasses.replace(found, text=text.half_width(found.text))
     values = [found.text]
     if found.text.count("=") > 1 and not any("=" in each for each in expected):
         chain = sets.sides(found.text)
@@ -279,7 +280,7 @@ def equivalent(
     rules = Rules(
         kind, options=choices.options_by_letter(options), math=math.MathOptions(precision)
     )
-    return compare(answer, reference(expected), rules) is not None
+    return compare(text.half_width(answer), reference(expected), rules) is not None
 
 
 def kind_of(answer: str, kind: str = "auto") -> str:
@@ -289,7 +290,7 @@ def kind_of(answer: str, kind: str = "auto") -> str:
 
 def reference(answer: str) -> str:
     """Returns a reference answer without its box or the solution around it."""
-    answer = text.undoubled(answer)
+    answer = text.undoubled(text.half_width(answer))
     if "boxed" in answer:
         boxed = boxed_answer(answer) or open_box(answer)
         if boxed:
