@@ -445,7 +445,7 @@ def test_decimal_commas(gold: str, response: str, outcome: str) -> None:
         ("Es sind drei Hunde zu sehen.", 3),
         ("Il y a trois chats sur la photo.", 3),
         ("Hay cuatro sillas en la imagen.", 4),
-        ("На картинке пять яблок.", 5),  # noqa: RUF001
+        ("На картинке пять яблок.", 5),
         ("Die Antwort ist drei.", 3),
         ("\\boxed{\\text{三个}}", 3),
     ],
