@@ -951,3 +951,17 @@ def test_dollars_before_numbers_are_no_delimiters(answer: str, expected: str, ri
     assert grade(f"\\boxed{{{answer}}}", expected, "text").correct == right
     assert plain_text("$5 to $10") == "$5 to $10"
     assert plain_text("$x$ and 5") == "x and 5"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "precision", "right"),
+    [("1.25", "1.2", 1, True), ("1.25", "1.3", 1, False), ("2.675", "2.67", 2, True),
+     ("2.675", "2.68", 2, False), ("-1.25", "-1.2", 1, True), ("1.26", "1.3", 1, True),
+     ("14.7", "14", "whole", True), ("14.7", "15", "whole", False), ("-14.7", "-14", "whole", True),
+     ("14", "14.0", "whole", True), ("1e400", "5", 1, False), ("29/2", "14", "whole", False)],
+)  # fmt: skip
+def test_numbers_are_rounded_as_mathvistas_script_rounds(
+    answer: str, expected: str, precision: Any, right: bool
+) -> None:
+    assert grade(f"\\boxed{{{answer}}}", expected, precision=precision).correct == right
+    assert equivalent(answer, expected, precision=precision) == right

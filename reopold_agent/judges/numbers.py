@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
+from typing import Literal, TypeAlias
 
 from reopold_agent.judges.text import latex_plain, trim, undelimited
 from reopold_agent.judges.units import dimension_of, is_unit, same_unit
@@ -24,6 +25,9 @@ _DIGITS = (
     r"(?:[1-9]\d{0,2}(?:,\s?\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:[.,]\d+)?"
     r"|\d+,\d{2}(?!\d)|\d+,\d{4,}|\d+(?:\.\d*)?|\.\d+)"
 )
+Precision: TypeAlias = 'int | Literal["whole"]'
+"""Decimals to round to; ``whole`` cuts them off."""
+
 _POWER = (
     r"(?:e([-+]?\d{1,4})(?![\d.])"
     r"|\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([-+]?\d{1,4})\s*\}|([-+]?\d{1,4})))"
@@ -209,7 +213,7 @@ def same_quantity(
     wanted: Quantity,
     *,
     tolerance: float | None = None,
-    precision: int | None = None,
+    precision: Precision | None = None,
     count: bool = False,
 ) -> bool:
     """Returns whether two numbers are the same answer.
@@ -221,7 +225,8 @@ def same_quantity(
         mine: the response's number.
         wanted: the reference's number.
         tolerance: allowed relative error, if the benchmark defines one.
-        precision: decimals to round to before comparing, if the benchmark defines them.
+        precision: decimals to round to before comparing, if the benchmark defines them, or
+            ``whole`` (`rounded`).
         count: compare exactly.
     """
     if not _units_agree(mine, wanted):
@@ -248,12 +253,17 @@ def same_quantity(
     return False
 
 
-def rounded(value: Fraction, decimals: int) -> Fraction:
-    """Rounds to a number of decimals, half away from zero."""
-    factor = Fraction(10) ** decimals
-    scaled = abs(value) * factor
-    whole = (2 * scaled + 1) // 2
-    return Fraction(whole if value >= 0 else -whole) / factor
+def rounded(value: Fraction, precision: Precision) -> Fraction:
+    """Rounds a number as Python rounds floats: 1.25 is 1.2, and 2.675, a little less, 2.67.
+
+    Benchmarks' scripts do so. ``whole`` cuts decimals off, as ``int(float(...))`` does.
+    """
+    if precision == "whole":
+        return Fraction(int(value))
+    try:
+        return Fraction(str(round(float(value), precision)))
+    except OverflowError:
+        return value
 
 
 def significant_match(exact: Fraction, written: Fraction, step: Fraction) -> bool:

@@ -175,7 +175,7 @@ def grade(
     *,
     tolerance: float | None = None,
     options: Sequence[str] | Mapping[str, str] | None = None,
-    precision: int | None = None,
+    precision: numbers.Precision | None = None,
     strict: bool = True,
 ) -> Verdict:
     """Grades a response.
@@ -188,7 +188,7 @@ def grade(
         tolerance: allowed relative error of numbers, if the benchmark defines one.
         options: the texts of the question's options, from A. With them, an option's text counts as
             its letter and vice versa.
-        precision: decimals to round numbers to before comparing.
+        precision: decimals to round numbers to before comparing, or ``whole`` to cut them off.
         strict: names of variables matter, and sets differ from tuples.
 
     Raises:
@@ -269,7 +269,7 @@ def equivalent(
     kind: str = "auto",
     *,
     options: Sequence[str] | Mapping[str, str] | None = None,
-    precision: int | None = None,
+    precision: numbers.Precision | None = None,
 ) -> bool:
     """Returns whether two answers are the same, without extracting them from a response.
 
