@@ -27,11 +27,11 @@ from reopold_agent.compare.__main__ import main
 from reopold_agent.compare.tables import comparison_table, paired_lines, question_means
 from reopold_agent.data.row_formats import FORMATS
 from reopold_agent.errors import CheckpointError, ConfigError, DataError, UnknownNameError
-from reopold_agent.evaluate.benchmarks import Benchmark, load_benchmark, select
+from reopold_agent.evaluate.benchmarks import Benchmark, LoadedBenchmark, load_benchmark, select
 from reopold_agent.evaluate.judging import judge_rows
 from reopold_agent.evaluate.paper import PAPER_TABLES
 from reopold_agent.evaluate.plots import make_plots
-from reopold_agent.evaluate.report import failure_lines, markdown, write_page
+from reopold_agent.evaluate.report import blind_lines, failure_lines, markdown, write_page
 from reopold_agent.evaluate.results import benchmark_results
 from reopold_agent.evaluate.run import Evaluation, load_config
 from reopold_agent.evaluate.words import prepared_words
@@ -384,6 +384,30 @@ def test_prompts_beyond_the_context_are_not_played(
     found = results["benchmarks"]["mine"]
     assert (found["errors"], found["past_context"]) == (1, 1)
     assert "mine: 1 of 2 answers ran past the model's context" in "".join(failure_lines(results))
+
+
+def test_lost_pictures_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A null where others have a picture; an empty list says that there is none."""
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
+    pictures = [["red.png"], None, [], None, ["red.png"]]
+    benchmark = Benchmark(name="mine", format="parquet_pictures", path=str(tmp_path))
+
+    def loaded(*given: Any, column: str = "images") -> LoadedBenchmark:
+        caplog.clear()
+        rows = [{"problem": f"Which {i}?", "answer": "5", column: p} for i, p in enumerate(given)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_benchmark(benchmark)
+
+    found = loaded(*pictures)
+    assert (found.blind, len(found.tasks)) == (2, 5)
+    assert "2 of 5 rows" in caplog.text
+    assert "have no picture in 'images', where others have one" in caplog.text
+    told = blind_lines({"benchmarks": {"mine": {"without_picture": 2, "questions": 5}}})
+    assert told == ["mine: 2 of 5 questions were asked without a picture, where others have one."]
+    for given in ([None, None], [[], ["red.png"]], [["red.png"]]):
+        assert loaded(*given).blind == 0
+        assert "no picture" not in caplog.text
+    assert loaded("red.png", None, column="image").blind == 1
 
 
 def test_a_benchmarks_own_samples_come_first(tmp_path: Path) -> None:

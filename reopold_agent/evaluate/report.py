@@ -76,7 +76,12 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    lines = [*failure_lines(results), *left_out_lines(results), *_grading_lines(results)]
+    lines = [
+        *failure_lines(results),
+        *left_out_lines(results),
+        *blind_lines(results),
+        *_grading_lines(results),
+    ]
     for line in [*kept_lines(results), *lines]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -135,6 +140,16 @@ def left_out_lines(results: Mapping[str, Any]) -> list[str]:
         + ("; ..." if figures["left_out"] > 3 else ".")
         for name, figures in results["benchmarks"].items()
         if figures.get("left_out")
+    ]
+
+
+def blind_lines(results: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each benchmark with questions whose picture is missing."""
+    return [
+        f"{name}: {figures['without_picture']} of {figures['questions']} questions were asked "
+        "without a picture, where others have one."
+        for name, figures in results["benchmarks"].items()
+        if figures.get("without_picture")
     ]
 
 
@@ -201,6 +216,7 @@ def markdown(results: Mapping[str, Any]) -> str:
                 *played,
                 *failure_lines(results),
                 *left_out_lines(results),
+                *blind_lines(results),
                 *differences_lines(results["benchmarks"]),
                 *_grading_lines(results),
             ]

@@ -446,6 +446,7 @@ class Evaluation:
                 "left_out": len(loaded.left_out),
                 "left_out_rows": list(loaded.left_out),
                 "repeats": loaded.repeats,
+                "without_picture": loaded.blind,
                 "protocol": str(self.config.protocol.get("name", "")),
                 "differences": differences(loaded, play, judge),
             },
