@@ -357,8 +357,9 @@ class Evaluation:
         context = context_length(model.config)
         if context is not None:
             room = context - 1  # the answer has a token
-            longest = min(runner.limits.max_prompt_tokens or room, room)
-            runner.limits = replace(runner.limits, max_prompt_tokens=longest)
+            if (runner.limits.max_prompt_tokens or context) > room:
+                limit = "the room in the model's context"
+                runner.limits = replace(runner.limits, max_prompt_tokens=room, prompt_limit=limit)
         folder = self.folder.path
         total = questions.count * questions.samples
         started = time.perf_counter()

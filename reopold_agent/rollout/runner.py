@@ -78,6 +78,7 @@ class RolloutLimits:
         concurrency: number of episodes in flight at once.
         max_prompt_tokens: number of tokens of a prompt; an episode with a longer one fails. None
             sets no limit.
+        prompt_limit: what sets it, for messages.
     """
 
     max_response_tokens: int = 8192
@@ -86,6 +87,7 @@ class RolloutLimits:
     env_seconds: float = 120.0
     concurrency: int = 64
     max_prompt_tokens: int | None = None
+    prompt_limit: str = "engine.max_prompt_tokens"
 
     def __post_init__(self) -> None:
         for name in ("max_response_tokens", "max_turn_tokens", "max_turns", "concurrency"):
@@ -507,7 +509,8 @@ class RolloutRunner:
     def _add_prompt(episode: _Episode, ids: list[int], images: list[EncodedImage]) -> None:
         most = episode.rules.limits.max_prompt_tokens
         if most is not None and len(ids) > most:
-            raise DataError(f"{PROMPT_TOO_LONG}: {len(ids)} tokens, of which {most} fit")
+            limit = episode.rules.limits.prompt_limit
+            raise DataError(f"{PROMPT_TOO_LONG}: {len(ids)} tokens; {limit} is {most}")
         episode.append(ids)
         episode.images += images
         episode.prompt_length = len(ids)
