@@ -165,6 +165,7 @@ def chat_text(text: str | None, finish: str = "stop") -> Reply:
         {
             "id": "x",
             "object": "chat.completion",
+            "model": "judge-v2",
             "choices": [{"index": 0, "message": message, "finish_reason": finish}],
             "usage": {"prompt_tokens": 55, "completion_tokens": 6, "total_tokens": 61},
         }

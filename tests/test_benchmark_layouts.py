@@ -500,6 +500,9 @@ def test_vlmevalkits_mathvista(tmp_path: Path) -> None:
         options = choice.metadata["options"]
         assert grade(response, choice.answers, "option", options=options).correct == right
     assert (number.answers, number.metadata["precision"]) == (("1.5",), 1)
+    count = {**free, "answer_type": "integer", "answer": "14"}
+    (whole,) = tsv(tmp_path, "MathVista_MINI", "mathvista", [count])
+    assert whole.metadata["precision"] == "whole"
 
 
 def test_vlmevalkits_mathverse_wemath_and_hallusionbench(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,16 +27,18 @@ from reopold_agent.compare.__main__ import main
 from reopold_agent.compare.tables import comparison_table, paired_lines, question_means
 from reopold_agent.data.row_formats import FORMATS
 from reopold_agent.errors import CheckpointError, ConfigError, DataError, UnknownNameError
-from reopold_agent.evaluate.benchmarks import Benchmark, load_benchmark, select
+from reopold_agent.evaluate.benchmarks import Benchmark, LoadedBenchmark, load_benchmark, select
 from reopold_agent.evaluate.judging import judge_rows
 from reopold_agent.evaluate.paper import PAPER_TABLES
 from reopold_agent.evaluate.plots import make_plots
-from reopold_agent.evaluate.report import markdown, write_page
+from reopold_agent.evaluate.report import blind_lines, failure_lines, markdown, write_page
 from reopold_agent.evaluate.results import benchmark_results
 from reopold_agent.evaluate.run import Evaluation, load_config
 from reopold_agent.evaluate.words import prepared_words
+from reopold_agent.judges import grade
 from reopold_agent.judges.llm import How, JudgeReply
 from reopold_agent.policies.loading import model_path, resolve_path
+from reopold_agent.tracking.metrics import read_json_lines
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -342,6 +345,118 @@ def test_answers_to_other_questions_are_not_continued(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"number 0 was '1 \+ 1\?', now it is '9 - 7\?'"):
         evaluated("9 - 7?", "3 - 1?")
     assert evaluated("1 + 1?")["questions"] == 1  # the second question is gone
+
+
+def test_prompts_beyond_the_context_are_not_played(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's context is 1,024 tokens, and a word of these has at least one."""
+    rows, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    asked = ["1 + 1?", "cat " * 6000]
+    rows.write_text("".join(json.dumps({"question": q, "answer": "2"}) + "\n" for q in asked))
+    words = [f"+benchmarks.mine={{path: {rows}, format: math_jsonl}}", "benchmark=[mine]",
+             "checkpoint=demo:arithmetic_student", "single.max_response_tokens=4",
+             "engine.device=cpu"]  # fmt: skip
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        config, raw = load_config(compose("evaluate", words))
+    results = Evaluation(config, raw, run).run()
+    found = results["benchmarks"]["mine"]
+    assert (found["questions"], found["errors"], found["prompts_too_long"]) == (2, 1, 1)
+    first, second = read_json_lines(run / "responses.jsonl")
+    first, second = sorted((first, second), key=lambda row: row["index"])
+    assert first["error"] is None
+    assert first["tokens"] > 0
+    assert second["error"].startswith("prompt too long: ")
+    assert second["tokens"] == 0
+    assert not second["correct"]
+    told = "1 of 2 episodes failed and count as wrong, 1 of them with a prompt too long"
+    assert told in (run / "results.md").read_text("utf-8")
+
+    # One that leaves room for a single token is played; what follows is past the context.
+    monkeypatch.setattr("reopold_agent.evaluate.run.context_length", lambda _: 2)
+    Evaluation(config, raw, tmp_path / "two").run()
+    (first, _) = sorted(
+        read_json_lines(tmp_path / "two/responses.jsonl"), key=lambda row: row["index"]
+    )
+    prompt = int(re.findall(r"\d+", first["error"])[0])
+    monkeypatch.setattr("reopold_agent.evaluate.run.context_length", lambda _: prompt + 1)
+    results = Evaluation(config, raw, tmp_path / "three").run()
+    found = results["benchmarks"]["mine"]
+    assert (found["errors"], found["past_context"]) == (1, 1)
+    assert "mine: 1 of 2 answers ran past the model's context" in "".join(failure_lines(results))
+
+
+def test_lost_pictures_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A null where others have a picture; an empty list says that there is none."""
+    Image.new("RGB", (56, 56), "red").save(tmp_path / "red.png")
+    pictures = [["red.png"], None, [], None, ["red.png"]]
+    benchmark = Benchmark(name="mine", format="parquet_pictures", path=str(tmp_path))
+
+    def loaded(*given: Any, column: str = "images") -> LoadedBenchmark:
+        caplog.clear()
+        rows = [{"problem": f"Which {i}?", "answer": "5", column: p} for i, p in enumerate(given)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_benchmark(benchmark)
+
+    found = loaded(*pictures)
+    assert (found.blind, len(found.tasks)) == (2, 5)
+    assert "2 of 5 rows" in caplog.text
+    assert "have no picture in 'images', where others have one" in caplog.text
+    told = blind_lines({"benchmarks": {"mine": {"without_picture": 2, "questions": 5}}})
+    assert told == ["mine: 2 of 5 questions were asked without a picture, where others have one."]
+    for given in ([None, None], [[], ["red.png"]], [["red.png"]]):
+        assert loaded(*given).blind == 0
+        assert "no picture" not in caplog.text
+    assert loaded("red.png", None, column="image").blind == 1
+
+
+def test_a_benchmarks_own_samples_come_first(tmp_path: Path) -> None:
+    """Also those that equal the usual number, of a shipped benchmark and of one's own."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": "1 + 1?", "answer": "2"}) + "\n")
+    process = evaluate(
+        tmp_path / "run",
+        f"+benchmarks.mine={{path: {rows}, format: math_jsonl, samples: 1}}",
+        "+benchmarks.other={path: " + str(rows) + ", format: math_jsonl}",
+        "benchmark=[arithmetic,mine,other,figures]",
+        "benchmarks.arithmetic.samples=1",
+        "benchmarks.arithmetic.limit=1",
+        "benchmarks.figures.limit=1",
+        "samples=2",
+        "model=demo:figures_student",
+        "single.max_response_tokens=4",
+    )
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    found = json.loads((tmp_path / "run/results.json").read_text("utf-8"))["benchmarks"]
+    samples = {name: figures["samples"] for name, figures in found.items()}
+    assert samples == {"arithmetic": 1, "mine": 1, "other": 2, "figures": 2}
+
+
+def test_votes_are_compared_as_the_grader_compares_them() -> None:
+    """With the question's options, the reference's kind and the benchmark's precision."""
+
+    def majority(answers: list[str], said: list[str], **settings: Any) -> float:
+        rows = []
+        for sample, response in enumerate(said):
+            verdict = grade(response, answers, settings.get("kind", "auto"),
+                            options=settings.get("options"),
+                            precision=settings.get("precision"))  # fmt: skip
+            rows.append(row(0, sample, answers=answers, extracted=verdict.extracted,
+                            correct=verdict.correct, undecided=verdict.undecided,
+                            **{"kind": "auto", **settings}))  # fmt: skip
+        found = benchmark_results(rows, entry("b"), ks=[5], seed=0)
+        return float(found["maj_at_k"]["5"])
+
+    votes = ["\\boxed{A}", "\\boxed{A}", "\\boxed{B}", "\\boxed{dog}", "The answer is dog."]
+    options = ["cat", "dog", "cow"]
+    assert majority(["B"], votes, options=options) == 1
+    assert majority(["B"], votes, options=options, kind="option") == 1
+    rounded = ["\\boxed{1.3}", "\\boxed{1.3}", "\\boxed{1.21}", "\\boxed{1.19}", "\\boxed{1.2}"]
+    assert majority(["1.2"], rounded, precision=1, kind="number") == 1
+    assert majority(["1.2"], rounded, kind="number") == 0
+    yes = ["\\boxed{no}", "\\boxed{no}", "\\boxed{yes}", "\\boxed{true}", "\\boxed{correct}"]
+    assert majority(["yes"], yes) == 1
 
 
 def test_answers_about_other_pictures_are_not_continued(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 """Grading: kinds of answers, where answers are found, math-verify's workers, real data."""
+# ruff: noqa: RUF001  # full-width characters
 
 from __future__ import annotations
 
@@ -29,6 +30,7 @@ from reopold_agent.judges import KINDS, equivalent, extract_boxed, grade
 from reopold_agent.judges.extract import find_answer
 from reopold_agent.judges.math import MathPool, same_expression
 from reopold_agent.judges.numbers import parse_quantity
+from reopold_agent.judges.text import plain_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HANGS = "9^{9^{9^{9}}}"
@@ -443,7 +445,7 @@ def test_decimal_commas(gold: str, response: str, outcome: str) -> None:
         ("Es sind drei Hunde zu sehen.", 3),
         ("Il y a trois chats sur la photo.", 3),
         ("Hay cuatro sillas en la imagen.", 4),
-        ("На картинке пять яблок.", 5),  # noqa: RUF001
+        ("На картинке пять яблок.", 5),
         ("Die Antwort ist drei.", 3),
         ("\\boxed{\\text{三个}}", 3),
     ],
@@ -896,3 +898,70 @@ def test_luffy_answers_against_themselves_and_their_neighbours() -> None:
     assert len(taken) <= 40
     values = [(parse_quantity(a), parse_quantity(b)) for a, b in taken]
     assert all(a and b and (a.value == b.value or a.percent != b.percent) for a, b in values), taken
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("2", "2xy"), ("4", "4ab"), ("-2", "-2xy"), ("\\frac12", "\\frac{1}{2}ab"), ("3", "3AB"),
+     ("12 xy", "12"), ("5ab^2", "5"), ("5", "5ab^2"), ("2", "2mn"), ("6", "6abc"), ("2 a b", "2"),
+     ("5ab^2", "5a^2b"), ("10", "10m")],
+)  # fmt: skip
+def test_a_product_with_symbols_is_not_its_coefficient(answer: str, expected: str) -> None:
+    verdict = grade(f"\\boxed{{{answer}}}", expected, "math")
+    assert not verdict.correct
+    assert not verdict.undecided
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("10", "10cm"), ("10", "10 km"), ("10 mL", "10"), ("5", "5ml"), ("36", "36cm^2"),
+     ("5m^2", "5"),
+     ("20 m/s", "20"), ("6", "6kWh"), ("10 dB", "10"), ("50", "50Hz"), ("12 oz", "12"),
+     ("15 BC", "15"), ("5 Std", "5"), ("3 red apples", "3"), ("10 N m", "10"), ("2ba", "2ab"),
+     ("2xy", "2 xy"), ("5b^2a", "5ab^2"), ("10 m", "10")],
+)  # fmt: skip
+def test_units_are_dropped_beside_products_that_are_not(answer: str, expected: str) -> None:
+    assert grade(f"\\boxed{{{answer}}}", expected, "math").correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [("－5", "-5"), ("3／4", "3/4"), ("x＝5", "5"), ("２π", "2\\pi"), ("x＞2", "x>2"),
+     ("a＋b", "a+b"),
+     ("＜3", "<3"), ("x＾2", "x^2"), ("｛1，2｝", "{1,2}"), ("３．５", "3.5"), ("2＊3", "6"),
+     ("ｘ", "x"),
+     ("＼frac12", "1/2"), ("（1，2）", "(1,2)"), ("５０％", "50%"), ("［1，2］", "[1,2]")],
+)  # fmt: skip
+def test_full_width_characters_are_what_they_show(answer: str, expected: str) -> None:
+    for mine, wanted in ((answer, expected), (expected, answer)):
+        assert grade(f"\\boxed{{{mine}}}", wanted).correct
+        assert equivalent(mine, wanted)
+    wrong = grade("\\boxed{－6}", "-5")
+    assert not wrong.correct
+    assert not wrong.undecided
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [("$5 to $10", "$5 to $10", True), ("$5 to $10", "5 to 10", True), ("$5-$10", "$5 - $10", True),
+     ("\\$5 to \\$10", "$5 to $10", True), ("€5 to €10", "$5 to $10", False),
+     ("$5 to $11", "$5 to $10", False), ("$x$", "x", True), ("$5$", "5", True)],
+)  # fmt: skip
+def test_dollars_before_numbers_are_no_delimiters(answer: str, expected: str, right: bool) -> None:
+    assert grade(f"\\boxed{{{answer}}}", expected, "text").correct == right
+    assert plain_text("$5 to $10") == "$5 to $10"
+    assert plain_text("$x$ and 5") == "x and 5"
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "precision", "right"),
+    [("1.25", "1.2", 1, True), ("1.25", "1.3", 1, False), ("2.675", "2.67", 2, True),
+     ("2.675", "2.68", 2, False), ("-1.25", "-1.2", 1, True), ("1.26", "1.3", 1, True),
+     ("14.7", "14", "whole", True), ("14.7", "15", "whole", False), ("-14.7", "-14", "whole", True),
+     ("14", "14.0", "whole", True), ("1e400", "5", 1, False), ("29/2", "14", "whole", False)],
+)  # fmt: skip
+def test_numbers_are_rounded_as_mathvistas_script_rounds(
+    answer: str, expected: str, precision: Any, right: bool
+) -> None:
+    assert grade(f"\\boxed{{{answer}}}", expected, precision=precision).correct == right
+    assert equivalent(answer, expected, precision=precision) == right

@@ -128,6 +128,18 @@ def test_extraction_never_holds_the_ground_truth() -> None:
         (r'{"answer": "\frac{1}{2}"}', r"\frac{1}{2}"),
         (r'{"answer": "\beta + \text{cm} \right)"}', r"\beta + \text{cm} \right)"),
         (r'{"answer": "\sqrt{2} \pi"}', r"\sqrt{2} \pi"),
+        (r'{"answer": "\neq 3"}', r"\neq 3"),
+        (r'{"answer": "x \ne 3, \sqrt{2}"}', r"x \ne 3, \sqrt{2}"),
+        (r'{"answer": "2\nu"}', r"2\nu"),
+        (r'{"answer": "\nu = 3"}', r"\nu = 3"),
+        (r'{"answer": "\nabla f \notin A"}', r"\nabla f \notin A"),
+        (r'{"answer": "\underline{5}"}', r"\underline{5}"),
+        (r'{"answer": "\u0041"}', "A"),
+        # Line breaks of the answer's own.
+        (r'{"answer": "x = 1\nu = 2"}', "x = 1 u = 2"),
+        (r'{"answer": "a\ne\no"}', "a e o"),
+        (r'{"answer": "red\nnet\nnumber"}', "red net number"),
+        (r'{"answer": "one\nequal"}', "one equal"),
         (r'{"answer": "\\pi \sqrt{\"2\"}"}', r'\pi \sqrt{"2"}'),
         ('{"answer": "a\\u0000b\\u001b[31m"}', "a b [31m"),
     ],
@@ -628,6 +640,7 @@ def test_openai_compatible(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatc
         reply = judge.extract("q", "r")
         assert (reply.extracted, reply.input_tokens, reply.output_tokens) == ("B", 55, 6)
         assert judge.equal("q", "a", "b").how is How.MALFORMED
+        assert judge.counters()["versions"] == {"judge-v2": 1}
         make_judge(
             {
                 **quick,

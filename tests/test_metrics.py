@@ -155,6 +155,9 @@ def test_paired_comparison() -> None:
         # The answer of a box is LaTeX; the accepted ones are not.
         ("40\\%", ["40%"], 1),
         ("\\$40", ["$40"], 1),
+        ("$5 to $10", ["$5 to $10"], 1),
+        ("C:\\new", ["C:\\new"], 1),
+        ("C:\\text{x}", ["C:\\text{x}"], 1),
         ("$40", ["$40"], 1),
         ("$40$", ["40"], 1),
         ("\\text{Red car}", ["red car"], 1),

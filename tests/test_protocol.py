@@ -101,9 +101,9 @@ def test_wrong_settings_are_named(name: str, word: str, message: str) -> None:
         played(name, word)
 
 
-def loaded(benchmark: Benchmark, count: int, left_out: int = 0) -> LoadedBenchmark:
+def loaded(benchmark: Benchmark, count: int, left_out: int = 0, blind: int = 0) -> LoadedBenchmark:
     tasks = [Task(str(i), "q", ("1",)) for i in range(count)]
-    return LoadedBenchmark(benchmark, tasks, {}, ["row"] * left_out)
+    return LoadedBenchmark(benchmark, tasks, {}, ["row"] * left_out, blind=blind)
 
 
 def told(name: str, count: int, *words: str, judge: str = "none", left_out: int = 0) -> list[str]:
@@ -132,6 +132,9 @@ def test_what_differs_from_the_paper() -> None:
         "pixels.prompt.max_pixels 1 instead of 4014080",
         "samples 4 instead of 32",
     ]
+    (vstar,) = select(settings().benchmarks, ["vstar"], None)
+    lost = differences(loaded(vstar, 191, blind=2), played("vstar"), "gemini")
+    assert lost == ["2 questions without their picture", JUDGE]
     assert "hold-out" in told("pixel", 100)[0]
     assert "aAcc_pictured" in told("hallusionbench", 1129)[0]
     assert told("demo", 3, "agentic.temperature=0") == []

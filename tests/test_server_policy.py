@@ -6,6 +6,7 @@ import http.client
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,11 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
 from running import environment, train
 
 from reopold_agent.common.secrets import Secret
+from reopold_agent.common.weights import weights_digest
 from reopold_agent.config import build
 from reopold_agent.errors import (
+    CheckpointError,
     ConfigError,
     DataError,
     ModelError,
@@ -32,7 +36,9 @@ from reopold_agent.errors import (
     ServerStalledError,
     VocabularyMismatchError,
 )
-from reopold_agent.policies.server import ServerPolicy, ServerSettings, make_server_policy
+from reopold_agent.evaluate.run import Evaluation, load_config
+from reopold_agent.policies.loading import resolve_path
+from reopold_agent.policies.server import Identity, ServerPolicy, ServerSettings, make_server_policy
 from reopold_agent.policies.server.protocol import (
     Served,
     Vocabulary,
@@ -798,3 +804,75 @@ def test_impossible_settings_are_refused(wrong: dict[str, Any], vocabulary: Voca
             stop_ids=(),
             image_token_id=None,
         )
+
+
+@contextmanager
+def served(checkpoint: str) -> Iterator[str]:
+    config = build(ServeConfig, {"checkpoint": checkpoint, "port": 0, "threads": 1})
+    with serving(config) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield url_of(server)
+        server.shutdown()
+
+
+def evaluated(folder: Path, url: str, model: str, *more: str) -> dict[str, Any]:
+    words = [
+        "benchmark=arithmetic",
+        f"checkpoint={model}",
+        "policy=server",
+        "policy/role@policy.student=server",
+        f"policy.student.urls=[{url}]",
+        "policy.student.retries=0",
+        "single.max_response_tokens=8",
+        *more,
+    ]
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        config = load_config(compose("evaluate", words))
+    return Evaluation(*config, folder).run()
+
+
+def test_an_evaluation_knows_the_served_weights(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limit = "benchmarks.arithmetic.limit=2"
+    student, teacher = "demo:arithmetic_student", "demo:arithmetic_teacher"
+    bare = tmp_path / "without_weights"
+    source = Path(resolve_path(teacher))
+    shutil.copytree(source, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    with served(student) as url:
+        first = url
+        with pytest.raises(ModelError, match=r"arithmetic_student.* not those of ") as caught:
+            evaluated(tmp_path / "wrong", url, teacher, limit)
+        assert str(caught.value).count("\n") == 1
+        assert not (tmp_path / "wrong" / "results.json").exists()
+        digest = weights_digest(Path(resolve_path(student)))
+        found = evaluated(tmp_path / "right", url, student, limit)
+        assert found["model"]["served"] == {"model": student, "weights": digest}
+        assert json.loads((tmp_path / "right/model.json").read_text())["weights"] == digest
+        assert "nothing tells" not in caplog.text
+        # A folder without weights cannot be compared, so the name is told and the digest kept.
+        evaluated(tmp_path / "bare", url, str(bare), limit)
+        assert caplog.text.count("nothing tells whether these are the weights") == 1
+        assert json.loads((tmp_path / "bare/model.json").read_text())["weights"] == digest
+    with served(teacher) as url:
+        rows = (tmp_path / "bare/responses.jsonl").read_text("utf-8").splitlines(True)
+        (tmp_path / "bare/responses.jsonl").write_text(rows[0], "utf-8")
+        config = tmp_path / "bare/config.yaml"
+        config.write_text(config.read_text().replace(first, url))
+        with pytest.raises(CheckpointError, match=r"another served model: .*student.*teacher"):
+            evaluated(tmp_path / "bare", url, str(bare), limit)
+        assert (tmp_path / "bare/responses.jsonl").read_text("utf-8") == rows[0]
+
+
+def test_addresses_serve_the_same_weights() -> None:
+    policy = ServerPolicy(
+        ServerSettings(urls=["http://a", "http://b"]), Vocabulary(5, (), (), None), Identity("m")
+    )
+    first, second = policy.transport.addresses
+    policy._same(first, Identity("m", "a" * 64))
+    with pytest.raises(ModelError, match="at another address"):
+        policy._same(second, Identity("m", "b" * 64))
+    policy._same(second, Identity("copy", "a" * 64))
+    with pytest.raises(ModelError, match="other weights or another name"):
+        policy._same(first, Identity("m", "b" * 64))
+    policy.close()

@@ -170,7 +170,8 @@ def test_an_episode_with_a_longer_prompt_fails_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RolloutRunner, "prompt_tokens", lambda *a: 1)
-    with pytest.raises(ConfigError, match=r"first was: the prompt has \d+ tok.*is 20\ntrain\.log"):
+    told = r"first was: prompt too long: \d+ tokens; engine\.max_prompt_tokens is 20\ntrain\.log"
+    with pytest.raises(ConfigError, match=told):
         train(tmp_path / "run", *SMALL, "engine.max_prompt_tokens=20")
 
 

@@ -73,6 +73,7 @@ class DataReport:
         references: answers that no rule can compare, by reason; their rows are used.
         unread: rows by a column that looks like pictures and is not read.
         optionless: rows whose answer is a letter from A to J, though they show no options.
+        blind: rows that are used without a picture, by a column in which others have one.
     """
 
     source: str
@@ -84,6 +85,7 @@ class DataReport:
     references: dict[str, Problem] = field(default_factory=dict)
     unread: dict[str, int] = field(default_factory=dict)
     optionless: dict[str, Problem] = field(default_factory=dict)
+    blind: dict[str, Problem] = field(default_factory=dict)
 
     def add(self, where: str, error: DataError) -> None:
         """Counts a problem; errors without a kind are counted as "other"."""
@@ -114,6 +116,11 @@ class DataReport:
         for column in columns:
             self.unread[column] = self.unread.get(column, 0) + 1
 
+    def note_blind(self, where: str, columns: Iterable[str]) -> None:
+        """Counts a row without a picture by its empty columns for pictures."""
+        for column in columns:
+            _count(self.blind, column, where, "null")
+
     def table(self) -> str:
         """Formats the problems: kind, number of rows, and the first examples, one per line."""
         return _table(self.problems)
@@ -125,6 +132,13 @@ class DataReport:
                 "%d of %d rows of %s have a column '%s' that looks like pictures and is not read."
                 "\nIf it holds the question's pictures, put them all into one column 'images'.",
                 *(count, self.rows, self.path, column),
+            )
+        for column, problem in self.blind.items():
+            _log.warning(
+                "%d of %d rows of %s have no picture in '%s', where others have one, and are used "
+                "without it:\n%s\nPut their pictures there, an empty list if there is none, or "
+                "leave the rows out.",
+                *(problem.rows, self.rows, self.path, column, _table({column: problem})),
             )
         for problem in self.optionless.values():
             _log.warning(
@@ -152,6 +166,7 @@ class DataReport:
             "problems": _recorded(self.problems),
             **({"references": _recorded(self.references)} if self.references else {}),
             **({"without_options": _recorded(self.optionless)} if self.optionless else {}),
+            **({"without_pictures": _recorded(self.blind)} if self.blind else {}),
             **({"unread_columns": self.unread} if self.unread else {}),
         }
 

@@ -464,6 +464,22 @@ def is_picture_column(name: Any) -> bool:
     return any(names.fullmatch(str(name)) for names in (_IMAGE_COLUMN, _VIDEO_COLUMN))
 
 
+def picture_columns(row: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns the columns that `given_pictures` reads, and whether there is anything in them.
+
+    An empty list is left out: it says that there is no picture, while a null may be a lost one.
+    """
+    found: dict[str, bool] = {}
+    for name, value in row.items():
+        if name in NESTED and isinstance(value, Mapping):
+            found |= {f"{name}.{key}": full for key, full in picture_columns(value).items()}
+        elif is_picture_column(name):
+            value = as_list(value)
+            if not isinstance(value, (list, tuple)) or value:
+                found[str(name)] = not is_empty(value)
+    return found
+
+
 def looks_like_picture(value: Any, depth: int = 8) -> bool:
     """Returns whether a value is a picture or a video, or holds one within so many levels."""
     value = as_list(value)

@@ -185,6 +185,8 @@ def mathvista(row: Mapping[str, Any], number: int, root: Path, pictures: Picture
     elif row.get("answer_type") == "float" and row.get("precision") not in (None, ""):
         # MathVista's own script rounds the answer to so many decimals.
         metadata["precision"] = int(float(row["precision"]))
+    elif row.get("answer_type") == "integer":
+        metadata["precision"] = "whole"  # and takes 14.7 for 14
     return Task(
         _name(row, number, "pid", "index"),
         text_of(row, "query", "question"),

@@ -34,6 +34,7 @@ def answer_questions(
     responses: Path,
     folder: Path,
     on_row: Callable[[Row], None] | None = None,
+    context: int | None = None,
 ) -> list[Row]:
     """Rolls out the answers that are not saved; returns all rows by question and sample.
 
@@ -48,6 +49,7 @@ def answer_questions(
         responses: file of JSON lines, one answer each, to which new answers are appended.
         folder: pictures are saved in ``folder/pictures``, and rows have paths relative to it.
         on_row: called with each new row.
+        context: longest sequence of the model; rows of longer episodes say ``past_context``.
 
     Raises:
         NonFiniteError: the model computes no numbers, so that it answers at random.
@@ -61,6 +63,8 @@ def answer_questions(
 
         def finish(trajectory: Trajectory) -> None:
             row = response_row(questions, trajectory, folder)
+            if context is not None and len(trajectory.ids) > context:
+                row["past_context"] = True
             writer.write(row)
             done[trajectory.index, trajectory.sample] = row
             if on_row is not None:

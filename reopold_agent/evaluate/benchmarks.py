@@ -22,7 +22,7 @@ from reopold_agent.data.checks import (
 )
 from reopold_agent.data.hold_out import HELD_OUT_SHARE, check_part, in_part
 from reopold_agent.data.loading import labelled_rows
-from reopold_agent.data.pictures import PictureFolder, unread_columns
+from reopold_agent.data.pictures import PictureFolder, picture_columns, unread_columns
 from reopold_agent.data.row_formats import COLUMNS, FORMATS
 from reopold_agent.data.rows import data_folder, download, find_row_files
 from reopold_agent.errors import ConfigError, DataError, UnknownNameError
@@ -125,6 +125,7 @@ class LoadedBenchmark:
         files: SHA-256 of each row file.
         left_out: the rows that cannot be asked, each as its file, number and reason.
         repeats: number of rows that repeat a question.
+        blind: number of questions without a picture where others have one.
     """
 
     benchmark: Benchmark
@@ -132,6 +133,7 @@ class LoadedBenchmark:
     files: Mapping[str, str]
     left_out: Sequence[str] = ()
     repeats: int = 0
+    blind: int = 0
 
 
 def select(
@@ -204,6 +206,7 @@ def load_benchmark(benchmark: Benchmark) -> LoadedBenchmark:
         )
 
     left_out: list[tuple[str, RowError]] = []
+    filled: set[str] = set()
     for where, row in labelled_rows(files, report):
         if benchmark.limit is not None and len(rows) >= benchmark.limit:
             break
@@ -227,11 +230,17 @@ def load_benchmark(benchmark: Benchmark) -> LoadedBenchmark:
         else:
             rows[key] = task
             report.check_references(where, task, benchmark.kind)
-            if not task.images:
+            columns = picture_columns(row)
+            if task.images:
+                filled |= {column for column, full in columns.items() if full}
+            else:
                 report.note_unread(unread_columns(row, by_name=True))
+                if benchmark.metric != "hallusionbench":  # which asks many without a picture
+                    report.note_blind(where, (name for name, full in columns.items() if not full))
     if len(left_out) > _MOST_LEFT_OUT * report.rows:
         for each in left_out:
             report.add(*each)
+    report.blind = {name: found for name, found in report.blind.items() if name in filled}
     report.warn()
     if report.problems:
         # A score over only some of the rows would not be the benchmark's score.
@@ -245,7 +254,8 @@ def load_benchmark(benchmark: Benchmark) -> LoadedBenchmark:
         only = f" with {benchmark.where}" if benchmark.where else ""
         raise DataError(f"benchmark {benchmark.name}: no rows{only} in {root}")
     named = [f"{where}: {error}" for where, error in left_out]
-    return LoadedBenchmark(benchmark, list(rows.values()), _hashes(files), named, repeats)
+    blind = max((problem.rows for problem in report.blind.values()), default=0)
+    return LoadedBenchmark(benchmark, list(rows.values()), _hashes(files), named, repeats, blind)
 
 
 def _is_where(row: Mapping[str, Any], where: Mapping[str, Any]) -> bool:

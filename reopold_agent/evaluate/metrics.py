@@ -159,17 +159,16 @@ def anls(answer: str, answers: Sequence[str], *, threshold: float = _ANLS_THRESH
 
     As in the evaluation script of the DocVQA and InfographicVQA challenges (and lmms-eval's
     ``anls``), case and runs of spaces do not matter, and a similarity below the threshold counts as
-    0. LaTeX in the answer, which those scripts do not expect, is read as text first: "40\\%" is
-    "40%".
+    0. LaTeX in the answer, which those scripts do not expect, may also be read as text: "40\\%" is
+    "40%", and "C:\\new" what it is.
     """
     best = 0.0
-    given = " ".join(plain_text(answer).lower().split())
-    for each in answers:
-        wanted = " ".join(each.lower().split())
-        longest = max(len(given), len(wanted))
-        if longest == 0:
-            continue
-        best = max(best, 1 - levenshtein(given, wanted) / longest)
+    for said in {answer, plain_text(answer)}:
+        given = " ".join(said.lower().split())
+        for each in answers:
+            wanted = " ".join(each.lower().split())
+            if longest := max(len(given), len(wanted)):
+                best = max(best, 1 - levenshtein(given, wanted) / longest)
     return best if best >= threshold else 0.0
 
 

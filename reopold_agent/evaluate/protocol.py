@@ -123,6 +123,8 @@ def differences(loaded: LoadedBenchmark, play: Play, judge: str) -> list[str]:
         for name in dict.fromkeys([*theirs, *ours])
         if ours.get(name) != theirs.get(name)
     ]
+    if loaded.blind:
+        told.append(f"{loaded.blind} questions without their picture")
     if benchmark.suite != "math":
         told.append(f"judge {judge} instead of gemini-2.0-flash-001, which is no longer served")
     return told

@@ -76,7 +76,12 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    lines = [*failure_lines(results), *left_out_lines(results), *_grading_lines(results)]
+    lines = [
+        *failure_lines(results),
+        *left_out_lines(results),
+        *blind_lines(results),
+        *_grading_lines(results),
+    ]
     for line in [*kept_lines(results), *lines]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
 
@@ -104,13 +109,27 @@ def kept_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def failure_lines(results: Mapping[str, Any]) -> list[str]:
-    """Returns a sentence for each benchmark or environment in which episodes failed."""
-    return [
-        f"{name}: {figures['errors']} of {figures['answers']} episodes failed and count as wrong; "
-        "responses.jsonl has their errors."
-        for name, figures in results["benchmarks"].items()
-        if figures["errors"]
-    ]
+    """Returns sentences for benchmarks and environments in which episodes failed, or were longer
+    than the model's context."""
+    lines = []
+    for name, figures in results["benchmarks"].items():
+        long, past = figures.get("prompts_too_long"), figures.get("past_context")
+        if figures["errors"]:
+            lines.append(
+                f"{name}: {figures['errors']} of {figures['answers']} episodes failed and count as "
+                + (
+                    f"wrong, {long} of them with a prompt too long for the model; "
+                    if long
+                    else "wrong; "
+                )
+                + "responses.jsonl has their errors."
+            )
+        if past:
+            lines.append(
+                f"{name}: {past} of {figures['answers']} answers ran past the model's context "
+                "(past_context in responses.jsonl); what they say there may be noise."
+            )
+    return lines
 
 
 def left_out_lines(results: Mapping[str, Any]) -> list[str]:
@@ -121,6 +140,16 @@ def left_out_lines(results: Mapping[str, Any]) -> list[str]:
         + ("; ..." if figures["left_out"] > 3 else ".")
         for name, figures in results["benchmarks"].items()
         if figures.get("left_out")
+    ]
+
+
+def blind_lines(results: Mapping[str, Any]) -> list[str]:
+    """Returns a sentence for each benchmark with questions whose picture is missing."""
+    return [
+        f"{name}: {figures['without_picture']} of {figures['questions']} questions were asked "
+        "without a picture, where others have one."
+        for name, figures in results["benchmarks"].items()
+        if figures.get("without_picture")
     ]
 
 
@@ -172,8 +201,10 @@ def markdown(results: Mapping[str, Any]) -> str:
     header, *rows = results_rows(results)
     found = results["benchmarks"].items()
     played = [environment_line(name, each) for name, each in found if "environment" in each]
+    served = results["model"].get("served", {}).get("model", results["model"]["path"])
+    told = "" if served == results["model"]["path"] else f", served as {served}"
     lines = [
-        f"# Evaluation of {results['model']['path']}",
+        f"# Evaluation of {results['model']['path']}{told}",
         "",
         f"| {' | '.join(header)} |",
         f"|{'---|' * len(header)}",
@@ -185,6 +216,7 @@ def markdown(results: Mapping[str, Any]) -> str:
                 *played,
                 *failure_lines(results),
                 *left_out_lines(results),
+                *blind_lines(results),
                 *differences_lines(results["benchmarks"]),
                 *_grading_lines(results),
             ]

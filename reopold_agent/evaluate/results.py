@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from reopold_agent.common.statistics import bootstrap_interval
@@ -17,6 +18,8 @@ from reopold_agent.evaluate.metrics import (
     rmse,
     wemath_scores,
 )
+from reopold_agent.judges.rules import equivalent, kind_of
+from reopold_agent.rollout.runner import PROMPT_TOO_LONG
 
 
 def benchmark_results(
@@ -56,6 +59,10 @@ def benchmark_results(
         "extra": _extra(rows, benchmark),
         "undecided": sum(row["undecided"] for row in rows),
         "errors": sum(row["error"] is not None for row in rows),
+        "prompts_too_long": sum(
+            str(row["error"] or "").startswith(PROMPT_TOO_LONG) for row in rows
+        ),
+        "past_context": sum(row.get("past_context", False) for row in rows),
         "judged": sum("judge" in row for row in rows),
         "how": _counts([row["how"] for row in rows]),
         "stop": _counts([row["stop"] for row in rows]),
@@ -71,7 +78,14 @@ def benchmark_results(
 def _majority(group: Sequence[Row]) -> float:
     # An undecided sample has no answer to vote for.
     votes = [(None if row["undecided"] else row["extracted"], row["correct"]) for row in group]
-    return maj_at_k(votes, group[0]["kind"])
+    first = group[0]
+    kinds = {kind_of(answer, first["kind"]) for answer in first["answers"]}
+    # The reference says whether "dog" is the option B, or yes the same as true.
+    kind = kinds.pop() if kinds in ({"option"}, {"yes_no"}) else first["kind"]
+    same = partial(
+        equivalent, kind=kind, options=first["options"], precision=first.get("precision")
+    )
+    return maj_at_k(votes, same=same)
 
 
 def _categories(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

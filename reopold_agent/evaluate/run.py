@@ -11,6 +11,7 @@ from typing import Any
 
 import gymnasium
 import torch
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 import reopold_agent.envs  # noqa: F401  # registers the environments
@@ -18,7 +19,6 @@ from reopold_agent.cli.hydra import plain_values
 from reopold_agent.common.files import write_text_atomic
 from reopold_agent.common.pixels import PixelLimits
 from reopold_agent.common.signals import sigterm_as_interrupt
-from reopold_agent.common.weights import weights_digest
 from reopold_agent.config import PolicyConfig, ToolsConfig, build, config_differences
 from reopold_agent.envs.base import show_as
 from reopold_agent.envs.from_config import shown_sizes
@@ -72,14 +72,15 @@ from reopold_agent.policies.loading import (
     check_available,
     context_length,
     device_name,
+    known_weights,
     load_model,
     load_processing,
     model_path,
     pick_device,
-    resolve_path,
     sees_pictures,
 )
 from reopold_agent.policies.registry import is_trainers_own, make_policy, reads_weights
+from reopold_agent.policies.server import Identity, ServerPolicy
 from reopold_agent.policies.templates import chat_template
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer
@@ -275,6 +276,7 @@ class Evaluation:
                 if policy is None or chat is None or chat.stop_ids != needed.stop_ids:
                     _close(policy)
                     policy = self._policy(model, needed, most)
+                    results["model"].update(self._check_served(policy))
                 chat = needed
                 results["benchmarks"][each.name] = self._answer(each, model, chat, policy, judge)
                 write_json_atomic(self.folder.path / "results.json", results)
@@ -352,6 +354,12 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Rolls out and judges all answers; returns what is reported."""
         runner = questions.make_runner(chat, model.vision)
+        context = context_length(model.config)
+        if context is not None:
+            room = context - 1  # the answer has a token
+            if (runner.limits.max_prompt_tokens or context) > room:
+                limit = "the room in the model's context"
+                runner.limits = replace(runner.limits, max_prompt_tokens=room, prompt_limit=limit)
         folder = self.folder.path
         total = questions.count * questions.samples
         started = time.perf_counter()
@@ -363,7 +371,6 @@ class Evaluation:
                     progress.note(environment_line(questions.name, questions.facts))
                 for line in differences_lines({questions.name: questions.facts}):
                     progress.note(line)
-                context = context_length(model.config)
                 most = questions.facts["budget"]["max_tokens"]
                 if context is not None and most >= context:
                     progress.note(
@@ -386,6 +393,7 @@ class Evaluation:
                     responses=folder / "responses.jsonl",
                     folder=folder,
                     on_row=count,
+                    context=context,
                 )
             played = time.perf_counter() - started
             points: list[LatencyPoint] = []
@@ -439,6 +447,7 @@ class Evaluation:
                 "left_out": len(loaded.left_out),
                 "left_out_rows": list(loaded.left_out),
                 "repeats": loaded.repeats,
+                "without_picture": loaded.blind,
                 "protocol": str(self.config.protocol.get("name", "")),
                 "differences": differences(loaded, play, judge),
             },
@@ -481,7 +490,12 @@ class Evaluation:
         """Returns the benchmark with the samples that its own setting, or that of all, says."""
         samples = self.config.samples or self.config.protocol.get("samples")
         usual = shipped_benchmarks().get(benchmark.name, {}).get("samples", Benchmark.samples)
-        if samples is None or benchmark.samples != usual:
+        entry = self.config.benchmarks[benchmark.name]
+        own = "samples" in entry and benchmark.name not in shipped_benchmarks()
+        if HydraConfig.initialized():  # the composed settings do not tell who set the usual number
+            words = HydraConfig.get().overrides.task
+            own |= any(w.startswith(f"benchmarks.{benchmark.name}.samples=") for w in words)
+        if samples is None or benchmark.samples != usual or own:
             return benchmark
         return replace(benchmark, samples=samples)
 
@@ -532,9 +546,8 @@ class Evaluation:
         Raises:
             CheckpointError: they are others, or ``model.json`` cannot be read.
         """
-        folder = Path(resolve_path(spec.path))
-        commit = getattr(found, "_commit_hash", None)  # of a model on the hub
-        weights = weights_digest(folder) if folder.is_dir() else commit
+        own = reads_weights(self.config.policy.student)
+        weights = known_weights(spec, found) if own else None  # else `_check_served` asks
         now = {"loaded": spec.path, "weights": weights}
         if not self._saved or not self.folder.model.is_file():  # or of an earlier version
             return now
@@ -555,6 +568,35 @@ class Evaluation:
                 + "Give another hydra.run.dir, or remove the folder to evaluate these in it."
             )
         return now
+
+    def _check_served(self, policy: Policy) -> dict[str, Any]:
+        """Refuses to continue if a server has another model than the one that gave saved answers.
+
+        Returns:
+            What ``results.json`` is to say of the served model; empty without a server.
+
+        Raises:
+            CheckpointError: it is another one.
+        """
+        if not isinstance(policy, ServerPolicy) or policy.served is None:
+            return {}
+        now = policy.served
+        record: dict[str, Any] = json.loads(self.folder.model.read_text("utf-8"))
+        if "served" in record:
+            before = Identity(**record["served"])
+            same = before.model == now.model
+            if None not in (before.weights, now.weights):
+                same = before.weights == now.weights
+            if not same:
+                raise CheckpointError(
+                    f"{self.folder.path} holds answers of another served model: '{before.model}' "
+                    f"then, '{now.model}' now"
+                    + (", with other weights" if before.model == now.model else "")
+                    + ".\nServe the first one again, or give another hydra.run.dir."
+                )
+        served = {"served": vars(now)}
+        write_json_atomic(self.folder.model, {**record, "weights": now.weights, **served})
+        return served
 
     def _check_answers(self, asked: Sequence[Questions]) -> None:
         """Refuses to continue if the questions are others than those of the saved answers."""

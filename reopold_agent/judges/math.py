@@ -24,6 +24,7 @@ import reopold_agent
 from reopold_agent.common.bounded import DeadlineError
 from reopold_agent.common.processes import ChildProcess, ProcessPool
 from reopold_agent.errors import ReopoldError
+from reopold_agent.judges.numbers import Precision
 
 LONGEST = 1000
 """Characters. A longer text is not a final answer, and parsing takes more than linear time."""
@@ -41,11 +42,12 @@ class MathOptions:
     """How expressions are compared.
 
     Attributes:
-        precision: decimals to round to where one side is a decimal; None for exact equality.
+        precision: decimals to round to where one side is a decimal (`numbers.rounded`); None for
+            exact equality.
         strict: whether names of variables matter and sets differ from tuples.
     """
 
-    precision: int | None = None
+    precision: Precision | None = None
     strict: bool = True
 
 

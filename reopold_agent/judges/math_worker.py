@@ -74,7 +74,7 @@ def compare(request: dict[str, Any]) -> bool:
     verified = verify(
         gold,
         answer,
-        float_rounding=6 if precision is None else precision,
+        float_rounding=precision if isinstance(precision, int) else 6,
         strict=request.get("strict", True),
         timeout_seconds=None,
     )

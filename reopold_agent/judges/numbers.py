@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
+from typing import Literal, TypeAlias
 
 from reopold_agent.judges.cues import REFUSED
 from reopold_agent.judges.text import latex_plain, trim, undelimited
@@ -25,6 +26,9 @@ _DIGITS = (
     r"(?:[1-9]\d{0,2}(?:,\s?\d{3})+(?:\.\d+)?|\d{1,3}(?: \d{3})+(?:[.,]\d+)?"
     r"|\d+,\d{2}(?!\d)|\d+,\d{4,}|\d+(?:\.\d*)?|\.\d+)"
 )
+Precision: TypeAlias = 'int | Literal["whole"]'
+"""Decimals to round to; ``whole`` cuts them off."""
+
 _POWER = (
     r"(?:e([-+]?\d{1,4})(?![\d.])"
     r"|\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(?:\{\s*([-+]?\d{1,4})\s*\}|([-+]?\d{1,4})))"
@@ -214,7 +218,7 @@ def same_quantity(
     wanted: Quantity,
     *,
     tolerance: float | None = None,
-    precision: int | None = None,
+    precision: Precision | None = None,
     count: bool = False,
 ) -> bool:
     """Returns whether two numbers are the same answer.
@@ -226,7 +230,8 @@ def same_quantity(
         mine: the response's number.
         wanted: the reference's number.
         tolerance: allowed relative error, if the benchmark defines one.
-        precision: decimals to round to before comparing, if the benchmark defines them.
+        precision: decimals to round to before comparing, if the benchmark defines them, or
+            ``whole`` (`rounded`).
         count: compare exactly.
     """
     if not _units_agree(mine, wanted):
@@ -253,12 +258,17 @@ def same_quantity(
     return False
 
 
-def rounded(value: Fraction, decimals: int) -> Fraction:
-    """Rounds to a number of decimals, half away from zero."""
-    factor = Fraction(10) ** decimals
-    scaled = abs(value) * factor
-    whole = (2 * scaled + 1) // 2
-    return Fraction(whole if value >= 0 else -whole) / factor
+def rounded(value: Fraction, precision: Precision) -> Fraction:
+    """Rounds a number as Python rounds floats: 1.25 is 1.2, and 2.675, a little less, 2.67.
+
+    Benchmarks' scripts do so. ``whole`` cuts decimals off, as ``int(float(...))`` does.
+    """
+    if precision == "whole":
+        return Fraction(int(value))
+    try:
+        return Fraction(str(round(float(value), precision)))
+    except OverflowError:
+        return value
 
 
 def significant_match(exact: Fraction, written: Fraction, step: Fraction) -> bool:
@@ -427,7 +437,9 @@ def _with_unit(quantity: Quantity, rest: str, texts: bool) -> Quantity | None:
         return None
     # "10m" is a product; "10weeks" must be a word, and "10 m" or "10\text{m}" has a unit.
     glued = not rest[0].isspace() and not texts and unit[0].isalpha()
-    if glued and (re.match(r"[A-Za-z]{4}|[a-z]{1,2}\^?[23]\b", unit) or _long_unit(unit)):
+    area = re.match(r"([a-z]{1,2})\^?[23]\b", unit)
+    known = area is not None and dimension_of(area[1]) is not None
+    if glued and (known or re.match(r"[A-Za-z]{4}", unit) or _long_unit(unit)):
         glued = False  # a word, "m2", or "cm": nobody writes them for a product
     if not is_unit(unit):
         return None

@@ -182,7 +182,7 @@ def grade(
     *,
     tolerance: float | None = None,
     options: Sequence[str] | Mapping[str, str] | None = None,
-    precision: int | None = None,
+    precision: numbers.Precision | None = None,
     strict: bool = True,
 ) -> Verdict:
     """Grades a response.
@@ -195,7 +195,7 @@ def grade(
         tolerance: allowed relative error of numbers, if the benchmark defines one.
         options: the texts of the question's options, from A. With them, an option's text counts as
             its letter and vice versa.
-        precision: decimals to round numbers to before comparing.
+        precision: decimals to round numbers to before comparing, or ``whole`` to cut them off.
         strict: names of variables matter, and sets differ from tuples.
 
     Raises:
@@ -223,6 +223,7 @@ def grade(
         return Verdict(False, None, "undecided", True, "no answer was found")
     if len(found.text) > _LONGEST:
         return Verdict(False, found.text, "undecided")
+    found = dataclasses.replace(found, text=text.half_width(found.text))
     values = [found.text]
     if found.text.count("=") > 1 and not any("=" in each for each in expected):
         chain = sets.sides(found.text)
@@ -269,14 +270,34 @@ def grade_boxed(
     return grade(response, answers, "option" if options else "auto", options=options)
 
 
-def equivalent(answer: str, expected: str, kind: str = "auto") -> bool:
-    """Returns whether two answers are the same, without extracting them from a response."""
-    return compare(answer, reference(expected), Rules(kind)) is not None
+def equivalent(
+    answer: str,
+    expected: str,
+    kind: str = "auto",
+    *,
+    options: Sequence[str] | Mapping[str, str] | None = None,
+    precision: numbers.Precision | None = None,
+) -> bool:
+    """Returns whether two answers are the same, without extracting them from a response.
+
+    Args:
+        answer, expected: the two.
+        kind, options, precision: as of `grade`.
+    """
+    rules = Rules(
+        kind, options=choices.options_by_letter(options), math=math.MathOptions(precision)
+    )
+    return compare(text.half_width(answer), reference(expected), rules) is not None
+
+
+def kind_of(answer: str, kind: str = "auto") -> str:
+    """Returns the kind by which responses are compared with a reference."""
+    return _kind(reference(answer), Rules(kind))
 
 
 def reference(answer: str) -> str:
     """Returns a reference answer without its box or the solution around it."""
-    answer = text.undoubled(answer)
+    answer = text.undoubled(text.half_width(answer))
     if "boxed" in answer:
         boxed = boxed_answer(answer) or open_box(answer)
         if boxed:
@@ -405,7 +426,8 @@ def _numbers(answer: str, expected: str, kind: str, rules: Rules) -> bool | None
     symbols = rules.kind in ("auto", "math")
     if mine and wanted and symbols and rules.math.strict and sets.names_differ(answer, expected):
         return False
-    if mine and wanted and mine.glued and sorted(mine.unit) == sorted(wanted.unit):
+    same_letters = mine and wanted and sorted(mine.unit) == sorted(wanted.unit)
+    if mine and wanted and mine.glued and same_letters and mine.unit.isalpha():
         mine = dataclasses.replace(mine, unit=wanted.unit)  # "2ab" is "2ba"
     for each, other in itertools.product(_readings(mine, answer), _readings(wanted, expected)):
         if not (symbols and _product(each, other)) and numbers.same_quantity(
@@ -522,10 +544,11 @@ def _bare_count(answer: str) -> str:
 
 def _product(mine: numbers.Quantity, wanted: numbers.Quantity) -> bool:
     """Returns whether one side is a number and the other its product with symbols ("10m")."""
-    if mine.glued and not wanted.unit:
-        return True
+    if bool(mine.unit) == bool(wanted.unit):
+        return False
     # A reference such as "10cm" is a length; "10m" could be a length or a product.
-    return wanted.glued and not mine.unit and len(wanted.unit) == 1
+    unit, glued = mine.unit or wanted.unit, mine.glued or wanted.glued
+    return mine.glued or units.is_product(unit, glued=glued)
 
 
 def _mathematics(answer: str, expected: str, kind: str, rules: Rules, depth: int) -> str | None:

@@ -30,11 +30,18 @@ _DOUBLED = re.compile(
     r"(?<!\\)\\\\(?=(?:boxed|text|frac|sqrt|begin|end|left|le\b|ge\b|in\b|cdot|pi\b))"
 )
 _TRIPLED = re.compile(r"(?<!\\)\\{3}(?=[a-z])")
-_SAME = str.maketrans(
+_PUNCTUATION = frozenset("，：（）；？！")
+"""Full-width signs that stand between answers and sentences, where each rule reads them itself."""
+
+_HALF = {wide: chr(wide - 0xFEE0) for wide in range(0xFF01, 0xFF5E)}
+"""Full-width characters; the last of their block, a tilde, marks ranges."""
+
+_HALF |= {ord("｛"): "\\{", ord("｝"): "\\}"}  # a set, not a group
+_HALF_SIGNS = {wide: half for wide, half in _HALF.items() if chr(wide) not in _PUNCTUATION}
+_SAME = _HALF | str.maketrans(
     {
         "−": "-", "–": "-", "—": "-", "‐": "-", "’": "'", "‘": "'", "“": '"', "”": '"',
-        "\u00a0": " ", "\u202f": " ", "\u2009": " ", "，": ",", "：": ":", "（": "(", "）": ")",
-        "％": "%", "＄": "$", "。": ".", "；": ";", "？": "?", "！": "!", "…": "...",
+        "\u00a0": " ", "\u202f": " ", "\u2009": " ", "。": ".", "…": "...",
     }
 )  # fmt: skip
 _SYMBOLS = {
@@ -58,7 +65,7 @@ def latex_plain(text: str) -> str:
 
     The value never changes. Row ends (two backslashes) of matrices are kept.
     """
-    text = undoubled(text.translate(_SAME))
+    text = _with_currency(undoubled(text.translate(_SAME)))
     text = _RAISED.sub(lambda match: "^{" + match.group().translate(_LOWERED) + "}", text)
     for symbol, command in _SYMBOLS.items():
         if symbol in text:
@@ -79,9 +86,20 @@ def latex_plain(text: str) -> str:
     return " ".join(text.split())
 
 
+def _with_currency(text: str) -> str:
+    r"""Returns "$5 to $10" as "\$5 to \$10": of delimiters at least the last precedes no number."""
+    signs = re.findall(r"(?<!\\)\$(\.?\d)?", text)
+    return re.sub(r"(?<!\\)\$", r"\\$", text) if len(signs) > 1 and all(signs) else text
+
+
+def half_width(text: str) -> str:
+    """Returns a text with letters, digits and mathematical signs in place of full-width ones."""
+    return text if text.isascii() else text.translate(_HALF_SIGNS)
+
+
 def undelimited(text: str) -> str:
-    """Removes spaces and "$" around mathematics; one "$" beside a number is a currency sign."""
-    text = text.strip()
+    """Removes spaces and "$" around mathematics; beside numbers alone it is a currency sign."""
+    text = _with_currency(text.strip())
     if text.count("$") == 1:
         if "\\$" in text:
             return text
@@ -92,7 +110,7 @@ def undelimited(text: str) -> str:
 
 def plain_text(text: str) -> str:
     """Returns a text without LaTeX: "\\$40\\%" is "$40%", "\\text{Red}" is "Red"."""
-    if "\\" not in text and text.count("$") != 2:
+    if "\\" not in text and (text.count("$") != 2 or _with_currency(text) != text):
         return text  # one "$" is a currency sign
     plain = latex_plain(text)
     plain = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", plain)
@@ -160,7 +178,7 @@ def same_text(answer: str, expected: str) -> bool:
 def _currency(text: str) -> str:
     """Returns the currency signs in a text; two "$" are delimiters of mathematics."""
     found = "".join(sorted({sign for sign in text if sign in "€£¥₹₽₩"}))
-    return found or "$" * (text.count("$") == 1)
+    return found or "$" * (text.count("$") == 1 or _with_currency(text) != text)
 
 
 def joined(text: str) -> str:

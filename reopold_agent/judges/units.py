@@ -75,6 +75,9 @@ _NOT_UNITS = frozenset(
     {"and", "or", "to", "plus", "minus", "times", "pi", "is", "if", "not", "mod"}
 )
 
+_LETTERS = "mgshlLNJWVAKFC"
+"""Units of a single letter."""
+
 
 def is_unit(text: str) -> bool:
     """Returns whether the text after a number can be a unit or a counted noun."""
@@ -87,8 +90,42 @@ def is_unit(text: str) -> bool:
         return False
     if len(words) == 1 and len(words[0]) == 1:
         # "5 x" and "2 n" are products; "5 m" is a length.
-        return words[0] in "mgshlLNJWVAKFC"
+        return words[0] in _LETTERS
     return True
+
+
+def is_product(unit: str, *, glued: bool) -> bool:
+    """Returns whether letters after a number are certainly a product of symbols, not a unit.
+
+    Args:
+        unit: the letters, perhaps with powers: "xy", "ab^2", "a b".
+        glued: whether they follow the number without a space. "2pq" is a product then; "2 pq" may
+            be a unit of another language, and only the usual names of variables are symbols.
+    """
+    plain = re.sub(r"\s*\^\s*\{?\s*\d+\s*\}?", "", unit.replace("\\cdot", " ")).strip()
+    letters = re.sub(r"[\s*·]+", "", plain)
+    if not re.fullmatch(r"[a-z]{1,3}|[A-Z]{1,3}", letters):
+        return False
+    if letters != plain:  # "a b"; "N m" has two cases
+        return any(letter not in _LETTERS for letter in letters)
+    word = letters.lower()
+    if glued and len(word) == 1:
+        return True
+    if word in _ABBREVIATIONS or {word, word.removesuffix("s"), letters} & _MEANINGS.keys():
+        return letters in ("ad", "bc")  # years, in capitals only
+    rising = letters == "".join(sorted(set(letters)))
+    if glued and word != "pi":
+        return len(word) < 3 or rising or not re.search("[aeiou]", word)
+    return rising and len(word) > 1 and bool(re.fullmatch("[xyz]+|[abc]+|mn|pq|uv", word))
+
+
+_ABBREVIATIONS = frozenset({
+    "ms", "us", "ns", "nm", "um", "pm", "am", "dm", "dl", "cl", "cc", "hp", "px", "pt", "pts",
+    "pcs", "sq", "db", "ev", "oz", "ha", "gm", "mw", "gw", "mj", "mv", "kv", "ma", "kn", "kt",
+    "ah", "wh", "kwh", "mwh", "mah", "fps", "rpm", "bpm", "ppm", "ppb", "dpi", "psi", "atm",
+    "bar", "bps", "mps", "gps", "mmhg", "std", "stk", "st", "nd", "rd", "th", "id",
+})  # fmt: skip
+"""Short units, and words beside numbers, that the tables above lack."""
 
 
 def dimension_of(unit: str) -> tuple[str, int] | None:

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from reopold_agent.common.weights import weight_files
+from reopold_agent.common.weights import weight_files, weights_digest
 from reopold_agent.config import ModelsConfig, group_word, model_key
 from reopold_agent.errors import (
     ConfigError,
@@ -295,6 +295,22 @@ def resolve_path(path: str) -> str:
         shipped = ", ".join(f"demo:{name}" for name in folders)
         raise ModelError(f"there is no demo model '{path}'; the package ships {shipped or 'none'}")
     return str(folder)
+
+
+def known_weights(spec: ModelSpec, config: Any) -> str | None:
+    """Returns what tells a checkpoint's weights from others; None if they are not here.
+
+    That is `weights_digest` of a folder, and of a model on the hub its commit.
+
+    Args:
+        spec: the checkpoint.
+        config: its configuration (`check_available`).
+    """
+    folder = Path(resolve_path(spec.path))
+    if folder.is_dir():
+        return weights_digest(folder)
+    commit: str | None = getattr(config, "_commit_hash", None)
+    return commit
 
 
 def check_available(spec: ModelSpec, role: str, *, weights: bool = True) -> Any:

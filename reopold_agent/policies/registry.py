@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from reopold_agent.policies.base import Policy, PolicyRole
-from reopold_agent.policies.loading import Processing
+from reopold_agent.policies.loading import Processing, known_weights
 from reopold_agent.registry import Registry
 
 TRANSFORMERS = "transformers"
@@ -42,9 +42,10 @@ def _vllm(role: PolicyRole) -> Policy:
 
 
 def _server(role: PolicyRole) -> Policy:
-    from reopold_agent.policies.server import make_server_policy
+    from reopold_agent.policies.server import Identity, make_server_policy
     from reopold_agent.policies.server.protocol import tokenizer_fingerprint
 
+    spec = role.processing.spec
     return make_server_policy(
         role.settings,
         tokenizer_size=len(role.processing.tokenizer),
@@ -53,6 +54,7 @@ def _server(role: PolicyRole) -> Policy:
         image_token_id=role.processing.image_token_id,
         tokenizer_fingerprint=tokenizer_fingerprint(role.processing.tokenizer),
         vocabulary_rows=int(role.processing.config.get_text_config().vocab_size),
+        wanted=Identity(spec.path, known_weights(spec, role.processing.config)),
     )
 
 

@@ -59,6 +59,9 @@ class RolloutCancelledError(Exception):
     """Ends a rollout that another thread has cancelled."""
 
 
+PROMPT_TOO_LONG = "prompt too long"
+"""Beginning of the error of an episode that is not played for its prompt's length."""
+
 _INVALID = (AttributeError, LookupError, TypeError, ValueError)
 """What the code here raises for values of an environment that are none."""
 
@@ -76,6 +79,7 @@ class RolloutLimits:
         concurrency: number of episodes in flight at once.
         max_prompt_tokens: number of tokens of a prompt; an episode with a longer one fails. None
             sets no limit.
+        prompt_limit: what sets it, for messages.
     """
 
     max_response_tokens: int = 8192
@@ -84,6 +88,7 @@ class RolloutLimits:
     env_seconds: float = 120.0
     concurrency: int = 64
     max_prompt_tokens: int | None = None
+    prompt_limit: str = "engine.max_prompt_tokens"
 
     def __post_init__(self) -> None:
         for name in ("max_response_tokens", "max_turn_tokens", "max_turns", "concurrency"):
@@ -517,7 +522,10 @@ class RolloutRunner:
             raise fault
         where = "step" if episode.turns else "reset"
         task = episode.task_id or episode.spec
-        _log.error("the environment failed in %s of task %s: %s", where, task, error)
+        if error.startswith(PROMPT_TOO_LONG):
+            _log.error("task %s is not played: %s", task, error)
+        else:
+            _log.error("the environment failed in %s of task %s: %s", where, task, error)
         episode.info["error"] = error
         episode.stop = StopReason.ENV_ERROR
         episode.worker.abandon()
@@ -534,7 +542,8 @@ class RolloutRunner:
     def _add_prompt(episode: _Episode, ids: list[int], images: list[EncodedImage]) -> None:
         most = episode.rules.limits.max_prompt_tokens
         if most is not None and len(ids) > most:
-            raise DataError(f"the prompt has {len(ids)} tokens; engine.max_prompt_tokens is {most}")
+            limit = episode.rules.limits.prompt_limit
+            raise DataError(f"{PROMPT_TOO_LONG}: {len(ids)} tokens; {limit} is {most}")
         episode.append(ids)
         episode.images += images
         episode.prompt_length = len(ids)

@@ -81,6 +81,7 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
     from reopold_agent.policies.loading import (
         LoadedModel,
         ModelSpec,
+        known_weights,
         load_model,
         load_processing,
         model_path,
@@ -143,6 +144,7 @@ def serving(config: ServeConfig) -> Iterator[PolicyServer]:
         ),
         policy=settings["name"],
         entropy=own,
+        weights=known_weights(spec, model.config),
     )
     service = PolicyService(
         policy,

@@ -108,7 +108,8 @@ class ChatBackend(Backend):
         try:
             reply = self._post(prompt, timeout)
             if isinstance(reply, Completion):
-                return replace(reply, text=self._key.redact(reply.text))
+                text, version = self._key.redact(reply.text), self._key.redact(reply.version)
+                return replace(reply, text=text, version=version)
             failure = reply
         except UndecidedError as undecided:
             failure = undecided.redacted(self._key)
@@ -212,5 +213,5 @@ def read_completion(body: bytes) -> Completion:
             raise UndecidedError(How.TRUNCATED, reason, said=text, tokens=tokens)
         if not text.strip():
             raise UndecidedError(How.EMPTY, "the reply has no text", tokens=tokens)
-        return Completion(text, *tokens)
+        return Completion(text, *tokens, version=str(reply.get("model") or ""))
     raise UndecidedError(How.MALFORMED, reason)

@@ -139,12 +139,12 @@ def _load(text: str) -> Any:
     except json.JSONDecodeError:
         # Models often write "\sqrt" with a single backslash in JSON. The repaired text must still
         # pass all checks.
-        repaired = re.sub(r'\\(\\|"|.)', _repaired_escape, text)
+        repaired = re.sub(r'\\(\\|"|u[0-9a-fA-F]{4}|.)', _repaired_escape, text)
         return json.loads(repaired, object_pairs_hook=_once)
 
 
 def _repaired_escape(match: re.Match[str]) -> str:
-    return match[0] if match[1] in '\\"/bfnrtu' else "\\" + match[0]
+    return match[0] if len(match[1]) > 1 or match[1] in '\\"/bfnrt' else "\\" + match[0]
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,9 +156,32 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _SWALLOWED = {"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"}
 
+_COMMAND_N = re.compile(
+    r"\n(eq|eqq|abla|ot|otin|eg|geq|leq|geqslant|leqslant|ewline|olimits|onumber|subseteq|supseteq"
+    r"|rightarrow|leftarrow|Rightarrow|Leftarrow|leftrightarrow|earrow|warrow|gtr|prec|succ|atural"
+    r"|parallel|exists|cong|mid|sim|less|i|e|u)(?![A-Za-z])"
+)
+"""What JSON makes of LaTeX's commands with an "n" after a single backslash: "\\neq", "\\nu"."""
+
+_ALSO_WORDS = ("parallel", "exists", "cong", "mid", "sim", "less", "i", "e", "u")
+"""Those that are words or names, which may stand at the beginning of a line."""
+
+
+def _with_commands(answer: str) -> str:
+    """Returns an answer with "\\neq" in place of a line break and "eq"."""
+    breaks = answer.count("\n") > len(_COMMAND_N.findall(answer))
+
+    def command(match: re.Match[str]) -> str:
+        named = re.match(r"\s*[=:]", answer[match.end() :]) is not None and match.start() > 0
+        line = match[1] in _ALSO_WORDS and (breaks or named)
+        return match[0] if line else f"\\n{match[1]}"
+
+    return _COMMAND_N.sub(command, answer)
+
 
 def _tidy(answer: str) -> str:
     # "\frac" with a single backslash is valid JSON: a form feed and "rac". No answer has a form
     # feed before a letter, so it must be the command (likewise \beta, \text, \right).
+    answer = _with_commands(answer)
     answer = re.sub(r"[\f\b\t\r](?=[A-Za-z])", lambda m: _SWALLOWED[m[0]], answer)
     return " ".join("".join(c if c.isprintable() else " " for c in answer).split())

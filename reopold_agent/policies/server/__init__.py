@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reopold_agent.config import build
+from reopold_agent.policies.server.clients import Identity
 from reopold_agent.policies.server.policy import ServerPolicy
 from reopold_agent.policies.server.protocol import Vocabulary
 from reopold_agent.policies.server.settings import ServerSettings
 
-__all__ = ["ServerPolicy", "ServerSettings", "make_server_policy"]
+__all__ = ["Identity", "ServerPolicy", "ServerSettings", "make_server_policy"]
 
 
 def make_server_policy(
@@ -28,6 +29,7 @@ def make_server_policy(
     image_token_id: int | None,
     tokenizer_fingerprint: str | None = None,
     vocabulary_rows: int | None = None,
+    wanted: Identity | None = None,
 ) -> ServerPolicy:
     """Connects to the servers of one role and checks that they serve the right model.
 
@@ -39,6 +41,7 @@ def make_server_policy(
         image_token_id: the placeholder of a merged patch; None for text-only models.
         tokenizer_fingerprint: the result of `protocol.tokenizer_fingerprint`; None skips its check.
         vocabulary_rows: rows of the model's output embedding, padding included, if known.
+        wanted: the checkpoint that should be served; None accepts any.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -55,6 +58,7 @@ def make_server_policy(
             fingerprint=tokenizer_fingerprint,
             rows=vocabulary_rows,
         ),
+        wanted,
     )
     try:
         policy.check()

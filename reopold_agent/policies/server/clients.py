@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from reopold_agent.common.http import Deadline
@@ -10,6 +11,33 @@ from reopold_agent.errors import ModelError, NonFiniteError
 from reopold_agent.policies.server.protocol import first_difference
 from reopold_agent.policies.server.transport import Address
 from reopold_agent.types import Completion, Request, Sampling, TokenScores, Trajectory
+
+_DIGEST = 64
+"""Characters of `weights_digest`; a commit has fewer."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which model a server says that it has, or which one it should have.
+
+    Attributes:
+        model: the checkpoint's name there, or its path here.
+        weights: what tells the weights from others (`loading.known_weights`), if that is known.
+    """
+
+    model: str
+    weights: str | None = None
+
+    def differs(self, other: Identity) -> bool | None:
+        """Returns whether the weights are others; None if that is not known.
+
+        A commit on the hub tells nothing beside another commit, whose weights may be the same.
+        """
+        if self.weights is None or other.weights is None:
+            return None
+        if self.weights == other.weights:
+            return False
+        return True if len(self.weights) == len(other.weights) == _DIGEST else None
 
 
 class ServerClient(Protocol):
@@ -23,8 +51,8 @@ class ServerClient(Protocol):
     score_batch: int
     """The most trajectories in one call of `score`."""
 
-    def check(self, address: Address, deadline: Deadline) -> None:
-        """Checks that the server has the right model."""
+    def check(self, address: Address, deadline: Deadline) -> Identity:
+        """Checks that the server has the right model; returns which one it says it has."""
         ...
 
     def score(

@@ -29,7 +29,7 @@ from typing_extensions import override
 
 from reopold_agent.common.http import Deadline
 from reopold_agent.errors import ConfigError, ModelError
-from reopold_agent.policies.server.clients import ServerClient, finite, same_ids
+from reopold_agent.policies.server.clients import Identity, ServerClient, finite, same_ids
 from reopold_agent.policies.server.protocol import Vocabulary
 from reopold_agent.policies.server.settings import ServerSettings
 from reopold_agent.policies.server.transport import Address, Transport
@@ -83,7 +83,7 @@ class CompletionsClient(ServerClient):
         self.bound = MaskBound()
 
     @override
-    def check(self, address: Address, deadline: Deadline) -> None:
+    def check(self, address: Address, deadline: Deadline) -> Identity:
         # A vLLM server reports its model's name, but nothing about its tokenizer.
         answer = self._transport.exchange(address, "GET", _MODELS, None, deadline)
         try:
@@ -104,6 +104,7 @@ class CompletionsClient(ServerClient):
                 f"the server {address.url} has '{', '.join(names)}', but policy.model is '{wanted}'"
             )
         self._models[address] = wanted
+        return Identity(wanted)
 
     @override
     def score(

@@ -17,12 +17,13 @@ from reopold_agent.common.http import Deadline
 from reopold_agent.common.secrets import key_from_environment
 from reopold_agent.errors import (
     ConfigError,
+    ModelError,
     ModelServerError,
     PolicyRequestError,
     ReopoldError,
     ServerStalledError,
 )
-from reopold_agent.policies.server.clients import ServerClient
+from reopold_agent.policies.server.clients import Identity, ServerClient
 from reopold_agent.policies.server.completions import CompletionsClient, MaskBound
 from reopold_agent.policies.server.protocol import Vocabulary
 from reopold_agent.policies.server.reopold import ReopoldClient
@@ -42,10 +43,17 @@ class ServerPolicy:
     Args:
         settings: addresses, limits and the kind of server.
         vocabulary: the facts about ids on which the server must agree.
+        wanted: the checkpoint that it should serve; None accepts any.
     """
 
-    def __init__(self, settings: ServerSettings, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, settings: ServerSettings, vocabulary: Vocabulary, wanted: Identity | None = None
+    ) -> None:
         self.settings = settings
+        self.served: Identity | None = None
+        """What the first server that answered says it serves."""
+        self._wanted = wanted
+        self._served: dict[Address, Identity] = {}
         self.scoring_threads = settings.max_in_flight
         key = key_from_environment([settings.api_key_env] if settings.api_key_env else [])
         self.transport = Transport(settings, key, self._check)
@@ -187,16 +195,57 @@ class ServerPolicy:
         with self._detecting:
             if self._client is None:
                 try:
-                    self._ours.check(address, deadline)
+                    found = self._ours.check(address, deadline)
                     self._client = self._ours
-                    return
                 except StatusError as error:
                     if error.status != 404:
                         raise
-                self._vllm.check(address, deadline)
-                self._client = self._vllm
+                    found = self._vllm.check(address, deadline)
+                    self._client = self._vllm
+                self._same(address, found)
                 return
-        self._client.check(address, deadline)
+        found = self._client.check(address, deadline)
+        with self._detecting:
+            self._same(address, found)
+
+    def _same(self, address: Address, found: Identity) -> None:
+        """Compares what an address serves with what is wanted, with what it served before, and with
+        what the others serve.
+
+        Raises:
+            ModelError: it is known to be another model.
+        """
+        before, wanted = self._served.get(address), self._wanted
+        if before is not None and (before.weights, before.model) != (found.weights, found.model):
+            raise ModelError(
+                f"the server {address.url} had '{before.model}', and now has other weights or "
+                f"another name: '{found.model}'.\nServe the first one again and continue."
+            )
+        if wanted is not None and found.differs(wanted):
+            raise ModelError(
+                f"the server {address.url} has '{found.model}', whose weights are not those of "
+                f"{wanted.model} here.\nServe this checkpoint there, or name the served one here."
+            )
+        if self.served is not None and self.served.differs(found):
+            raise ModelError(
+                f"the server {address.url} has '{found.model}', whose weights are not those of "
+                f"'{self.served.model}' at another address.\nServe one checkpoint at all urls."
+            )
+        known = [each for each in (wanted, self.served) if each is not None]
+        other = next(
+            (e for e in known if e.differs(found) is None and e.model != found.model), None
+        )
+        if before is None and other is not None and self.settings.model is None:
+            _log.warning(
+                "the server %s has '%s', and nothing tells whether these are the weights of %s "
+                "(policy.ROLE.model=%s says so)",
+                address.url,
+                found.model,
+                other.model,
+                found.model,
+            )
+        self._served[address] = found
+        self.served = self.served or found
 
 
 _Parts: TypeAlias = "Sequence[Future[list[TokenScores | ModelServerError]]]"

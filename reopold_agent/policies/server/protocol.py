@@ -67,6 +67,8 @@ class Served:
         vocabulary: the model's vocabulary.
         policy: the policy that generates and scores there: ``transformers``, ``vllm``, ...
         entropy: whether scores can come with entropies.
+        weights: what tells the weights from others (`loading.known_weights`); None if unknown, as
+            at servers of earlier versions.
     """
 
     model: str
@@ -74,6 +76,7 @@ class Served:
     vocabulary: Vocabulary
     policy: str
     entropy: bool
+    weights: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns the answer as JSON values."""
@@ -105,6 +108,7 @@ class Served:
                     vocabulary=Vocabulary(**words),
                     policy=str(said["policy"]),
                     entropy=bool(said["entropy"]),
+                    weights=said.get("weights"),
                 )
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(

@@ -13,7 +13,7 @@ from typing_extensions import override
 from reopold_agent.common.http import Deadline
 from reopold_agent.errors import ModelError, NonFiniteError
 from reopold_agent.policies.server import protocol
-from reopold_agent.policies.server.clients import ServerClient, finite, same_ids
+from reopold_agent.policies.server.clients import Identity, ServerClient, finite, same_ids
 from reopold_agent.policies.server.protocol import Served, Vocabulary
 from reopold_agent.policies.server.settings import ServerSettings
 from reopold_agent.policies.server.transport import Address, AttemptError, StatusError, Transport
@@ -52,7 +52,7 @@ class ReopoldClient(ServerClient):
         self._lock = threading.Lock()
 
     @override
-    def check(self, address: Address, deadline: Deadline) -> None:
+    def check(self, address: Address, deadline: Deadline) -> Identity:
         served = Served.from_json(
             self._transport.exchange(address, "GET", protocol.INFO, None, deadline), address.url
         )
@@ -68,6 +68,7 @@ class ReopoldClient(ServerClient):
         with state.lock:
             state.served = served
             state.pictures.clear()  # the server may have restarted
+        return Identity(served.model, served.weights)
 
     @override
     def score(
