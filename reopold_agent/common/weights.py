@@ -26,7 +26,7 @@ def weights_digest(folder: Path) -> str | None:
     """
     digest = hashlib.sha256()
     try:
-        files = weight_files(folder)
+        files = _weight_files(folder)
         for file in files:
             size = file.stat().st_size
             digest.update(f"{size}\n".encode())
@@ -39,24 +39,28 @@ def weights_digest(folder: Path) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Returns the files that transformers loads of a checkpoint; others may lie beside them.
-
-    Those that its index names need not be there.
+def indexed_files(folder: Path) -> list[Path]:
+    """Returns the files of weights that a checkpoint's index names; none without an index.
 
     Raises:
         OSError, ValueError: the index cannot be read, or is none.
     """
-    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError("it has no weight_map") from error
+    return [folder / name for name in sorted(names)]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Returns the files that transformers loads; others may lie beside them."""
+    whole = folder / "model.safetensors"
     if whole.is_file():
         return [whole]
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError("it has no weight_map") from error
-        return [folder / name for name in sorted(names)]
-    return sorted(folder.glob("*.safetensors"))
+    return indexed_files(folder) or sorted(folder.glob("*.safetensors"))
 
 
 def _blocks(stream: BinaryIO, size: int) -> Iterator[tuple[int, int]]:

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
-from reopold_agent.common.weights import weight_files, weights_digest
+from reopold_agent.common.weights import indexed_files, weights_digest
 from reopold_agent.config import ModelsConfig, group_word, model_key
 from reopold_agent.errors import (
     ConfigError,
@@ -741,7 +741,7 @@ def _check_folder(folder: Path, role: str, weights: bool) -> None:
             told += _told_of_pickles(folder)
         raise ModelError(told)
     try:
-        files = weight_files(folder) if weights else []
+        files = indexed_files(folder) if weights else []
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the {role}'s folder '{folder}' has an index of its weights that cannot be read "

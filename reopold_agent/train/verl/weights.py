@@ -5,7 +5,7 @@ On GPUs verl's own ``nccl`` does it, which needs them.
 
 from __future__ import annotations
 
-import pickle
+import json
 import socket
 from collections.abc import AsyncIterator, Iterable
 from datetime import timedelta
@@ -95,21 +95,22 @@ class GlooWeights(CheckpointEngine):
         count = 0
         for name, value in weights:
             if self._group is not None:
-                header = pickle.dumps((name, value.shape, value.dtype))
+                dtype = str(value.dtype).removeprefix("torch.")
+                header = json.dumps([name, [*value.shape], dtype])
                 self._store.set(f"weight/{count}", header)
                 self._group.broadcast(value.detach().contiguous(), root=0).wait()
                 count += 1
         if self._group is not None:
-            self._store.set(f"weight/{count}", pickle.dumps(None))
+            self._store.set(f"weight/{count}", json.dumps(None))
 
     async def receive_weights(
         self, global_steps: int | None = None
     ) -> AsyncIterator[tuple[str, Tensor]]:
         """Yields the weights in the order in which they are sent."""
         count = 0
-        while (header := pickle.loads(self._store.get(f"weight/{count}"))) is not None:
+        while (header := json.loads(self._store.get(f"weight/{count}"))) is not None:
             name, shape, dtype = header
-            value = torch.empty(shape, dtype=dtype)
+            value = torch.empty(shape, dtype=getattr(torch, dtype))
             self._group.broadcast(value, root=0).wait()
             count += 1
             yield name, value
