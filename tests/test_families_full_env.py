@@ -19,7 +19,7 @@ from families import SEEING
 from families import save_checkpoint as save_seeing
 from recorded import policy, trajectory
 from test_text_checkpoints import save_checkpoint, small_tokenizer
-from test_vllm_full_env import TOLERANCE, gap, pair
+from test_vllm_full_env import TOLERANCE, check_text, gap, pair
 
 from reopold_agent.policies.loading import ModelSpec, load_model, load_processing
 from reopold_agent.tracking.metrics import read_json_lines
@@ -59,6 +59,10 @@ def test_qwen2_vl_in_vllm_agrees_with_transformers(tmp_path: Path) -> None:
             reference = own.score(played)
             assert gap(played, reference) < TOLERANCE
             assert gap(seeing.vllm(role).score(played), reference) < TOLERANCE
+
+
+def test_qwen3_and_mistral_in_vllm_agree_with_transformers(tmp_path: Path) -> None:
+    check_text("qwen3", "mistral", tmp_path)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3", "llama", "mistral"])
