@@ -30,7 +30,7 @@ from reopold_agent.data.pictures import (
     is_empty,
     is_picture_column,
     picture_of,
-    refuse_film,
+    refuse_animation,
     unread_columns,
 )
 from reopold_agent.data.rows import download, fills_with_nulls, find_row_files, read_rows
@@ -347,7 +347,7 @@ def _opened(
     try:
         opened = [picture_of(value, folder) for value in values]
         if video:
-            refuse_film(opened)
+            refuse_animation(opened)
         return opened
     except DataError as error:
         raise DataError(f"{where}: {error}") from error

@@ -128,7 +128,7 @@ class BytesImage(ImageSource):
         return content_of(self.data)
 
 
-def is_film(source: ImageSource) -> bool:
+def is_animated(source: ImageSource) -> bool:
     """Whether a picture in a file, an archive or a row is an animation (a GIF, WebP or APNG)."""
     try:
         if isinstance(source, (FileImage, ZipImage)):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from reopold_agent.data.checks import NO_PICTURE, RowError
-from reopold_agent.data.images import BytesImage, FileImage, ZipImage, is_film, safe_join
+from reopold_agent.data.images import BytesImage, FileImage, ZipImage, is_animated, safe_join
 from reopold_agent.data.urls import UrlRules, is_url, url_image
 from reopold_agent.errors import DataError
 from reopold_agent.types import ImageSource
@@ -129,13 +129,13 @@ class PictureFolder:
         )
 
 
-def refuse_film(frames: Sequence[ImageSource]) -> None:
+def refuse_animation(frames: Sequence[ImageSource]) -> None:
     """Refuses an animation as the one picture of a video: only its first frame would be seen.
 
     Raises:
         RowError: it is one.
     """
-    if len(frames) == 1 and is_film(frames[0]):
+    if len(frames) == 1 and is_animated(frames[0]):
         raise RowError(
             "video",
             "the video is an animation in one file; give its frames as pictures "

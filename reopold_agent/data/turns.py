@@ -19,7 +19,7 @@ from reopold_agent.data.pictures import (
     is_picture_column,
     looks_like_picture,
     picture_of,
-    refuse_film,
+    refuse_animation,
     repeats_pictures,
     target_is_picture,
 )
@@ -87,7 +87,7 @@ def read_turns(
     shown = [value for values in chosen for value in values] if marks else given.values
     opened = tuple(picture_of(value, pictures) for value in shown)
     if given.is_video or videos:
-        refuse_film(opened)
+        refuse_animation(opened)
     remaining = iter(chosen)
     texts = tuple(
         (role, "".join(p if isinstance(p, str) else IMAGE_MARK * len(next(remaining)) for p in ps))

@@ -60,7 +60,7 @@ _ENDS_WITH = re.compile(
     r"(?:(?:so|thus|therefore|hence|overall|then|oh|well|ok|okay|and|the|my|our|your|final|correct|right|short"
     r"|answer|result|verdict|response|statement|claim|assertion|sentence|given|above|in|conclusion|is|are"
     r"|was|it|that|this|they|[ds]|re|be|would|will|must|should|has|have|to|i|we|say|vote|think|clearly"
-    r"|definitely|certainly|absolutely|indeed|obviously|surely|simply|just|also|really|indeed|very"
+    r"|definitely|certainly|absolutely|indeed|obviously|surely|simply|just|also|really|very"
     rf"|both|all)[\s,:*'’-]+|(?:{cues.any_of(cues.ANSWER_IS)})[\s*]*)*([^\W\d_]+)"
 )
 _SO = re.compile(
