@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -127,6 +128,35 @@ def start(arguments: Sequence[str], cwd: Path, **settings: Any) -> subprocess.Po
         text=True,
         **settings,
     )
+
+
+def run_on_ray(arguments: Sequence[str], seconds: float, **variables: str) -> str:
+    """Runs a command that starts Ray, with more environment variables; returns what it said.
+
+    Nothing of it stays: its processes live in sessions of their own.
+    """
+    process = subprocess.Popen(
+        arguments,
+        env={**os.environ, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        stop_ray()
+    assert process.returncode == 0, said[-4000:]
+    return said
+
+
+def stop_ray() -> None:
+    """Ends all processes of Ray on this machine."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"]
+    subprocess.run(command, check=False, capture_output=True)
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

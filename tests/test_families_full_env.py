@@ -7,8 +7,6 @@ full_env tests/test_families_full_env.py`` in the environment that it builds.
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from families import SEEING
 from families import save_checkpoint as save_seeing
 from recorded import policy, trajectory
+from running import run_on_ray
 from test_text_checkpoints import save_checkpoint, small_tokenizer
 from test_vllm_full_env import TOLERANCE, check_text, gap, pair
 
@@ -81,17 +80,7 @@ def test_a_run_under_verl(family: str, tmp_path: Path) -> None:
         *("evaluation.tasks=2", "evaluation.every=0", "logging.trajectories=100"),
         f"hydra.run.dir={folder}",
     ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    try:
-        said, _ = process.communicate(timeout=800)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        stop = [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"]
-        subprocess.run(stop, check=False, capture_output=True)
-    assert process.returncode == 0, said[-4000:]
+    run_on_ray(command, 800)
 
     rows = [r for r in read_json_lines(folder / "metrics.jsonl") if r["kind"] == "train"]
     assert [row["step"] for row in rows] == list(range(STEPS))

@@ -23,7 +23,7 @@ import torch
 from families import save_checkpoint
 from omegaconf import OmegaConf
 from recorded import policy, trajectory
-from running import last_of_each, write_plugin
+from running import last_of_each, stop_ray, write_plugin
 from step_rows import update_rows
 
 from reopold_agent.config import OptimizerConfig
@@ -110,12 +110,6 @@ def wait(process: subprocess.Popen[bytes], folder: Path, until: Any, seconds: fl
         assert process.poll() is None, said(folder)[-4000:]
         assert time.monotonic() < deadline, said(folder)[-4000:]
         time.sleep(0.5)
-
-
-def stop_ray() -> None:
-    """Nothing of a killed run may stay: its processes live in sessions of their own."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"]
-    subprocess.run(command, check=False, capture_output=True)
 
 
 def start_moved(folder: Path) -> subprocess.Popen[bytes]:

@@ -8,10 +8,7 @@ which name another teacher. Each teacher has a GPU of its own.
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ import pytest
 import torch
 import yaml
 from recorded import policy, trajectory
-from running import write_plugin
+from running import run_on_ray, write_plugin
 
 from reopold_agent.objectives import Reopold
 from reopold_agent.policies.loading import LoadedModel, ModelSpec, load_model
@@ -110,22 +107,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
         *("optimizer.lr=0.001", "checkpoint.keep=10"),
     ]
     variables = {"PYTHONPATH": str(site), "SPOIL": str(spoil), "SPIED_API_KEY": "s3cret"}
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said, _ = process.communicate(timeout=900)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        stop = [sys.executable, "-m", "ray.scripts.scripts", "stop", "--force"]
-        subprocess.run(stop, check=False, capture_output=True)
-    assert process.returncode == 0, said[-4000:]
+    said = run_on_ray(command, 900, **variables)
     return root / "run", spoil, said
 
 
