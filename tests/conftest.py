@@ -64,8 +64,10 @@ def logit_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     original = chunks.make_logits
 
-    def watched(hidden: Tensor, weight: Tensor, banned: Tensor | None) -> Tensor:
-        logits = original(hidden, weight, banned)
+    def watched(
+        hidden: Tensor, weight: Tensor, banned: Tensor | None, room: Tensor | None = None
+    ) -> Tensor:
+        logits = original(hidden, weight, banned, room)
         sizes.append(logits.numel())
         return logits
 

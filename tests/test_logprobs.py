@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reopold_agent.objectives.chunks import BANNED
+from reopold_agent.objectives.chunks import BANNED, KEPT_SLICES
 from reopold_agent.policies.logprobs import token_logprobs
 
 TOKENS, VOCABULARY, WIDTH = 23, 37, 16
@@ -100,10 +100,21 @@ def test_backward_works_only_on_rows_with_a_gradient(logit_sizes: list[int]) -> 
         )
         logit_sizes.clear()
         found = gradients(logp, upstream, hidden, weight)
-        assert sum(logit_sizes) == TOKENS // 2 * VOCABULARY
+        kept = KEPT_SLICES * rows >= TOKENS
+        assert sum(logit_sizes) == (0 if kept else TOKENS // 2 * VOCABULARY)
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-5)
         assert not found[0][::2].any()
+
+
+def test_kept_logits_give_the_same_gradient_twice() -> None:
+    hidden, weight, targets = inputs()
+    upstream = torch.randn(TOKENS, generator=torch.Generator().manual_seed(2))
+    logp, _ = token_logprobs(hidden, weight, targets, BANNED_IDS)
+    total = (logp * upstream).sum()
+    first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(total, (hidden, weight)), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_no_gradient_at_all_gives_zeros() -> None:

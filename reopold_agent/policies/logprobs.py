@@ -2,8 +2,8 @@
 
 The last hidden states are multiplied by the output embedding for a slice of tokens at a time, and
 only log-probs and entropies are kept. The backward pass recomputes the logits, only for tokens with
-a nonzero gradient: one in five in Reopold's refinement phase.
-(Peers that keep the logits: vllm #5907, trl #2215.)
+a nonzero gradient: one in five in Reopold's refinement phase. A CPU, where the product takes long,
+keeps a few slices of them. (Peers that keep all logits: vllm #5907, trl #2215.)
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from reopold_agent.objectives.chunks import (
+    KEPT_SLICES,
     SLICE_ELEMENTS,
     backward_by_blocks,
     compute_dtype,
     make_logits,
+    matrix_in,
 )
 
 
@@ -46,7 +48,14 @@ def token_logprobs(
     """
     apply: Any = _TokenLogprobs.apply
     targets_NK = targets if targets.dim() == 2 else targets[:, None]
-    logp, entropy = apply(hidden_ND, weight_VD, targets_NK, banned, with_entropy, slice_elements)
+    keeps = (
+        hidden_ND.device.type == "cpu"
+        and torch.is_grad_enabled()
+        and hidden_ND.shape[0] * weight_VD.shape[0] <= KEPT_SLICES * slice_elements
+    )
+    logp, entropy = apply(
+        hidden_ND, weight_VD, targets_NK, banned, with_entropy, keeps, slice_elements
+    )
     return logp.reshape(targets.shape), entropy if with_entropy else None
 
 
@@ -59,6 +68,7 @@ class _TokenLogprobs(torch.autograd.Function):
         targets: Tensor,
         banned: Tensor | None,
         with_entropy: bool,
+        keeps: bool,
         slice_elements: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = compute_dtype(hidden, weight)
@@ -68,25 +78,33 @@ class _TokenLogprobs(torch.autograd.Function):
         normaliser = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropy = torch.zeros_like(normaliser)
         matrix = weight.to(dtype)
+        kept: list[Tensor] = []
+        room = None
+        if dtype == torch.float32 or keeps:
+            room = torch.empty(min(rows, count) * len(weight), device=hidden.device)
         for start in range(0, count, rows):
             part = slice(start, min(start + rows, count))
-            logits = make_logits(hidden[part].to(dtype), matrix, banned)
+            logits = make_logits(hidden[part].to(dtype), matrix, banned, None if keeps else room)
             # One exponential serves both: with x = logits - max, the normaliser is log sum e^x
             # and the entropy is that minus sum(x e^x) / sum(e^x).
             top = logits.amax(dim=-1, keepdim=True)
-            logits.sub_(top)
+            if keeps and room is not None:
+                kept.append(logits)
+                logits = torch.sub(logits, top, out=matrix_in(room, *logits.shape))
+            else:
+                logits.sub_(top)
             chosen = logits.gather(1, targets[part])
             if with_entropy:
                 weights = logits.exp()
                 total = weights.sum(dim=-1)
-                entropy[part] = total.log() - weights.mul_(logits).sum(dim=-1) / total
-                del weights
+                entropy[part] = total.log() - logits.mul_(weights).sum(dim=-1) / total
             else:
-                total = logits.exp_().sum(dim=-1)
+                weights = logits.exp_()
+                total = weights.sum(dim=-1)
             logp[part] = chosen - total.log()[:, None]
             normaliser[part] = top[:, 0] + total.log()
-            del logits  # free it before the next slice is allocated
-        ctx.save_for_backward(hidden, weight, targets, normaliser)
+            del logits, weights  # free them before the next slice is allocated
+        ctx.save_for_backward(hidden, weight, targets, normaliser, *kept)
         ctx.banned, ctx.compute_dtype = banned, dtype
         ctx.slice_elements = slice_elements
         ctx.mark_non_differentiable(entropy)
@@ -94,7 +112,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normaliser = ctx.saved_tensors
+        hidden, weight, targets, normaliser, *kept = ctx.saved_tensors
         live = torch.nonzero(grads[0].any(dim=1))[:, 0]
         grad_NK = grads[0][live].float()
         grad_N = grad_NK.sum(dim=1)
@@ -107,4 +125,4 @@ class _TokenLogprobs(torch.autograd.Function):
             places = (rows, targets_NK[rows, which] - start)
             return logits.index_put_(places, grad_NK[rows, which], accumulate=True)
 
-        return *backward_by_blocks(ctx, hidden, weight, live, logit_gradient), *(None,) * 4
+        return *backward_by_blocks(ctx, hidden, weight, live, logit_gradient, kept), *(None,) * 5
