@@ -12,6 +12,7 @@ Parts, each in a process of its own with a time limit, so that one that fails le
     lora         two steps of the local engine with LoRA; the second is measured
     bare         the same episodes with plain Hugging Face calls: generate, forward, backward
     packed       rows of exponentially spread lengths, padded and packed with each kernel
+    compiled     the same with the first kernel, and with ``engine.compile``
     all_weights  as lora, with all weights in float32 under autocast; nothing is saved
     bare_all     as bare, with all weights
 
@@ -47,6 +48,7 @@ PARTS: Mapping[str, float] = {
     "lora": 100,
     "bare": 80,
     "packed": 80,
+    "compiled": 90,
     "all_weights": 100,
     "bare_all": 80,
 }
@@ -353,12 +355,33 @@ def static_generate(loaded: Any, rows: Sequence[Any]) -> None:
 
 def part_packed(context: Context) -> dict[str, Any]:
     """Scores and an update, padded and with each kernel of packed rows."""
+    return rates_of(context, [(kernel, False) for kernel in (None, *kernels_of(context))])
+
+
+def part_compiled(context: Context) -> dict[str, Any]:
+    """Scores and an update with packed rows, with and without compiled layers."""
+    return rates_of(context, [(kernels_of(context)[0], compiled) for compiled in (False, True)])
+
+
+def kernels_of(context: Context) -> list[str]:
+    """Returns the kernels of packed rows, fastest first."""
+    from reopold_agent.policies.attention import installed_kernels
+
+    return installed_kernels() if context.device == "cuda" else ["sdpa"]
+
+
+def rates_of(context: Context, variants: Sequence[tuple[str | None, bool]]) -> dict[str, Any]:
+    """Returns the rates of scores and an update, and how far log-probs are from the first's.
+
+    Args:
+        context: of the part.
+        variants: kernels of packed rows (None: padded), and whether layers are compiled.
+    """
     import numpy as np
     import real_size
     import torch
     import yaml
 
-    from reopold_agent.policies.attention import installed_kernels
     from reopold_agent.policies.batch import TrajectoryBatch
     from reopold_agent.policies.grouping import split_by_tokens
     from reopold_agent.policies.loading import ModelSpec, load_model
@@ -376,7 +399,7 @@ def part_packed(context: Context) -> dict[str, Any]:
     most = 512 if context.tiny else 16_384
     found: dict[str, Any] = {}
     reference = None
-    for kernel in (None, *(installed_kernels() if cuda else ["sdpa"])):
+    for kernel, compiled in variants:
         torch.manual_seed(0)
         loaded = load_model(
             spec,
@@ -384,6 +407,7 @@ def part_packed(context: Context) -> dict[str, Any]:
             torch.device(context.device),
             autocast=torch.bfloat16 if cuda else None,
             kernel=kernel,
+            compiled=compiled,
         )
         policy = loaded.policy(forbidden_ids=[], stop_ids=[], max_tokens_per_pass=most)
         rows = spread_rows(loaded, **size)
@@ -412,7 +436,8 @@ def part_packed(context: Context) -> dict[str, Any]:
         logp = np.concatenate([s.logp[r.loss_mask] for s, r in zip(scores, rows, strict=True)])
         reference = logp if reference is None else reference
         difference = np.abs(logp - reference)
-        found[kernel or "padded"] = {
+        name = "compiled" if compiled else kernel or "padded"
+        found[name] = {
             "tokens": sum(lengths),
             "score_tokens_per_second": sum(lengths) / (scored - started),
             "update_tokens_per_second": sum(lengths) / (time.perf_counter() - first),
@@ -622,13 +647,15 @@ def table(results: Mapping[str, Any]) -> list[str]:
         if found.get("plan_gib"):
             plan = ", ".join(f"{k} {v:.1f}" for k, v in found["plan_gib"].items())
             lines.append(f"  planned GiB: {plan}")
-    for name, found in results.get("packed", {}).items():
-        if isinstance(found, Mapping):
-            lines.append(
-                f"packed {name:18} score {found['score_tokens_per_second']:.0f} tokens/s, update "
-                f"{found['update_tokens_per_second']:.0f}, {found['gpu_peak_gib']:.1f} GiB, "
-                f"log-probs differ by {found['logp_mean_difference']:.1e}"
-            )
+    for name in ("packed", "compiled"):
+        for variant, found in results.get(name, {}).items():
+            if isinstance(found, Mapping):
+                lines.append(
+                    f"{name:8} {variant:18} score {found['score_tokens_per_second']:.0f} tokens/s, "
+                    f"update {found['update_tokens_per_second']:.0f}, "
+                    f"{found['gpu_peak_gib']:.1f} GiB, "
+                    f"log-probs differ by {found['logp_mean_difference']:.1e}"
+                )
     lines += [f"{k} FAILED: {v['problem']}" for k, v in results.items() if v.get("problem")]
     return lines
 

@@ -420,6 +420,9 @@ class EngineConfig:
             ``rollout.max_response_tokens`` (with ``verl`` at most 8,192).
         old_logp: ``rollout`` uses the log-probs recorded while sampling, ``recompute`` runs the
             model once more before the update, ``auto`` recomputes unless in float32.
+        compile: with ``local``, compile the norms and feed-forward networks of the models that this
+            process computes with (``torch.compile``): less memory traffic after a minute's start.
+            Rounding differs.
         ahead: 1 generates the episodes of the next step while this one is scored and updated, with
             weights that are one step old; 0 waits for the update. With ``verl`` the student's
             servers then share its GPUs' memory with the trainer at all times, unless
@@ -455,6 +458,7 @@ class EngineConfig:
     packed: bool | None = None
     attention: str = "auto"
     old_logp: str = "auto"
+    compile: bool = False
     ahead: int = 0
     nodes: int = 1
     gpus_per_node: int = 1

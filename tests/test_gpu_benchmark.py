@@ -30,6 +30,7 @@ def test_the_parts_run_on_a_small_model(gpu: Any, tmp_path: Path) -> None:
         results = {name: gpu.__dict__[f"part_{name}"](context) for name in ("machine", "parity")}
         results["checkpoint"] = gpu.part_checkpoint(context)
         results["packed"] = gpu.part_packed(context)
+        results["compiled"] = gpu.part_compiled(context)
     assert results["parity"]["holds"]
     assert results["parity"]["device_float32"]["logp_max"] == 0
     assert 1e-4 < results["parity"]["device_bfloat16"]["logp_mean"] < 0.1
@@ -37,6 +38,8 @@ def test_the_parts_run_on_a_small_model(gpu: Any, tmp_path: Path) -> None:
     assert packed["holds"]
     assert packed["padded"]["tokens"] == packed["sdpa"]["tokens"]
     assert 0 < packed["sdpa"]["logp_max_difference"] < 0.05
+    assert results["compiled"]["holds"]
+    assert 0 < results["compiled"]["compiled"]["logp_max_difference"] < 0.05
     loaded = gpu_model(tmp_path / "real/student")
     rows = gpu.spread_rows(loaded, number=3, mean=4, most=4, picture=16)
     assert [len(row.images) for row in rows] == [1, 0, 0]
@@ -56,7 +59,7 @@ def test_the_parts_run_on_a_small_model(gpu: Any, tmp_path: Path) -> None:
     assert all(rate > 0 for rate in results["bare"]["tokens_per_second"].values())
     text = "\n".join(gpu.table(results))
     assert "parity device_bfloat16" in text
-    assert "packed sdpa" in text
+    assert "packed   sdpa" in text
     assert "FAILED" not in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from running import train, train_rows
 from step_rows import states_of
 from test_text_checkpoints import save_checkpoint, small_tokenizer
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,16 +36,17 @@ from transformers import (
 )
 
 from reopold_agent.config import EngineConfig
-from reopold_agent.errors import ConfigError, ModelError
+from reopold_agent.errors import CheckpointError, ConfigError, ModelError
 from reopold_agent.objectives import DivergenceSettings
 from reopold_agent.policies import attention
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.attention import attend_by_rows, packed_kernel
 from reopold_agent.policies.batch import PassTokens, TrajectoryBatch
+from reopold_agent.policies.compiling import compile_layers
 from reopold_agent.policies.grouping import split_by_tokens
 from reopold_agent.policies.loading import ModelSpec, load_model
 from reopold_agent.policies.transformers_policy import TransformersPolicy
-from reopold_agent.train import finish
+from reopold_agent.train import finish, setup
 from reopold_agent.types import Completion, EncodedImage, Request, Sampling, Trajectory
 
 KINDS = [
@@ -549,7 +552,77 @@ def test_models_that_would_mix_rows_are_refused(
         load_model(ModelSpec(str(folder)), "teacher", torch.device("cpu"), kernel="sdpa")
 
 
+# Compiled layers
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+@needs_compiler
+def test_compiled_layers_give_the_numbers_of_plain_ones(
+    rows: list[Trajectory],
+    make_pair: Callable[..., tuple[TransformersPolicy, TransformersPolicy]],
+) -> None:
+    plain, compiled = make_pair("qwen2_5_vl checkpointed")
+    assert compile_layers(compiled.adapter.model) == 12
+    counters.clear()
+    (logp_N, _), (compiled_N, _) = (
+        policy.logprobs(TrajectoryBatch.build(policy.adapter, rows)) for policy in (plain, compiled)
+    )
+    assert_close(compiled_N.detach(), logp_N.detach())
+    found = gradients(compiled, compiled_N)
+    for name, gradient in gradients(plain, logp_N).items():
+        assert_close(found[name], gradient, name)
+    for one, other in zip(plain.score(rows), compiled.score(rows), strict=True):
+        assert_close(one.logp, other.logp)
+    said = [turns(policy, rows[1]) for policy in (plain, compiled)]
+    assert said[0] == said[1]
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+
+
+def turns(policy: TransformersPolicy, row: Trajectory) -> tuple[int, ...]:
+    """What a policy says greedily after a row's prompt."""
+    generator = policy.generator(Sampling(0.0))
+    ids = tuple(row.ids[: row.prompt_length].tolist())
+    generator.submit([Request(key=0, ids=ids, images=(), max_tokens=4, seed=(0,))])
+    done: list[Completion] = []
+    while not done:
+        done = generator.step()
+    return done[0].ids
+
+
+def test_what_cannot_be_compiled_is_told_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(function: Any) -> Any:
+        def call(values: Tensor) -> Tensor:
+            raise RuntimeError("no compiler\n(details)")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(setup, "load_model", None)
+    with pytest.raises(ConfigError, match=r"compile here: no compiler\nInstall a C\+\+ compiler"):
+        train(tmp_path, "steps=1", "engine.compile=true")
+
+
 # Runs
+
+
+@needs_compiler
+def test_a_run_with_compiled_layers_is_the_run_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "make_plots", lambda folder: None)
+    words = ("steps=1", "evaluation.tasks=0", "batch.prompts=2", "batch.mini_batch=1",
+             "batch.samples=3")  # fmt: skip
+    for compiled in ("false", "true"):
+        train(tmp_path / compiled, *words, f"engine.compile={compiled}")
+    (plain,), (row,) = (train_rows(tmp_path / each) for each in ("false", "true"))
+    for key in ("loss", "grad_norm", "reward/mean", "entropy/mean", "ratio/mean"):
+        assert row[key] == pytest.approx(plain[key], rel=1e-3, abs=1e-5), key
+    with pytest.raises(CheckpointError, match=r"engine\.compile: True -> False"):
+        train(tmp_path / "true", *words, "steps=2", "engine.compile=false")
 
 
 def test_a_run_with_packed_rows_is_the_run_with_padded_ones(

@@ -37,6 +37,7 @@ from reopold_agent.errors import (
 from reopold_agent.policies.adapter import ModelAdapter
 from reopold_agent.policies.architecture import FAMILIES, OWN_CODE, Family, unknown_family
 from reopold_agent.policies.attention import attend_by_rows
+from reopold_agent.policies.compiling import compile_layers
 from reopold_agent.policies.lora import merge_adapter, with_adapter
 from reopold_agent.policies.templates import ChatTemplate, chat_template
 from reopold_agent.policies.transformers_policy import CopiedPolicy, TransformersPolicy
@@ -389,6 +390,7 @@ def load_model(
     autocast: torch.dtype | None = None,
     saved: Path | None = None,
     kernel: str | None = None,
+    compiled: bool = False,
 ) -> LoadedModel:
     """Loads a checkpoint: weights, tokenizer, and the picture processor of a vision model.
 
@@ -402,6 +404,7 @@ def load_model(
         saved: a folder written by `LoadedModel.save`, whose weights (or LoRA adapter) replace
             the checkpoint's own.
         kernel: attention kernel of packed rows (`attention.packed_kernel`); None pads rows.
+        compiled: compile parts of its layers (`compiling.compile_layers`).
 
     Raises:
         ModelError: something is missing or does not fit; see `check_available`.
@@ -453,6 +456,8 @@ def load_model(
             "otherwise than single ones.\nSet "
             + ("attention=eager." if role == "model" else "engine.packed=false.")
         )
+    if compiled:
+        compile_layers(model)
     return LoadedModel(**vars(processing), adapter=adapter)
 
 

@@ -18,6 +18,7 @@ from reopold_agent.config import EngineConfig, TrainConfig, model_key
 from reopold_agent.data.demonstrations import Demonstration
 from reopold_agent.objectives import Needs, Objective
 from reopold_agent.policies.attention import packed_kernel
+from reopold_agent.policies.compiling import check_compiler
 from reopold_agent.policies.loading import (
     LoadedModel,
     ModelSpec,
@@ -236,12 +237,16 @@ def load_models(
 
     Raises:
         ModelError: a model cannot be loaded, or they do not fit each other.
+        ConfigError: ``engine.compile`` is set and nothing can be compiled here.
     """
     device, autocast = compute_device(config.engine)
     how: dict[str, Any] = {
         "autocast": autocast,
         "kernel": packed_kernel(config.engine, device.type),
+        "compiled": config.engine.compile,
     }
+    if config.engine.compile:
+        check_compiler(device)
     student = load_model(specs["student"], "student", device, saved=saved_student, **how)
     if device.type == "cpu":
         # Out of the mapped file, where they lie at odd addresses: decoding takes 0.8 of the time.
@@ -278,8 +283,14 @@ def make_reference(
     if spec is None:
         return None
     device, autocast = compute_device(config.engine)
-    kernel = packed_kernel(config.engine, device.type)
-    model = load_model(spec, "reference", device, autocast=autocast, kernel=kernel)
+    model = load_model(
+        spec,
+        "reference",
+        device,
+        autocast=autocast,
+        kernel=packed_kernel(config.engine, device.type),
+        compiled=config.engine.compile,
+    )
     model.adapter.model.requires_grad_(False)
     return Reference(own_policy(config, chat, model))
 
