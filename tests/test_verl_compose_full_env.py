@@ -320,6 +320,7 @@ def test_verl_takes_the_words_of_the_benchmark_beside_it(
         (["model.student.attention=eager"], "=eager pads rows, and this run packs them"),
         (["policy=vllm"], "starts vLLM servers for both roles"),
         (["model.student.lora={r: 8, bias: all}"], r"not model\.student\.lora\.bias=all"),
+        (["engine.compile=true"], "does not support engine.compile"),
         (
             ["model.teacher.follow=0.9", "model.teacher.dtype=float32"],
             "does not support model.teacher.follow",

@@ -102,9 +102,7 @@ class RunState:
         before["optimizer"] = {"lr_scheduler_type": CONSTANT, **(before.get("optimizer") or {})}
         now = dict(self._raw)
         now["objective"] = filled_in({**usual, **now["objective"]}, before["objective"])
-        earlier = {"ahead": 0, "compile": False}
-        earlier = {key: value for key, value in earlier.items() if key in now["engine"]}
-        before["engine"] = {**earlier, **(before.get("engine") or {})}
+        before["engine"] = {"ahead": 0, "compile": False, **(before.get("engine") or {})}
         for each in (before, now):
             each["model"] = dict(each.get("model") or {})
         folder.same_template(before["model"], now["model"], self._config.model.chat_template)

@@ -60,6 +60,10 @@ def check_settings(config: TrainConfig) -> None:
         raise ConfigError("engine=verl does not support model.teacher.follow.\nUse engine=local.")
     if not all(each.view.empty for each in config.model.all_teachers.values()):
         raise ConfigError("engine=verl does not support model.teacher.view.\nUse engine=local.")
+    if config.engine.compile:
+        raise ConfigError(
+            "engine=verl does not support engine.compile.\nLeave it out, or use engine=local."
+        )
     others = [role for role in ("student", "teacher") if _policy(config, role) != "transformers"]
     if config.policy.teachers:
         others.append("teachers")
