@@ -3,9 +3,9 @@
     python benchmarks/packed.py [--rows 32] [--mean 150] [--tokens 2048] [--repeats 5] [--compile]
 
 A random Qwen2 of 4 layers, width 256 and a vocabulary of 8,192. The variants (``--compile``: also
-packed rows with compiled layers) are measured in turns in one process on one
-thread, with the same limit on the tokens of a pass. Printed: median seconds of the processor, their
-ratio, the share of computed positions that were padding, and the largest difference of log-probs.
+packed rows with compiled layers) are measured in turns in one process on one thread, with the same
+limit on the tokens of a pass. Printed: median seconds of the processor, their ratio, the share of
+computed positions that were padding, and the largest difference of log-probs.
 """
 
 from __future__ import annotations

@@ -25,7 +25,8 @@ def compile_layers(model: nn.Module) -> int:
     Returns:
         The number of modules that are compiled.
     """
-    torch._dynamo.config.recompile_limit = _VARIANTS
+    # The older of its two names: PyTorch 2.6 knows no other.
+    torch._dynamo.config.cache_size_limit = _VARIANTS
     parts = [
         part
         for layers in model.modules()
