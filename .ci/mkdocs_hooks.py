@@ -54,6 +54,7 @@ _LANGUAGES = {
     ".json": "json",
     ".cff": "yaml",
 }
+_BINARY = (".png", ".jpg", ".gz", ".npz", ".safetensors")
 _sources: dict[str, str] = {}
 """Repository path of each page that was generated from a file."""
 
@@ -169,7 +170,7 @@ def _inside(folder: str) -> list[str]:
             for path in (ROOT / folder).rglob("*")
             if path.is_file() and "__pycache__" not in path.parts
         ]
-    kept = [name for name in names if (ROOT / name).suffix not in (".png", ".npz", ".safetensors")]
+    kept = [name for name in names if (ROOT / name).suffix not in _BINARY]
     return sorted(os.path.relpath(name, folder) for name in kept if (ROOT / name).is_file())
 
 

@@ -49,7 +49,7 @@ LIMITS = PixelLimits(MIN_PIXELS, MAX_PIXELS)
 
 
 def make_tasks(count: int, width: int, height: int, seed: int) -> list[Task]:
-    """Photographs: other parts of scikit-learn's two, at the wanted size."""
+    """Photographs: other parts of the embedded task's two, at the wanted size."""
     rng = np.random.default_rng(seed)
     tasks = []
     for number in range(count):

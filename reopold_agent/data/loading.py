@@ -120,7 +120,7 @@ def _load(key: str) -> TaskSource:
         raise ConfigError(f"data source '{source}': {error}") from error
 
 
-# Imported when used: the embedded tasks need scikit-learn's pictures or Pillow's fonts.
+# Imported when used: the embedded tasks need pictures or Pillow's fonts.
 def _demo(**settings: Any) -> TaskSource:
     from reopold_agent.demo.tasks import DemoTasks
 

@@ -1,6 +1,6 @@
 """Tasks made from real pictures: a handwritten digit somewhere in a photograph or a clip.
 
-The digits are scikit-learn's (1,797 scans of 8 x 8), the photographs its two sample pictures.
+The digits (1,797 scans of 8 x 8) and the two photographs lie in ``pictures/`` (with `SOURCES.md`).
 Training and held-out tasks share neither a digit nor a pixel of a photograph. A task is a function
 of (seed, split, index), so a set needs no storage and an index always means the same task.
 
@@ -16,19 +16,22 @@ its back (dark), the others neither. Mostly the frames have 56 x 56 pixels, the 
 from __future__ import annotations
 
 import functools
+import gzip
 from dataclasses import dataclass, field
+from importlib import resources
 from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from sklearn.datasets import load_digits, load_sample_images
 from typing_extensions import override
 
 from reopold_agent.demo.base import GeneratedTasks, Split
 from reopold_agent.types import PixelArray, Task
 
 Kind = Literal["image", "video", "small_video"]
+
+_PICTURES: Final = resources.files("reopold_agent.demo") / "pictures"
 
 SIDE: Final = 224
 """Width and height of an image task's picture, pixels."""
@@ -112,19 +115,23 @@ class DemoTasks(GeneratedTasks):
 
 @functools.cache
 def _digits() -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    data: Any = load_digits()
-    return data.images, data.target
+    with (_PICTURES / "digits.csv.gz").open("rb") as packed, gzip.open(packed, "rt") as rows:
+        data = np.loadtxt(rows, delimiter=",")
+    return data[:, :-1].reshape(-1, 8, 8), data[:, -1].astype(np.int64)
 
 
 @functools.cache
 def _photographs() -> tuple[PixelArray, ...]:
-    data: Any = load_sample_images()
-    return tuple(np.asarray(image, dtype=np.uint8) for image in data.images)
+    photographs = []
+    for name in ("china.jpg", "flower.jpg"):
+        with (_PICTURES / name).open("rb") as file:
+            photographs.append(np.asarray(Image.open(file)))
+    return tuple(photographs)
 
 
 @functools.cache
 def digit_indices(split: Split) -> npt.NDArray[np.int64]:
-    """Returns the rows of scikit-learn's digits that the split may use."""
+    """Returns the rows of the digits that the split may use."""
     order = np.random.default_rng(DIGITS_SEED).permutation(len(_digits()[1]))
     return order[:TRAIN_DIGITS] if split == "train" else order[TRAIN_DIGITS:]
 

@@ -463,7 +463,7 @@ def _count_parameters(name: str, values: Mapping[str, Any]) -> int:
     Raises:
         ConfigError: transformers knows the model type, and this package does not.
     """
-    # Imported here because it takes seconds: a model class loads torch._dynamo and scikit-learn.
+    # Imported here because it takes seconds: a model class loads torch._dynamo.
     # Qwen's models are counted without it.
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
