@@ -27,6 +27,7 @@ from reopold_agent.policies.loading import (
 )
 from reopold_agent.policies.lora import merged_weights
 from reopold_agent.policies.saving import save_checked
+from reopold_agent.train.setup import load_models
 from reopold_agent.types import Trajectory
 
 CPU = torch.device("cpu")
@@ -235,6 +236,22 @@ def test_only_what_a_file_still_holds_is_released(tmp_path: Path) -> None:
     assert resident(kept["x"]) < 2**16
     assert resident(written["x"]) >= written["x"].nbytes
     assert all(torch.equal(one, other) for one, other in zip(before, everything, strict=True))
+
+
+def test_trained_weights_leave_their_file_and_a_teachers_stay(bases: dict[bool, Path]) -> None:
+    config, _ = composed("env=math", "engine.device=cpu")
+    specs = {"student": ModelSpec(str(bases[True])), "teacher": ModelSpec(str(bases[False]))}
+    student, teachers = load_models(config, specs)
+    teacher = teachers["teacher"]
+    assert isinstance(teacher, LoadedModel)
+    files = []
+    for model in (student, teacher):
+        weights = model.adapter.model.parameters()
+        files.append(release_unchanged((each.data_ptr(), each.nbytes) for each in weights))
+    assert files[0] == {}
+    assert [Path(file).parent for file in files[1]] == [bases[False]]
+    embedded, head = student.adapter.model.get_input_embeddings(), student.adapter.head
+    assert embedded.weight is head.weight  # still tied
 
 
 def test_a_teacher_whose_weights_were_released_scores_the_same(

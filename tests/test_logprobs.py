@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reopold_agent.objectives.chunks import BANNED, KEPT_SLICES
+from reopold_agent.objectives.chunks import BANNED, KEPT_SLICES, make_logits
+from reopold_agent.policies import logprobs
 from reopold_agent.policies.logprobs import token_logprobs
 
 TOKENS, VOCABULARY, WIDTH = 23, 37, 16
@@ -115,6 +117,26 @@ def test_kept_logits_give_the_same_gradient_twice() -> None:
     first = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
     for one, other in zip(first, torch.autograd.grad(total, (hidden, weight)), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_only_a_backward_pass_keeps_slices_of_logits(
+    kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def watched(*arguments: Any) -> Tensor:
+        alive.append(sum(each() is not None for each in slices))
+        logits = make_logits(*arguments)
+        slices.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(logprobs, "make_logits", watched)
+    hidden, weight, targets = inputs()
+    with torch.set_grad_enabled(kept):
+        token_logprobs(hidden, weight, targets, slice_elements=8 * VOCABULARY)
+    assert alive == ([0, 1, 2] if kept else [0, 0, 0])
 
 
 def test_no_gradient_at_all_gives_zeros() -> None:
