@@ -361,7 +361,7 @@ def test_other_short_text(gold: str, answer: str) -> None:
 
 
 TWELVE = """
-12 ; 12. ; #### 12 ; 5 + 7 = 12 apples.~#### 12 ; ### Answer~12 ; ## Final Answer~~12 ; **Answer**~~12
+12 ; 12. ; #### 12 ; 5 + 7 = 12 apples.~#### 12 ; He buys 5, then 7 more. #### 12 ; 5 * 2 = 10 #### $12 ; 5####12 ; ### Answer~12 ; ## Final Answer~~12 ; **Answer**~~12
 **Answer:** 12 ; **Answer**: 12 ; **Final Answer:** $12$ ; Answer:~~12 ; A: 12 ; Ans. 12 ; Ans = 12
 Result: 12 ; The final result is 12. ; The answer is 12 because 20-8=12. ; The answer is 12 (see above).
 <answer>12</answer> ; {"answer": 12} ; {"answer": "12"} ; ```json~{"answer": 12}~``` ; {'answer': '12'}

@@ -89,6 +89,10 @@ k=n+1 | n+1  ;  a+b=0 | b+a=0  ;  1,2,3 | 3, 2 and 1  ;  \\{1,2\\} | 2,1
 \\begin{pmatrix}1\\\\2\\end{pmatrix} | \\begin{bmatrix} 1 \\\\ 2 \\end{bmatrix}
 26-35 | 26 - 35  ;  26-35 | $26$\N{EN DASH}$35$  ;  26-35 | 26 to 35  ;  18-24 years | 18-24 years
 2024-01-02 | 2024-01-02  ;  10:15 | 2:3  ;  1:10 | \\frac{1}{10}  ;  AB12CD | ab12cd
+7 | 7 \\pmod{11}  ;  7 | x≡7 (mod 11)  ;  7 | 18 \\bmod 11  ;  7 \\pmod{11} | 7
+7 \\pmod{11} | x \\equiv -4 \\pmod{11}  ;  k\\equiv 1\\pmod{4} | k \\equiv 1 \\pmod 4
+n \\equiv 1,3 \\pmod 4 | n \\equiv 3 \\text{ or } 1 \\ (\\operatorname{mod} 4)
+x\\equiv1\\pmod{p - 1} | x \\equiv 1 \\text{ (mod $p-1$)}
 2ab | 2ba  ;  15 | 3 \\times 5  ;  5 \\times 3 | 3 \\times 5  ;  3 | 1+2
 """
 DIFFERENT = """
@@ -116,6 +120,8 @@ even | odd  ;  red | dark red  ;  x^2 | x^3  ;  p - q | q-p  ;  x>5 | x \\ge 5
 2024-01-02 | 2024-02-01  ;  3-1 | 2-0
 6:15 | 12:30  ;  90211-1235 | 90210-1234  ;  192.168.0.1 | 192.168.0.20  ;  3 | 1 2  ;  4x2 | 2x4
 AB12CD | CD12AB  ;  2020-2021 | -1
+7 \\pmod{11} | 7 \\pmod{12}  ;  7 \\pmod{11} | 8 \\pmod{11}  ;  7 \\pmod{11} | 18
+18 | 7 \\pmod{11}  ;  x\\equiv 7\\pmod{11} | y\\equiv 7\\pmod{11}  ;  mode | mod
 """
 
 

@@ -38,8 +38,11 @@ _FULL_WIDTH = str.maketrans(
 _OTHERWISE = re.compile(cues.OTHERWISE, re.IGNORECASE)
 _POLITE = re.compile(r"\s*I hope (?:it|this) is correct\.?\s*$", re.IGNORECASE)
 _CLOSING = re.compile(rf"[\s*_>#-]*(?:{cues.CLOSING})", re.IGNORECASE)
-_MARKED = re.compile(r"(?m:^)\s*####\s*(?=\S)(?!.*\banswer\b)", re.IGNORECASE)
-"""The last line of GSM8K's solutions: "#### 18"."""
+_MARKED = re.compile(
+    r"(?:(?m:^)\s*####\s*(?=\S)|(?<!#)####\s*(?=[-+$£€(\\.]*\d|\\))(?!.*\banswer\b)",
+    re.IGNORECASE,
+)
+"""The end of GSM8K's solutions, "#### 18": in a line of its own, or a value behind other words."""
 
 _FIELD = re.compile(
     r"[\"'](?:\w+[_ -]?)?(?:answer|option|choice)[\"']\s*:\s*"

@@ -26,6 +26,7 @@ from reopold_agent.judges import (
     intervals,
     math,
     numbers,
+    residues,
     sets,
     text,
     units,
@@ -322,6 +323,12 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
     meant = [text.latex_plain(each).strip(" .$") for each in (answer, expected)]
     if any(all(map(pattern.fullmatch, meant)) for pattern in _SAME_MEANING):
         return "text"
+    if depth < _DEPTH:
+        congruent = residues.same_residue(
+            answer, expected, lambda a, b: compare(a, b, rules, depth + 1) is not None
+        )
+        if congruent is not None:
+            return "congruence" if congruent else None
     answer, expected = _without_wide_units(answer, expected)
     if _units_differ(answer, expected):
         return None
