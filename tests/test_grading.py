@@ -93,6 +93,18 @@ k=n+1 | n+1  ;  a+b=0 | b+a=0  ;  1,2,3 | 3, 2 and 1  ;  \\{1,2\\} | 2,1
 7 \\pmod{11} | x \\equiv -4 \\pmod{11}  ;  k\\equiv 1\\pmod{4} | k \\equiv 1 \\pmod 4
 n \\equiv 1,3 \\pmod 4 | n \\equiv 3 \\text{ or } 1 \\ (\\operatorname{mod} 4)
 x\\equiv1\\pmod{p - 1} | x \\equiv 1 \\text{ (mod $p-1$)}
+2\\sqrt3 | 2\\sqrt{3} \\text{ m/s}  ;  2\\sqrt3 \\text{ m/s} | 2\\sqrt{3}
+36\\pi\\text{ cm}^2 | 36\\pi
+\\frac{5\\pi}{6} | \\frac{5\\pi}{6} rad  ;  \\sqrt{2gh} | v=\\sqrt{2gh}\\,\\mathrm{m/s}
+2\\sqrt3 | 2\\sqrt3\\text{ N}
+2\\sqrt3 m/s | 2\\sqrt3\\text{ meters per second}  ;  2\\sqrt3 kph | 2\\sqrt3\\text{ km/h}
+4:30 PM | 4:30  ;  4:30 | 4:30 \\text{ PM}  ;  r=2cos(theta) | r = 2\\cos\\theta
+\\frac{\\pi}{4} | pi/4
+42 | \\begin{aligned} 42 \\end{aligned}  ;  x=42 | \\begin{align*} x&=42 \\\\ \\end{align*}
+\\mu mg | \\mu m g
+k\\in\\mathbb Z | k \\in \\mathbb{Z}  ;  H_2O | H_{2}O  ;  CO2 | CO_2  ;  \\lnot p | \\neg p
+\\frac{\\pi}{4}+\\pi k | \\frac{\\pi}{4}+k\\pi, k\\in\\mathbb{Z}  ;  2k, k \\in \\mathbb Z | x=2k
+1,2 | x=1 \\lor x=2  ;  30^\\circ | \\sin^{-1}(0.5)  ;  \\arcsin(0.5) | 30^\\circ
 2ab | 2ba  ;  15 | 3 \\times 5  ;  5 \\times 3 | 3 \\times 5  ;  3 | 1+2
 """
 DIFFERENT = """
@@ -121,6 +133,11 @@ even | odd  ;  red | dark red  ;  x^2 | x^3  ;  p - q | q-p  ;  x>5 | x \\ge 5
 6:15 | 12:30  ;  90211-1235 | 90210-1234  ;  192.168.0.1 | 192.168.0.20  ;  3 | 1 2  ;  4x2 | 2x4
 AB12CD | CD12AB  ;  2020-2021 | -1
 7 \\pmod{11} | 7 \\pmod{12}  ;  7 \\pmod{11} | 8 \\pmod{11}  ;  7 \\pmod{11} | 18
+2\\sqrt3\\text{ m} | 2\\sqrt3\\text{ kg}  ;  2\\sqrt3\\text{ cm} | 2\\sqrt3\\text{ cm}^2
+2\\sqrt3 | 2\\sqrt3 N
+4:30 AM | 4:30 \\text{ PM}  ;  4:30 AM | 16:30  ;  \\mu | \\mu mg  ;  2\\sqrt3\\text{ N} | 3\\sqrt3
+k\\in\\mathbb N | k \\in \\mathbb{Z}  ;  2k, k\\in\\mathbb Z | x=2k, k\\in\\mathbb N  ;  CO_3 | CO_2
+x^{23} | x^{2}3  ;  12 | 1 2  ;  40^\\circ | \\arctan 1
 18 | 7 \\pmod{11}  ;  x\\equiv 7\\pmod{11} | y\\equiv 7\\pmod{11}  ;  mode | mod
 """
 
@@ -516,6 +533,9 @@ def test_no_count_in_other_languages(response: str) -> None:
         ("If the statement is true, then x=2.", "yes", "yes_no", "undecided"),
         ("The color of the umbrella is red.", "red", "text", "right"),
         ("The color of the umbrella is red.", "blue", "text", "undecided"),
+        ("The woman's jacket is red.", "red", "text", "right"),
+        ("It's red.", "red", "text", "right"),
+        ("The dog's collar is red and the cat's is blue.", "blue", "text", "undecided"),
         ("The color of the umbrella is not red.", "red", "text", "undecided"),
         ("The color of the umbrella is red or blue.", "red", "text", "undecided"),
         ('The sign says "STOP".', "stop", "text", "right"),

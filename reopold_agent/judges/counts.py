@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 
 from reopold_agent.judges import cues
 from reopold_agent.judges.numbers import parse_quantity
@@ -156,6 +157,7 @@ _CHINESE = re.compile(rf"({_DIGITS})(?:{_CLASSIFIER}[{_WIDE}]{{0,4}})?")
 _COUNTER = r"(?:개|마리|명|대|권|사람|장|송이|그루|채|병|잔)"
 
 
+@cache
 def _values() -> dict[str, int]:
     """Returns the value of each word; those that mean different numbers are left out."""
     found: dict[str, set[int]] = {}
@@ -166,13 +168,20 @@ def _values() -> dict[str, int]:
     return {word: values.pop() for word, values in found.items() if len(values) == 1}
 
 
-_VALUES = _values()
-_WORD = rf"(?:{'|'.join(sorted(map(re.escape, _VALUES), key=len, reverse=True))})"
-_COUNT = re.compile(rf"({_WORD})(?:\s*{_COUNTER})?((?:\s+[^\W\d_]+){{0,2}})")
-_ANY = re.compile(
-    rf"(?<![^\W_])(?:{_WORD}(?![^\W_])|{_WORD}(?=\s*{_COUNTER})|\d[\d.,]*)"
-    rf"|{_DIGITS}(?={_CLASSIFIER})|\d+(?=[{_WIDE}])",
-)
+@cache
+def _patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Returns what is a count with what is beside it, and what is any count in a sentence.
+
+    Compiled when first used: with so many words this takes 0.2 s, which most processes never need.
+    """
+    word = rf"(?:{'|'.join(sorted(map(re.escape, _values()), key=len, reverse=True))})"
+    count = re.compile(rf"({word})(?:\s*{_COUNTER})?((?:\s+[^\W\d_]+){{0,2}})")
+    return count, re.compile(
+        rf"(?<![^\W_])(?:{word}(?![^\W_])|{word}(?=\s*{_COUNTER})|\d[\d.,]*)"
+        rf"|{_DIGITS}(?={_CLASSIFIER})|\d+(?=[{_WIDE}])",
+    )
+
+
 _AND = re.compile(r"\b(?:and|or|to|und|oder|et|ou|y|e|o|i|en|of|и|или)\b")
 
 
@@ -191,10 +200,11 @@ def read_count(text: str) -> int | None:
     if chinese is not None:
         quantity = parse_quantity(chinese[1].translate(str.maketrans("〇兩", "零两")))
         return None if quantity is None else int(quantity.value)
-    found = _COUNT.fullmatch(plain)
-    if found is None or _ANY.search(found[2]) or _AND.search(found[2]):
+    count, any_count = _patterns()
+    found = count.fullmatch(plain)
+    if found is None or any_count.search(found[2]) or _AND.search(found[2]):
         return None
-    return _VALUES[found[1]]
+    return _values()[found[1]]
 
 
 def counted(text: str) -> int | None:
@@ -202,7 +212,7 @@ def counted(text: str) -> int | None:
     plain = normal(text)
     if re.search(cues.OTHERWISE, plain) or cues.HEDGE.search(plain) or len(plain) > 200:
         return None
-    found = list(_ANY.finditer(plain))
+    found = list(_patterns()[1].finditer(plain))
     if len(found) != 1:
         return None
     before, after = plain[: found[0].start()], plain[found[0].end() :]

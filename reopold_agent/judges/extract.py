@@ -181,6 +181,13 @@ _COMMAND = re.compile(
 _LONGEST_CLOSING = 3000
 """Number of characters at the end of a response that are searched for a statement of the answer."""
 
+_IS = re.compile(
+    r"\b(?:is|are|was|were)\b"
+    r"|\b(?:it|he|she|that|this|there|here|what|who)['\N{RIGHT SINGLE QUOTATION MARK}]s\b",
+    re.IGNORECASE,
+)
+"""Not the "'s" of "the woman's jacket"."""
+
 _LONGEST_STATEMENT = 400
 _LONGEST_BARE = 400
 _FEW_WORDS = 4
@@ -291,7 +298,7 @@ def phrases(response: str) -> list[str]:
         return []
     if re.search(r"\b(?:not?|never|neither|nor|or|but)\b|n't\b", said, re.IGNORECASE):
         return []
-    ends = [said[match.end() :] for match in re.finditer(r"\b(?:is|are|was|were)\b|'s\b", said)][:1]
+    ends = [said[match.end() :] for match in _IS.finditer(said)][:1]
     for pattern in (_BOLD, _QUOTED):
         found = [match[1] for match in pattern.finditer(said)]
         ends += found if len(found) == 1 else []

@@ -213,6 +213,16 @@ def parse_time(text: str) -> tuple[int, bool] | None:
     return hour * 3600 + minute * 60 + second, bool(match[4])
 
 
+def same_time(mine: tuple[int, bool], wanted: tuple[int, bool]) -> bool:
+    """Returns whether two times of `parse_time` are equal: 4:30 also 4:30 PM, but not 16:30."""
+    half = 12 * 3600
+    one_is_said = mine[1] != wanted[1]
+    plain = wanted[0] if mine[1] else mine[0]
+    if one_is_said and 3600 <= plain < half + 3600:  # as a clock shows it, from 1 to 12
+        return (mine[0] - wanted[0]) % half == 0
+    return mine[0] == wanted[0]
+
+
 def same_quantity(
     mine: Quantity,
     wanted: Quantity,

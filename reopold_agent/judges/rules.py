@@ -72,6 +72,9 @@ _PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)")
 _PLAIN_FUNCTION = re.compile(
     r"(?<![A-Za-z\\{])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-z])"
 )
+_PLAIN_GREEK = re.compile(
+    r"(?<![A-Za-z\\])(alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|pi)(?![A-Za-z])"
+)
 _COMBINATIONS = re.compile(
     r"(?<![A-Za-z\\])C\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)"
     r"|(?:\{\})?[_^]\s*\{?(\d+)\}?\s*C\s*_\s*\{?(\d+)\}?"
@@ -80,15 +83,9 @@ _COMBINATIONS = re.compile(
 """ "C(10,3)", "^{10}C_3" and "C_{10}^3". """
 
 _ANGLE = re.compile(r"[-+]?\s*(?:\d+(?:\.\d+)?|\\frac\s*\{\d+\}\s*\{\d+\})\s*°")
+_RADIANS = re.compile(r"\\pi(?![a-z])|\\?arc(?:sin|cos|tan)|(?:sin|cos|tan)\s*\^\s*\{?\s*-1")
 _TURNED = re.compile(r"\A\s*([-+]?(?:\d|\\[df]?frac|\\sqrt)[^=<>]*?)\s*=\s*([A-Za-z])\s*\Z")
 _FUNCTION_OF = re.compile(r"\A\s*(?:[fgh]\s*(\()\s*x\s*\)|y)\s*=\s*")
-_UNIT_AFTER = re.compile(
-    r"(?<=[\w})])\s*(?:\s|\\,|\\(?:text|mathrm)\s*\{\s*)(?:(?:square|sq\.?|cubic)\s+)?(?:mm|cm|dm|km|m|in|ft|yd"
-    r"|inch(?:es)?|feet|met(?:er|re)s?|centimet(?:er|re)s?|units?)\}?\s*(?:\^\s*\{?[23]\}?|[²³])?\s*\$?\s*\Z"
-)
-_LAST_UNIT = re.compile(
-    r"(?<=[\w})])\s+((?:(?:square|sq\.?|cubic)\s+)?[A-Za-z]{2,}(?:\s*\^\s*\{?[23]\}?)?)\W*\Z"
-)
 _TO = re.compile(r"(\d+)\s+to\s+(\d+)")
 """ "4 to 1" is a ratio beside "4:1"."""
 
@@ -149,6 +146,18 @@ _APART = re.compile(
     r"|\d+(?:\.\d+){2,}|\d+(?:\s+\d+)+"
 )
 """A range, date, score or telephone number; an address or version; numbers side by side."""
+
+_SAME_COMMANDS = {
+    "lnot": "neg", "lor": "vee", "land": "wedge", "to": "rightarrow", "ne": "neq", "le": "leq",
+    "ge": "geq", "overrightarrow": "vec",
+}  # fmt: skip
+_CHEMICAL = re.compile(r"(?:[A-Z][a-z]?(?:_?\d+)?|[()])+")
+_RANGE_OF = re.compile(
+    r"[,;]?\s*\(?\s*(?:where|for|with)?\s*([kmnl])\s*"
+    r"(?:(?:\\in|∈)\s*(?:\\mathbb\s*)?\{?([ZN\N{DOUBLE-STRUCK CAPITAL Z}])\}?|is any? integer)"
+    r"\s*\)?[\s.$]*\Z"
+)
+"""What says that a variable of a family of solutions is an integer."""
 
 _LITERAL = re.compile(
     r"\d{1,2}:\d\d(?::\d\d)?|\d+(?:\s*x\s*\d+)+"
@@ -330,7 +339,9 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
         if congruent is not None:
             return "congruence" if congruent else None
     answer, expected = _without_wide_units(answer, expected)
-    if _units_differ(answer, expected):
+    (mine, unit), (wanted, other) = units.parted(answer), units.parted(expected)
+    values = _quantity(answer) is None or _quantity(expected) is None
+    if values and unit and other and units.same_unit(unit, other) is False:
         return None
     answer, expected = _aligned(answer, expected)
     decided = _numbers(answer, expected, kind, rules)
@@ -338,7 +349,10 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
         return "number" if decided else None
     if kind == "count":
         return None
-    return _mathematics(answer, expected, kind, rules, depth)
+    found = _mathematics(answer, expected, kind, rules, depth)
+    if found or depth >= _DEPTH or not values or not (unit or other):
+        return found
+    return compare(mine, wanted, rules, depth + 1)
 
 
 def _kind(expected: str, rules: Rules) -> str:
@@ -397,8 +411,8 @@ def _texts(answer: str, expected: str) -> str | None:
         if mine is not None and wanted is not None:
             return "number" if numbers.same_quantity(mine, wanted) else None
         times = numbers.parse_time(answer), numbers.parse_time(expected)
-        if None not in times:
-            return "number" if times[0] == times[1] else None
+        if times[0] is not None and times[1] is not None:
+            return "number" if numbers.same_time(times[0], times[1]) else None
     if text.joined(answer) == text.joined(expected) != "":
         return "text"
     answer, expected = (re.sub(r"(?<=[A-Za-z])\s*[&/]\s*", " and ", e) for e in (answer, expected))
@@ -421,6 +435,7 @@ def _short_text(answer: str) -> str:
     plain = _DAY_FIRST.sub(r"\2 \1, \3", plain)
     plain = _ORDINAL_WORD.sub(lambda match: _ORDINALS[match.group().lower()], plain)
     plain = re.sub(r"\A(\d[\d,.]*\s*-\s*\d[\d,.]*)\s+[A-Za-z]+\Z", r"\1", plain)  # a range's unit
+    plain = re.sub(r"(?<=\d)%(?=\s*(?:-|to)\s*[\d.,]+%)", "", plain)  # "70%-80%" is "70-80%"
     plain = re.sub(r"^(\d{1,2})\s*(?=[ap]\.?m\.?$)", r"\1:00 ", plain, flags=re.IGNORECASE)
     return numbers.with_scale_word(plain)
 
@@ -450,7 +465,7 @@ def _numbers(answer: str, expected: str, kind: str, rules: Rules) -> bool | None
         return None if symbols and letters else False  # "2aab" may be "2a^2b"
     times = numbers.parse_time(answer), numbers.parse_time(expected)
     if times[0] is not None and times[1] is not None and (times[0][1] or times[1][1]):
-        return times[0][0] == times[1][0]
+        return numbers.same_time(times[0], times[1])
     return None
 
 
@@ -483,17 +498,8 @@ def _without_wide_units(answer: str, expected: str) -> tuple[str, str]:
     return first, second
 
 
-def _units_differ(answer: str, expected: str) -> bool:
-    """Returns whether two expressions, such as "36\\pi cm", end with different simple units."""
-    if _quantity(answer) is not None or _quantity(expected) is not None:
-        return False
-    found = [_LAST_UNIT.search(text.latex_plain(each)) for each in (answer, expected)]
-    known = {units.dimension_of(match[1]) if match else None for match in found}
-    return len(known) == 2 and None not in known
-
-
 def _aligned(answer: str, expected: str) -> tuple[str, str]:
-    """Unifies what the sides may write differently: "5 = x", "y =", "f(x) =", a unit's place."""
+    """Unifies what the sides may write differently: "5 = x", "y =", "f(x) =", "4 to 1"."""
     answer, expected = (
         _TURNED.sub(r"\2 = \1", text.undelimited(each)) for each in (answer, expected)
     )
@@ -501,16 +507,23 @@ def _aligned(answer: str, expected: str) -> tuple[str, str]:
         if re.search(r"\d\s*:\s*\d", pair[0]) and _TO.fullmatch(pair[1].strip()):
             answer, expected = (_TO.sub(r"\1:\2", each) for each in (answer, expected))
     answer = re.sub(r"\A(?:\\approx(?![a-z])|≈)\s*", "", answer)
+    (mine, numbers_of), (wanted, others) = map(_without_range, (answer, expected))
+    if not numbers_of or not others or numbers_of == others:
+        answer, expected = mine, wanted
     names = [_FUNCTION_OF.match(each) for each in (answer, expected)]
     if all(names) and {bool(name[1]) for name in names if name} == {True, False}:
         answer, expected = (_FUNCTION_OF.sub("", each) for each in (answer, expected))
-    if (
-        _UNIT_AFTER.search(answer)
-        and not _UNIT_AFTER.search(expected)
-        and _quantity(answer) is None
-    ):
-        answer = _UNIT_AFTER.sub("", text.latex_plain(answer))
     return answer, expected
+
+
+def _without_range(answer: str) -> tuple[str, str]:
+    """Returns solutions without ", k \\in \\mathbb{Z}", and the name of that set or ""."""
+    plain = text.latex_plain(answer)
+    found = _RANGE_OF.search(plain)
+    before = plain[: found.start()] if found else ""
+    if found is None or not re.search(rf"(?<![A-Za-z\\]){found[1]}(?![a-z])", before):
+        return answer, ""
+    return before, "N" if found[2] == "N" else "Z"
 
 
 def _restated(answer: str) -> numbers.Quantity | None:
@@ -559,6 +572,8 @@ def _product(mine: numbers.Quantity, wanted: numbers.Quantity) -> bool:
 
 
 def _mathematics(answer: str, expected: str, kind: str, rules: Rules, depth: int) -> str | None:
+    if _spelling(answer) == _spelling(expected):
+        return "text"
     ordered = {"list": False, "ordered": True}.get(kind)
     inner = Rules("auto", rules.tolerance, {}, rules.math)
 
@@ -583,6 +598,19 @@ def _mathematics(answer: str, expected: str, kind: str, rules: Rules, depth: int
     return "math-verify" if math.same_expression(first, second, rules.math) else None
 
 
+def _spelling(answer: str) -> str:
+    """Returns an answer without what never changes its meaning: spaces, braces around one symbol.
+
+    math-verify takes "mg" in "\\mu mg" for a unit, and knows neither sets (\\mathbb Z) nor H_2O.
+    """
+    plain = text.latex_plain(answer).strip(" .$")
+    for command, same in _SAME_COMMANDS.items():
+        plain = re.sub(rf"\\{command}(?![A-Za-z])", rf"\\{same}", plain)
+    plain = re.sub(r"(?<!\d)\s|\s(?!\d)", "", plain)
+    plain = re.sub(r"(?<!\\)\{(\w|\\[A-Za-z]+)\}", r"\1", plain)
+    return plain.replace("_", "") if _CHEMICAL.fullmatch(plain) else plain
+
+
 def _as_written(answer: str, expected: str) -> bool:
     """Returns whether the sides are not mathematics, though math-verify would compute with them.
 
@@ -593,9 +621,9 @@ def _as_written(answer: str, expected: str) -> bool:
 
 
 def _in_radians(answer: str, other: str) -> str:
-    """Converts an angle in degrees if the other side is a multiple of pi."""
+    """Converts an angle in degrees if the other side is a multiple of pi, or an arc function."""
     plain = text.latex_plain(answer).strip(" $")
-    if not _ANGLE.fullmatch(plain) or "\\pi" not in text.latex_plain(other):
+    if not _ANGLE.fullmatch(plain) or not _RADIANS.search(text.latex_plain(other)):
         return answer
     return f"\\frac{{{plain[:-1]}\\pi}}{{180}}"
 
@@ -650,7 +678,7 @@ def _for_math_verify(answer: str) -> str:
         lambda m: f"\\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}", answer
     )
     answer = _PLAIN_ROOT.sub(r"\\sqrt{\1}", answer.replace("**", "^"))
-    answer = _PLAIN_FUNCTION.sub(r"\\\1 ", answer)
+    answer = _PLAIN_GREEK.sub(r"\\\1 ", _PLAIN_FUNCTION.sub(r"\\\1 ", answer))
     plain = text.trim(numbers.marked_ellipsis(text.latex_plain(answer))).replace("$", "")
     if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", plain):
         angle = r"\d+(?:\.\d+)?|(?<![a-zA-Z\\])[a-zA-Z]|\\[a-z]+"

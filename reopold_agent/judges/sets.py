@@ -13,7 +13,7 @@ Same = Callable[[str, str], bool]
 
 _MOST_PARTS = 64
 _OPEN, _CLOSE = "([{", ")]}"
-_AND = re.compile(r"(?<![A-Za-z\\])(?:and|or)(?![a-z])")
+_AND = re.compile(r"(?<![A-Za-z\\])(?:and|or)(?![a-z])|\\l(?:and|or)(?![a-z])")
 _ENVIRONMENT = re.compile(
     r"\\begin\s*\{([a-z]*matrix|array|cases|aligned|align\*?)\}(?:\s*\{[lcr|\s]*\})?(.*)\\end\s*\{\1\}",
     re.DOTALL,

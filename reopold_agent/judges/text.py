@@ -71,7 +71,7 @@ def latex_plain(text: str) -> str:
         if symbol in text:
             text = text.replace(symbol, command)
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[1] or m[2] or m[3]}}}", text)
-    text = _FRACTION.sub(r"\\frac", _SIZE.sub("", text))
+    text = _FRACTION.sub(r"\\frac", _SIZE.sub("", _ONE_ROW.sub(_row, text)))
     text = _BRACED_COMMAS.sub(_separated, text).replace("{,}", ",")
     text = text.replace("\\%", "%").replace("\\!", "")
     text = _DEGREE.sub("°", text.replace("\\varnothing", "\\emptyset"))
@@ -84,6 +84,21 @@ def latex_plain(text: str) -> str:
         if previous == text:
             break
     return " ".join(text.split())
+
+
+_ONE_ROW = re.compile(
+    r"\\begin\{(aligned|align|gathered|split|equation)(\*?)\}(.*?)\\end\{\1\2\}", re.DOTALL
+)
+"""An environment for displayed equations."""
+
+
+def _row(match: re.Match[str]) -> str:
+    row = match[3].strip().removesuffix("\\\\")
+    return (
+        match[0]
+        if "\\\\" in row
+        else row.replace("\\&", "\0").replace("&", " ").replace("\0", "\\&")
+    )
 
 
 def _with_currency(text: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from reopold_agent.judges.text import latex_plain
+
 _KNOWN = {
     "m": "m meter metre",
     "cm": "cm centimeter centimetre",
@@ -138,6 +140,45 @@ def dimension_of(unit: str) -> tuple[str, int] | None:
     word = match[1] if match[1] in _ALIASES else match[1].lower()
     name = _ALIASES.get(word) or (_ALIASES.get(word.removesuffix("s")) if len(word) > 2 else None)
     return None if name is None else (name, int(match[2] or 1))
+
+
+def parted(answer: str) -> tuple[str, str]:
+    """Returns a value and the known unit behind it: "2\\sqrt{3}\\text{ m/s}", "36\\pi cm^2".
+
+    Few letters are a unit only in a text command, or if they are the usual ones of lengths and the
+    like: "2\\sqrt{3} N" and "\\frac12 mg" may be products.
+
+    Returns:
+        The value without its unit, in plain LaTeX, and the unit; without one the answer and "".
+    """
+    spelled = _SPELLED.search(answer) is not None
+    plain = latex_plain(_SPELLED_START.sub(r" \g<0>", answer)).replace("$", "").strip(" .")
+    for gap in _GAP.finditer(plain):
+        unit = plain[gap.end() :]
+        words = _LETTERS_ALONE.findall(unit)
+        usual = "/" in unit or all(len(each) > 2 or each in _PLAIN for each in words)
+        if _UNIT.fullmatch(unit) and all(map(_is_known, words)) and (spelled or usual):
+            return plain[: gap.start()], unit
+    return answer, ""
+
+
+_SPELLED_START = re.compile(r"\\(?:text(?:rm|bf|it)?|mathrm|mbox)\s*\{")
+_SPELLED = re.compile(rf"{_SPELLED_START.pattern}[^{{}}]*\}}\s*(?:\^\s*\{{?-?\d\}}?)?[\s.$]*\Z")
+_PLAIN = frozenset({"m", "cm", "mm", "km", "dm", "ft", "in", "yd", "kg", "lb", "hr", "Hz"})
+_GAP = re.compile(r"(?<=[\w})°])\s+(?=[A-Za-zµμΩ])|(?<=[})])(?=[A-Za-zµμΩ])")
+_UNIT = re.compile(
+    r"[A-Za-zµμΩ]+(?:\s*\^\s*\{?\s*-?\d\s*\}?|[23](?!\d))?"
+    r"(?:(?:\s*/\s*|\s*\\cdot\s*|\s*·\s*|\s+)[A-Za-zµμΩ]+(?:\s*\^\s*\{?\s*-?\d\s*\}?|[23](?!\d))?){0,4}"
+)
+_LETTERS_ALONE = re.compile(r"(?<!\\)\b[A-Za-zµμΩ]+")
+_BESIDE_UNITS = frozenset({"unit", "units", "per", "square", "sq", "squared", "cubic", "cubed"})
+
+
+def _is_known(word: str) -> bool:
+    if len(word) == 1:
+        return word in _LETTERS
+    known = _ABBREVIATIONS | _BESIDE_UNITS | _MEANINGS.keys() | _RATES.keys()
+    return word.lower() in _BESIDE_UNITS or bool(_meaning(word) & known)
 
 
 def same_unit(mine: str, wanted: str) -> bool | None:
