@@ -51,7 +51,13 @@ _KNOWN = _YES | _NO
 _ADJECTIVES = {"true", "correct", "right", "sure", "negative", "false", "incorrect", "wrong"}
 _ADJECTIVES |= {"y", "n", "certainly", "absolutely", "definitely"}
 _EXPLAINING = {"because", "since", "as", "for", "it", "that", "this", "there", "they", "he", "she"}
-_SO_FIRST = re.compile(r"^(?:so|therefore|thus|hence|well|oh|overall)[\s,:*]+(?=(?:yes|no)\b)")
+_SO_FIRST = re.compile(
+    r"^(?:(?:so|therefore|thus|hence|well|oh|overall)[\s,:*]+(?=(?:yes|no)\b)"
+    r"|(?:no\s+doubt|(?:based\s+on|according\s+to|looking\s+at|judging\s+(?:by|from)|from|in)\b"
+    r"[^,.;:!?]{1,60}),[\s*]*(?=(?:yes|no)[\s*]*(?:[,.;:!]|$)))"
+)
+"""What may stand before a yes or no: "Based on the picture, yes"."""
+
 _PAUSE = re.compile(r"[^\W\d_]+(?:\s*[^\w\s'’/&-]|\s+-|\s*$)")
 """A word that punctuation separates from what follows: "yes, there is no cat"."""
 
@@ -206,6 +212,8 @@ def leading(text: str) -> bool | None:
     mine = _SO_FIRST.sub("", normal(text))
     words = re.findall(r"[^\W\d_]+", mine)
     if not words or words[0] not in _KNOWN or not mine.startswith(words[0]) or _both(mine):
+        return None
+    if words[:2] == ["no", "doubt"]:
         return None
     paused = len(words) == 1 or _PAUSE.match(mine)
     return words[0] in _YES if paused or _explained(mine, words[0], words[1]) else None

@@ -159,6 +159,12 @@ _ARE = re.compile(
 )
 """ "Three dogs are in the picture." """
 
+_ONE = r"\bone\s+(?!(?:of|on|in|at|is|can|by|with)\b)[a-z]+"
+_ONE_OF_SEVERAL = re.compile(
+    rf"(?:{_ONE}[^.!?\n]*\b(?:and|but|while)\b|\b(?:and|but|while)\s+(?:there\s+is\s+)?{_ONE})"
+    r"[^.!?\n]*[.!?]*\Z",
+    re.IGNORECASE,
+)
 _THERE_ARE_NONE = re.compile(
     r"\bthere\s+(?:is|are|was|were)(?:n't|\s+not)\s+any\b"
     r"|\b(?:do not|don't|cannot|can't)\s+see\s+any\b",
@@ -273,7 +279,11 @@ def find_answer(response: str, *, kind: str = "auto") -> Found | None:
     found = _marked(text) or _bare(text) or _stated(text, letters=kind == "option", whole=words)
     if found is not None or words or _retracted(text):
         return found
-    return (_counted(text) if kind == "count" else None) or _concluded(text)
+    if kind == "count" and (counted := _counted(text)) is not None:
+        return counted
+    found = _concluded(text)
+    # "There is one dog and there are two cats": elsewhere "one" is a pronoun, and no second value.
+    return None if kind == "count" and found and _ONE_OF_SEVERAL.search(text) else found
 
 
 def is_prose(text: str) -> bool:
@@ -439,7 +449,8 @@ def _counted(text: str) -> Found | None:
     if re.match(rf"\s*(?:or|to|and\s+(?:a\s+half|{_BELOW_HUNDRED}))\b|\s*[-–]\s*\d|[+%]", rest):
         return None
     parts = re.findall(
-        rf"\b({_COUNT})\b(?!\s*(?:of\s+(?:them|which|these|those)|side|another))",
+        rf"\b({_COUNT})\b(?!\s*(?:of\s+(?:them|which|these|those)|(?:on|in|at)\s+(?:each|either)|side"
+        r"|another))",
         rest,
         re.IGNORECASE,
     )
