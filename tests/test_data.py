@@ -418,6 +418,41 @@ def test_the_hubs_own_links_are_fine(tmp_path: Path) -> None:
         load(path=str(snapshot), split="test")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.csv", 'question,answer\n"What, then?",1\nWhy?,2\n'),
+        (
+            "train.json",
+            '{"question": "What, then?", "answer": "1"}\n{"question": "Why?", "answer": 2}',
+        ),
+        (
+            "train.json",
+            json.dumps(
+                {
+                    "dataset_name": "infographicVQA",
+                    "data": [
+                        {"question": "What, then?", "answer": "1"},
+                        {"question": "Why?", "answer": "2"},
+                    ],
+                },
+                indent=1,
+            ),
+        ),
+    ],
+)
+def test_other_forms_of_the_same_rows(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, "utf-8")
+    (tmp_path / "labels.csv").write_text("file,label\na.png,1\n", "utf-8")
+    if name.endswith(".csv"):
+        (tmp_path / "labels.csv").rename(tmp_path / "labels.txt")
+    tasks = load(path=str(tmp_path))
+    assert [(task.question, task.answers) for task in tasks] == [
+        ("What, then?", ("1",)),
+        ("Why?", ("2",)),
+    ]
+
+
 def test_repeated_ids_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_rows([{"question": "?", "answer": "1", "qid": i} for i in "aabccc"], tmp_path / "r.json")
     with caplog.at_level(logging.WARNING):
@@ -439,7 +474,10 @@ def test_repeated_ids_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixt
         ("rows.jsonl", b'{"question": "?", "answer": "\xff"}\n', r"rows\.jsonl, line 1: "),
         ("rows.parquet", b"not parquet at all", r"cannot read .*rows\.parquet"),
         ("rows.parquet", b"", r"cannot read .*rows\.parquet"),
-        ("rows.csv", b"a,b", "no rows in"),
+        ("rows.arrow", b"ARROW1", r"no rows in .*; there are rows\.arrow\.\n.*save_to_disk"),
+        ("rows.jsonl.gz", b"", r"no rows in .*\nUnpack rows\.jsonl\.gz first\."),
+        ("rows.txt", b"", r"no rows in .*\nThe path must name the folder that holds \*\.parquet"),
+        ("rows.csv", b'question,answer\n"?,1\n', r"cannot read .*rows\.csv at row 0"),
         ("images.zip", b"not a zip", r"images\.zip is not a zip archive"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Reading rows from parquet, json, jsonl and tsv files, local or from the hub."""
+"""Reading rows from parquet, json, jsonl, tsv and csv files, local or from the hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 from reopold_agent.data.checks import RowError
 from reopold_agent.errors import DataError, MissingExtraError
 
-_SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv")
+_SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv", ".csv")
+"""In a folder with others, csv files hold no rows: they list labels, figures and the like."""
 
 _HELD_OUT = frozenset({"test", "testmini", "validation", "valid", "val", "dev", "eval"})
 
@@ -43,7 +44,8 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     Of other folders, only files named after the split are taken: it is a word of their names, in
     capitals or not, between ``_``, ``-`` and ``.``. As on the hub, files whose names mention no
     split hold the training rows. Where files of one name repeat the rows in several formats, as
-    MathVista's and MathVerse's do, the first of parquet, jsonl, json and tsv is taken.
+    MathVista's and MathVerse's do, the first of parquet, jsonl, json and tsv is taken. A csv file
+    is taken only where there is none of these.
 
     Args:
         path: a file or a folder.
@@ -72,8 +74,9 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
         for file in folder.iterdir()
         if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(".")
     )
+    files = [file for file in files if file.suffix != ".csv"] or files
     if not files:
-        raise DataError(f"no rows in {path}: expected *.parquet, *.jsonl or *.json there")
+        raise DataError(_no_rows(path))
     several = len({words for file in files if (words := _SPLITS.intersection(_words(file)))}) > 1
     if split is None:
         if several:
@@ -103,6 +106,22 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
         + f"; there are {_names(files)}.\nName the file itself as the path"
         + ("." if several else ", or set split=null to take all files.")
     )
+
+
+def _no_rows(path: Path) -> str:
+    """Returns what to do about a folder without files of rows."""
+    wanted = ", ".join(f"*{suffix}" for suffix in _SUFFIXES)
+    names = sorted(file.name for file in path.rglob("*") if file.is_file())
+    advice = f"The path must name the folder that holds {wanted}, or such a file."
+    if any(name.endswith(".arrow") for name in names):
+        advice = (
+            "It looks like a data set of `save_to_disk`; write it as parquet:\n  python -c 'import "
+            f'datasets; datasets.load_from_disk("{path}").to_parquet("train.parquet")\''
+        )
+    elif packed := [name for name in names if name.endswith((".gz", ".zst", ".bz2", ".xz"))]:
+        advice = f"Unpack {packed[0]} first."
+    there = f"; there are {', '.join(names[:5])}" if names else ", which is empty"
+    return f"no rows in {path}{there}{', ...' if len(names) > 5 else ''}.\n{advice}"
 
 
 def data_folder(path: Path, split: str | Sequence[str | None] | None) -> Path:
@@ -201,7 +220,7 @@ def read_rows(
     """Yields the rows of one file, in order.
 
     Args:
-        file: parquet, json, jsonl or tsv.
+        file: parquet, json, jsonl, tsv or csv.
         without: columns of a parquet file that are not read at all.
         bad_line: called with "NAME, line N" and the error for each line of a jsonl file that is
             not an object; the line is then skipped. None raises the error instead.
@@ -211,9 +230,11 @@ def read_rows(
     """
     if file.suffix == ".parquet":
         yield from _parquet_rows(file, without)
-    elif file.suffix == ".tsv":
-        yield from _tsv_rows(file)
-    elif file.suffix == ".jsonl":
+    elif file.suffix in (".tsv", ".csv"):
+        yield from _table_rows(file, "\t" if file.suffix == ".tsv" else ",")
+    elif file.suffix == ".json" and not _is_lines(file):
+        yield from _json_rows(file)
+    else:
         # Read as bytes, so that a wrong encoding is reported with its line.
         with file.open("rb") as handle:
             for number, line in _lines(handle):
@@ -225,8 +246,19 @@ def read_rows(
                     bad_line(f"{file.name}, line {number}", error)
                     continue
                 yield row
-    else:
-        yield from _json_rows(file)
+
+
+def _is_lines(file: Path) -> bool:
+    """Returns whether a json file has an object in each line, as the hub's loader reads too."""
+    try:
+        with file.open("rb") as handle:
+            lines = [line for _, (_, line) in zip(range(2), _lines(handle), strict=False)]
+    except OSError:
+        return False  # the reader says why
+    try:
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
 def fills_with_nulls(file: Path) -> bool:
@@ -284,7 +316,7 @@ def _shortest(value: Any, kind: Any) -> Any:
 _NARROW = {"halffloat": np.float16, "float": np.float32}
 
 
-def _tsv_rows(file: Path) -> Iterator[dict[str, Any]]:
+def _table_rows(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_LINE_BYTES)  # pictures in base64 are longer than csv's own limit
     rows: list[dict[str, Any]] = []
     try:
@@ -292,7 +324,7 @@ def _tsv_rows(file: Path) -> Iterator[dict[str, Any]]:
             rows.extend(
                 # Extra fields have the key None, missing fields the value None.
                 {key: value for key, value in row.items() if key and value is not None}
-                for row in csv.DictReader(handle, delimiter="\t", strict=True)
+                for row in csv.DictReader(handle, delimiter=delimiter, strict=True)
             )
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {file} at row {len(rows)}: {error}") from error
@@ -313,7 +345,7 @@ _OPTION = re.compile(r"(?:(?:option|choice)[_ -]?)?([a-j])", re.IGNORECASE)
 
 
 def _empty_nothing(row: dict[str, Any]) -> None:
-    """Empties the question, the hint and the last options of a tsv row if they are words for none.
+    """Empties the question, the hint and the last options of a tsv or csv row if they say none.
 
     An option between others stays, as does one that is the answer, or without which one option
     would be left: it may really read "None".
@@ -352,8 +384,14 @@ def _json_rows(file: Path) -> Iterator[dict[str, Any]]:
         rows = [{"id": key, **row} for key, row in rows.items()]  # as MathVista's annotations
     elif isinstance(rows, dict) and file.name == _ONE_ROW:
         rows = [{"id": file.parent.name, **rows}]
+    elif isinstance(rows, dict):  # as InfographicVQA's and DocVQA's own files, under "data"
+        lists = [value for value in rows.values() if isinstance(value, list) and value]
+        rows = lists[0] if len(lists) == 1 else rows
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{file} must hold a list of objects, or one object of objects by id")
+        raise DataError(
+            f"{file} must hold a list of objects, one object of objects by id, or an object in "
+            "each line"
+        )
     yield from rows
 
 
