@@ -105,6 +105,11 @@ x\\equiv1\\pmod{p - 1} | x \\equiv 1 \\text{ (mod $p-1$)}
 k\\in\\mathbb Z | k \\in \\mathbb{Z}  ;  H_2O | H_{2}O  ;  CO2 | CO_2  ;  \\lnot p | \\neg p
 \\frac{\\pi}{4}+\\pi k | \\frac{\\pi}{4}+k\\pi, k\\in\\mathbb{Z}  ;  2k, k \\in \\mathbb Z | x=2k
 1,2 | x=1 \\lor x=2  ;  30^\\circ | \\sin^{-1}(0.5)  ;  \\arcsin(0.5) | 30^\\circ
+\\frac{-1+\\sqrt5}{2},\\frac{-1-\\sqrt5}{2} | x=\\frac{-1\\pm\\sqrt{5}}{2}
+3,1,-1 | \\{\\pm 1, 3\\}
+(1,2),(1,-2) | (1, \\pm 2)  ;  \\frac{1\\pm\\sqrt5}{2} | \\frac{1 \\mp \\sqrt5}{2}
+\\{\\} | \\emptyset
+4:3 | 4{:}3  ;  4:3 | 4\\text{ to }3  ;  3.5 | 3{.}5  ;  60 | 60\\frac{\\text{mi}}{\\text{h}}
 2ab | 2ba  ;  15 | 3 \\times 5  ;  5 \\times 3 | 3 \\times 5  ;  3 | 1+2
 """
 DIFFERENT = """
@@ -138,6 +143,7 @@ AB12CD | CD12AB  ;  2020-2021 | -1
 4:30 AM | 4:30 \\text{ PM}  ;  4:30 AM | 16:30  ;  \\mu | \\mu mg  ;  2\\sqrt3\\text{ N} | 3\\sqrt3
 k\\in\\mathbb N | k \\in \\mathbb{Z}  ;  2k, k\\in\\mathbb Z | x=2k, k\\in\\mathbb N  ;  CO_3 | CO_2
 x^{23} | x^{2}3  ;  12 | 1 2  ;  40^\\circ | \\arctan 1
+A=3, B=4 | 4, 3  ;  (1,2),(2,1) | (\\pm 1, 2)  ;  \\frac{1\\pm\\sqrt5}{2} | \\frac{1+\\sqrt5}{2}
 18 | 7 \\pmod{11}  ;  x\\equiv 7\\pmod{11} | y\\equiv 7\\pmod{11}  ;  mode | mod
 """
 

@@ -327,11 +327,11 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
         return "yes_no" if said is not None and said == choices.yes_no(expected) else None
     if text.same_text(_AND_BEFORE.sub(" ", answer), _AND_BEFORE.sub(" ", expected)):
         return "number" if kind in ("number", "count") else "text"
+    meant = [text.latex_plain(each).strip(" .$") for each in (answer, expected)]
+    if rules.kind != "text" and any(all(map(each.fullmatch, meant)) for each in _SAME_MEANING):
+        return "text"
     if kind == "text":
         return _texts(answer, expected)
-    meant = [text.latex_plain(each).strip(" .$") for each in (answer, expected)]
-    if any(all(map(pattern.fullmatch, meant)) for pattern in _SAME_MEANING):
-        return "text"
     if depth < _DEPTH:
         congruent = residues.same_residue(
             answer, expected, lambda a, b: compare(a, b, rules, depth + 1) is not None
@@ -503,9 +503,10 @@ def _aligned(answer: str, expected: str) -> tuple[str, str]:
     answer, expected = (
         _TURNED.sub(r"\2 = \1", text.undelimited(each)) for each in (answer, expected)
     )
-    for pair in ((answer, expected), (expected, answer)):
-        if re.search(r"\d\s*:\s*\d", pair[0]) and _TO.fullmatch(pair[1].strip()):
-            answer, expected = (_TO.sub(r"\1:\2", each) for each in (answer, expected))
+    plain = text.latex_plain(answer), text.latex_plain(expected)
+    for ratio, other in (plain, plain[::-1]):
+        if re.search(r"\d\s*:\s*\d", ratio) and _TO.fullmatch(other.strip()):
+            answer, expected = (_TO.sub(r"\1:\2", each) for each in plain)
     answer = re.sub(r"\A(?:\\approx(?![a-z])|≈)\s*", "", answer)
     (mine, numbers_of), (wanted, others) = map(_without_range, (answer, expected))
     if not numbers_of or not others or numbers_of == others:
@@ -669,7 +670,7 @@ def _same_part(part: str, other: str, rules: Rules, depth: int) -> bool:
 
 
 def _plain_numbers(parts: sets.Parts) -> bool:
-    return all(numbers.parse_quantity(item) is not None for item in parts.items)
+    return all(_quantity(item) is not None for item in parts.items)
 
 
 def _for_math_verify(answer: str) -> str:

@@ -18,6 +18,7 @@ _ENVIRONMENT = re.compile(
     r"\\begin\s*\{([a-z]*matrix|array|cases|aligned|align\*?)\}(?:\s*\{[lcr|\s]*\})?(.*)\\end\s*\{\1\}",
     re.DOTALL,
 )
+_PLUS_MINUS = re.compile(r"\\(pm|mp)(?![A-Za-z])")
 _EQUALS = re.compile(r"(?<![<>!=:\\])=(?!=)")
 _APPROXIMATELY = re.compile(r"\\approx(?![a-z])|\\sim(?:eq)?(?![a-z])|≈|~=")
 _SYMBOL = re.compile(
@@ -64,6 +65,8 @@ def read_parts(text: str) -> Parts | None:
     plain = plain.replace("\\{", "{").replace("\\}", "}")
     plain = plain.replace("\\lbrace", "{").replace("\\rbrace", "}")
     items = split(plain)
+    if not plain.startswith(("{", "[")):
+        items = [signed for item in items for signed in _both_signs(item)]
     if len(items) > 1:
         return Parts(tuple(items), "list")
     if len(plain) < 2 or plain[0] not in _OPEN or plain[-1] not in _CLOSE:
@@ -73,12 +76,21 @@ def read_parts(text: str) -> Parts | None:
     inner = split(plain[1:-1])
     around = plain[0] + plain[-1]
     if around == "{}" and inner and inner != [""]:
-        return Parts(tuple(inner), "set", *around)
+        return Parts(tuple(s for item in inner for s in _both_signs(item)), "set", *around)
     if len(inner) < 2:
         # ((1,2)) is (1,2), and ({matrix}) is the matrix.
         return read_parts(plain[1:-1]) if around in ("()", "{}") else None
     shape = {"()": "tuple", "[]": "closed"}.get(around, "mixed")
     return Parts(tuple(inner), shape, *around)
+
+
+def _both_signs(item: str) -> list[str]:
+    """Returns both values of what has "\\pm" in it, of which all have the same sign at a time."""
+    if not _PLUS_MINUS.search(item):
+        return [item]
+    upper = _PLUS_MINUS.sub(lambda found: "+" if found[1] == "pm" else "-", item)
+    lower = _PLUS_MINUS.sub(lambda found: "-" if found[1] == "pm" else "+", item)
+    return [upper, lower]
 
 
 def same_parts(mine: Parts, wanted: Parts, same: Same, *, ordered: bool | None = None) -> bool:

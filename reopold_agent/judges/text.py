@@ -10,6 +10,12 @@ from functools import lru_cache
 _MAX_NESTING = 8
 """Of ``\\text{}`` in ``\\text{}``: deeper nesting is noise, and each level costs a pass."""
 
+_UNIT_FRACTION = re.compile(
+    r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{([A-Za-z .]+)\}\s*\}"
+    r"\s*\{\s*\\(?:text|mathrm)\s*\{([A-Za-z .]+)\}\s*(\^\s*\{?\d\}?)?\s*\}"
+)
+""" "\\frac{\\text{mi}}{\\text{h}}"."""
+
 _TEXT_COMMAND = re.compile(
     r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal)|mbox|hbox|operatorname|bf|rm"
     r"|emph|underline|bold(?:symbol)?)\s*\*?\s*\{([^{}]*)\}"
@@ -70,9 +76,11 @@ def latex_plain(text: str) -> str:
     for symbol, command in _SYMBOLS.items():
         if symbol in text:
             text = text.replace(symbol, command)
+    text = _UNIT_FRACTION.sub(r"\\text{ \1/\2}\3", text)
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[1] or m[2] or m[3]}}}", text)
     text = _FRACTION.sub(r"\\frac", _SIZE.sub("", _ONE_ROW.sub(_row, text)))
     text = _BRACED_COMMAS.sub(_separated, text).replace("{,}", ",")
+    text = text.replace("{.}", ".").replace("{:}", ":")
     text = text.replace("\\%", "%").replace("\\!", "")
     text = _DEGREE.sub("°", text.replace("\\varnothing", "\\emptyset"))
     text = text.replace("\\langle", "(").replace("\\rangle", ")")
