@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import math
 import numbers
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,7 @@ from reopold_agent.errors import (
 )
 from reopold_agent.registry import Registry
 from reopold_agent.tools.schema import (
+    arguments_of,
     check_arguments,
     check_by_schema,
     name_of,
@@ -234,10 +236,14 @@ class Tool:
         made.schema()
         return made
 
-    @property
+    @cached_property
     def takes_state(self) -> bool:
         """Whether the function is called with the episode's state before its arguments."""
         return self.input_schema is not None or takes_state(self.function)
+
+    @cached_property
+    def _arguments(self) -> Mapping[str, inspect.Parameter]:
+        return arguments_of(self.function)
 
     @property
     def needs_sizes(self) -> bool:
@@ -342,7 +348,7 @@ class Tool:
         shown: Mapping[str, Any] = arguments if isinstance(arguments, Mapping) else {}
         try:
             if self.input_schema is None:
-                given = check_arguments(self.function, arguments)
+                given = check_arguments(self.function, arguments, self._arguments)
             else:
                 given = check_by_schema(self.input_schema, arguments)
             result = (run or self.runner or on_thread)(self, state, given, limit)

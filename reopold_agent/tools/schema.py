@@ -39,7 +39,7 @@ def parameters_schema(function: Callable[..., Any]) -> dict[str, Any]:
     """
     properties: dict[str, Any] = {}
     required = []
-    for name, parameter in _arguments(function).items():
+    for name, parameter in arguments_of(function).items():
         if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
             raise ConfigError(
                 f"tool '{name_of(function)}' has the parameter '{parameter}', which a call cannot "
@@ -80,15 +80,24 @@ def name_of(function: Callable[..., Any]) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
-def check_arguments(function: Callable[..., Any], arguments: object) -> dict[str, Any]:
+def check_arguments(
+    function: Callable[..., Any],
+    arguments: object,
+    known: Mapping[str, inspect.Parameter] | None = None,
+) -> dict[str, Any]:
     """Checks and converts the arguments of a call.
+
+    Args:
+        function: the tool's.
+        arguments: as the model gave them.
+        known: its `arguments_of`, which take as long to read as the check.
 
     Raises:
         ToolError: an argument is wrong; the message says for the model what is expected.
     """
     if not isinstance(arguments, Mapping):
         raise ToolError(f"The arguments must be a JSON object, got {as_json(arguments)}.")
-    known = _arguments(function)
+    known = arguments_of(function) if known is None else known
     unknown = [str(key) for key in arguments if key not in known]
     if unknown:
         raise ToolError(
@@ -179,7 +188,8 @@ def shorten(value: object, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def _arguments(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def arguments_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Returns the parameters of a tool without the episode's state."""
     parameters = list(inspect.signature(function).parameters.items())
     return dict(parameters[1:] if takes_state(function) else parameters)
 
