@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from real_data import real_data
 
@@ -110,6 +110,9 @@ k\\in\\mathbb Z | k \\in \\mathbb{Z}  ;  H_2O | H_{2}O  ;  CO2 | CO_2  ;  \\lnot
 (1,2),(1,-2) | (1, \\pm 2)  ;  \\frac{1\\pm\\sqrt5}{2} | \\frac{1 \\mp \\sqrt5}{2}
 \\{\\} | \\emptyset
 4:3 | 4{:}3  ;  4:3 | 4\\text{ to }3  ;  3.5 | 3{.}5  ;  60 | 60\\frac{\\text{mi}}{\\text{h}}
+f'(x) | f^{\\prime}(x)  ;  2x | f'(x)=2x  ;  X=3 | x=3  ;  1011_{\\text{two}} | 1011_2
+26_{10} | 1A_{16}
+20 | 20'  ;  5 kg | 5 KG  ;  60 mph | 60 MPH  ;  \\text{even} | \\text{Even}  ;  \\sin x | Sin x
 2ab | 2ba  ;  15 | 3 \\times 5  ;  5 \\times 3 | 3 \\times 5  ;  3 | 1+2
 """
 DIFFERENT = """
@@ -144,6 +147,10 @@ AB12CD | CD12AB  ;  2020-2021 | -1
 k\\in\\mathbb N | k \\in \\mathbb{Z}  ;  2k, k\\in\\mathbb Z | x=2k, k\\in\\mathbb N  ;  CO_3 | CO_2
 x^{23} | x^{2}3  ;  12 | 1 2  ;  40^\\circ | \\arctan 1
 A=3, B=4 | 4, 3  ;  (1,2),(2,1) | (\\pm 1, 2)  ;  \\frac{1\\pm\\sqrt5}{2} | \\frac{1+\\sqrt5}{2}
+\\frac{R}{r} | \\frac{r}{R}  ;  2\\pi R | 2\\pi r  ;  \\Sigma | \\sigma  ;  f(x) | f'(x)
+y'+y=0 | y''+y=0
+y+y=0 | y'+y=0  ;  \\frac{GMm}{R} | \\frac{GMm}{r}  ;  4210_5 | 4210_{7}  ;  10_{8} | 10_{16}
+20'' | 20'
 18 | 7 \\pmod{11}  ;  x\\equiv 7\\pmod{11} | y\\equiv 7\\pmod{11}  ;  mode | mod
 """
 
@@ -572,6 +579,26 @@ def test_ways_of_stating_an_answer(response: str, gold: str, kind: str, outcome:
     assert mine == outcome, verdict
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [("5 MW", "5 mW"), ("5 MHz", "5 mHz"), ("3 Mm", "3 mm"), ("5 GB", "5 Gb"), ("5 mA", "5 MA")],
+)
+def test_a_letter_that_tells_a_units_size_is_not_overlooked(gold: str, answer: str) -> None:
+    verdict = grade(f"\\boxed{{{answer}}}", gold)
+    assert (verdict.correct, verdict.undecided) == (False, True)
+    assert grade(f"\\boxed{{{gold}}}", gold).correct
+
+
+@pytest.mark.parametrize("form", ["A. {}", "(A) {}", "A. ${}$", "A: {}"])
+def test_a_letter_with_the_text_of_another_option_contradicts_itself(form: str) -> None:
+    options = ["\\frac{r}{R}", "\\frac{R}{r}", "1", "2"]
+    for text in options[1:]:
+        for gold in "AB":
+            verdict = grade(form.format(text), gold, "option", options=options)
+            assert (verdict.correct, verdict.undecided) == (False, True), verdict
+    assert grade(form.format(options[0]), "A", "option", options=options).correct
+
+
 @pytest.mark.parametrize(("gold", "answer"), pairs(DIFFERENT))
 def test_different(gold: str, answer: str) -> None:
     verdict = grade(f"So \\boxed{{{answer}}}.", gold)
@@ -723,6 +750,7 @@ def test_any_text_has_a_verdict(response: str, gold: str, kind: str) -> None:
 
 
 @settings(max_examples=500, deadline=None)
+@example("NEGATIVE")
 @given(st.text(max_size=40))
 def test_any_text_is_a_quantity_or_not(text: str) -> None:
     parse_quantity(text)

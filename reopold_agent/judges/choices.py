@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from reopold_agent.judges import cues
-from reopold_agent.judges.text import latex_plain, normal, same_text, trim, words_only
+from reopold_agent.judges.text import latex_plain, normal, same_answer, trim, words_only
 
 Letters: TypeAlias = frozenset[str]
 """The chosen options, as lower-case letters; nearly always one."""
@@ -238,7 +238,7 @@ def _explained(mine: str, first: str, after: str) -> bool:
 def chosen(
     text: str,
     options: Mapping[str, str] | None = None,
-    same: Callable[[str, str], bool] = same_text,
+    same: Callable[[str, str], bool] = same_answer,
 ) -> Letters | None:
     """Returns the options that an answer names, or None.
 
@@ -261,7 +261,7 @@ def chosen(
     match = _WHOLE.fullmatch(plain)
     if match:
         return _among(match[1], options)
-    named = [letter.lower() for letter, option in options.items() if same_text(text, option)]
+    named = [letter.lower() for letter, option in options.items() if same_answer(text, option)]
     if len(named) == 1:
         return frozenset(named)
     if item and (rest := plain[item.end() :].strip()) and rest != plain:
@@ -284,7 +284,7 @@ def chosen(
             r"(?:or|或)\b", plain[match.end() :]
         ):
             return _checked(match, plain, options)
-    elif match and same_text(plain[match.end() :], options.get(match[5].lower(), "")):
+    elif match and same_answer(plain[match.end() :], options.get(match[5].lower(), "")):
         return frozenset({match[5].lower()})  # "A blue car" is option A only if this is its text
     match = re.match(_TOKEN, plain)
     if match and _AFTER.fullmatch(plain, match.end()):
@@ -313,7 +313,7 @@ def stated_choice(text: str, options: Mapping[str, str] | None = None) -> Letter
             letters = _run(found[-1], plain)
             if form is _STATED and len(letters) == 1:
                 said = plain[_start(found[-1]) :].split("\n", 1)[0]
-                return _agreeing(letters, said, options)
+                return agreeing(letters, said, options)
             return _among(letters, options) if letters else None
     return None
 
@@ -331,7 +331,7 @@ def last_choice(text: str, options: Mapping[str, str] | None = None) -> Letters 
         return None
     (letter,) = left
     at = sentences[-1].lower().rfind(f"({letter})")
-    return _agreeing(letter, sentences[-1][at:] if at >= 0 else letter, options or {})
+    return agreeing(letter, sentences[-1][at:] if at >= 0 else letter, options or {})
 
 
 def _something_said(sentence: str) -> bool:
@@ -446,17 +446,17 @@ def _among(letters: str, options: Mapping[str, str]) -> Letters | None:
 
 
 def _checked(match: re.Match[str], plain: str, options: Mapping[str, str]) -> Letters | None:
-    return _agreeing(_letter(match), plain, options)
+    return agreeing(_letter(match), plain, options)
 
 
-def _agreeing(letter: str, rest: str, options: Mapping[str, str]) -> Letters | None:
+def agreeing(letter: str, rest: str, options: Mapping[str, str]) -> Letters | None:
     """Returns the letter unless the text after it is that of another option."""
-    after = re.sub(rf"^\W*{letter}\W*", "", rest, count=1, flags=re.IGNORECASE)
+    after = re.sub(rf"^\W*{letter}[^\w\\]*", "", rest, count=1, flags=re.IGNORECASE)
     if _EXCLUDED.match(after):
         return None
     others = [text for each, text in options.items() if each != letter.lower()]
-    contradicts = any(same_text(after, text) for text in others)
-    if contradicts and not same_text(after, options.get(letter.lower(), "")):
+    contradicts = any(same_answer(after, text) for text in others)
+    if contradicts and not same_answer(after, options.get(letter.lower(), "")):
         return None
     return _among(letter, options)
 

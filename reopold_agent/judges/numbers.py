@@ -468,7 +468,7 @@ def _spelled(plain: str) -> Quantity | None:
     sign = 1
     if words[0] in ("minus", "negative"):
         sign, words = -1, words[1:]
-    if words[0] in ("a", "an") and words[1:2] and words[1] in _SCALES:
+    if words[:1] in (["a"], ["an"]) and words[1:2] and words[1] in _SCALES:
         words[0] = "one"
     if words == ["none"] or (words[:1] == ["no"] and len(words) == 2) or words == ["nothing"]:
         return Quantity(Fraction(0), unit=" ".join(words[1:]))

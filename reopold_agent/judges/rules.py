@@ -70,7 +70,8 @@ _AND_BEFORE = re.compile(r"(?<=[a-z])\s+and\s+(?=\d+\s*[a-z])")
 
 _PLAIN_ROOT = re.compile(r"(?<![A-Za-z\\])sqrt\s*\(([^()]*)\)")
 _PLAIN_FUNCTION = re.compile(
-    r"(?<![A-Za-z\\{])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-z])"
+    r"(?<![A-Za-z\\{])(arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|log|ln|exp)(?![a-z])",
+    re.IGNORECASE,
 )
 _PLAIN_GREEK = re.compile(
     r"(?<![A-Za-z\\])(alpha|beta|gamma|delta|theta|lambda|mu|phi|omega|pi)(?![A-Za-z])"
@@ -228,7 +229,7 @@ def grade(
             if any(compare(phrase, each, rules) for each in expected):
                 return Verdict(True, phrase, "concluded:text")
     if found is None:
-        if any(text.same_text(whole, each) for each in expected):
+        if any(_repeats(whole, each, rules) for each in expected):
             return Verdict(True, whole, "bare:text")
         return Verdict(False, None, "undecided", True, "no answer was found")
     if len(found.text) > _LONGEST:
@@ -250,7 +251,7 @@ def grade(
             how = compare(value, each, rules)
             if how is not None:
                 return Verdict(True, value, f"{found.where}:{how}")
-    if found.where != "boxed" and any(text.same_text(whole, each) for each in expected):
+    if found.where != "boxed" and any(_repeats(whole, each, rules) for each in expected):
         return Verdict(True, whole, "bare:text")
     if _equal_with_decimal_points(found.text, expected, rules):
         return Verdict(False, found.text, "undecided", True, _COMMA)
@@ -258,6 +259,13 @@ def grade(
     if reason:
         return Verdict(False, found.text, "undecided", True, reason)
     return Verdict(False, values[-1], f"{found.where}:{kinds[0]}")
+
+
+def _repeats(response: str, expected: str, rules: Rules) -> bool:
+    """Returns whether a whole response is the reference."""
+    if _kind(expected, rules) == "text":
+        return text.same_text(response, expected)
+    return text.same_answer(response, expected)
 
 
 def _equal_with_decimal_points(answer: str, expected: Sequence[str], rules: Rules) -> bool:
@@ -325,8 +333,11 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
     if kind == "yes_no":
         said = choices.yes_no(answer)
         return "yes_no" if said is not None and said == choices.yes_no(expected) else None
-    if text.same_text(_AND_BEFORE.sub(" ", answer), _AND_BEFORE.sub(" ", expected)):
+    joined = [_AND_BEFORE.sub(" ", each) for each in (answer, expected)]
+    if text.same_answer(*joined) or (kind == "text" and text.same_text(*joined)):
         return "number" if kind in ("number", "count") else "text"
+    if text.same_text(*joined) and text.primes_differ(*joined):
+        return None
     meant = [text.latex_plain(each).strip(" .$") for each in (answer, expected)]
     if rules.kind != "text" and any(all(map(each.fullmatch, meant)) for each in _SAME_MEANING):
         return "text"
@@ -370,15 +381,15 @@ def _kind(expected: str, rules: Rules) -> str:
 def _same_option(answer: str, expected: str, rules: Rules) -> bool:
     mine, wanted = _chosen(answer, rules), _chosen(expected, rules)
     if wanted is None:
-        return text.same_text(answer, expected)
+        return text.same_answer(answer, expected)
     if rules.options:
         return mine == wanted
     # The reference may give the option's text, and an answer only this text, or the letter and
     # another text ("A. Johnson" is not "A. Lincoln").
     own, given = choices.text_of_option(expected), choices.text_of_option(answer)
-    if own and text.same_text(answer, own):
+    if own and text.same_answer(answer, own):
         return True
-    return mine == wanted and not (own and given and not text.same_text(given, own))
+    return mine == wanted and not (own and given and not text.same_answer(given, own))
 
 
 def _chosen(answer: str, rules: Rules) -> choices.Letters | None:
@@ -593,7 +604,12 @@ def _mathematics(answer: str, expected: str, kind: str, rules: Rules, depth: int
     if _as_written(answer, expected):
         return _texts(answer, expected)
     answer, expected = _in_radians(answer, expected), _in_radians(expected, answer)
-    first, second = _for_math_verify(expected), _for_math_verify(answer)
+    if text.primes_differ(sets.without_name(answer), sets.without_name(expected)):
+        return None  # math-verify drops primes, subscripts of numbers and capitals
+    based = _bases(answer, expected)
+    if based is not None:
+        return "number" if based else None
+    first, second = _cases_apart(_for_math_verify(expected), _for_math_verify(answer))
     if second.count("{") != second.count("}") or not re.search(r"\w", second):
         return None  # no parser can read this; trying would only cost time
     return "math-verify" if math.same_expression(first, second, rules.math) else None
@@ -610,6 +626,47 @@ def _spelling(answer: str) -> str:
     plain = re.sub(r"(?<!\d)\s|\s(?!\d)", "", plain)
     plain = re.sub(r"(?<!\\)\{(\w|\\[A-Za-z]+)\}", r"\1", plain)
     return plain.replace("_", "") if _CHEMICAL.fullmatch(plain) else plain
+
+
+def _bases(answer: str, expected: str) -> bool | None:
+    """Returns whether two numbers that name their bases ("101_2") are equal; None without these."""
+    found = [_BASED.fullmatch(text.latex_plain(each).strip(" .$")) for each in (answer, expected)]
+    values = []
+    for match in found:
+        base = None if match is None else numbers.parse_quantity(match[2] or match[3])
+        if match is None or base is None or not 2 <= base.value <= 36:
+            return None
+        try:
+            values.append(int(match[1].replace(" ", ""), int(base.value)))
+        except ValueError:  # a digit that the base does not have
+            return None
+    return values[0] == values[1]
+
+
+_BASED = re.compile(r"\(?([0-9A-Z ]+)\)?\s*_\s*(?:\{\s*([a-z]+|\d+)\s*\}|(\d))")
+_SYMBOL_OR_COMMAND = re.compile(
+    r"\\(?:begin|end|text|mathrm|mathbb|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+|[A-Za-z]"
+)
+
+
+def _cases_apart(first: str, second: str) -> tuple[str, str]:
+    """Renames capitals that stand beside the same small letters in either of two expressions."""
+    used = set(_SYMBOL_OR_COMMAND.findall(first + second))
+    free = (letter for letter in "abcdghjklmnopqrstuvwxyz" if not {letter, letter.upper()} & used)
+    names = {}
+    for symbol in sorted(used):
+        small = symbol[:2].lower() + symbol[2:]
+        if small != symbol and small in used and (len(symbol) == 1 or symbol[2:].islower()):
+            names[symbol] = next(free, symbol)
+
+    def renamed(found: re.Match[str]) -> str:
+        name = names.get(found[0])
+        return found[0] if name is None else f"{name} " if len(found[0]) > 1 else name
+
+    renamed_first, renamed_second = (
+        _SYMBOL_OR_COMMAND.sub(renamed, each) for each in (first, second)
+    )
+    return renamed_first, renamed_second
 
 
 def _as_written(answer: str, expected: str) -> bool:
@@ -679,7 +736,8 @@ def _for_math_verify(answer: str) -> str:
         lambda m: f"\\binom{{{m[1] or m[3] or m[5]}}}{{{m[2] or m[4] or m[6]}}}", answer
     )
     answer = _PLAIN_ROOT.sub(r"\\sqrt{\1}", answer.replace("**", "^"))
-    answer = _PLAIN_GREEK.sub(r"\\\1 ", _PLAIN_FUNCTION.sub(r"\\\1 ", answer))
+    answer = _PLAIN_FUNCTION.sub(lambda found: f"\\{found[1].lower()} ", answer)
+    answer = _PLAIN_GREEK.sub(r"\\\1 ", answer)
     plain = text.trim(numbers.marked_ellipsis(text.latex_plain(answer))).replace("$", "")
     if re.search(r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])", plain):
         angle = r"\d+(?:\.\d+)?|(?<![a-zA-Z\\])[a-zA-Z]|\\[a-z]+"
@@ -743,6 +801,9 @@ def _found_option(closing: str, found: Found | None, rules: Rules) -> Found | No
     match = re.match(r"\s*(?:\*\*)?(\([A-Z]\)|[A-Z][.):])(?=\s|\*|$)", closing)
     if match is None or choices.is_excluded(closing[match.end(1) - (match[1][0] != "(") :]):
         return None
+    letter = match[1].strip("().:")
+    if choices.agreeing(letter, closing.splitlines()[0], rules.options) is None:
+        return None  # "A. 12", where 12 is another option
     return Found(match.group(1), "led")
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 _MAX_NESTING = 8
 """Of ``\\text{}`` in ``\\text{}``: deeper nesting is noise, and each level costs a pass."""
 
+_PRIME_COMMANDS = re.compile(r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![A-Za-z]))")
 _UNIT_FRACTION = re.compile(
     r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{([A-Za-z .]+)\}\s*\}"
     r"\s*\{\s*\\(?:text|mathrm)\s*\{([A-Za-z .]+)\}\s*(\^\s*\{?\d\}?)?\s*\}"
@@ -80,6 +81,7 @@ def latex_plain(text: str) -> str:
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[1] or m[2] or m[3]}}}", text)
     text = _FRACTION.sub(r"\\frac", _SIZE.sub("", _ONE_ROW.sub(_row, text)))
     text = _BRACED_COMMAS.sub(_separated, text).replace("{,}", ",")
+    text = _PRIME_COMMANDS.sub(lambda found: "'" * found[0].count("prime"), text)
     text = text.replace("{.}", ".").replace("{:}", ":")
     text = text.replace("\\%", "%").replace("\\!", "")
     text = _DEGREE.sub("°", text.replace("\\varnothing", "\\emptyset"))
@@ -196,6 +198,60 @@ def same_text(answer: str, expected: str) -> bool:
     mine, wanted = words_only(answer), words_only(expected)
     same = mine == wanted and bool(re.search(r"\w", mine))
     return same and not _signs_differ(normal(answer), normal(expected))
+
+
+def same_answer(answer: str, expected: str) -> bool:
+    """Returns whether two answers have the same words (`same_text`), and formulas the same symbols.
+
+    Letters in capitals and in small letters are two symbols (R and r), and f' is not f; but words,
+    and what is in a text command, are written either way.
+    """
+    if not same_text(answer, expected) or primes_differ(answer, expected):
+        return False
+    if sizes_differ(answer, expected):
+        return False
+    formula = _FORMULA.search(answer) or _FORMULA.search(expected)
+    return not formula or _symbols(answer) == _symbols(expected)
+
+
+def primes_differ(answer: str, expected: str) -> bool:
+    """Returns whether primes stand at other symbols (f' and f), or others at numbers (' and '').
+
+    A number with primes, minutes or feet, beside one without is one with a unit.
+    """
+    symbols, values = [], []
+    for each in map(latex_plain, (answer, expected)):
+        found = [(one.casefold(), primes) for one, primes in _PRIMES.findall(each)]
+        symbols.append([pair for pair in found if not pair[0].isdigit()])
+        values.append([primes for one, primes in found if one.isdigit() and primes])
+    primed = any(primes for each in symbols for _, primes in each)
+    return (primed and symbols[0] != symbols[1]) or (all(values) and values[0] != values[1])
+
+
+def sizes_differ(answer: str, expected: str) -> bool:
+    """Returns whether units differ in a letter whose case tells the size: mW and MW, Gb and GB.
+
+    "mw" and "MPH" are written without care, and say nothing.
+    """
+    mine, wanted = _SIZES.findall(answer), _SIZES.findall(expected)
+    return bool(mine and wanted) and mine != wanted and answer.lower() == expected.lower()
+
+
+_SIZES = re.compile(r"\b[mM](?=(?:Hz|W|J|A|V|g|m|s|L|l|N|Pa|eV)\b)|(?<=\b[KkMGT])[bB](?=\b|ps)")
+_FORMULA = re.compile(r"\\[A-Za-z]|[=^_<>+*/]")
+_PRIMES = re.compile(r"((?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|[)}\]]|\d(?!\d))((?:'|\N{PRIME})*)")
+_LETTERS = re.compile(r"\\?[A-Za-z]+")
+
+
+def _symbols(text: str) -> list[str]:
+    plain = latex_plain(_TEXT_COMMAND.sub(" ", text))
+    return [each if _is_symbols(each) else each.casefold() for each in _LETTERS.findall(plain)]
+
+
+def _is_symbols(letters: str) -> bool:
+    """Returns whether letters are a LaTeX command or a product of symbols, not a word."""
+    usual = letters.islower() or letters.isupper() or letters.istitle()
+    return letters.startswith("\\") or len(letters) < 3 or not usual
 
 
 def _currency(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from reopold_agent.judges.text import latex_plain
+from reopold_agent.judges.text import latex_plain, sizes_differ
 
 _KNOWN = {
     "m": "m meter metre",
@@ -187,6 +187,8 @@ def same_unit(mine: str, wanted: str) -> bool | None:
     What only one side has, alone or after what both have ("40 years" and "40 years old"), makes no
     difference; a power or a "per" does.
     """
+    if sizes_differ(mine, wanted):
+        return None
     first, second = dimension_of(mine), dimension_of(wanted)
     if first is not None and second is not None:
         return first == second
