@@ -589,7 +589,7 @@ def test_a_letter_that_tells_a_units_size_is_not_overlooked(gold: str, answer: s
     assert grade(f"\\boxed{{{gold}}}", gold).correct
 
 
-@pytest.mark.parametrize("form", ["A. {}", "(A) {}", "A. ${}$", "A: {}"])
+@pytest.mark.parametrize("form", ["A. {}", "(A) {}", "A. ${}$", "A) {}", "A: {}"])
 def test_a_letter_with_the_text_of_another_option_contradicts_itself(form: str) -> None:
     options = ["\\frac{r}{R}", "\\frac{R}{r}", "1", "2"]
     for text in options[1:]:

@@ -330,7 +330,8 @@ def last_choice(text: str, options: Mapping[str, str] | None = None) -> Letters 
     if short and (cues.DENIED.search(sentences[-1]) or _something_said(sentences[-1])):
         return None
     (letter,) = left
-    at = sentences[-1].lower().rfind(f"({letter})")
+    led = re.match(rf"\W*{letter}\s*[.):]", sentences[-1], re.IGNORECASE)
+    at = 0 if led else sentences[-1].lower().rfind(f"({letter})")
     return agreeing(letter, sentences[-1][at:] if at >= 0 else letter, options or {})
 
 
