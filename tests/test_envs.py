@@ -26,6 +26,7 @@ from reopold_agent.demo.tasks import ArrayImage
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.envs.pixel_reasoner import PixelReasonerEnv
 from reopold_agent.envs.registration import make_found
+from reopold_agent.envs.single_turn import SingleTurnEnv
 from reopold_agent.envs.spaces import Pictures, UnicodeText
 from reopold_agent.errors import ConfigError, DataError, ToolError, UnknownNameError
 from reopold_agent.judges import Judge, Verdict
@@ -464,6 +465,37 @@ def test_the_judge_is_a_setting() -> None:
         _, got, terminated, _, info = started(ToyEnv(judge=judge)).step("nonsense")
         assert (got, terminated, info["success"]) == (reward, True, bool(reward))
     assert asked == [("nonsense", ("7",))]
+
+
+PLACES = [
+    (
+        "The last line of your response should be of the form Answer: $Answer (without quotes) "
+        "where $Answer is the answer to the problem.\n\nWhat is 17 + 25?",
+        "17+25 = 42.\n\nAnswer: 42",
+    ),
+    (
+        'What is 17 + 25? Let\'s think step by step and output the final answer after "####".',
+        "17+25 = 42\n#### 42",
+    ),
+    (
+        "What is 17 + 25? Output the final answer in <answer> </answer> tags.",
+        "<think>17+25</think><answer>42</answer>",
+    ),
+]
+
+
+@pytest.mark.parametrize(("question", "answer"), PLACES)
+def test_an_answer_counts_in_the_form_that_the_prompt_asks_for(question: str, answer: str) -> None:
+    def reward(guideline: str, turn: str, asked: str = question) -> float:
+        env = SingleTurnEnv(data={"train": [Task("1", asked, ("42",))]}, guideline=guideline)
+        env.reset()
+        return env.step(turn)[1]
+
+    assert reward("", answer) == 1.0
+    assert reward("", "\\boxed{42}") == 1.0
+    assert reward("", answer.replace("42", "43")) == 0.0
+    assert reward("Put your final answer within \\boxed{}.", answer) == 0.0
+    assert reward("", answer, "What is the answer: 42 or 43?") == 0.0
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])

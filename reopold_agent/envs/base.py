@@ -30,7 +30,8 @@ from reopold_agent.envs.checks import (
 from reopold_agent.envs.spaces import Pictures, UnicodeText, as_observation, succeeded
 from reopold_agent.errors import ConfigError, ToolError, suggestion
 from reopold_agent.judges import JUDGES, Judge, Verdict
-from reopold_agent.judges.registry import RULES
+from reopold_agent.judges.registry import RULES, STATED
+from reopold_agent.judges.rules import asks_for_another_form
 from reopold_agent.tools import (
     BASE_PROMPT,
     TOOLS,
@@ -272,7 +273,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         """
         if self._judge is RULES:
             check_answers(task, type(self).__name__)
-        correct = self._judge.verdict(answer, task).correct
+        correct = self._graded(task, answer).correct
         return float(correct), correct
 
     def truncation_reward(self, task: Task, state: EpisodeState) -> tuple[float, bool]:
@@ -313,7 +314,14 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         """Returns how the judge reads an answer; None if `reward` does not ask the judge."""
         if type(self).reward is not ToolEnv.reward:
             return None
-        return self._judge.verdict(answer, task)
+        return self._graded(task, answer)
+
+    def _graded(self, task: Task, answer: str) -> Verdict:
+        judge = self._judge
+        if judge is RULES:
+            prompt = f"{self.system_message(task)}\n{self.question(task)}"
+            judge = STATED if asks_for_another_form(prompt) else RULES
+        return judge.verdict(answer, task)
 
     def end_episode(self) -> None:
         """Ends the episode, if one is running, and lets go of its pictures."""

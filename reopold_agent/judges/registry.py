@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from reopold_agent.judges.rules import grade_boxed
+from reopold_agent.judges.rules import grade_boxed, grade_stated
 from reopold_agent.judges.verdict import Verdict
 from reopold_agent.registry import Registry
 from reopold_agent.types import Task
@@ -39,3 +39,6 @@ JUDGES: Registry[Judge] = Registry("judge", "reopold_agent.judges", Judge)
 
 RULES = JUDGES.register("rules", Judge("rules", grade_boxed, takes_options=True))
 """Compares the last ``\\boxed{}`` with the answers by rule, without a model or network."""
+
+STATED = Judge("rules", grade_stated, takes_options=True)
+"""The same for a prompt that asks for the answer in another form (`asks_for_another_form`)."""

@@ -288,6 +288,27 @@ def grade_boxed(
     return grade(response, answers, "option" if options else "auto", options=options)
 
 
+def grade_stated(
+    response: str, answers: Sequence[str], options: Sequence[str] | None = None
+) -> Verdict:
+    """Grades an answer in any form that `grade` finds; as `grade_boxed` otherwise."""
+    return grade(response, answers, "option" if options else "auto", options=options)
+
+
+def asks_for_another_form(prompt: str) -> bool:
+    """Returns whether a prompt asks for the answer after "Answer:" or "####" or in <answer>.
+
+    So do the rows of DAPO, of verl's GSM8K and of R1-V; one that also asks for a box does not.
+    """
+    return "boxed" not in prompt and _ANOTHER_FORM.search(prompt) is not None
+
+
+_ANOTHER_FORM = re.compile(
+    r"####|<answer>|\banswer:\s*[$<\[{]|\b(?:form|format|line|with|after|by)\b[^.\n]{0,40}\banswer\s*:",
+    re.IGNORECASE,
+)
+
+
 def equivalent(
     answer: str,
     expected: str,
