@@ -5,8 +5,8 @@
 #
 # Each adds its figures to benchmarks/results/NAME.json (with --quick NAME_quick.json), and those that
 # are more than 10 % above the last ones are printed. The figures of all runs are plotted in
-# benchmarks/results/index.html. Run it on a machine that does nothing else: two hours, with --quick
-# 40 minutes. PYTHON names another interpreter.
+# benchmarks/results/index.html. Run it on a machine that does nothing else: an hour, with --quick
+# half an hour. PYTHON names another interpreter.
 set -o pipefail
 cd "$(dirname "$0")" || exit
 python=${PYTHON:-python}
@@ -21,7 +21,7 @@ for name in "$@"; do
         scaling | peers) [ -z "$quick" ] || options=(--quick) ;;
     esac
     echo "== $name ${options[*]}"
-    if output=$("$python" "$name.py" "${options[@]}" | tee /dev/stderr); then
+    if output=$("$python" "$name.py" "${options[@]}" | tee -a /dev/stderr); then # -a: a file that takes the errors is not cut
         "$python" record.py "$name${quick:+_quick}" <<<"$output" || failed=1
     else
         echo "== $name failed"
