@@ -223,15 +223,22 @@ def read_rows(
         file: parquet, json, jsonl, tsv or csv.
         without: columns of a parquet file that are not read at all.
         bad_line: called with "NAME, line N" and the error for each line of a jsonl file that is
-            not an object; the line is then skipped. None raises the error instead.
+            not an object, and of a tsv or csv file that has more or fewer fields than the header;
+            the line is then skipped. None raises the error instead.
 
     Raises:
         DataError: the file cannot be read; the message names the file and the line.
     """
+
+    def refuse(number: int, error: RowError) -> None:
+        if bad_line is None:
+            raise DataError(f"{file}, line {number}: {error}") from error
+        bad_line(f"{file.name}, line {number}", error)
+
     if file.suffix == ".parquet":
         yield from _parquet_rows(file, without)
     elif file.suffix in (".tsv", ".csv"):
-        yield from _table_rows(file, "\t" if file.suffix == ".tsv" else ",")
+        yield from _table_rows(file, "\t" if file.suffix == ".tsv" else ",", refuse)
     elif file.suffix == ".json" and not _is_lines(file):
         yield from _json_rows(file)
     else:
@@ -241,9 +248,7 @@ def read_rows(
                 try:
                     row = _row(line)
                 except RowError as error:
-                    if bad_line is None:
-                        raise DataError(f"{file}, line {number}: {error}") from error
-                    bad_line(f"{file.name}, line {number}", error)
+                    refuse(number, error)
                     continue
                 yield row
 
@@ -316,16 +321,27 @@ def _shortest(value: Any, kind: Any) -> Any:
 _NARROW = {"halffloat": np.float16, "float": np.float32}
 
 
-def _table_rows(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+def _table_rows(
+    file: Path, delimiter: str, refuse: Callable[[int, RowError], None]
+) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_LINE_BYTES)  # pictures in base64 are longer than csv's own limit
+    named = "comma" if delimiter == "," else "tab"
     rows: list[dict[str, Any]] = []
     try:
         with file.open(encoding="utf-8-sig", newline="") as handle:
-            rows.extend(
-                # Extra fields have the key None, missing fields the value None.
-                {key: value for key, value in row.items() if key and value is not None}
-                for row in csv.DictReader(handle, delimiter=delimiter, strict=True)
-            )
+            reader = csv.reader(handle, delimiter=delimiter, strict=True)
+            header = next(filter(None, reader), [])
+            for fields in filter(None, reader):
+                if len(fields) == len(header):
+                    cells = zip(header, fields, strict=True)
+                    rows.append({key: value for key, value in cells if key})
+                    continue
+                # Which text a delimiter cuts, or which one is missing, cannot be known.
+                message = (
+                    f"{len(fields)} fields, the header has {len(header)}; a text with a {named} or "
+                    "a line's end must be in double quotes"
+                )
+                refuse(reader.line_num, RowError("unreadable line", message))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {file} at row {len(rows)}: {error}") from error
     # VLMEvalKit stores a picture once: other rows with it have the index of its row as "image".
