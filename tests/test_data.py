@@ -247,6 +247,62 @@ def test_files_that_may_be_of_another_split_are_refused(
     assert len(load(path=str(tmp_path), split="train", limit=5)) == 1  # the only file
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ("training testing", "has files of several splits: testing.jsonl, training.jsonl"),
+        ("train heldout", "has files of several splits"),
+        ("gsm8k_train gsm8k_held_out", "has files of several splits"),
+        ("train hold-out", "has files of several splits"),
+        ("rows test", "has files of several splits"),  # rows of no split are training rows
+        ("mytrain mytest", "mytest.jsonl may hold another split"),
+        ("train2017 val2017", "val2017.jsonl may hold another split"),
+        ("rows testset", "testset.jsonl may hold another split"),
+        ("train training", None),
+        ("train more", None),
+        ("test test_b", None),
+        ("mytest mytest2", None),
+        ("retrieval contest", None),
+        ("values algebra", None),
+    ],
+)
+def test_all_files_are_taken_if_none_may_be_of_another_split(
+    tmp_path: Path, names: str, told: str | None
+) -> None:
+    for name in names.split():
+        write_rows([{"question": "?", "answer": "1", "qid": name}], tmp_path / f"{name}.jsonl")
+    if told is None:
+        assert len(load(path=str(tmp_path), split=None)) == 2
+        return
+    with pytest.raises(DataError, match=told) as error:
+        load(path=str(tmp_path), split=None)
+    assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("other", ["gsm8k_train", "train_aug", "held_out", "testing"])
+def test_files_that_a_split_leaves_out_are_named(
+    tmp_path: Path, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train", other):
+        write_rows([{"question": "?", "answer": "1", "qid": name}], tmp_path / f"{name}.jsonl")
+    assert [task.id for task in load(path=str(tmp_path), split="train")] == ["train"]  # type: ignore[attr-defined]
+    told = [record.getMessage() for record in caplog.records]
+    if "train" not in other:
+        assert not told
+        return
+    assert told[0].startswith(
+        f"the split 'train' of {tmp_path} is read from train.jsonl, without {other}.jsonl.\n"
+    )
+    assert len(load(path=str(tmp_path), split=None)) == 2  # as it says
+
+
+def test_a_held_out_split_is_a_word_in_two(tmp_path: Path) -> None:
+    for name in ("gsm8k_training", "gsm8k_held_out"):
+        write_rows([{"question": "?", "answer": "1", "qid": name}], tmp_path / f"{name}.jsonl")
+    for split, name in (("train", "gsm8k_training"), ("held_out", "gsm8k_held_out")):
+        assert [t.id for t in load(path=str(tmp_path), split=split)] == [name]  # type: ignore[attr-defined]
+
+
 def test_shards_whose_name_has_a_splits_letters_are_training_rows(tmp_path: Path) -> None:
     for part in range(2):
         name = f"retrieval-0000{part}-of-00002.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +15,20 @@ import numpy as np
 from reopold_agent.data.checks import RowError
 from reopold_agent.errors import DataError, MissingExtraError
 
+_log = logging.getLogger(__name__)
+
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv", ".csv")
 """In a folder with others, csv files hold no rows: they list labels, figures and the like."""
 
-_HELD_OUT = frozenset({"test", "testmini", "validation", "valid", "val", "dev", "eval"})
+_HELD_OUT = frozenset(
+    {"test", "testmini", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
+    | {"heldout", "holdout"}
+)
 
-_SPLITS = _HELD_OUT | {"train"}
+_TRAIN = frozenset({"train", "training"})
+
+_NO_SPLIT = re.compile("retriev|latest|contest|interval|medieval|device|(?<![a-z])valu")
+"""Parts of names in which the letters of a split are no split."""
 
 _SHARD = re.compile(r"-\d+(-of-\d+.*)?$")
 """End of the names of files that together hold a split, as the hub writes them."""
@@ -77,13 +86,16 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     files = [file for file in files if file.suffix != ".csv"] or files
     if not files:
         raise DataError(_no_rows(path))
-    several = len({words for file in files if (words := _SPLITS.intersection(_words(file)))}) > 1
+    splits = {_splits(file) for file in files}
+    several = len(splits) > 1
     if split is None:
         if several:
             raise DataError(
                 f"{path} has files of several splits: {_names(files)}.\nName the file itself as "
                 "the path (as data.train.path=FILE), or set the split (as data.train.split=train)."
             )
+        if splits == {_TRAIN} and not all(map(_is_doubtful, files)):
+            _check_unnamed(files, path)
         return _one_format(files)
     names = [split] if isinstance(split, str) else split
     for name in names:
@@ -91,10 +103,17 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
             if len({_name(file) for file in files}) == 1:
                 return _one_format(files)
             continue
-        # "testmini" before "testmini_text_only" and "annot_testmini", which are other files.
         wanted = name.lower()
         exact = [file for file in files if wanted in (_name(file), file.stem.lower())]
-        named = exact or [file for file in files if wanted in _words(file)]
+        others = [f for f in files if f not in exact and _joined(wanted) in _words(f)]
+        # "testmini" before "testmini_text_only" and "annot_testmini", which repeat its rows.
+        if exact and others and wanted != "testmini":
+            _log.warning(
+                "the split '%s' of %s is read from %s, without %s.\nTo use all of them, put them "
+                "into a folder of their own and set split=null.",
+                *(name, path, _names(exact), _names(others)),
+            )
+        named = exact or others
         if not named and wanted == "train":
             named = [file for file in files if not _HELD_OUT.intersection(_words(file))]
             _check_unnamed(named, path)
@@ -149,8 +168,24 @@ def _name(file: Path) -> str:
     return _SHARD.sub("", file.stem.lower())
 
 
+def _joined(name: str) -> str:
+    return re.sub("(held|hold)[_.-]out", r"\1out", name)
+
+
 def _words(file: Path) -> list[str]:
-    return re.split(r"[_.-]", _name(file))
+    return re.split(r"[_.-]", _joined(_name(file)))
+
+
+def _splits(file: Path) -> frozenset[str]:
+    """Returns the splits that a file's name mentions; without any, it holds training rows."""
+    found = _HELD_OUT.intersection(_words(file))
+    return found if found and _TRAIN.isdisjoint(_words(file)) else found | _TRAIN
+
+
+def _is_doubtful(file: Path) -> bool:
+    """Returns whether the letters of a held-out split are in a file's name."""
+    name = _NO_SPLIT.sub(" ", _joined(_name(file)))
+    return any(split in name for split in _HELD_OUT)
 
 
 def _names(files: Sequence[Path]) -> str:
@@ -158,17 +193,17 @@ def _names(files: Sequence[Path]) -> str:
 
 
 def _check_unnamed(files: Sequence[Path], path: Path) -> None:
-    """Checks that training rows may be taken from files whose names mention no split.
+    """Checks that training rows may be taken from files whose names mention no held-out split.
 
     Raises:
         DataError: there are several, and one may hold another split: ``mytest.jsonl``.
     """
-    doubtful = [file for file in files if any(split in _name(file) for split in _HELD_OUT)]
+    doubtful = [file for file in files if _is_doubtful(file)]
     if doubtful and len({_name(file) for file in files}) > 1:
         raise DataError(
-            f"no file of {path} is named 'train', and {_names(doubtful)} may hold another split; "
-            f"there are {_names(files)}.\nName the file itself as the path "
-            "(as data.train.path=FILE), or its name as the split (as data.train.split=NAME)."
+            f"{path}: {_names(doubtful)} may hold another split; there are {_names(files)}.\n"
+            "Name the file itself as the path (as data.train.path=FILE), or its name as the split "
+            "(as data.train.split=NAME)."
         )
 
 
