@@ -86,15 +86,15 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     files = [file for file in files if file.suffix != ".csv"] or files
     if not files:
         raise DataError(_no_rows(path))
-    splits = {_splits(file) for file in files}
-    several = len(splits) > 1
+    mentioned = {_splits(file) for file in files}
+    several = len(mentioned) > 1
     if split is None:
         if several:
             raise DataError(
                 f"{path} has files of several splits: {_names(files)}.\nName the file itself as "
                 "the path (as data.train.path=FILE), or set the split (as data.train.split=train)."
             )
-        if splits == {_TRAIN} and not all(map(_is_doubtful, files)):
+        if mentioned == {_TRAIN} and not all(map(_is_doubtful, files)):
             _check_unnamed(files, path)
         return _one_format(files)
     names = [split] if isinstance(split, str) else split
