@@ -36,6 +36,12 @@ _SHARD = re.compile(r"-\d+(-of-\d+.*)?$")
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)")
 """Number of a file and of all that hold the split; counted from 0, by some writers from 1."""
 
+_METADATA = frozenset(
+    f"{name}.json"
+    for name in ("readme", "dataset_info", "dataset_infos", "dataset_dict", "state", "croissant")
+)
+"""Files that lie beside rows and hold none, in small letters."""
+
 _ONE_ROW = "data.json"
 """Name of the file with the one row of a folder (InterGPS's Geometry3K)."""
 
@@ -52,7 +58,8 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     A folder with folders of one ``data.json`` each has a row in each of them (see `data_folder`).
     Of other folders, only files named after the split are taken: it is a word of their names, in
     capitals or not, between ``_``, ``-`` and ``.``. As on the hub, files whose names mention no
-    split hold the training rows. Where files of one name repeat the rows in several formats, as
+    split hold the training rows; and where there are no such files, a folder that is named like the
+    split holds its rows. Where files of one name repeat the rows in several formats, as
     MathVista's and MathVerse's do, the first of parquet, jsonl, json and tsv is taken. A csv file
     is taken only where there is none of these.
 
@@ -76,28 +83,34 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     single = sorted(folders, key=lambda file: (len(file.parent.name), file))  # 9 before 10
     if single:
         return single
-    files = sorted(
-        file
-        for folder in (path, path / "data")
-        if folder.is_dir()
-        for file in folder.iterdir()
-        if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(".")
+    places = (path, path / "data")
+    files = sorted(file for place in places for file in _row_files(place))
+    names = [split] if isinstance(split, str) else list(split or [])
+    known = {*_HELD_OUT, *_TRAIN, *(_joined(name.lower()) for name in names if name)}
+    parts = sorted(
+        folder
+        for place in places
+        if place.is_dir()
+        for folder in place.iterdir()
+        if _joined(folder.name.lower()) in known
     )
-    files = [file for file in files if file.suffix != ".csv"] or files
-    if not files:
+    inside = [file for folder in parts for file in _row_files(folder)]
+    if not files and not inside:
         raise DataError(_no_rows(path))
+    if any(file.suffix != ".csv" for file in [*files, *inside]):
+        files, inside = ([f for f in some if f.suffix != ".csv"] for some in (files, inside))
+    if split is None and not files:
+        if len({_joined(file.parent.name.lower()) for file in inside}) > 1:
+            raise DataError(_several(path, inside))
+        return _one_format(inside)
     mentioned = {_splits(file) for file in files}
     several = len(mentioned) > 1
     if split is None:
         if several:
-            raise DataError(
-                f"{path} has files of several splits: {_names(files)}.\nName the file itself as "
-                "the path (as data.train.path=FILE), or set the split (as data.train.split=train)."
-            )
+            raise DataError(_several(path, files))
         if mentioned == {_TRAIN} and not all(map(_is_doubtful, files)):
             _check_unnamed(files, path)
         return _one_format(files)
-    names = [split] if isinstance(split, str) else split
     for name in names:
         if name is None:
             if len({_name(file) for file in files}) == 1:
@@ -106,24 +119,44 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
         wanted = name.lower()
         exact = [file for file in files if wanted in (_name(file), file.stem.lower())]
         others = [f for f in files if f not in exact and _joined(wanted) in _words(f)]
-        # "testmini" before "testmini_text_only" and "annot_testmini", which repeat its rows.
-        if exact and others and wanted != "testmini":
-            _log.warning(
-                "the split '%s' of %s is read from %s, without %s.\nTo use all of them, put them "
-                "into a folder of their own and set split=null.",
-                *(name, path, _names(exact), _names(others)),
-            )
+        own = [f for f in inside if _joined(f.parent.name.lower()) == _joined(wanted)]
         named = exact or others
         if not named and wanted == "train":
             named = [file for file in files if not _HELD_OUT.intersection(_words(file))]
             _check_unnamed(named, path)
+        named = named or own
+        left_out = [file for file in [*others, *own] if file not in named]
+        # "testmini" before "testmini_text_only" and "annot_testmini", which repeat its rows.
+        if left_out and wanted != "testmini":
+            _log.warning(
+                "the split '%s' of %s is read from %s, without %s.\nTo use all of them, put them "
+                "into a folder of their own and set split=null.",
+                *(name, path, _names(named), _names(left_out)),
+            )
         if named:
             return _one_format(named)
     splits = " or ".join(name for name in names if name is not None)
     raise DataError(
         (f"no file for the split '{splits}' in {path}" if splits else f"several files in {path}")
-        + f"; there are {_names(files)}.\nName the file itself as the path"
-        + ("." if several else ", or set split=null to take all files.")
+        + f"; there are {_names([*files, *inside])}.\nName the file itself as the path"
+        + ("." if several or inside else ", or set split=null to take all files.")
+    )
+
+
+def _row_files(folder: Path) -> list[Path]:
+    """Returns the files of rows that lie directly in a folder; none if there is no such folder."""
+    return sorted(filter(_is_rows, folder.iterdir())) if folder.is_dir() else []
+
+
+def _is_rows(file: Path) -> bool:
+    hidden = file.name.startswith(".") or file.name.lower() in _METADATA
+    return file.suffix in _SUFFIXES and not hidden and file.is_file()
+
+
+def _several(path: Path, files: Sequence[Path]) -> str:
+    return (
+        f"{path} has files of several splits: {_names(files)}.\nName the file itself as the path "
+        "(as data.train.path=FILE), or set the split (as data.train.split=train)."
     )
 
 
@@ -137,6 +170,8 @@ def _no_rows(path: Path) -> str:
             "It looks like a data set of `save_to_disk`; write it as parquet:\n  python -c 'import "
             f'datasets; datasets.load_from_disk("{path}").to_parquet("train.parquet")\''
         )
+    elif inner := sorted({file.parent for file in path.rglob("*") if _is_rows(file)}):
+        advice = f"Name the folder that holds the rows as the path, as {inner[0]}."
     elif packed := [name for name in names if name.endswith((".gz", ".zst", ".bz2", ".xz"))]:
         advice = f"Unpack {packed[0]} first."
     there = f"; there are {', '.join(names[:5])}" if names else ", which is empty"
@@ -189,7 +224,14 @@ def _is_doubtful(file: Path) -> bool:
 
 
 def _names(files: Sequence[Path]) -> str:
-    return ", ".join(file.name for file in files)
+    """Returns the names of files, with the folder where this is named after a split."""
+    names = _HELD_OUT | _TRAIN
+    return ", ".join(
+        str(Path(file.parent.name, file.name))
+        if _joined(file.parent.name.lower()) in names
+        else file.name
+        for file in files
+    )
 
 
 def _check_unnamed(files: Sequence[Path], path: Path) -> None:
