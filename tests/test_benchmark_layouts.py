@@ -7,6 +7,7 @@ import base64
 import csv
 import io
 import json
+import re
 import shutil
 import zipfile
 from dataclasses import replace
@@ -17,6 +18,8 @@ import gymnasium
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from real_data import real_data
 
@@ -24,6 +27,7 @@ import reopold_agent.envs  # noqa: F401  # registers the environments
 from reopold_agent.data import load_tasks
 from reopold_agent.data.archives import unzipped
 from reopold_agent.data.checks import BadRowsError
+from reopold_agent.data.hold_out import PARTS, position, share_between
 from reopold_agent.data.pictures import PictureFolder
 from reopold_agent.data.row_formats import FORMATS, options_in
 from reopold_agent.errors import ConfigError, DataError
@@ -98,6 +102,80 @@ def test_the_hold_out_depends_on_a_row_alone(tmp_path: Path) -> None:
     other.mkdir()
     write_release(other, rows, pictures=400)
     assert set(training(tmp_path)) == set(training(other)) & kept
+
+
+IN_PARTS = [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Why?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "place"),
+    [
+        *(
+            (row, 0.596854)
+            for row in (
+                {"image": "a.png"},
+                {"image": ["./a.png", "b.png"]},
+                {"images": [{"path": "a.png", "bytes": None}]},
+                {"image": None, "images": [{"image": "a.png"}]},
+                {"image": "a.png", "decoded_image": b"abc"},
+                {"image_path": "a.png"},
+                {"img": "a.png"},
+                {"Image": {"url": "a.png"}},
+                {"image_file": "['a.png']"},
+                {"pictures": ["a.png"]},
+                {"image_2": "b.png", "image_1": "a.png"},
+                {"frames": ["a.png", "b.png"]},
+                {"multi_modal_data": {"image": ["a.png"]}},
+                {"extra_info": {"images": ["a.png"]}},
+                {"prompt": [{"role": "user", "content": IN_PARTS}]},
+                {"prompt": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]},
+                {"prompt": [{"role": "user", "content": "<image>", "images": ["a.png"]}]},
+            )
+        ),
+        *(
+            (row, 0.55753)
+            for row in (
+                {"image": b"abc"},
+                {"images": [{"bytes": b"abc"}]},
+                {"images": [{"bytes": b"abc", "path": "image.png"}]},
+                {"image_path": {"bytes": b"abc", "path": "image.png"}},
+                {"decoded_image": b"abc", "image_path": "a.png"},
+            )
+        ),
+        *((row, 0.961032) for row in ({}, {"image": ""}, {"images": [{"path": None}]})),
+    ],
+)
+def test_the_hold_out_goes_by_the_picture_whatever_its_columns_name(
+    row: dict[str, Any], place: float
+) -> None:
+    assert position({"question": "Why?", **row}) == pytest.approx(place, abs=1e-6)
+
+
+def test_a_part_without_rows_says_what_to_do_about_it(tmp_path: Path) -> None:
+    rows = [{"qid": f"{n}", "question": f"{n}?", "answer": "1", "image": "1.png"} for n in range(9)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "1.png").write_bytes(png())
+    with pytest.raises(BadRowsError, match="they all have the same first picture") as told:
+        training(tmp_path, part="held_out")
+    assert str(told.value).endswith("\nGive data.eval a file of its own, with part=null.")
+    # Pictures whose bytes are in the rows often have one name.
+    for row in rows:
+        row["image"] = {"bytes": png(int(row["qid"]) + 30), "path": "image.png"}
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for part, share in (("held_out", 1e-9), ("train", 1 - 1e-9)):
+        with pytest.raises(BadRowsError, match="9 rows falls into part=") as told:
+            training(tmp_path, part=part, held_out_share=share)
+        (used,) = set(re.findall(r"\+\+data\.\w+\.held_out_share=([\d.]+)", str(told.value)))
+        sides = [training(tmp_path, part=p, held_out_share=float(used)) for p in PARTS]
+        assert all(sides)
+        assert sum(map(len, sides)) == 9
+
+
+@given(st.lists(st.floats(0, 1, exclude_max=True), min_size=2, unique=True))
+def test_a_share_that_is_proposed_leaves_rows_on_both_sides(places: list[float]) -> None:
+    share = share_between(places)
+    assert share is not None
+    assert min(places) < share <= max(places)
 
 
 def test_the_share_of_the_hold_out_can_be_set_on_both_sides(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import struct
 import sys
 import zipfile
@@ -245,6 +246,110 @@ def test_files_that_may_be_of_another_split_are_refused(
     assert load(path=str(tmp_path), split=names[0])[0].id == names[0]
     (tmp_path / f"{names[0]}.jsonl").unlink()
     assert len(load(path=str(tmp_path), split="train", limit=5)) == 1  # the only file
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        ("training testing", "has files of several splits: testing.jsonl, training.jsonl"),
+        ("train heldout", "has files of several splits"),
+        ("gsm8k_train gsm8k_held_out", "has files of several splits"),
+        ("train hold-out", "has files of several splits"),
+        ("rows test", "has files of several splits"),  # rows of no split are training rows
+        ("mytrain mytest", "mytest.jsonl may hold another split"),
+        ("train2017 val2017", "val2017.jsonl may hold another split"),
+        ("rows testset", "testset.jsonl may hold another split"),
+        ("train training", None),
+        ("train more", None),
+        ("test test_b", None),
+        ("mytest mytest2", None),
+        ("retrieval contest", None),
+        ("values algebra", None),
+    ],
+)
+def test_all_files_are_taken_if_none_may_be_of_another_split(
+    tmp_path: Path, names: str, told: str | None
+) -> None:
+    for name in names.split():
+        write_rows([{"question": "?", "answer": "1", "qid": name}], tmp_path / f"{name}.jsonl")
+    if told is None:
+        assert len(load(path=str(tmp_path), split=None)) == 2
+        return
+    with pytest.raises(DataError, match=told) as error:
+        load(path=str(tmp_path), split=None)
+    assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("other", ["gsm8k_train", "train_aug", "held_out", "testing"])
+def test_files_that_a_split_leaves_out_are_named(
+    tmp_path: Path, other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train", other):
+        write_rows([{"question": "?", "answer": "1", "qid": name}], tmp_path / f"{name}.jsonl")
+    assert [task.id for task in load(path=str(tmp_path), split="train")] == ["train"]  # type: ignore[attr-defined]
+    told = [record.getMessage() for record in caplog.records]
+    if "train" not in other:
+        assert not told
+        return
+    assert told[0].startswith(
+        f"the split 'train' of {tmp_path} is read from train.jsonl, without {other}.jsonl.\n"
+    )
+    assert len(load(path=str(tmp_path), split=None)) == 2  # as it says
+
+
+@pytest.mark.parametrize("place", ["", "data"])
+@pytest.mark.parametrize(
+    "names", [("train", "test"), ("Train", "VAL"), ("training", "held_out"), ("mini1", "mini2")]
+)
+def test_a_folder_that_is_named_like_the_split_holds_its_rows(
+    tmp_path: Path, names: tuple[str, str], place: str
+) -> None:
+    for name in names:
+        for file in ("a", "b"):
+            row = {"question": "?", "answer": "1", "qid": f"{name}-{file}"}
+            write_rows([row], tmp_path / place / name / f"{file}.jsonl")
+    for name in names:
+        tasks = load(path=str(tmp_path), split=name.lower())
+        assert [task.id for task in tasks] == [f"{name}-a", f"{name}-b"]  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"no (file for the split 'dev'|rows) in") as error:
+        load(path=str(tmp_path), split="dev")
+    assert str(error.value).count("\n") == 1
+    if names[0] == "mini1":
+        told = f"Name the folder that holds the rows as the path, as {tmp_path / place / 'mini1'}."
+    else:
+        assert f"{names[0]}/b.jsonl" in str(error.value)
+        told = "set the split (as data.train.split=train)."
+    with pytest.raises(DataError, match=re.escape(told)):
+        load(path=str(tmp_path), split=None)
+
+
+def test_files_come_before_folders_that_are_named_like_the_split(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("rows", "test/a", "train/a"):
+        write_rows([{"question": "?", "answer": "1", "qid": name}], tmp_path / f"{name}.jsonl")
+    (tmp_path / "test" / "labels.csv").write_text("file,label\n")
+    ids = {s: [t.id for t in load(path=str(tmp_path), split=s)] for s in ("test", "train")}  # type: ignore[attr-defined]
+    assert ids == {"test": ["test/a"], "train": ["rows"]}
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "is read from rows.jsonl, without train/a.jsonl.\n" in told
+
+
+def test_files_about_a_data_set_hold_no_rows(tmp_path: Path) -> None:
+    for name in ("README", "dataset_info", "dataset_infos", "dataset_dict", "state"):
+        (tmp_path / f"{name}.json").write_text('{"builder_name": "parquet", "splits": {}}')
+    with pytest.raises(DataError, match="no rows in"):
+        load(path=str(tmp_path))
+    write_rows([{"question": "?", "answer": "1"}], tmp_path / "rows.json")
+    for split in ("train", None):
+        assert len(load(path=str(tmp_path), split=split)) == 1
+
+
+def test_a_held_out_split_is_a_word_in_two(tmp_path: Path) -> None:
+    for name in ("gsm8k_training", "gsm8k_held_out"):
+        write_rows([{"question": "?", "answer": "1", "qid": name}], tmp_path / f"{name}.jsonl")
+    for split, name in (("train", "gsm8k_training"), ("held_out", "gsm8k_held_out")):
+        assert [t.id for t in load(path=str(tmp_path), split=split)] == [name]  # type: ignore[attr-defined]
 
 
 def test_shards_whose_name_has_a_splits_letters_are_training_rows(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from real_data import real_data
 from safetensors.torch import load_file, save_file
 
 from reopold_agent.compare.__main__ import main
-from reopold_agent.compare.tables import comparison_table, paired_lines, question_means
+from reopold_agent.compare.tables import asked_questions, comparison_table, paired_lines
 from reopold_agent.data.row_formats import FORMATS
 from reopold_agent.errors import CheckpointError, ConfigError, DataError, UnknownNameError
 from reopold_agent.evaluate.benchmarks import Benchmark, LoadedBenchmark, load_benchmark, select
@@ -869,9 +869,37 @@ def test_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A judge's finding counts.
     finding = {"key": "b/7/0", "correct": True}
     (runs[1] / "judged.jsonl").write_text(json.dumps(finding) + "\n")
-    assert question_means(runs[1])["b"]["7:q7"] == 1.0
+    assert asked_questions(runs[1])["b"]["7:q7"].mean == 1.0
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / "none")])
+
+
+@pytest.mark.parametrize(
+    ("key", "lacks"),
+    [("question", ()), ("task_sha256", ()), ("question", (0,)), ("question", (1,))],
+    ids=["words", "pictures", "the first is older", "the second is older"],
+)
+def test_different_questions_of_one_id_are_not_paired(
+    key: str, lacks: tuple[int, ...], tmp_path: Path
+) -> None:
+    def line(different: int) -> str:
+        for run in range(2):
+            rows = [right(i, id=str(i)) if run else wrong(i, id=str(i)) for i in range(8)]
+            for each in rows:
+                if key == "task_sha256" or (lacks and run not in lacks):
+                    each["task_sha256"] = "0"
+                if run and each["index"] < different:
+                    each[key] = "another"
+            (tmp_path / str(run)).mkdir(exist_ok=True)
+            text = "".join(json.dumps(each) + "\n" for each in rows)
+            (tmp_path / str(run) / "responses.jsonl").write_text(text)
+        return paired_lines(tmp_path / "0", tmp_path / "1", ["b"])[0]
+
+    assert "over 8 questions; McNemar p = 0.00781)" in line(0)
+    told = "over 6 questions; McNemar p = 0.0312; 2 of the same id left out, whose tasks differ)"
+    assert line(2).endswith(told)
+    none = "b: no shared questions; 8 of the same id left out, whose tasks differ"
+    assert line(8) == none
 
 
 def test_compare_says_what_to_use_for_training_runs(

@@ -272,15 +272,35 @@ def test_an_empty_file_is_an_error_that_names_it(tmp_path: Path, name: str) -> N
 def test_tsv_files(tmp_path: Path) -> None:
     picture = "A" * 300_000  # longer than csv's own limit, as pictures in base64 are
     head = "qid\tquestion\tanswer\tdata\n"
-    (tmp_path / "a.tsv").write_text(f"\ufeff{head}a\tQ?\t1\t{picture}\nb\tQ?\t2\nc\tQ?\t3\t4\t5\n")
-    assert [(t.id, t.answers) for t in load(tmp_path)] == [
-        ("a", ("1",)),
-        ("b", ("2",)),
-        ("c", ("3",)),
-    ]
+    (tmp_path / "a.tsv").write_text(f"\ufeff{head}a\tQ?\t1\t{picture}\n\nb\tQ?\t2\t\n")
+    assert [(t.id, t.answers) for t in load(tmp_path)] == [("a", ("1",)), ("b", ("2",))]
     (tmp_path / "a.tsv").write_bytes(head.encode() + b"a\tQ?\t1\t\nb\t\xff\t2\t\n")
     with pytest.raises(DataError, match=r"cannot read .*a\.tsv at row"):
         load(tmp_path, limit=9)
+
+
+@pytest.mark.parametrize(("suffix", "named"), [("tsv", "tab"), ("csv", "comma")])
+def test_a_row_with_other_fields_than_the_header_is_refused(
+    suffix: str, named: str, tmp_path: Path
+) -> None:
+    lines = [
+        "question\tA\tB\tanswer\thint",
+        "What\tnow?\tone\ttwo\tB\t",  # the last field is empty, and yet all are shifted
+        '"Which\none?"\tone\ttwo\tA\t',
+        "Why?\tone two\tB\t",
+        "Who?\tone\ttwo\tA",
+    ]
+    text = "\n".join(lines).replace("\t", "\t" if suffix == "tsv" else ",")
+    (tmp_path / f"a.{suffix}").write_text(text)
+    with pytest.raises(BadRowsError, match="3 of 4 rows of") as told:
+        load(tmp_path)
+    quoted = f"a text with a {named} or a line's end must be in double quotes"
+    assert f"a.{suffix}, line 2: 6 fields, the header has 5; {quoted}" in str(told.value)
+    assert f"a.{suffix}, line 5: 4 fields, the header has 5" in str(told.value)
+    assert [*told.value.report.problems] == ["unreadable line"]
+    assert [t.answers for t in load(tmp_path, on_bad_row="skip")] == [("A",)]
+    with pytest.raises(DataError, match=rf"a\.{suffix}, line 2: 6 fields"):
+        list(rows.read_rows(tmp_path / f"a.{suffix}"))
 
 
 def test_narrow_floats_of_parquet_are_the_decimals_that_were_written(tmp_path: Path) -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from running import SMALL, composed, lines, train
 from test_text_checkpoints import QWEN3
 
 from reopold_agent.config import TrainConfig
+from reopold_agent.data import load_tasks
 from reopold_agent.data.checks import BadRowsError
 from reopold_agent.data.fingerprint import tasks_in_common
 from reopold_agent.envs import ENVS, register_env
@@ -27,7 +33,7 @@ from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
 from reopold_agent.train import setup
 from reopold_agent.train.banner import leak_note
 from reopold_agent.train.settings import compose_run
-from reopold_agent.types import Task
+from reopold_agent.types import Task, TaskSource
 
 MATH = ("env=math", "data=math_jsonl", "steps=1", "evaluation.tasks=0", "rollout.max_turns=1")
 
@@ -337,3 +343,35 @@ def test_pictures_that_are_asked_the_same_are_other_tasks() -> None:
     tasks = [Task(str(n), "Which digit?", ("7",), images=("a.png",)) for n in range(4)]
     assert tasks_in_common(tasks[:2], tasks[2:]) == 0
     assert tasks_in_common(tasks[:3], tasks[2:]) == 1
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["no ids", "other ids"])
+@pytest.mark.parametrize("form", ["path", "zip", "bytes"])
+def test_held_out_tasks_with_the_pictures_of_training_tasks_are_found(
+    form: str, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def split(name: str, numbers: Sequence[int], form: str) -> TaskSource:
+        folder = tmp_path / name
+        folder.mkdir()
+        rows: list[dict[str, Any]] = []
+        for place, number in enumerate(numbers):
+            buffer = io.BytesIO()
+            Image.new("RGB", (30, 30), (number, 0, 0)).save(buffer, "PNG")
+            data, file = buffer.getvalue(), f"{name}-{number}.png"
+            if form == "zip":
+                with zipfile.ZipFile(folder / "images.zip", "a") as archive:
+                    archive.writestr(file, data)
+            elif form == "path":
+                (folder / file).write_bytes(data)
+            image = {"bytes": data, "path": "image.png"} if form == "bytes" else {"path": file}
+            ids = {"qid": f"{name}-{place}"} if named else {}
+            rows.append({"question": "Which?", "answer": "A", "images": [image], **ids})
+        pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+        return load_tasks({"source": "pixel_reasoner", "path": str(folder)})
+
+    train, held_out = split("train", [1, 2, 3], "path"), split("test", [9, 3, 2, 8], form)
+    opened: list[object] = []
+    monkeypatch.setattr("reopold_agent.data.images.decode", lambda *given: opened.append(given))
+    assert tasks_in_common(train, held_out) == 2
+    assert tasks_in_common(held_out, train) == 2
+    assert not opened

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,42 +52,73 @@ def _results(run: Path) -> dict[str, Any]:
     return results
 
 
-def question_means(run: Path) -> dict[str, dict[str, float]]:
-    """Returns the share of right answers by benchmark and question, with the judge's replies merged
-    in."""
+@dataclass
+class Asked:
+    """A question of a finished evaluation, and which of its answers are right.
+
+    Attributes:
+        question: its words; None in rows that lack them.
+        task_sha256: digest of the task with its pictures, which rows of earlier versions lack.
+        correct: a value per sample.
+    """
+
+    question: str | None
+    task_sha256: str | None
+    correct: list[bool] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Share of right answers."""
+        return statistics.fmean(self.correct)
+
+    def is_same(self, other: Asked) -> bool:
+        """Returns whether both ask the same, as far as both say it."""
+        if self.task_sha256 is not None and other.task_sha256 is not None:
+            return self.task_sha256 == other.task_sha256
+        return None in (self.question, other.question) or self.question == other.question
+
+
+def asked_questions(run: Path) -> dict[str, dict[str, Asked]]:
+    """Returns the questions by benchmark and name, with the judge's replies merged in."""
     judged: dict[str, Mapping[str, Any]] = {}
     if (run / "judged.jsonl").is_file():
         judged = {entry["key"]: entry for entry in read_json_lines(run / "judged.jsonl")}
-    found: dict[str, dict[str, list[bool]]] = {}
+    found: dict[str, dict[str, Asked]] = {}
     for row in read_json_lines(run / "responses.jsonl"):
         entry = judged.get(f"{row['benchmark']}/{row['index']}/{row['sample']}")
         correct = entry.get("correct", row["correct"]) if entry else row["correct"]
-        answers = found.setdefault(row["benchmark"], {})
-        answers.setdefault(f"{row['index']}:{row['id']}", []).append(bool(correct))
-    return {
-        benchmark: {name: statistics.fmean(values) for name, values in answers.items()}
-        for benchmark, answers in found.items()
-    }
+        asked = found.setdefault(row["benchmark"], {}).setdefault(
+            f"{row['index']}:{row['id']}", Asked(row.get("question"), row.get("task_sha256"))
+        )
+        asked.correct.append(bool(correct))
+    return found
 
 
 def paired_lines(first: Path, second: Path, benchmarks: Sequence[str]) -> list[str]:
-    """Returns a sentence per benchmark that compares two runs on their shared questions."""
+    """Returns a sentence per benchmark that compares two runs on their shared questions.
+
+    Questions are shared if number and id are the same, and what is asked: ids may be numbers of
+    rows.
+    """
     lines = []
-    means = [question_means(run) for run in (first, second)]
+    runs = [asked_questions(run) for run in (first, second)]
     for benchmark in benchmarks:
-        a, b = (each.get(benchmark, {}) for each in means)
-        shared = sorted(a.keys() & b.keys())
+        a, b = (each.get(benchmark, {}) for each in runs)
+        named = sorted(a.keys() & b.keys())
+        shared = [q for q in named if a[q].is_same(b[q])]
+        others = len(named) - len(shared)
+        left_out = f"; {others} of the same id left out, whose tasks differ" if others else ""
         if not shared:
-            lines.append(f"{benchmark}: no shared questions")
+            lines.append(f"{benchmark}: no shared questions{left_out}")
             continue
-        found = paired_comparison([a[q] for q in shared], [b[q] for q in shared])
+        found = paired_comparison([a[q].mean for q in shared], [b[q].mean for q in shared])
         text = (
             f"{benchmark}: {second.name} - {first.name} = {found.difference:+.3f} "
             f"({found.low:+.3f} to {found.high:+.3f}, paired bootstrap over {len(shared)} questions"
         )
         if found.p_value is not None:
             text += f"; McNemar p = {found.p_value:.3g}"
-        lines.append(text + ")")
+        lines.append(f"{text}{left_out})")
     return lines
 
 

@@ -68,16 +68,28 @@ def _asked_otherwise(task: Task, teacher_key: str | None) -> list[Any]:
 def tasks_in_common(train: TaskSource, held_out: TaskSource) -> int:
     """Returns how many held-out tasks are training tasks.
 
-    Tasks are the same if question, answers and earlier turns are, and with pictures the ids too,
-    since many pictures are asked the same.
+    Tasks are the same if question, answers, earlier turns and pictures are. Pictures are read, not
+    decoded, and only of tasks that are asked the same; where that fails, the ids tell.
     """
 
     def asked(task: Task) -> tuple[Any, ...]:
-        name = task.id if task.images else None
-        return name, task.question, task.answers, task.history, len(task.images)
+        return task.question, task.answers, task.history, len(task.images)
 
-    known = {asked(train[index]) for index in range(len(train))}
-    return sum(asked(held_out[index]) in known for index in range(len(held_out)))
+    def shown(task: Task) -> tuple[Any, ...]:
+        contents = tuple(map(_content, task.images))
+        return (task.id, *contents) if None in contents else contents
+
+    known: dict[tuple[Any, ...], list[int]] = {}
+    for index in range(len(train)):
+        known.setdefault(asked(train[index]), []).append(index)
+    seen: dict[tuple[Any, ...], set[tuple[Any, ...]]] = {}
+    common = 0
+    for task in (held_out[index] for index in range(len(held_out))):
+        if (words := asked(task)) in known:
+            if words not in seen:
+                seen[words] = {shown(train[index]) for index in known[words]}
+            common += shown(task) in seen[words]
+    return common
 
 
 def demonstrations_digest(demonstrations: Sequence[Demonstration]) -> str:

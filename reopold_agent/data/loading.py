@@ -29,7 +29,13 @@ from reopold_agent.data.formats import (
     teacher_of,
     verl_task,
 )
-from reopold_agent.data.hold_out import HELD_OUT_SHARE, check_part, in_part
+from reopold_agent.data.hold_out import (
+    HELD_OUT_SHARE,
+    check_part,
+    in_part,
+    position,
+    share_between,
+)
 from reopold_agent.data.pictures import PictureFolder, unread_columns
 from reopold_agent.data.row_formats import (
     COLUMNS,
@@ -177,7 +183,8 @@ def _rows(
             return replace(task, metadata={**task.metadata, **more}) if more else task
 
         unread = [column for column in without if column not in (solution, teacher)]
-        rows = labelled_rows(find_row_files(root, split), report, unread)
+        files = find_row_files(root, split)
+        rows = labelled_rows(files, report, unread)
         others = 0
 
         def wanted(labelled: tuple[str, Row]) -> bool:
@@ -188,11 +195,16 @@ def _rows(
 
         tasks = _read_tasks(filter(wanted, rows), task_of, limit, chosen, report)
         if others and not report.rows:
+            again = labelled_rows(files, DataReport(name, str(root)), unread)
+            share = share_between({position(row) for _, row in again})
+            why, advice = "they all have the same first picture or, without one, question", "Give"
+            if share is not None:
+                why = f"held_out_share={held_out_share}, by a hash of each row"
+                shares = (f"++data.{each}.held_out_share={share}" for each in ("train", "eval"))
+                advice = f"Use a larger file, another share ({' '.join(shares)}), or give"
             raise BadRowsError(
                 f"no usable rows in {root}: none of its {others} rows falls into part={part} "
-                f"(held_out_share={held_out_share}, by a hash of each row).\nUse a larger file, a "
-                "larger share (++data.train.held_out_share=0.2 ++data.eval.held_out_share=0.2), or "
-                "give data.eval a file of its own, with part=null.",
+                f"({why}).\n{advice} data.eval a file of its own, with part=null.",
                 report,
             )
         _check_report(report, on_bad_row, chosen)

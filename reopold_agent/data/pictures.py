@@ -168,7 +168,7 @@ def picture_of(value: Any, pictures: PictureFolder) -> ImageSource:
     return pictures.find(content)
 
 
-_INSIDE = ("bytes", "path", "image", "url", "image_url", "source", "data", "base64")
+INSIDE = ("bytes", "path", "image", "url", "image_url", "source", "data", "base64")
 """Names of the picture in an object, as in parquet files, verl's rows, OpenAI's and Anthropic's
 messages; bytes before the name that they had."""
 
@@ -181,7 +181,7 @@ def _content(value: Any) -> bytes | str | None:
     """
     while isinstance(value, Mapping):
         _refuse_two_names(value)
-        found = next((name for name in _INSIDE if not is_empty(value.get(name))), None)
+        found = next((name for name in INSIDE if not is_empty(value.get(name))), None)
         if found is None and not is_empty(value):
             raise RowError(
                 "wrong type",
@@ -204,7 +204,7 @@ def _content(value: Any) -> bytes | str | None:
 
 def _refuse_two_names(value: Mapping[str, Any]) -> None:
     """Refuses a picture's object with the names of two files; beside bytes, names say nothing."""
-    named = {name: value[name] for name in _INSIDE if isinstance(value.get(name), str)}
+    named = {name: value[name] for name in INSIDE if isinstance(value.get(name), str)}
     files = [name for name, file in named.items() if _ends_in(file, _PICTURE_FILES)]
     if not is_empty(value.get("bytes")):
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -14,18 +15,32 @@ import numpy as np
 from reopold_agent.data.checks import RowError
 from reopold_agent.errors import DataError, MissingExtraError
 
+_log = logging.getLogger(__name__)
+
 _SUFFIXES = (".parquet", ".jsonl", ".json", ".tsv", ".csv")
 """In a folder with others, csv files hold no rows: they list labels, figures and the like."""
 
-_HELD_OUT = frozenset({"test", "testmini", "validation", "valid", "val", "dev", "eval"})
+_HELD_OUT = frozenset(
+    {"test", "testmini", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
+    | {"heldout", "holdout"}
+)
 
-_SPLITS = _HELD_OUT | {"train"}
+_TRAIN = frozenset({"train", "training"})
+
+_NO_SPLIT = re.compile("retriev|latest|contest|interval|medieval|device|(?<![a-z])valu")
+"""Parts of names in which the letters of a split are no split."""
 
 _SHARD = re.compile(r"-\d+(-of-\d+.*)?$")
 """End of the names of files that together hold a split, as the hub writes them."""
 
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)")
 """Number of a file and of all that hold the split; counted from 0, by some writers from 1."""
+
+_METADATA = frozenset(
+    f"{name}.json"
+    for name in ("readme", "dataset_info", "dataset_infos", "dataset_dict", "state", "croissant")
+)
+"""Files that lie beside rows and hold none, in small letters."""
 
 _ONE_ROW = "data.json"
 """Name of the file with the one row of a folder (InterGPS's Geometry3K)."""
@@ -43,7 +58,8 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     A folder with folders of one ``data.json`` each has a row in each of them (see `data_folder`).
     Of other folders, only files named after the split are taken: it is a word of their names, in
     capitals or not, between ``_``, ``-`` and ``.``. As on the hub, files whose names mention no
-    split hold the training rows. Where files of one name repeat the rows in several formats, as
+    split hold the training rows; and where there are no such files, a folder that is named like the
+    split holds its rows. Where files of one name repeat the rows in several formats, as
     MathVista's and MathVerse's do, the first of parquet, jsonl, json and tsv is taken. A csv file
     is taken only where there is none of these.
 
@@ -67,44 +83,80 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     single = sorted(folders, key=lambda file: (len(file.parent.name), file))  # 9 before 10
     if single:
         return single
-    files = sorted(
-        file
-        for folder in (path, path / "data")
-        if folder.is_dir()
-        for file in folder.iterdir()
-        if file.suffix in _SUFFIXES and file.is_file() and not file.name.startswith(".")
+    places = (path, path / "data")
+    files = sorted(file for place in places for file in _row_files(place))
+    names = [split] if isinstance(split, str) else list(split or [])
+    known = {*_HELD_OUT, *_TRAIN, *(_joined(name.lower()) for name in names if name)}
+    parts = sorted(
+        folder
+        for place in places
+        if place.is_dir()
+        for folder in place.iterdir()
+        if _joined(folder.name.lower()) in known
     )
-    files = [file for file in files if file.suffix != ".csv"] or files
-    if not files:
+    inside = [file for folder in parts for file in _row_files(folder)]
+    if not files and not inside:
         raise DataError(_no_rows(path))
-    several = len({words for file in files if (words := _SPLITS.intersection(_words(file)))}) > 1
+    if any(file.suffix != ".csv" for file in [*files, *inside]):
+        files, inside = ([f for f in some if f.suffix != ".csv"] for some in (files, inside))
+    if split is None and not files:
+        if len({_joined(file.parent.name.lower()) for file in inside}) > 1:
+            raise DataError(_several(path, inside))
+        return _one_format(inside)
+    mentioned = {_splits(file) for file in files}
+    several = len(mentioned) > 1
     if split is None:
         if several:
-            raise DataError(
-                f"{path} has files of several splits: {_names(files)}.\nName the file itself as "
-                "the path (as data.train.path=FILE), or set the split (as data.train.split=train)."
-            )
+            raise DataError(_several(path, files))
+        if mentioned == {_TRAIN} and not all(map(_is_doubtful, files)):
+            _check_unnamed(files, path)
         return _one_format(files)
-    names = [split] if isinstance(split, str) else split
     for name in names:
         if name is None:
             if len({_name(file) for file in files}) == 1:
                 return _one_format(files)
             continue
-        # "testmini" before "testmini_text_only" and "annot_testmini", which are other files.
         wanted = name.lower()
         exact = [file for file in files if wanted in (_name(file), file.stem.lower())]
-        named = exact or [file for file in files if wanted in _words(file)]
+        others = [f for f in files if f not in exact and _joined(wanted) in _words(f)]
+        own = [f for f in inside if _joined(f.parent.name.lower()) == _joined(wanted)]
+        named = exact or others
         if not named and wanted == "train":
             named = [file for file in files if not _HELD_OUT.intersection(_words(file))]
             _check_unnamed(named, path)
+        named = named or own
+        left_out = [file for file in [*others, *own] if file not in named]
+        # "testmini" before "testmini_text_only" and "annot_testmini", which repeat its rows.
+        if left_out and wanted != "testmini":
+            _log.warning(
+                "the split '%s' of %s is read from %s, without %s.\nTo use all of them, put them "
+                "into a folder of their own and set split=null.",
+                *(name, path, _names(named), _names(left_out)),
+            )
         if named:
             return _one_format(named)
     splits = " or ".join(name for name in names if name is not None)
     raise DataError(
         (f"no file for the split '{splits}' in {path}" if splits else f"several files in {path}")
-        + f"; there are {_names(files)}.\nName the file itself as the path"
-        + ("." if several else ", or set split=null to take all files.")
+        + f"; there are {_names([*files, *inside])}.\nName the file itself as the path"
+        + ("." if several or inside else ", or set split=null to take all files.")
+    )
+
+
+def _row_files(folder: Path) -> list[Path]:
+    """Returns the files of rows that lie directly in a folder; none if there is no such folder."""
+    return sorted(filter(_is_rows, folder.iterdir())) if folder.is_dir() else []
+
+
+def _is_rows(file: Path) -> bool:
+    hidden = file.name.startswith(".") or file.name.lower() in _METADATA
+    return file.suffix in _SUFFIXES and not hidden and file.is_file()
+
+
+def _several(path: Path, files: Sequence[Path]) -> str:
+    return (
+        f"{path} has files of several splits: {_names(files)}.\nName the file itself as the path "
+        "(as data.train.path=FILE), or set the split (as data.train.split=train)."
     )
 
 
@@ -118,6 +170,8 @@ def _no_rows(path: Path) -> str:
             "It looks like a data set of `save_to_disk`; write it as parquet:\n  python -c 'import "
             f'datasets; datasets.load_from_disk("{path}").to_parquet("train.parquet")\''
         )
+    elif inner := sorted({file.parent for file in path.rglob("*") if _is_rows(file)}):
+        advice = f"Name the folder that holds the rows as the path, as {inner[0]}."
     elif packed := [name for name in names if name.endswith((".gz", ".zst", ".bz2", ".xz"))]:
         advice = f"Unpack {packed[0]} first."
     there = f"; there are {', '.join(names[:5])}" if names else ", which is empty"
@@ -149,26 +203,49 @@ def _name(file: Path) -> str:
     return _SHARD.sub("", file.stem.lower())
 
 
+def _joined(name: str) -> str:
+    return re.sub("(held|hold)[_.-]out", r"\1out", name)
+
+
 def _words(file: Path) -> list[str]:
-    return re.split(r"[_.-]", _name(file))
+    return re.split(r"[_.-]", _joined(_name(file)))
+
+
+def _splits(file: Path) -> frozenset[str]:
+    """Returns the splits that a file's name mentions; without any, it holds training rows."""
+    found = _HELD_OUT.intersection(_words(file))
+    return found if found and _TRAIN.isdisjoint(_words(file)) else found | _TRAIN
+
+
+def _is_doubtful(file: Path) -> bool:
+    """Returns whether the letters of a held-out split are in a file's name."""
+    name = _NO_SPLIT.sub(" ", _joined(_name(file)))
+    return any(split in name for split in _HELD_OUT)
 
 
 def _names(files: Sequence[Path]) -> str:
-    return ", ".join(file.name for file in files)
+    """Returns the names of files, with the folder where this is named after a split."""
+    names = _HELD_OUT | _TRAIN
+    return ", ".join(
+        str(Path(file.parent.name, file.name))
+        if _joined(file.parent.name.lower()) in names
+        else file.name
+        for file in files
+    )
 
 
 def _check_unnamed(files: Sequence[Path], path: Path) -> None:
-    """Checks that training rows may be taken from files whose names mention no split.
+    """Checks that training rows may be taken from files whose names mention no held-out split.
 
     Raises:
         DataError: there are several, and one may hold another split: ``mytest.jsonl``.
     """
-    doubtful = [file for file in files if any(split in _name(file) for split in _HELD_OUT)]
+    doubtful = [file for file in files if _is_doubtful(file)]
     if doubtful and len({_name(file) for file in files}) > 1:
         raise DataError(
-            f"no file of {path} is named 'train', and {_names(doubtful)} may hold another split; "
-            f"there are {_names(files)}.\nName the file itself as the path "
-            "(as data.train.path=FILE), or its name as the split (as data.train.split=NAME)."
+            f"{path}: {_names(doubtful)} may hold another split; there are {_names(files)}.\n"
+            "Name the file itself as the path (as data.train.path=FILE), or its name as the split "
+            "(as data.train.split=NAME)."
         )
 
 
@@ -223,15 +300,22 @@ def read_rows(
         file: parquet, json, jsonl, tsv or csv.
         without: columns of a parquet file that are not read at all.
         bad_line: called with "NAME, line N" and the error for each line of a jsonl file that is
-            not an object; the line is then skipped. None raises the error instead.
+            not an object, and of a tsv or csv file that has more or fewer fields than the header;
+            the line is then skipped. None raises the error instead.
 
     Raises:
         DataError: the file cannot be read; the message names the file and the line.
     """
+
+    def refuse(number: int, error: RowError) -> None:
+        if bad_line is None:
+            raise DataError(f"{file}, line {number}: {error}") from error
+        bad_line(f"{file.name}, line {number}", error)
+
     if file.suffix == ".parquet":
         yield from _parquet_rows(file, without)
     elif file.suffix in (".tsv", ".csv"):
-        yield from _table_rows(file, "\t" if file.suffix == ".tsv" else ",")
+        yield from _table_rows(file, "\t" if file.suffix == ".tsv" else ",", refuse)
     elif file.suffix == ".json" and not _is_lines(file):
         yield from _json_rows(file)
     else:
@@ -241,9 +325,7 @@ def read_rows(
                 try:
                     row = _row(line)
                 except RowError as error:
-                    if bad_line is None:
-                        raise DataError(f"{file}, line {number}: {error}") from error
-                    bad_line(f"{file.name}, line {number}", error)
+                    refuse(number, error)
                     continue
                 yield row
 
@@ -316,16 +398,27 @@ def _shortest(value: Any, kind: Any) -> Any:
 _NARROW = {"halffloat": np.float16, "float": np.float32}
 
 
-def _table_rows(file: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+def _table_rows(
+    file: Path, delimiter: str, refuse: Callable[[int, RowError], None]
+) -> Iterator[dict[str, Any]]:
     csv.field_size_limit(MAX_LINE_BYTES)  # pictures in base64 are longer than csv's own limit
+    named = "comma" if delimiter == "," else "tab"
     rows: list[dict[str, Any]] = []
     try:
         with file.open(encoding="utf-8-sig", newline="") as handle:
-            rows.extend(
-                # Extra fields have the key None, missing fields the value None.
-                {key: value for key, value in row.items() if key and value is not None}
-                for row in csv.DictReader(handle, delimiter=delimiter, strict=True)
-            )
+            reader = csv.reader(handle, delimiter=delimiter, strict=True)
+            header = next(filter(None, reader), [])
+            for fields in filter(None, reader):
+                if len(fields) == len(header):
+                    cells = zip(header, fields, strict=True)
+                    rows.append({key: value for key, value in cells if key})
+                    continue
+                # Which text a delimiter cuts, or which one is missing, cannot be known.
+                message = (
+                    f"{len(fields)} fields, the header has {len(header)}; a text with a {named} or "
+                    "a line's end must be in double quotes"
+                )
+                refuse(reader.line_num, RowError("unreadable line", message))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"cannot read {file} at row {len(rows)}: {error}") from error
     # VLMEvalKit stores a picture once: other rows with it have the index of its row as "image".
