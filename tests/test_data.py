@@ -853,6 +853,8 @@ def test_a_float_tiff_from_0_to_1_is_not_black() -> None:
         (Image.new("F", (1, 1), 0.5), (128, 128, 128)),
         (Image.new("F", (1, 1), 0.0), (0, 0, 0)),
         (Image.new("F", (1, 1), 1.5), (2, 2, 2)),
+        (Image.new("F", (1, 1), 1.2), (255, 255, 255)),  # as after a bicubic resize
+        (Image.new("F", (1, 1), -0.2), (0, 0, 0)),
         (Image.new("F", (1, 1), 65535.0), (255, 255, 255)),
         (Image.new("I", (1, 1), 1), (1, 1, 1)),
         (Image.new("I", (1, 1), 65535), (255, 255, 255)),

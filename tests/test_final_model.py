@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,11 @@ import torch
 from conftest import tiny_config
 from running import composed, train, weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from reopold_agent.common.memory import discard_pages, release_unchanged
 from reopold_agent.errors import ModelError
@@ -236,6 +242,31 @@ def test_only_what_a_file_still_holds_is_released(tmp_path: Path) -> None:
     assert resident(kept["x"]) < 2**16
     assert resident(written["x"]) >= written["x"].nbytes
     assert all(torch.equal(one, other) for one, other in zip(before, everything, strict=True))
+
+
+GENERATION: list[dict[str, Any]] = [
+    {"do_sample": False, "temperature": 0.6, "top_p": 0.95, "top_k": 20},
+    {"temperature": 0.9, "top_p": 0.6},
+    {"early_stopping": True, "length_penalty": 2.0},
+    {"do_sample": True, "temperature": 0.7},
+]
+
+
+@pytest.mark.parametrize("lora", ["all", "attention"])
+@pytest.mark.parametrize("settings", GENERATION)
+def test_a_checkpoints_generation_settings_are_passed_on_even_if_they_contradict_each_other(
+    settings: dict[str, Any], lora: str, bases: dict[bool, Path], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bases[True], base)
+    (base / "generation_config.json").write_text(json.dumps(settings), "utf-8")
+    student = trained(base, ADAPTERS[lora])
+    student.save(tmp_path / "checkpoint")
+    student.save(tmp_path / "final", merge=True)
+    written = json.loads((tmp_path / "final" / "generation_config.json").read_text("utf-8"))
+    assert {key: written.get(key) for key in settings} == settings
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "final")
+    assert {key: getattr(again.generation_config, key) for key in settings} == settings
 
 
 def test_trained_weights_leave_their_file_and_a_teachers_stay(bases: dict[bool, Path]) -> None:

@@ -385,6 +385,7 @@ FAULTS = [
     ({"images": ("a.png",)}, r"^the images of .* are \('a\.png',\)\.\nGive a tuple of objects"),
     ({"question": None}, r"^the question of task 'wrong' of Faulty is None\.\nGive a string"),
     ({"metadata": None}, r"^the metadata .* None\.\nGive a dict"),
+    ({"metadata": {"system_message": 3}}, r"^metadata\['system_message'\] .*\nGive a string"),
     ({"id": "number"}, r"^Faulty\.reward returned 1\.0, not a reward .*\nReturn two values"),
 ]
 

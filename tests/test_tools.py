@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, List, Literal  # noqa: UP035
 
 import numpy as np
 import pytest
@@ -211,11 +211,16 @@ def _mixed(state: Any, x: Literal["a", 1]) -> None: ...
 def _truth(state: Any, x: Literal[True]) -> None: ...
 def _maybe(state: Any, x: int | None) -> None: ...
 def _deep(state: Any, x: list[dict[str, int]]) -> None: ...
+def _bare(x: List) -> None: ...  # type: ignore[type-arg]  # noqa: UP006
+def _federal(state: Annotated[str | None, "of the union"] = None, x: str = "") -> None: ...
+def _object(state: dict[str, int], x: str = "") -> None: ...
 
 
-@pytest.mark.parametrize("function", [_untyped, _mapping, _mixed, _truth, _maybe, _deep])
+@pytest.mark.parametrize(
+    "function", [_untyped, _mapping, _mixed, _truth, _maybe, _deep, _bare, _federal, _object]
+)
 def test_an_annotation_that_cannot_be_checked_is_refused_at_registration(function: Any) -> None:
-    with pytest.raises(ConfigError, match="x"):
+    with pytest.raises(ConfigError, match=r"x|state"):
         tool("never_registered", description="d")(function)
     assert "never_registered" not in TOOLS
 

@@ -89,8 +89,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # Modes "I" and "F" do not say how many bits are used; "I;16" does.
         most = values.max(initial=0)
         deep = image.mode.startswith("I;16") or most > 255
-        # Floats that are all from 0 to 1 are shares of white, as scientific programs write them.
-        share = image.mode == "F" and most <= 1 and values.min(initial=0) >= 0
+        # Floats from 0 to 1 are shares of white, as scientific programs write them; resizing and
+        # rounding may go a little beyond.
+        share = image.mode == "F" and most <= 1.25 and values.min(initial=0) >= -0.25
         top = 65535.0 if deep else 1.0 if share else 255.0
         values = values.clip(0, top, out=values) * (255 / top)
         image = Image.fromarray(values.round(out=values).astype(np.uint8))

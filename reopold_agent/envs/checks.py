@@ -68,6 +68,12 @@ def checked_task(task: Any, env: str) -> Task:
         raise EnvironmentCodeError(
             f"the metadata of task '{task.id}' of {env} are {_kind(task.metadata)}.\nGive a dict."
         )
+    message = task.metadata.get("system_message")
+    if message is not None and not isinstance(message, str):
+        raise EnvironmentCodeError(
+            f"metadata['system_message'] of task '{task.id}' of {env} is {_kind(message)}.\n"
+            "Give a string."
+        )
     return task
 
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedTokenizerBase,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -175,8 +176,31 @@ class LoadedModel(Processing):
             model = merge_adapter(model)
         if dtype is not None:
             model.to(getattr(torch, dtype))
-        model.save_pretrained(folder)
+        _save_model(model, folder)
         self.save_processing(folder)
+
+
+def _save_model(model: Any, folder: Path) -> None:
+    """Writes a model with the generation settings of its checkpoint, whatever they are.
+
+    Many checkpoints have some that contradict each other (a temperature without ``do_sample``):
+    transformers reads them with a warning, and refuses to write them.
+    """
+    settings: Any = getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            model.generation_config = settings
+        written = folder / "generation_config.json"
+        if written.is_file():  # not beside an adapter
+            written.write_text(settings.to_json_string(), "utf-8")
+    else:
+        model.save_pretrained(folder)
 
 
 def pick_device(name: str) -> torch.device:

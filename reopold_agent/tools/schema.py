@@ -55,8 +55,9 @@ def parameters_schema(function: Callable[..., Any]) -> dict[str, Any]:
 def takes_state(function: Callable[..., Any]) -> bool:
     """Returns whether a tool's first parameter is the episode's state.
 
-    It is if its annotation says ``EpisodeState``, or if it is named ``state`` (or ``_``) and its
-    annotation is none of an argument.
+    It is if its annotation says ``EpisodeState``, or if it is named ``state`` (or ``_``) and has no
+    annotation, or one that says nothing or names another class than a container's: an argument
+    ``state: Optional[str]`` is refused like any other.
     """
     first = next(iter(inspect.signature(function).parameters.values()), None)
     if first is None or first.kind not in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
@@ -67,11 +68,9 @@ def takes_state(function: Callable[..., Any]) -> bool:
         hint = first.annotation
     if _is_state(hint):
         return True
-    try:
-        _schema(hint, first.name)
-    except ConfigError:
-        return first.name.strip("_") in ("state", "")
-    return False
+    plain = hint is None or hint is Any or isinstance(hint, str)
+    other = isinstance(hint, type) and hint not in (*_NAMES, dict, list, tuple, set, bytes)
+    return (plain or other) and first.name.strip("_") in ("state", "")
 
 
 def name_of(function: Callable[..., Any]) -> str:
@@ -243,7 +242,7 @@ def _schema(hint: Any, where: str) -> dict[str, Any]:
         return {"type": kind, "description": text, **schema}
     if hint in _NAMES:
         return {"type": _NAMES[hint]}
-    if get_origin(hint) is list:
+    if get_origin(hint) is list and get_args(hint):
         (item,) = get_args(hint)
         return {"type": "array", "items": _schema(item, where)}
     if get_origin(hint) is Literal:
