@@ -105,16 +105,20 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_plain(each)}" for key, each in value.items()) + "}"
     if isinstance(value, np.ndarray):
-        value = value.tolist() if value.dtype != object else list(value)
+        value = list(value) if value.ndim else value[()]
+    if isinstance(value, np.floating):
+        value = float(str(value))  # 0.1, not the float32's 0.10000000149
     elif isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(map(_plain, value)) + "]"
     if not isinstance(value, float):
         return str(value)
-    if 1000 <= abs(value) < 1e15:  # money, counters, coordinates
-        return f"{value:.2f}".rstrip("0").rstrip(".")
-    return f"{value:.4g}"
+    if abs(value) < 1:
+        return f"{value:.4g}"
+    if abs(value) < 1e11:  # prices, coordinates, counters
+        return f"{value:.4f}".rstrip("0").rstrip(".")
+    return repr(value).removesuffix(".0")
 
 
 def _indented(text: str) -> str:
