@@ -375,6 +375,29 @@ def test_a_terminals_colours_become_words() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        ("\x1b[31m@\x1b[39m..#", "[red @]..#"),
+        ("\x1b[1;97mk\x1b[22;39m#", "[white k]#"),
+        ("\x1b[34m\x1b[41mA\x1b[49mB\x1b[39mC", "[red A][blue B]C"),
+        ("\x1b[38;5;214mO\x1b[0m.", "[yellow O]."),
+        ("\x1b[38;5;9;1mO\x1b[m.\x1b[48;5;4mO\x1b[0;4m.", "[red O].[blue O]."),
+        ("\x1b[38;5;240mO\x1b[38;5;250mO\x1b[38;5;52mO", "[grey O][white O][red O]"),
+        ("\x1b[38;2;40;44;52mO\x1b[38;2;0;31;139mO", "[grey O][blue O]"),
+        (
+            "\x1b[38:5:46mO\x1b[38:2::255:0:255mO\x1b[38:2:0:255:255mO",
+            "[green O][magenta O][cyan O]",
+        ),
+        ("\x1b[58;5;31mO\x1b[4:3mO\x1b[58:2::31:0:0mO", "OOO"),  # lines below the text
+        ("\x1b[31mO\x1b[38;5mO\x1b[38mO\x1b[48;9;1mO", "[red O]OOO"),  # cut: no colour
+        ("\x1b[2J\x1b[?25l\x1b[>4;2m\x1b]0;title\x07\x1b[31mO\x1b(B\x1b[mX", "[red O]X"),
+    ],
+)
+def test_colours_end_and_are_told_in_several_forms(drawn: str, said: str) -> None:
+    assert coloured_in_words(drawn) == said
+
+
 def test_frozen_lake_shows_a_picture_and_the_square() -> None:
     env = GymnasiumEnv(gym_id="FrozenLake-v1", kwargs={"is_slippery": False})
     observation, info = env.reset(seed=1)
