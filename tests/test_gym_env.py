@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AsyncVectorEnv
@@ -35,7 +36,13 @@ from reopold_agent.envs.from_config import make_env
 from reopold_agent.envs.gym_env import GymnasiumEnv, _picture
 from reopold_agent.envs.in_words import can_say, coloured_in_words, find_picture, in_words
 from reopold_agent.envs.registration import task_seed
-from reopold_agent.errors import ConfigError, MissingExtraError, ModelError, ToolError
+from reopold_agent.errors import (
+    ConfigError,
+    EnvironmentCodeError,
+    MissingExtraError,
+    ModelError,
+    ToolError,
+)
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
 from reopold_agent.tools import Isolation
@@ -531,6 +538,10 @@ def test_its_time_limit_truncates() -> None:
         ("Room", {"reward": 0.0}, False),
         ("Room", {"reward": 1.0, "info": {"success": False}}, False),
         ("Room", {"reward": 0.0, "info": {"is_success": True}}, True),
+        ("Room", {"reward": 0.0, "info": {"success": None, "is_success": True}}, True),
+        ("Room", {"reward": 0.0, "info": {"success": np.array([1.0])}}, True),
+        ("Room", {"reward": 1.0, "info": {"success": np.array(0.0)}}, False),
+        ("Room", {"reward": 0.0, "info": {"success": torch.tensor([True])}}, True),
         ("Room", {"reward": 1.0, "success_return": 2.0}, True),
         ("Room", {"reward": 1.0, "success_return": 2.5}, False),
         ("Room", {"reward": -1.0, "success_return": -2.0}, True),
@@ -546,6 +557,14 @@ def test_success(name: str, settings: dict[str, Any], success: bool) -> None:
     assert info["success"] is success
     assert reward == settings["reward"]
     assert type(reward) is float
+
+
+@pytest.mark.parametrize("word", ["success", "is_success"])
+@pytest.mark.parametrize("said", ["false", 0.5, np.zeros(2), np.array(["a"]), torch.ones(9, 9), []])
+def test_a_word_that_is_neither_true_nor_false(word: str, said: Any) -> None:
+    with pytest.raises(EnvironmentCodeError, match=f"info has {word}=.*neither True nor") as error:
+        played(room(info={"success": None, word: said}), act(), act())
+    assert str(error.value).count("\n") == 1
 
 
 @pytest.mark.parametrize(("info", "success"), [({}, False), ({"is_success": True}, True)])
