@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import gymnasium
 import numpy as np
 import pytest
+import torch
 from gymnasium import spaces
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AsyncVectorEnv
@@ -35,7 +36,13 @@ from reopold_agent.envs.from_config import make_env
 from reopold_agent.envs.gym_env import GymnasiumEnv, _picture
 from reopold_agent.envs.in_words import can_say, coloured_in_words, find_picture, in_words
 from reopold_agent.envs.registration import task_seed
-from reopold_agent.errors import ConfigError, MissingExtraError, ModelError, ToolError
+from reopold_agent.errors import (
+    ConfigError,
+    EnvironmentCodeError,
+    MissingExtraError,
+    ModelError,
+    ToolError,
+)
 from reopold_agent.rollout.chat import ChatRenderer
 from reopold_agent.rollout.runner import RolloutLimits, RolloutRunner
 from reopold_agent.tools import Isolation
@@ -328,6 +335,14 @@ def test_what_cannot_become_a_schema(space: Any, names: Any, defaults: Any, told
         ({"image": np.zeros((7, 7, 3)), "mission": "go", "at": np.int64(3)}, "mission: go\nat: 3"),
         ({"a": {"b": "two\nlines"}}, "a: \n  b: \n    two\n    lines"),
         ((np.int64(1), {"tag": "DIV", "n": np.float32(0.5)}), "[1, {tag: DIV, n: 0.5}]"),
+        (np.array([199.99, 999.96, 48.85661]), "[199.99, 999.96, 48.8566]"),
+        (np.array([1000.00049, 1234.5, 12345678.9]), "[1000.0005, 1234.5, 12345678.9]"),
+        (np.array([[0.000012345, 0.99999, -1e-7]]), "[[1.234e-05, 1, -1e-07]]"),
+        (np.array([1e15, 123456789012345678.0]), "[1000000000000000, 1.2345678901234568e+17]"),
+        (np.array([123456.7, 0.1, 3e38], np.float32), "[123456.7, 0.1, 3e+38]"),
+        (np.array(48.85661, np.float16), "48.84"),
+        (np.array([np.nan, -np.inf, 5.0]), "[nan, -inf, 5]"),
+        (np.array([np.float32(0.1), "a"], object), "[0.1, a]"),
         (None, ""),
     ],
 )
@@ -365,6 +380,29 @@ def test_a_terminals_colours_become_words() -> None:
     assert coloured_in_words("\x1b[41mS\x1b[0mFF\n|\x1b[34;1mR\x1b[0m|\x1b[43m \x1b[0m\n") == (
         "[red S]FF\n|[blue R]|[yellow]"
     )
+
+
+@pytest.mark.parametrize(
+    ("drawn", "said"),
+    [
+        ("\x1b[31m@\x1b[39m..#", "[red @]..#"),
+        ("\x1b[1;97mk\x1b[22;39m#", "[white k]#"),
+        ("\x1b[34m\x1b[41mA\x1b[49mB\x1b[39mC", "[red A][blue B]C"),
+        ("\x1b[38;5;214mO\x1b[0m.", "[yellow O]."),
+        ("\x1b[38;5;9;1mO\x1b[m.\x1b[48;5;4mO\x1b[0;4m.", "[red O].[blue O]."),
+        ("\x1b[38;5;240mO\x1b[38;5;250mO\x1b[38;5;52mO", "[grey O][white O][red O]"),
+        ("\x1b[38;2;40;44;52mO\x1b[38;2;0;31;139mO", "[grey O][blue O]"),
+        (
+            "\x1b[38:5:46mO\x1b[38:2::255:0:255mO\x1b[38:2:0:255:255mO",
+            "[green O][magenta O][cyan O]",
+        ),
+        ("\x1b[58;5;31mO\x1b[4:3mO\x1b[58:2::31:0:0mO", "OOO"),  # lines below the text
+        ("\x1b[31mO\x1b[38;5mO\x1b[38mO\x1b[48;9;1mO", "[red O]OOO"),  # cut: no colour
+        ("\x1b[2J\x1b[?25l\x1b[>4;2m\x1b]0;title\x07\x1b[31mO\x1b(B\x1b[mX", "[red O]X"),
+    ],
+)
+def test_colours_end_and_are_told_in_several_forms(drawn: str, said: str) -> None:
+    assert coloured_in_words(drawn) == said
 
 
 def test_frozen_lake_shows_a_picture_and_the_square() -> None:
@@ -500,6 +538,10 @@ def test_its_time_limit_truncates() -> None:
         ("Room", {"reward": 0.0}, False),
         ("Room", {"reward": 1.0, "info": {"success": False}}, False),
         ("Room", {"reward": 0.0, "info": {"is_success": True}}, True),
+        ("Room", {"reward": 0.0, "info": {"success": None, "is_success": True}}, True),
+        ("Room", {"reward": 0.0, "info": {"success": np.array([1.0])}}, True),
+        ("Room", {"reward": 1.0, "info": {"success": np.array(0.0)}}, False),
+        ("Room", {"reward": 0.0, "info": {"success": torch.tensor([True])}}, True),
         ("Room", {"reward": 1.0, "success_return": 2.0}, True),
         ("Room", {"reward": 1.0, "success_return": 2.5}, False),
         ("Room", {"reward": -1.0, "success_return": -2.0}, True),
@@ -515,6 +557,14 @@ def test_success(name: str, settings: dict[str, Any], success: bool) -> None:
     assert info["success"] is success
     assert reward == settings["reward"]
     assert type(reward) is float
+
+
+@pytest.mark.parametrize("word", ["success", "is_success"])
+@pytest.mark.parametrize("said", ["false", 0.5, np.zeros(2), np.array(["a"]), torch.ones(9, 9), []])
+def test_a_word_that_is_neither_true_nor_false(word: str, said: Any) -> None:
+    with pytest.raises(EnvironmentCodeError, match=f"info has {word}=.*neither True nor") as error:
+        played(room(info={"success": None, word: said}), act(), act())
+    assert str(error.value).count("\n") == 1
 
 
 @pytest.mark.parametrize(("info", "success"), [({}, False), ({"is_success": True}, True)])

@@ -18,6 +18,7 @@ from conftest import random_picture
 from test_chat import whole_conversation
 
 from reopold_agent.common.pixels import PixelLimits
+from reopold_agent.errors import EnvironmentCodeError
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.policies.vision import VisionProcessor
 from reopold_agent.rollout.chat import ChatRenderer, observation_message
@@ -641,6 +642,7 @@ def test_whatever_an_environment_shows_is_what_the_student_reads(
         ({"success": False}, [1.0, 1.0], False),
         ({"is_success": np.True_}, [0.0, 0.0], True),
         ({"success": None}, [0.0, 1.0], True),
+        ({"success": None, "is_success": True}, [0.0, 0.0], True),
     ],
 )
 def test_success_is_what_the_environment_says(
@@ -674,6 +676,31 @@ def test_success_is_what_the_environment_says(
     (trajectory,) = runner.run(scripted, specs(1), T1, (1,))
     assert (trajectory.reward, trajectory.success) == (sum(rewards), success)
     assert [turn.observation for turn in trajectory.turns] == ["Go on.", "Go on."]
+
+
+def test_a_word_that_is_neither_true_nor_false_ends_a_run_that_has_no_answer_yet(
+    chat: ChatRenderer, scripted: ScriptedPolicy
+) -> None:
+    class Unclear(gymnasium.Env[Any, str]):
+        def reset(self, *, seed: Any = None, options: Any = None) -> Any:
+            self.success: Any = True if options["index"] == 0 else "false"
+            return "Begin.", {}
+
+        def step(self, action: str) -> Any:
+            return "Won.", 1.0, True, False, {"success": self.success}
+
+    runner = RolloutRunner(
+        Unclear,
+        chat,
+        None,
+        prompt_pixels=PROMPT_PIXELS,
+        observation_pixels=OBSERVATION_PIXELS,
+        limits=RolloutLimits(concurrency=1),
+    )
+    with pytest.raises(EnvironmentCodeError, match="success='false'"):
+        runner.run(scripted, specs(2)[1:], T1, (1,))
+    stops = [t.stop_reason for t in runner.run(scripted, specs(2), T1, (1,))]
+    assert stops == [StopReason.ANSWER, StopReason.ENV_ERROR]
 
 
 def test_a_budget_is_a_success_only_by_the_environments_word(

@@ -9,11 +9,14 @@ import inspect
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
+from gymnasium import spaces
 from test_state_decides import Walk
 from transformers.utils.chat_template_utils import get_json_schema
 
 from reopold_agent.envs.base import ToolEnv
+from reopold_agent.envs.gym_env import GymnasiumEnv
 from reopold_agent.envs.trl import environment_factory, reward, rows
 from reopold_agent.errors import ConfigError
 from reopold_agent.tools import EpisodeState, Tool, ToolResult
@@ -75,6 +78,93 @@ def test_optional_arguments_and_schemas_of_servers() -> None:
     assert shown["to"]["enum"] == ["a", "b"]
     assert made.go(to="c").startswith("Execution error:")
     assert made.go(to="a", deep={"x": [1]}) == "{'to': 'a', 'deep': {'x': [1]}}"
+
+
+def environment_with(properties: dict[str, Any], *required: str, **schema: Any) -> Any:
+    schema = {"type": "object", "properties": properties, "required": required, **schema}
+    tools = [Tool("find", given, "Finds.", input_schema=schema)]
+    made: Any = environment_factory(lambda: Walk(tools=tools))()
+    made.reset(index=0)
+    return made
+
+
+TEXT, NUMBER, NONE = {"type": "string"}, {"type": "number"}, {"type": "null"}
+LIST = {"type": "array"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "shown"),
+    [
+        ({"anyOf": [TEXT, NONE], "default": None}, {**TEXT, "nullable": True}),
+        ({"oneOf": [TEXT, NUMBER]}, {"type": ["number", "string"]}),
+        ({"type": ["string", "null"]}, {**TEXT, "nullable": True}),
+        ({"type": ["array", "null"], "items": TEXT}, {**LIST, "items": TEXT, "nullable": True}),
+        ({"type": "string", "anyOf": [{"pattern": "a"}, {"pattern": "b"}]}, TEXT),
+        ({"anyOf": [{**LIST, "items": TEXT}, {**LIST, "items": NUMBER}]}, {**LIST, "items": {}}),
+        ({"anyOf": [TEXT, {"const": "a"}, {"enum": [1, 2]}]}, {"type": ["integer", "string"]}),
+        ({"anyOf": [TEXT, {}]}, {}),
+        ({"$ref": "#/$defs/Kind"}, {**TEXT, "enum": ["a", "b"]}),
+        ({"allOf": [{"$ref": "#/$defs/Kind"}], "default": "a"}, {**TEXT, "enum": ["a", "b"]}),
+        ({"const": "a"}, {**TEXT, "enum": ["a"]}),
+        ({**LIST, "prefixItems": [NUMBER, TEXT]}, {**LIST, "prefixItems": [NUMBER, TEXT]}),
+        ({**LIST, "prefixItems": [TEXT]}, {**LIST, "items": TEXT}),
+        ({**LIST, "items": {"$ref": "#/$defs/Tree"}}, {**LIST, "items": {**LIST, "items": {}}}),
+        (LIST, {**LIST, "items": {}}),
+        ({"properties": {"x": TEXT}}, {"type": "object"}),
+        ({}, {}),
+        (True, {}),
+        (NONE, NONE),
+        (
+            {**TEXT, "description": "Words.\nNote: long"},
+            {**TEXT, "description": "Words. Note: long"},
+        ),
+    ],
+)
+def test_schemas_of_servers_keep_their_types(schema: Any, shown: dict[str, Any]) -> None:
+    defs = {
+        "Kind": {"type": "string", "enum": ["a", "b"]},
+        "Tree": {"type": "array", "items": {"$ref": "#/$defs/Tree"}},
+    }
+    made = environment_with({"q": schema}, "q", **{"$defs": defs})
+    found = get_json_schema(made.find)["function"]["parameters"]["properties"]["q"]
+    assert found == {"description": "q", **shown}
+
+
+def test_actions_of_several_numbers_are_lists_of_them() -> None:
+    class Car(gymnasium.Env[Any, Any]):
+        observation_space = spaces.Discrete(2)
+        action_space = spaces.Box(np.float32([-1, 0]), np.float32([1, 1]))
+
+    gymnasium.register("TrlCar-v0", Car)
+    made: Any = environment_factory(lambda: GymnasiumEnv(gym_id="TrlCar-v0"))
+    found = get_json_schema(made.act)["function"]["parameters"]["properties"]["action"]
+    assert found == {**LIST, "prefixItems": [NUMBER, NUMBER], "description": "action"}
+
+
+def test_null_is_given_where_it_is_a_value() -> None:
+    optional = {"anyOf": [TEXT, NONE]}
+    made = environment_with({"must": optional, "may": optional, "name": TEXT}, "must")
+    assert made.find(must=None, may=None, name=None) == "{'must': None, 'may': None}"
+
+
+@pytest.mark.parametrize(
+    ("name", "schema", "told"),
+    [
+        ("from", TEXT, "no name of a Python parameter"),
+        ("class", TEXT, "no name of a Python parameter"),
+        ("user-id", TEXT, "no name of a Python parameter"),
+        ("self", TEXT, "no name of a Python parameter"),
+        ("q", {"enum": [[1], [2]]}, "values are lists or objects"),
+        ("q", {"$ref": "https://example.org/a.json"}, "nothing is at its reference https://exam"),
+        ("q", {"type": "any"}, "type 'any' is none of JSON's"),
+        ("q", {"allOf": [TEXT, NUMBER]}, "several types at once"),
+        ("q", {"type": "array", "items": False}, "no value is allowed"),
+    ],
+)
+def test_arguments_that_trl_cannot_be_told_of(name: str, schema: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' of the tool 'find': .*{told}.*\nChange") as e:
+        environment_with({name: schema})
+    assert str(e.value).count("\n") == 1
 
 
 def test_an_episode_with_pictures_is_decided_by_its_answer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,16 @@ SMALLEST_PICTURE = 32
 """Arrays with a shorter side (MiniGrid's 7 x 7 x 3) encode something else than a picture."""
 
 _COLOURS = ("grey", "red", "green", "yellow", "blue", "magenta", "cyan", "white")
-_ESCAPE = re.compile(r"\x1b\[([0-9;]*)m")
-_OTHER_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-ln-z]")
+"""In the order of a terminal's codes: red is 1, green 2, blue 4, and the others their sums."""
+
+_ESCAPE = re.compile(r"\x1b\[([0-9;:]*)m")
+_OTHER_ESCAPES = re.compile(
+    r"\x1b(?:\[(?![0-9;:]*m)[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]+[0-~])"
+)
+"""Of the cursor, links and titles, character sets."""
+
+_OPERANDS = {"5": 1, "2": 3}
+"""Numbers that describe a colour after 38, 48 or 58: one of a table, or red, green and blue."""
 
 
 def in_words(value: Any, most: int, names: Sequence[str] = ()) -> str:
@@ -69,27 +78,55 @@ def coloured_in_words(text: str) -> str:
 
     Environments that are drawn as text mark by colour alone where the player is.
     """
-    said, colours = [], ""
+    said: list[str] = []
+    colours: dict[int, str] = {}
     parts = _ESCAPE.split(_OTHER_ESCAPES.sub("", text))
     for position, part in enumerate(parts):
         if position % 2:
-            colours = _colours(part, colours)
+            _set_colours(part, colours)
         elif part and colours:
-            said.append(f"[{f'{colours} {part}'.strip()}]")
+            said.append(f"[{f'{[*colours.values()][-1]} {part}'.strip()}]")
         else:
             said.append(part)
     return "".join(said).strip("\n")
 
 
-def _colours(codes: str, before: str) -> str:
-    found = before
-    for code in codes.split(";"):
-        number = int(code or 0)
-        if number == 0:
-            found = ""
-        elif 30 <= number % 60 <= 37 or 40 <= number % 60 <= 47:  # 90 to 107 are the bright ones
-            found = _COLOURS[number % 10]
-    return found
+def _set_colours(codes: str, colours: dict[int, str]) -> None:
+    """Sets the colours of the text (3) and behind it (4), the last one last, as an escape does."""
+    left = iter(codes.split(";"))
+    for code in left:
+        first, *operands = code.split(":")
+        if first in ("38", "48", "58") and not operands:
+            operands = [next(left, "")]
+            operands += islice(left, _OPERANDS.get(operands[0], 0))
+        tens, last = divmod(int(first or 0), 10)
+        if tens == last == 0:
+            colours.clear()
+        elif tens in (3, 4, 9, 10):  # 90 to 107 are the bright ones
+            colours.pop(tens % 6, None)
+            name = _COLOURS[last] if last < 8 else _nearest(operands) if last == 8 else ""
+            if name:
+                colours[tens % 6] = name
+
+
+def _nearest(operands: Sequence[str]) -> str:
+    """Returns the name for a colour of the table (5) or of three values (2); empty for neither."""
+    kind, *values = [int(each or 0) for each in operands or ("",)]
+    if kind == 5 and values and values[0] < 16:
+        return _COLOURS[values[0] % 8]
+    if kind == 5 and values and values[0] < 232:
+        cube = (values[0] - 16) // 36, (values[0] - 16) // 6 % 6, (values[0] - 16) % 6
+        values = [55 + 40 * each if each else 0 for each in cube]
+    elif kind == 5 and values:
+        values = [8 + 10 * (values[0] - 232)] * 3
+    elif kind == 2 and len(values) >= 3:
+        values = values[len(values) > 3 :][:3]  # with colons, a colour space may come first
+    else:
+        return ""
+    low, high = min(values), max(values)
+    if high - low < 50:
+        return "white" if high >= 170 else "grey"
+    return _COLOURS[sum(1 << bit for bit, each in enumerate(values) if 2 * each > low + high)]
 
 
 def count_values(value: Any) -> int:
@@ -105,16 +142,20 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_plain(each)}" for key, each in value.items()) + "}"
     if isinstance(value, np.ndarray):
-        value = value.tolist() if value.dtype != object else list(value)
+        value = list(value) if value.ndim else value[()]
+    if isinstance(value, np.floating):
+        value = float(str(value))  # 0.1, not the float32's 0.10000000149
     elif isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, (tuple, list)):
         return "[" + ", ".join(map(_plain, value)) + "]"
     if not isinstance(value, float):
         return str(value)
-    if 1000 <= abs(value) < 1e15:  # money, counters, coordinates
-        return f"{value:.2f}".rstrip("0").rstrip(".")
-    return f"{value:.4g}"
+    if abs(value) < 1:
+        return f"{value:.4g}"
+    if abs(value) < 1e11:  # prices, coordinates, counters
+        return f"{value:.4f}".rstrip("0").rstrip(".")
+    return repr(value).removesuffix(".0")
 
 
 def _indented(text: str) -> str:

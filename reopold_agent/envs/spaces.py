@@ -7,6 +7,7 @@ conversation with crops.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,6 +15,8 @@ import numpy.typing as npt
 from gymnasium import spaces
 
 from reopold_agent.envs.in_words import SMALLEST_PICTURE, count_values, in_words
+from reopold_agent.errors import EnvironmentCodeError
+from reopold_agent.tools.base import is_verdict
 from reopold_agent.types import IMAGE_MARK, Observation, PixelArray
 
 Part: TypeAlias = "str | PixelArray"
@@ -196,13 +199,26 @@ def succeeded(info: Mapping[str, Any], total: float, *, least: float | None = No
     """Whether an episode succeeded.
 
     Args:
-        info: of its last step. The environment's own word counts: ``success``, or ``is_success``
-            as in Gymnasium-Robotics.
+        info: of its last step. The environment's own word counts: ``success``, or else
+            ``is_success`` as in Gymnasium-Robotics; None is no word.
         total: sum of its rewards.
         least: the sum from which it is a success without such a word; None for more than 0.
+
+    Raises:
+        EnvironmentCodeError: its word is neither true nor false.
     """
-    given = info.get("success", info.get("is_success"))
-    if given is not None:
+    for word in ("success", "is_success"):
+        given = info.get(word)
+        if given is None:
+            continue
+        with suppress(AttributeError, TypeError, ValueError, RuntimeError):
+            given = given.item()  # of an array or tensor of one value
+        if not is_verdict(given):
+            shown = " ".join(repr(given).split())
+            raise EnvironmentCodeError(
+                f"the environment's info has {word}={shown:.80}, which is neither True nor "
+                "False.\nPut True or False there, or leave it out: then the rewards' sum decides."
+            )
         return bool(given)
     return total > 0 if least is None else total >= least
 

@@ -8,10 +8,14 @@ and the last turn is given to the environment when TRL asks for rewards.
 from __future__ import annotations
 
 import inspect
+import keyword
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, Union, get_args, get_origin
 
 from PIL import Image
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012
 
 from reopold_agent.envs.base import ToolEnv
 from reopold_agent.envs.registration import task_seed
@@ -84,14 +88,15 @@ def environment_factory(
     """Returns a class for TRL's ``environment_factory``, to be trained on `rows` with `reward`.
 
     A tool's arguments are described to the model by TRL, from annotations; limits that only a
-    JSON schema can say are checked when the tool is called.
+    JSON schema can say, and the keys of objects, are checked when the tool is called.
 
     Args:
         make_env: makes one environment.
         split: "train" or "eval".
 
     Raises:
-        ConfigError: a tool has a name that TRL reserves, or that is no Python name.
+        ConfigError: a tool has a name that TRL reserves, it or an argument has one that is no
+            Python name, or an argument's schema has no annotation.
     """
     methods = {}
     for tool in make_env().tools:
@@ -187,9 +192,25 @@ def _method(schema: Mapping[str, Any]) -> Callable[..., Any]:
     properties = sorted(arguments.get("properties", {}).items(), key=lambda p: p[0] not in required)
 
     def method(self: TrlEnvironment, **given: Any) -> Any:
-        return self._call(name, {k: v for k, v in given.items() if v is not None})
+        return self._call(
+            name, {k: v for k, v in given.items() if v is not None or k not in absent}
+        )
 
-    kinds = {key: _annotation(each) for key, each in properties}
+    resolver = Registry[Any]().resolver_with_root(DRAFT202012.create_resource(arguments))
+    kinds = {}
+    for key, each in properties:
+        try:
+            if not key.isidentifier() or keyword.iskeyword(key) or key == "self":
+                raise ValueError("it is no name of a Python parameter")
+            kinds[key] = _annotation(each, lambda at: resolver.lookup(at).contents)
+        except ValueError as error:
+            raise ConfigError(
+                f"TRL cannot be told of the argument '{key}' of the tool '{name}': {error}.\n"
+                "Change the argument where the tool is made, or make the environment without this "
+                "tool (tools=[...])."
+            ) from error
+    # A model writes null for what it leaves out, too.
+    absent = {key for key, kind in kinds.items() if not _takes_null(kind)}
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     for key, kind in kinds.items():
         default = inspect.Parameter.empty if key in required else None
@@ -198,7 +219,7 @@ def _method(schema: Mapping[str, Any]) -> Callable[..., Any]:
                 key, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind
             )
         )
-    lines = [f"    {key}: {each.get('description') or key}" for key, each in properties]
+    lines = [f"    {key}: {_description(each) or key}" for key, each in properties]
     method.__name__ = method.__qualname__ = name
     method.__doc__ = "\n".join([schema["description"], "", *(["Args:", *lines] if lines else [])])
     method.__annotations__ = kinds
@@ -206,11 +227,94 @@ def _method(schema: Mapping[str, Any]) -> Callable[..., Any]:
     return method
 
 
-def _annotation(schema: Mapping[str, Any]) -> Any:
-    if "enum" in schema:
-        return Literal[tuple(schema["enum"])]
-    plain = {"integer": int, "number": float, "string": str, "boolean": bool}
+_KINDS = {
+    "integer": int,
+    "number": float,
+    "string": str,
+    "boolean": bool,
+    "object": dict,
+    "null": type(None),
+}
+
+
+def _description(schema: Any) -> str:
+    """Returns it in one line: TRL would read ``word:`` at the start of a line as an argument."""
+    return "" if schema is True else " ".join(str(schema.get("description", "")).split())
+
+
+def _takes_null(kind: Any) -> bool:
+    choices = get_args(kind) if get_origin(kind) in (Union, Literal) else (kind,)
+    return not {Any, None, type(None)}.isdisjoint(choices)
+
+
+def _annotation(
+    schema: Any, lookup: Callable[[str], Any], within: frozenset[str] = frozenset()
+) -> Any:
+    """Returns the annotation from which TRL makes a schema of the same values, or of more.
+
+    Args:
+        schema: of a value.
+        lookup: returns what is at a reference.
+        within: the references that it is within: what contains itself is any value.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if schema is True:
+        return Any
+    if not isinstance(schema, Mapping):
+        raise ValueError("no value is allowed")
+    if "$ref" in schema:
+        reference = schema["$ref"]
+        if reference in within:
+            return Any
+        try:
+            found = lookup(reference)
+        except Unresolvable as error:
+            raise ValueError(f"nothing is at its reference {reference}") from error
+        return _annotation(found, lookup, within | {reference})
+    if "enum" in schema or "const" in schema:
+        values = tuple(schema["enum"] if "enum" in schema else [schema["const"]])
+        if not all(value is None or isinstance(value, (bool, int, float, str)) for value in values):
+            raise ValueError("its values are lists or objects")
+        return Literal[values]
     kind = schema.get("type")
+    if isinstance(kind, list):
+        return _union([_annotation({**schema, "type": each}, lookup, within) for each in kind])
     if kind == "array":
-        return list[_annotation(schema.get("items", {}))]  # type: ignore[misc]
-    return plain.get(str(kind), dict)
+        items = schema.get("prefixItems", schema.get("items", True))
+        if not isinstance(items, list):
+            return list[_annotation(items, lookup, within)]  # type: ignore[misc]
+        kinds = tuple(_annotation(each, lookup, within) for each in items)
+        return tuple[kinds] if len(kinds) > 1 else list[kinds[0] if kinds else Any]  # type: ignore
+    if kind in _KINDS:
+        return _KINDS[kind]
+    if kind is not None:
+        raise ValueError(f"its type '{kind}' is none of JSON's")
+    choices = schema.get("anyOf", schema.get("oneOf"))
+    if choices:
+        return _union([_annotation(each, lookup, within) for each in choices])
+    parts = {_annotation(each, lookup, within) for each in schema.get("allOf", ())} - {Any}
+    if len(parts) > 1:
+        raise ValueError("it is several types at once (allOf)")
+    return parts.pop() if parts else dict if "properties" in schema else Any
+
+
+def _union(kinds: Sequence[Any]) -> Any:
+    """Returns a union in which no two annotations are of the same JSON type, as TRL needs it."""
+    found: dict[Any, Any] = {}
+    values: list[Any] = []
+    for kind in kinds:
+        for each in get_args(kind) if get_origin(kind) is Union else (kind,):
+            if get_origin(each) is Literal:
+                values += get_args(each)
+                continue
+            plain = get_origin(each) or each
+            plain = list if plain is tuple else plain
+            several = list[Any] if plain is list else plain
+            found[plain] = each if found.get(plain, each) == each else several
+    if Any in found:
+        return Any
+    values = [value for value in values if type(value) not in found]
+    distinct = (*found.values(), *([Literal[tuple(values)]] if values else []))
+    return Union[distinct]  # noqa: UP007

@@ -191,7 +191,7 @@ def _save_model(model: Any, folder: Path) -> None:
         if settings is not None:
             settings.validate(strict=True)
     except ValueError:
-        model.generation_config = GenerationConfig()
+        model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
         try:
             model.save_pretrained(folder)
         finally:

@@ -463,11 +463,10 @@ class RolloutRunner:
         started = time.perf_counter()
         try:
             continues = self._handle(episode, outcome)
-        except EnvironmentCodeError:
-            raise
         except _INVALID as error:
             # The environment returned something invalid, which fails only its own episode.
-            continues = self._fail_env(episode, told_in_full(error))
+            fault = error if isinstance(error, EnvironmentCodeError) else None
+            continues = self._fail_env(episode, told_in_full(error), fault)
         finally:
             self.stats.render_seconds += time.perf_counter() - started
         if not continues and episode.turns:
