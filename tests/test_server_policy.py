@@ -329,7 +329,7 @@ def test_other_stop_ids_matter_to_generation_only(
         assert client.score(trajectories[:1])[0].logp.any()
         generator = client.generator(Sampling())
         generator.submit([Request(0, [7, 8, 9], [], 4, (1,))])
-        with pytest.raises(ModelError, match="stop_at_tool_call"):
+        with pytest.raises(ModelError, match="stop_at_tool_call=true"):
             until_done(generator)
 
 

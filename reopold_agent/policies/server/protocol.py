@@ -149,10 +149,13 @@ class Served:
         Raises:
             ModelError: they do not.
         """
-        if wanted.stop_ids != self.vocabulary.stop_ids:
+        theirs = self.vocabulary.stop_ids
+        if wanted.stop_ids != theirs:
+            setting = "true" if set(wanted.stop_ids) > set(theirs) else "false"
             raise ModelError(
-                f"the server {url} ends turns with the ids {self.vocabulary.stop_ids}, this run "
-                f"with {wanted.stop_ids}; give the server the run's stop_at_tool_call"
+                f"the server {url} ends turns with the ids {theirs}, this run with "
+                f"{wanted.stop_ids}.\nStart the server with stop_at_tool_call={setting} (the run's "
+                "rollout.stop_at_tool_call), and with the run's chat_template if it has one."
             )
 
 
