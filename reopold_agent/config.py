@@ -964,8 +964,8 @@ class TrainConfig:
                 "steps=0 only evaluates, and evaluation.tasks=0 evaluates nothing.\n"
                 "Set one of them to at least 1."
             )
-        if self.seed < 0:
-            raise ConfigError(f"seed must not be negative, got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must not be negative, and less than 2**63, got {self.seed}")
         _one_of("resume", self.resume, ("auto", "never", "must"))
         _one_of("on_nonfinite", self.on_nonfinite, ("fail", "skip"))
         if not isinstance(self.objective.get("name"), str):

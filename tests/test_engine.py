@@ -530,7 +530,7 @@ def test_a_falling_learning_rate_ends_with_the_run_also_where_it_gets_more_steps
 
 
 def test_a_run_lost_before_its_first_checkpoint_starts_over_cleanly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = (*SHORT, "steps=2", "checkpoint.every=0")
     train(tmp_path / "whole", *settings)
@@ -544,7 +544,11 @@ def test_a_run_lost_before_its_first_checkpoint_starts_over_cleanly(
         train(folder, *settings, "resume=never")
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         train(folder, *settings, "resume=must")
+    caplog.clear()
     train(folder, *settings)
+    assert (
+        "of a run with other settings, are removed (saved -> now):\n  seed: 1 -> 0" in caplog.text
+    )
     assert results(folder) == results(tmp_path / "whole")
 
 

@@ -390,3 +390,28 @@ def test_time_limits_may_change_and_other_settings_may_not() -> None:
     assert differences("teacher_server", "max_sequences") == changed
     saved, now = ({"policy": {"student": {"seconds": value}}} for value in (1.0, 2.0))
     assert config_differences(saved, now, FREE_TO_CHANGE) == []
+
+
+@pytest.mark.parametrize(
+    "word", ["engine.max_tokens_per_micro_batch=64", "model.student.gradient_checkpointing=true"]
+)
+def test_what_is_advised_for_full_memory_may_change(word: str) -> None:
+    _, saved = composed("env=math")
+    _, now = composed("env=math", word)
+    assert config_differences(saved, now, FREE_TO_CHANGE) == []
+    assert config_differences(saved, now, ()) != []
+
+
+def test_an_option_of_ones_own_overrides_what_stands_in_train_yaml(tmp_path: Path) -> None:
+    (tmp_path / "env").mkdir()
+    (tmp_path / "env" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [math]\nsteps: 2\nseed: 7\nsampling: {temperature: 0.6}\n"
+        "checkpoint: {every: 5}\non_nonfinite: skip\nobjective: {importance_cap: 5}\n",
+        "utf-8",
+    )
+    path = f"hydra.searchpath=[file://{tmp_path}]"
+    config, _ = composed(path, "env=mine", "checkpoint.every=3")
+    found = config.steps, config.seed, config.sampling.temperature, config.checkpoint.every
+    assert found == (2, 7, 0.6, 3)
+    assert config.on_nonfinite == "skip"
+    assert config.objective["importance_cap"] == 5

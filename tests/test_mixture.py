@@ -481,7 +481,7 @@ def test_plots_and_the_viewer_tell_environments_apart(whole: Path) -> None:
     figure = success_figure(History(read_metrics(whole / "metrics.jsonl")))
     assert figure is not None
     _, labels = figure.axes[0].get_legend_handles_labels()
-    assert {f"held-out, T 1, {name}" for name in ("pixel_reasoner", "geometry")} <= set(labels)
+    assert {f"held-out, sampled, {name}" for name in ("pixel_reasoner", "geometry")} <= set(labels)
     run = Run(whole)
     run.load_all()
     assert {row["env"] for row in run.summaries} == {"pixel_reasoner", "geometry"}

@@ -32,7 +32,15 @@ from reopold_agent.study.analyse import (
 )
 from reopold_agent.study.claims import better, greater_mean, reaches, verdict_of
 from reopold_agent.study.collect import ProbeResult, Results
-from reopold_agent.study.grid import Probe, Run, Setting, Study, expand, merge_overrides
+from reopold_agent.study.grid import (
+    Probe,
+    Run,
+    Setting,
+    Study,
+    expand,
+    merge_overrides,
+    without_effect,
+)
 from reopold_agent.study.options import parse, usage
 from reopold_agent.study.report import MARK, index, write_report
 from reopold_agent.study.run import Work, check_overrides, locked, run_all
@@ -81,6 +89,18 @@ def test_a_grid_is_settings_times_seeds_with_the_settings_words_on_top(tmp_path:
     shorter = expand(small_study(), tmp_path, seeds=[0], only=["b"], steps=2)
     assert [run.setting.label for run in shorter] == ["b"]
     assert "steps=5" in shorter[0].overrides
+
+
+def test_words_that_a_study_replaces_are_told_or_refused(tmp_path: Path) -> None:
+    settings = small_study().settings
+    told = without_effect(["optimizer.lr=5e-3", "objective=grpo", "+new.key=1"], settings)
+    assert told == [
+        "'optimizer.lr=5e-3' has no effect on b, which set 'optimizer.lr' themselves",
+        "'objective=grpo' has no effect on a, b, which set 'objective' themselves",
+    ]
+    for word in ("seed=4", "evaluation.tasks=0"):
+        with pytest.raises(ConfigError, match=word.partition("=")[0]):
+            expand(small_study(), tmp_path, seeds=[0], extra=[word])
 
 
 def test_the_later_of_two_words_stays() -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from reopold_agent.cli.hydra import report_errors
-from reopold_agent.study.grid import Run, expand
+from reopold_agent.study.grid import Run, expand, without_effect
 from reopold_agent.study.options import Options, parse, usage
 
 
@@ -34,9 +34,11 @@ def run(options: Options, command: Sequence[str], say: Callable[[str], None]) ->
     )
     failures: dict[str, str] = {}
     with locked(options.out):
-        check_overrides(runs, options.out)
         if not options.report_only:
+            check_overrides(runs, options.out)
             say(f"{options.study.title}: {len(runs)} runs, {options.jobs} at a time")
+            for line in without_effect(options.extra, options.study.chosen(options.only)):
+                say(f"note: {line}")
             failures = run_all(work_for(runs, options.out), options.jobs, say)
         if failures:
             say(f"{len(failures)} failed: {', '.join(failures)}")

@@ -172,12 +172,15 @@ def expand(
         seeds: training seeds.
         only: labels of settings; empty for all.
         steps: in place of the study's.
-        extra: overrides of the study's base; the overrides of a setting take precedence.
+        extra: overrides of the study's base; the overrides of a setting take precedence
+            (`without_effect`).
 
     Raises:
-        UnknownNameError, ConfigError: a label or an override is wrong.
+        UnknownNameError, ConfigError: a label or an override is wrong, sets the seed, or leaves out
+            the held-out tasks.
     """
     settings = study.chosen(only)
+    _check_extra(extra)
     return [
         Run(
             study,
@@ -195,6 +198,35 @@ def expand(
         for seed in seeds
         for setting in settings
     ]
+
+
+def _check_extra(extra: Sequence[str]) -> None:
+    for word in extra:
+        key, _, value = word.lstrip("+").partition("=")
+        if key == "evaluation.tasks" and value == "0":
+            raise ConfigError(
+                "evaluation.tasks=0: a study compares held-out success.\nLeave it out, or give a "
+                "number of tasks."
+            )
+        if key == "seed":
+            raise ConfigError("'seed' is set by the study.\nGive seeds=N before the --.")
+
+
+def without_effect(extra: Sequence[str], settings: Sequence[Setting]) -> list[str]:
+    """Returns a line for each override that settings of a study replace by their own."""
+    lines = []
+    for word in extra:
+        key = word.lstrip("+").partition("=")[0]
+        own = [
+            each.label
+            for each in settings
+            if key in {one.lstrip("+").partition("=")[0] for one in each.overrides}
+        ]
+        if own:
+            lines.append(
+                f"'{word}' has no effect on {', '.join(own)}, which set '{key}' themselves"
+            )
+    return lines
 
 
 def _length(study: Study, setting: Setting, steps: int) -> tuple[str, ...]:

@@ -2,8 +2,8 @@
 
 Figures are made without pyplot, so no figure, backend or setting of the process changes.
 Colours are Okabe and Ito's, distinct for colour-blind readers; important lines also differ
-by style or marker. The steps of all axes are updates done: the student played training step ``s``
-after ``s`` updates.
+by style or marker. All axes count steps done: ``s`` steps have trained the student that played
+training step ``s``.
 """
 
 from __future__ import annotations
@@ -111,12 +111,12 @@ def success_figure(history: History) -> Figure | None:
         top.fill_between(steps, low, high, color=BLUE, alpha=0.18, lw=0)
         top.vlines(steps, low, high, color=BLUE, lw=1.2, alpha=0.7)  # shows a single point too
         values = [row["success"] for row in sampled]
-        label = "held-out, T 1, 95 % interval"
+        label = "held-out, sampled, 95 % interval"
         top.plot(steps, values, "o-", color=BLUE, lw=2, ms=5, zorder=4, label=label)
     for env, (dashes, colour) in zip(_environments(sampled), itertools.cycle(_OF_ENVIRONMENTS)):
         key = f"env/{env}/success"
         points = [(row["step"], row[key]) for row in sampled if row.get(key) is not None]
-        label = f"held-out, T 1, {env}"
+        label = f"held-out, sampled, {env}"
         top.plot(*zip(*points, strict=True), ls=dashes, color=colour, lw=1.4, label=label)
     if greedy:
         values = [row["success"] for row in greedy]
@@ -139,7 +139,7 @@ def success_figure(history: History) -> Figure | None:
     if rows:
         values = [row["tool_rate"] for row in rows]
         style = {"color": BLUE, "lw": 1.6, "ms": 4, "zorder": 4}
-        bottom.plot([row["step"] for row in rows], values, "o-", label="held-out, T 1", **style)
+        bottom.plot([row["step"] for row in rows], values, "o-", label="held-out, sampled", **style)
     _dots_and_mean(bottom, history, "rollout/tool_rate", "training")
     _line(bottom, history, "rollout/tool_errors", VERMILION, "--", "failed calls, of all calls")
     _finish(bottom, "Episodes that call a tool", "share", share=True, steps=True)
@@ -364,7 +364,7 @@ def _finish(axes: Axes, title: str, unit: str, *, share: bool = False, steps: bo
     if share:
         axes.set_ylim(-0.02, 1.03)
     if steps:
-        axes.set_xlabel("updates done")
+        axes.set_xlabel("steps done")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,14 @@ from reopold_agent.tracking.plots import make_plots
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.summary import print_summary
 
+_log = logging.getLogger(__name__)
+
 FREE_TO_CHANGE = (
     *("resume", "checkpoint", "logging", "tracking", "tools", "on_nonfinite"),
     *(f"engine.{role}_server.stall_seconds" for role in ("student", "teacher")),
+    # What is advised where memory was full: only the order of sums changes.
+    *("engine.max_tokens_per_pass", "engine.max_tokens_per_micro_batch", "rollout.concurrency"),
+    "model.student.gradient_checkpointing",
     *(
         f"policy.{role}.{key}"
         for role in ("student", "teacher")
@@ -83,9 +89,9 @@ class RunState:
                 f"{folder.path} already holds a run. Choose another hydra.run.dir, or "
                 "resume=auto to continue it."
             )
-        if newest is None:
-            if resume == "must":
-                raise CheckpointError(f"resume=must, but {folder.path} holds no checkpoint")
+        if newest is None and resume == "must":
+            raise CheckpointError(f"resume=must, but {folder.path} holds no checkpoint")
+        if newest is None and not (folder.config.is_file() and _has_steps(folder.metrics)):
             return None
         if not folder.config.is_file():
             raise CheckpointError(f"{folder.path} has checkpoints, but no config.yaml")
@@ -108,14 +114,22 @@ class RunState:
         folder.same_template(before["model"], now["model"], self._config.model.chat_template)
         now["steps"] = min(now["steps"], before.get("steps", now["steps"]))
         different = config_differences(before, now, FREE_TO_CHANGE)
-        if different:
+        if different and newest is None:
+            _log.warning(
+                "warning: %s has no checkpoint; the steps there, of a run with other settings, are "
+                "removed (saved -> now):\n  %s\nA tracker goes on with that run; give another "
+                "hydra.run.dir to keep them apart.",
+                folder.path,
+                "\n  ".join(different),
+            )
+        elif different:
             raise CheckpointError(
                 f"{folder.path} was started with other settings (saved -> now):\n  "
                 + "\n  ".join(different)
                 + "\nGive the same settings to continue it (or more steps), or another "
                 "hydra.run.dir to start anew."
             )
-        return before
+        return None if newest is None else before
 
     def check_models(self, continues: bool, specs: Mapping[str, ModelSpec]) -> None:
         """Checks that a continued run has the weights that it was started with; call it before they
@@ -241,6 +255,14 @@ class RunState:
         make_plots(self._folder.path)  # the only files that come after the summary
         print_summary(summary)
         return summary
+
+
+def _has_steps(metrics: Path) -> bool:
+    """Whether a run without a checkpoint has got as far as its first step."""
+    if not metrics.is_file():
+        return False
+    with metrics.open("rb") as rows:
+        return any(b'"kind": "train"' in row or b'"kind":"train"' in row for row in rows)
 
 
 def _differ(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
