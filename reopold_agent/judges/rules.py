@@ -355,10 +355,11 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
         said = choices.yes_no(answer)
         return "yes_no" if said is not None and said == choices.yes_no(expected) else None
     joined = [_AND_BEFORE.sub(" ", each) for each in (answer, expected)]
-    if text.same_answer(*joined) or (kind == "text" and text.same_text(*joined)):
-        return "number" if kind in ("number", "count") else "text"
-    if text.same_text(*joined) and text.primes_differ(*joined):
-        return None
+    if text.same_text(*joined):
+        if kind == "text" or text.same_symbols(*joined):
+            return "number" if kind in ("number", "count") else "text"
+        if text.primes_differ(*joined):
+            return None
     meant = [text.latex_plain(each).strip(" .$") for each in (answer, expected)]
     if rules.kind != "text" and any(all(map(each.fullmatch, meant)) for each in _SAME_MEANING):
         return "text"
@@ -371,10 +372,11 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
         if congruent is not None:
             return "congruence" if congruent else None
     answer, expected = _without_wide_units(answer, expected)
-    (mine, unit), (wanted, other) = units.parted(answer), units.parted(expected)
-    values = _quantity(answer) is None or _quantity(expected) is None
-    if values and unit and other and units.same_unit(unit, other) is False:
-        return None
+    unit = other = ""
+    if _quantity(answer) is None or _quantity(expected) is None:  # two numbers: `_numbers` knows
+        (mine, unit), (wanted, other) = units.parted(answer), units.parted(expected)
+        if unit and other and units.same_unit(unit, other) is False:
+            return None
     answer, expected = _aligned(answer, expected)
     decided = _numbers(answer, expected, kind, rules)
     if decided is not None:
@@ -382,7 +384,7 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
     if kind == "count":
         return None
     found = _mathematics(answer, expected, kind, rules, depth)
-    if found or depth >= _DEPTH or not values or not (unit or other):
+    if found or depth >= _DEPTH or not (unit or other):
         return found
     return compare(mine, wanted, rules, depth + 1)
 

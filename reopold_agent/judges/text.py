@@ -201,14 +201,17 @@ def same_text(answer: str, expected: str) -> bool:
 
 
 def same_answer(answer: str, expected: str) -> bool:
-    """Returns whether two answers have the same words (`same_text`), and formulas the same symbols.
+    """Returns whether two answers have the same words, and formulas the same symbols."""
+    return same_text(answer, expected) and same_symbols(answer, expected)
+
+
+def same_symbols(answer: str, expected: str) -> bool:
+    """Returns whether two answers with the same words (`same_text`) have the same symbols.
 
     Letters in capitals and in small letters are two symbols (R and r), and f' is not f; but words,
     and what is in a text command, are written either way.
     """
-    if not same_text(answer, expected) or primes_differ(answer, expected):
-        return False
-    if sizes_differ(answer, expected):
+    if primes_differ(answer, expected) or sizes_differ(answer, expected):
         return False
     formula = _FORMULA.search(answer) or _FORMULA.search(expected)
     return not formula or _symbols(answer) == _symbols(expected)
