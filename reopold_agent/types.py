@@ -130,7 +130,7 @@ class StopReason(StrEnum):
     ANSWER = "answer"
     """The environment terminated: the student answered, or a tool ended the episode."""
     MAX_TURNS = "max_turns"
-    """The environment truncated at its turn budget."""
+    """The environment truncated the episode, at its turn budget unless ``info`` says otherwise."""
     MAX_TOKENS = "max_tokens"
     """The next tokens (a turn or an observation) would not fit the response budget."""
     TIME_LIMIT = "time_limit"

@@ -40,6 +40,8 @@ from reopold_agent.objectives.grpo import (
     overlong_penalty,
 )
 from reopold_agent.objectives.pieces import skewed_reward
+from reopold_agent.train.rows import Row, outcomes_of
+from reopold_agent.types import Trajectory
 
 ROWS, TIME = 5, 8
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -692,6 +694,18 @@ def test_overlong_penalty_at_its_corners() -> None:
     result = outcomes([1.0, 1.0, 0.0], [0, 0, 0], tokens=[50, 90, 100])
     objective = GRPO(overlong_buffer=20).for_run(RunFacts(steps=1, max_response_tokens=100))
     assert objective.shaped_reward(result).tolist() == pytest.approx([1.0, 0.5, -1.0])
+
+
+def test_long_observations_cost_reward_too_as_they_use_up_the_budget(
+    random_trajectory: Callable[..., Trajectory],
+) -> None:
+    episode = random_trajectory(0, turns=2, turn_tokens=6)
+    after = len(episode.ids) - episode.prompt_length
+    assert after > episode.response_tokens  # an observation lies between the turns
+    result = outcomes_of([Row(episode)])
+    assert result.tokens.tolist() == [after]
+    full = GRPO(overlong_buffer=4).for_run(RunFacts(steps=1, max_response_tokens=after))
+    assert (full.shaped_reward(result) - result.reward).tolist() == [-1.0]
 
 
 @given(st.integers(0, 300), st.integers(1, 200), st.integers(1, 200))

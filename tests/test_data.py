@@ -620,6 +620,8 @@ def test_a_cut_parquet_file_is_named(tmp_path: Path) -> None:
         ({"source": "verl", "path": "gone.parquet"}, DataError, r"gone\.parquet does not exist"),
         ({"source": "verl", "path": "data/gone.parquet"}, DataError, "does not exist"),
         ({"source": "verl", "path": "./data/gone"}, DataError, "does not exist"),
+        ({"source": "verl", "path": "data/gone.csv"}, DataError, "does not exist"),
+        ({"source": "verl", "path": "me/gone-v1.5"}, DataError, "could not be downloaded"),
     ],
 )  # fmt: skip
 def test_specifications_that_cannot_be_used(

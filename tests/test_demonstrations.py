@@ -764,3 +764,9 @@ def test_empty_fields_say_nothing(tmp_path: Path) -> None:
         ("user", ("?",), True),
         ("assistant", ("!",), True),
     ]
+
+
+def test_a_missing_path_is_no_data_set_of_the_hub(tmp_path: Path) -> None:
+    for path in (str(tmp_path / "gone"), "data/gone.jsonl", "data/mine/gone"):
+        with pytest.raises(DataError, match=r"gone(\.jsonl)? does not exist"):
+            load_demonstrations({"path": path})

@@ -61,6 +61,7 @@ from reopold_agent.policies.loading import (
 from reopold_agent.policies.registry import reads_weights
 from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.tracking.run_folder import RunFolder
+from reopold_agent.tracking.trackers.feed import Trackers
 from reopold_agent.train import collect, finish, loop, recovery, resume, setup, update
 from reopold_agent.train.data_order import DataOrder
 from reopold_agent.train.evaluation import HeldOutEvaluation
@@ -545,7 +546,10 @@ def test_a_run_lost_before_its_first_checkpoint_starts_over_cleanly(
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         train(folder, *settings, "resume=must")
     caplog.clear()
+    anew: list[Trackers] = []
+    monkeypatch.setattr(Trackers, "begin_anew", lambda self: anew.append(self))
     train(folder, *settings)
+    assert len(anew) == 1
     assert (
         "of a run with other settings, are removed (saved -> now):\n  seed: 1 -> 0" in caplog.text
     )

@@ -543,12 +543,13 @@ def test_the_token_budget_counts_turns_and_observations() -> None:
     _, reward, terminated, truncated, info = env.step(turn)
     assert (reward, terminated, truncated) == (0.0, False, True)
     assert "time_limit" not in info
+    assert info["cut_short"]
     # an observation that does not fit truncates after the tool has run
     _, _, terminated, truncated, info = started(ToyEnv(**lengths)).step(
         call("say", {"words": "y" * 50})
     )
     assert (terminated, truncated) == (False, True)
-    assert (info["success"], info["answer"]) == (False, None)
+    assert (info["success"], info["answer"], info["cut_short"]) == (False, None, True)
 
 
 def started_after(turn: str, lengths: dict[str, Any]) -> ToyEnv:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from running import (
+    SMALL,
     assert_same_weights,
     command,
     environment,
@@ -495,6 +496,32 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, number: signal.Signals) ->
     assert process.returncode == (143 if number == signal.SIGTERM else 130), error
     assert "press Ctrl-C again to stop at once" in error
     assert "Traceback" not in error
+
+
+LAST = """
+import os, signal
+from reopold_agent.train.loop import TrainingLoop
+from reopold_agent.train.__main__ import main
+step = TrainingLoop.step
+def signalled(self, number, position):
+    os.kill(os.getpid(), signal.SIGINT)
+    return step(self, number, position)
+TrainingLoop.step = signalled
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("several", [False, True])
+def test_a_signal_in_the_last_step_of_a_run_ends_those_that_would_follow(
+    tmp_path: Path, several: bool
+) -> None:
+    settings = last_of_each(*SMALL, "steps=1", "evaluation.tasks=0")
+    more = ["--multirun", "seed=0,1", "hydra.sweep.dir=."] if several else ["hydra.run.dir=0"]
+    done = command([sys.executable, "-c", LAST, *more, *settings], tmp_path)
+    assert done.returncode == (130 if several else 0), done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.parent.name for path in tmp_path.glob("*/summary.json")] == ["0"]
 
 
 def test_a_signal_in_an_evaluation_loses_no_step(

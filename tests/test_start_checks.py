@@ -30,8 +30,10 @@ from reopold_agent.policies.loading import ModelSpec, load_processing, resolve_p
 from reopold_agent.rollout.checks import checked_run, checked_runner
 from reopold_agent.rollout.lengths import prompt_limit
 from reopold_agent.rollout.runner import EpisodeSpec, RolloutRunner
+from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.train import setup
 from reopold_agent.train.banner import leak_note
+from reopold_agent.train.resume import RunState
 from reopold_agent.train.settings import compose_run
 from reopold_agent.types import Task, TaskSource
 
@@ -310,6 +312,29 @@ def test_held_out_tasks_that_an_environment_makes_for_training_too_are_warned_of
     if note is not None:
         assert note.startswith(f"warning: {told} held-out tasks are training tasks, so")
         assert note.endswith("Let the environment's load_tasks(split) make other tasks for 'eval'.")
+
+
+def test_a_run_that_goes_on_with_other_tasks_of_its_environment_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register_env("sums", id="reopold_tests/Sums-v0", entry_point=Sums)
+    config, raw = composed("env=sums", "evaluation.tasks=4")
+    folder = RunFolder(tmp_path)
+
+    def told(continues: bool) -> str | None:
+        checked(config, folder.data_report)
+        return RunState(config, raw, folder).check_data(continues)
+
+    try:
+        assert [told(False), told(True)] == [None, None]
+        monkeypatch.setattr(Sums, "common", 2)  # which moves the held-out tasks
+        warned = told(True)
+        assert warned is not None
+        assert warned.startswith("warning: the environment makes other tasks than when this run")
+        assert told(True) is None  # it is said once
+    finally:
+        gymnasium.registry.pop("reopold_tests/Sums-v0")
+        del ENVS._things["sums"]
 
 
 def test_a_large_file_can_be_split_as_the_warning_says(tmp_path: Path) -> None:

@@ -491,7 +491,13 @@ def test_a_changed_definition_is_refused(tmp_path: Path) -> None:
     runs = expand(small_study(), tmp_path, seeds=[0])
     check_overrides(runs, tmp_path)
     changed = expand(small_study(), tmp_path, seeds=[0, 1], extra=["optimizer.lr=7e-3"])
+    figures = tmp_path / "models/student.json"
+    figures.parent.mkdir()
+    figures.touch()
+    check_overrides(runs, tmp_path)
+    assert figures.exists()
     check_overrides(changed, tmp_path)  # nothing has been run yet
+    assert not figures.exists()  # they may be those of another model
     check_overrides(runs, tmp_path)
     (runs[0].folder).mkdir(parents=True)
     (runs[0].folder / "config.yaml").touch()

@@ -370,6 +370,31 @@ def fails(monkeypatch: pytest.MonkeyPatch, trouble: Callable[[str], None]) -> No
     monkeypatch.setattr(Scripted, "trouble", staticmethod(trouble))
 
 
+def test_a_run_that_replaces_another_begins_anew(
+    scripted: type[Scripted], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[tuple[str | None, int]] = []
+    start = Scripted.start
+
+    def noted(self: Scripted, run: TrackedRun) -> Started:
+        begun.append((run.id, run.kept))
+        return start(self, run)
+
+    monkeypatch.setattr(Scripted, "start", noted)
+    write(folder, {"scripted": {}}, *rows_of_run(1.0))
+    for replaces in (False, True):
+        with follow_run({"scripted": {}}, folder, {"seed": 1}) as trackers:
+            if replaces:
+                trackers.begin_anew()
+            metrics = MetricsWriter(folder / "metrics.jsonl")
+            metrics.truncate_after(-1)
+            for row in rows_of_run(1.0):
+                metrics.write(row)
+            metrics.close()
+    assert begun == [(None, 0), ("mine", 10), (None, 0)]
+    assert scripted.taken == [*range(1, 11)] * 2
+
+
 def test_a_call_that_fails_is_made_again(
     scripted: type[Scripted],
     folder: Path,

@@ -17,7 +17,6 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from reopold_agent.config import DataChecks, build
@@ -33,7 +32,7 @@ from reopold_agent.data.pictures import (
     refuse_animation,
     unread_columns,
 )
-from reopold_agent.data.rows import download, fills_with_nulls, find_row_files, read_rows
+from reopold_agent.data.rows import fills_with_nulls, find_row_files, local_or_downloaded, read_rows
 from reopold_agent.data.turns import (
     Mark,
     Pieces,
@@ -154,9 +153,7 @@ def load_demonstrations(spec: Mapping[str, Any]) -> list[Demonstration]:
         raise ConfigError(
             f"data.demonstrations takes {', '.join(_SETTINGS)}, and needs a path; got {spec}"
         )
-    path = Path(str(spec["path"])).expanduser()
-    if not path.exists():
-        path = download(str(spec["path"]), spec.get("revision"))
+    path = local_or_downloaded(str(spec["path"]), spec.get("revision"))
     pictures = PictureFolder(path if path.is_dir() else path.parent, url_rules(checks))
     limit = spec.get("limit")
     found: list[Demonstration] = []

@@ -47,8 +47,8 @@ from reopold_agent.data.row_formats import (
 )
 from reopold_agent.data.rows import (
     data_folder,
-    download,
     find_row_files,
+    local_or_downloaded,
     read_rows,
     row_label,
 )
@@ -166,7 +166,7 @@ def _rows(
             raise ConfigError(f"on_bad_row must be 'fail' or 'skip', got '{on_bad_row}'")
         check_part(part, held_out_share)
         chosen = build(DataChecks, checks or {}, "data.checks.")
-        root = _local(path, revision)
+        root = local_or_downloaded(path, revision)
         folder = data_folder(root, split)
         pictures = PictureFolder(folder, url_rules(chosen))
         report = DataReport(name, str(root))
@@ -269,16 +269,6 @@ _SOURCES: dict[str, Callable[..., TaskSource]] = {
     ),
     "vlmevalkit": _rows("vlmevalkit", vlmevalkit, COLUMNS["vlmevalkit"]),
 }
-
-
-def _local(path: str, revision: str | None) -> Path:
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    looks_like_hub = path.count("/") == 1 and not path.startswith((".", "/", "~"))
-    if looks_like_hub and local.suffix not in (".parquet", ".json", ".jsonl", ".tsv"):
-        return download(path, revision)
-    raise DataError(f"the data path {local} does not exist")
 
 
 def labelled_rows(

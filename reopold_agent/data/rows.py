@@ -500,6 +500,30 @@ def _row(line: bytes) -> dict[str, Any]:
     return row
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a path that is not there may name a data set of the hub, ``owner/name``."""
+    return (
+        path.count("/") == 1
+        and not path.startswith((".", "/", "~"))
+        and not path.endswith(("/", ".zip", ".tar", ".gz", ".tgz", *_SUFFIXES))
+    )
+
+
+def local_or_downloaded(path: str, revision: str | None) -> Path:
+    """Returns the file or folder at a path, or that of the hub's data set which it names.
+
+    Raises:
+        MissingExtraError: as `download`.
+        DataError: there is neither.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if is_hub_id(path):
+        return download(path, revision)
+    raise DataError(f"the data path {local} does not exist")
+
+
 def download(repository: str, revision: str | None) -> Path:
     """Downloads a data set of the hub into huggingface_hub's cache and returns its folder.
 

@@ -386,7 +386,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         self._turns += 1
         self._tokens += self._count(action)
         if self._over_budget():
-            return self._cut_off({"tool_call": None})
+            return self._cut_off({"tool_call": None, "cut_short": True})
         done = self._run_call(action, state)
         if done is None:
             if cut and type(self).truncation_reward is not ToolEnv.truncation_reward:
@@ -403,7 +403,7 @@ class ToolEnv(gymnasium.Env[Observation, str]):
         if self._seconds_left <= 0:
             return self._cut_off({**info, "time_limit": True}, reward)
         if self._over_budget():
-            return self._cut_off(info, reward)
+            return self._cut_off({**info, "cut_short": True}, reward)
         state.images.extend(result.images)
         return self._observe(result.text, result.images), reward, False, False, info
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -30,7 +31,7 @@ MADE = "made"
 """Key of the report on the rows for tasks that an environment makes itself."""
 
 _LOOKED_AT = 1000
-"""Most tasks of a split that are made to compare the splits."""
+"""Most tasks of a split that are made to compare them with others."""
 
 BadTasks: TypeAlias = "Mapping[int, tuple[str, DataError]]"
 """Tasks that cannot be played, by position: the task's name and why."""
@@ -160,43 +161,48 @@ def _checked_splits(
             common = inner.tasks_in_common()
             if common:
                 found[keys["eval"]]["trained_on"] = common
-        if isinstance(inner, ToolEnv) and not isinstance(inner, DataEnv) and len(keys) > 1:
-            made = _made_in_common(inner, config.evaluation.tasks)
-            if made["trained_on"]:
-                found[f"{keys['eval'].removesuffix('eval')}{MADE}"] = made
+        if isinstance(inner, ToolEnv) and not isinstance(inner, DataEnv):
+            prefix = keys["train"].removesuffix("train")
+            found[f"{prefix}{MADE}"] = _made(inner, list(keys), config.evaluation.tasks)
     finally:
         env.close()
     return counts
 
 
-def _made_in_common(env: ToolEnv, most: int) -> dict[str, int]:
-    """Returns how many of the first held-out tasks that an environment makes are training tasks.
+def _made(env: ToolEnv, splits: Sequence[str], most: int) -> dict[str, Any]:
+    """Returns what is known of the tasks that an environment makes: of the first `_LOOKED_AT`.
 
     Args:
         env: the environment.
+        splits: those that the run uses.
         most: number of held-out tasks that are played.
 
     Returns:
-        Their number as ``trained_on``, and that of the tasks that were looked at as ``usable``. Of
-        each split `_LOOKED_AT` are made at most.
+        How many held-out tasks are training tasks as ``trained_on``, of ``usable`` that were looked
+        at; the SHA-256 of each split's tasks as ``sha256``.
     """
 
-    def asked(task: Task) -> str:
+    def asked(task: Task) -> tuple[str, str]:
         # Without answers, or with pictures that are asked the same, the name may be what differs.
         name = None if task.answers and not task.images else task.id
         what = (name, task.question, task.answers, task.history, len(task.images))
-        return repr((what, sorted(task.metadata.items())))
-
-    def first(split: str, most: int) -> list[str]:
-        return [asked(env.task(split, i)) for i in range(min(most, env.num_tasks(split)))]
+        return repr(what), repr(sorted(task.metadata.items()))
 
     try:
-        known = set(first("train", _LOOKED_AT))
-        held_out = first("eval", min(most, _LOOKED_AT))
+        tasks = {
+            split: [asked(env.task(split, i)) for i in range(min(_LOOKED_AT, env.num_tasks(split)))]
+            for split in splits
+        }
     except Exception:
         _log.debug("a task cannot be made", exc_info=True)  # its episode tells
         return {"usable": 0, "trained_on": 0}
-    return {"usable": len(held_out), "trained_on": sum(each in known for each in held_out)}
+    known, held_out = set(tasks["train"]), tasks.get("eval", [])[:most]
+    digests = {  # without metadata, whose words may be others in each process
+        split: hashlib.sha256(repr([what for what, _ in each]).encode()).hexdigest()
+        for split, each in tasks.items()
+    }
+    common = sum(each in known for each in held_out)
+    return {"usable": len(held_out), "trained_on": common, "sha256": digests}
 
 
 def _check_first(env: ToolEnv, split: str) -> None:

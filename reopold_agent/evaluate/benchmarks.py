@@ -24,7 +24,7 @@ from reopold_agent.data.hold_out import HELD_OUT_SHARE, check_part, in_part
 from reopold_agent.data.loading import labelled_rows
 from reopold_agent.data.pictures import PictureFolder, picture_columns, unread_columns
 from reopold_agent.data.row_formats import COLUMNS, FORMATS
-from reopold_agent.data.rows import data_folder, download, find_row_files
+from reopold_agent.data.rows import data_folder, download, find_row_files, is_hub_id
 from reopold_agent.errors import ConfigError, DataError, UnknownNameError
 from reopold_agent.evaluate.words import how_to_add, shipped_benchmarks
 from reopold_agent.judges import KINDS
@@ -289,8 +289,7 @@ def _root(benchmark: Benchmark) -> Path:
     local = Path(benchmark.path).expanduser()
     if local.exists():
         return _in_folder(local, benchmark)
-    hub = benchmark.path.count("/") == 1 and not local.suffix and benchmark.path[0] not in "./~"
-    if hub:
+    if is_hub_id(benchmark.path):
         try:
             return _in_folder(download(benchmark.path, benchmark.revision), benchmark)
         except DataError as error:

@@ -121,7 +121,8 @@ class Outcomes:
         group: int64; episodes of one task share a number.
         tool_calls: number of tool calls.
         tool_successes: number of tool calls that succeeded.
-        tokens: number of tokens that the student sampled.
+        tokens: number of tokens after the prompt, observations included, as the response budget
+            counts them.
         success: whether the environment counts the episode as solved, bool.
     """
 

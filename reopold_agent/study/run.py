@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,13 +131,14 @@ def check_overrides(runs: Sequence[Run], out: Path) -> None:
     """
     path = out / "study.json"
     known: dict[str, list[str]] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    changed = []
+    changed, others = [], False
     for run in runs:
         before, now = known.get(run.setting.label), _without_seed(run.overrides)
         if before is not None and before != now and _has_runs(run.folder.parent):
             removed, added = sorted({*before} - {*now}), sorted({*now} - {*before})
             line = f"{run.setting.label}: {' '.join(removed) or '-'} -> {' '.join(added) or '-'}"
             changed += [line] if line not in changed else []
+        others = others or (before is not None and before != now)
         known[run.setting.label] = now
     if changed:
         raise CheckpointError(
@@ -146,6 +148,8 @@ def check_overrides(runs: Sequence[Run], out: Path) -> None:
             "settings again."
         )
     out.mkdir(parents=True, exist_ok=True)
+    if others:  # figures of models before training may be of other models
+        shutil.rmtree(out / "models", ignore_errors=True)
     write_json_atomic(path, known)
 
 

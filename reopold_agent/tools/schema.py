@@ -272,21 +272,22 @@ def _check(hint: Any, value: Any, where: str) -> Any:
                 return option
         options = ", ".join(map(as_json, get_args(hint)))
         raise ToolError(f"'{where}' must be one of {options}, got {as_json(value)}.")
-    wrong = ToolError(f"'{where}' must be {_ARTICLES[hint]}, got {as_json(value)}.")
+    given = _plain(hint, value)
+    if given is None:
+        raise ToolError(f"'{where}' must be {_ARTICLES[hint]}, got {as_json(value)}.")
+    return given
+
+
+def _plain(hint: Any, value: Any) -> Any:
+    """Returns a string, number or truth value as the type of the annotation; None if it is none."""
     if isinstance(value, bool) != (hint is bool):
-        raise wrong
-    if hint is float:
-        if not isinstance(value, (int, float)):
-            raise wrong
+        return None
+    if hint is float and isinstance(value, (int, float)):
         try:
             number = float(value)
         except OverflowError:
-            raise wrong from None
-        if not math.isfinite(number):
-            raise wrong
-        return number
+            return None
+        return number if math.isfinite(number) else None
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)  # JSON has one kind of number; 2.0 means 2
-    if not isinstance(value, hint):
-        raise wrong
-    return value
+    return value if isinstance(value, hint) else None

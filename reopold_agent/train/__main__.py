@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from reopold_agent.cli.groups import check_once, place_words
 from reopold_agent.cli.hydra import report_errors, run_hydra
 from reopold_agent.train.mixture import as_typed, mixed_words
 from reopold_agent.train.settings import check_data, check_engine, check_student, load_config
+
+if TYPE_CHECKING:
+    from reopold_agent.train.engine import Engine
 
 
 def run(composed: DictConfig) -> dict[str, Any]:
@@ -28,13 +32,19 @@ def run(composed: DictConfig) -> dict[str, Any]:
     folder = Path(HydraConfig.get().runtime.output_dir)
     command = started_with()
     # Imported here so that --help and configuration errors do not wait for PyTorch.
+    engine: Engine
     if config.engine.name == "verl":
         from reopold_agent.train.verl.engine import VerlEngine
 
-        return VerlEngine(config, raw, folder, command).run()
-    from reopold_agent.train.setup import LocalEngine
+        engine = VerlEngine(config, raw, folder, command)
+    else:
+        from reopold_agent.train.setup import LocalEngine
 
-    return LocalEngine(config, raw, folder, command).run()
+        engine = LocalEngine(config, raw, folder, command)
+    summary = engine.run()
+    if engine.interrupted is not None and HydraConfig.get().mode is RunMode.MULTIRUN:
+        raise engine.interrupted  # this run is complete, and the next ones do not start
+    return summary
 
 
 def started_with() -> list[str]:

@@ -30,6 +30,10 @@ class Engine(ABC):
         raw: the same configuration as plain values, for the run folder and its check on resume.
         folder: the run folder; an earlier run in it is continued (``resume``).
         command: the command line's arguments, for messages.
+
+    Attributes:
+        interrupted: what a signal raises that came too late to stop the run, for what would follow;
+            else None.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Engine(ABC):
         self.config, self._raw, self._command = config, dict(raw), list(command)
         self.folder = RunFolder(folder)
         self._state = RunState(config, self._raw, self.folder)
+        self.interrupted: KeyboardInterrupt | None = None
 
     def run(self) -> dict[str, Any]:
         """Trains to the end and returns the summary that ``summary.json`` holds.
@@ -47,9 +52,16 @@ class Engine(ABC):
             KeyboardInterrupt: after Ctrl-C, once the step is finished and saved.
         """
         self.folder.refuse_other("train")
-        trackers = follow_run(self.config.tracking, self.folder.path, self._raw)
-        with sigterm_as_interrupt(), self.folder.lock(), trackers:
+        self._trackers = follow_run(self.config.tracking, self.folder.path, self._raw)
+        with sigterm_as_interrupt(), self.folder.lock(), self._trackers:
             return self._run()
+
+    def _check_folder(self, newest: Path | None) -> dict[str, Any] | None:
+        """Checks as `RunState.check` does; trackers begin anew where the run replaces another."""
+        saved = self._state.check(newest)
+        if self._state.replaces_run:
+            self._trackers.begin_anew()
+        return saved
 
     def _begin(self, objective: Objective, saved: Mapping[str, Any] | None) -> None:
         """Writes ``config.yaml`` if the run starts, or goes on for more steps than before.

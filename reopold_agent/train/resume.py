@@ -27,6 +27,7 @@ from reopold_agent.data.fingerprint import (
     demonstrations_digest,
     demonstrations_pictures_digest,
 )
+from reopold_agent.envs.from_config import MADE
 from reopold_agent.errors import CheckpointError
 from reopold_agent.policies.loading import ModelSpec, resolve_path
 from reopold_agent.tracking.plots import make_plots
@@ -50,6 +51,13 @@ FREE_TO_CHANGE = (
 """Sections and keys that do not change the results; a resumed run may change them."""
 
 
+_OTHER_TASKS = (
+    "warning: the environment makes other tasks than when this run was started; the figures before "
+    "and after are of different tasks. Let load_tasks give the same tasks in each process, or give "
+    "another hydra.run.dir to start anew."
+)
+
+
 def filled_in(settings: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
     """Returns an objective's settings with the saved values of those that are left to the run."""
     kept = set(COMMON_SETTINGS) - set(FILLED_SETTINGS)  # whose null means that there is none
@@ -66,11 +74,15 @@ class RunState:
         config: the checked configuration.
         raw: the same configuration as plain values.
         folder: the run folder.
+
+    Attributes:
+        replaces_run: whether `check` found the steps of a run with other settings, which go.
     """
 
     def __init__(self, config: TrainConfig, raw: Mapping[str, Any], folder: RunFolder) -> None:
         self._config, self._raw, self._folder = config, dict(raw), folder
         self._models: dict[str, Any] = {}
+        self.replaces_run = False
 
     def check(self, newest: Path | None) -> dict[str, Any] | None:
         """Checks that the run may start, or continue from the checkpoint ``newest``.
@@ -117,11 +129,11 @@ class RunState:
         if different and newest is None:
             _log.warning(
                 "warning: %s has no checkpoint; the steps there, of a run with other settings, are "
-                "removed (saved -> now):\n  %s\nA tracker goes on with that run; give another "
-                "hydra.run.dir to keep them apart.",
+                "removed (saved -> now):\n  %s\nGive another hydra.run.dir to keep them.",
                 folder.path,
                 "\n  ".join(different),
             )
+            self.replaces_run = True
         elif different:
             raise CheckpointError(
                 f"{folder.path} was started with other settings (saved -> now):\n  "
@@ -175,15 +187,17 @@ class RunState:
         """Checks that a continued run has the rows that it was started with; call it once they are
         read.
 
-        Their fingerprints are in ``data.json``. Tasks that are not from files have none: their
-        settings determine them.
+        Their fingerprints are in ``data.json``. The embedded tasks have none: their settings
+        determine them. Tasks that an environment makes may be others; that is only told, since they
+        may be drawn anew on purpose.
 
         Args:
             continues: whether the run continues from a checkpoint.
             recorded: the demonstrations that are trained on, if any.
 
         Returns:
-            What to tell the user about a run that was started without fingerprints; else None.
+            What to tell the user: the run was started without fingerprints, or its environment
+            makes other tasks now; else None.
 
         Raises:
             CheckpointError: the rows are others.
@@ -193,9 +207,10 @@ class RunState:
             return None
         if continues and self._folder.data.is_file():
             before = self._read(self._folder.data)
+            made = {name for name in {*before, *now} if name.rpartition("/")[2] == MADE}
             changed = [
                 _change(name, before.get(name), now.get(name))
-                for name in sorted({*before, *now})
+                for name in sorted({*before, *now} - made)
                 if _differ(before.get(name), now.get(name))
             ]
             if changed:
@@ -204,7 +219,8 @@ class RunState:
                     "Give the same rows to continue it, or another hydra.run.dir to start anew."
                 )
             write_json_atomic(self._folder.data, now)  # with what an earlier version left out
-            return None
+            others = any(before.get(name, now.get(name)) != now.get(name) for name in made)
+            return _OTHER_TASKS if others else None
         write_json_atomic(self._folder.data, now)
         if not continues:
             return None
@@ -217,7 +233,12 @@ class RunState:
         """Returns number and digest of rows: those of files as the report on them says."""
         report = self._folder.data_report
         found = self._read(report) if report.is_file() else {}
-        now = {
+        now: dict[str, Any] = {
+            key: {"sha256": told["sha256"]}
+            for key, told in found.items()
+            if key.rpartition("/")[2] == MADE and "sha256" in told
+        }
+        now |= {
             split: {
                 "rows": told["usable"],
                 **{key: told[key] for key in ("sha256", "pictures_sha256") if key in told},

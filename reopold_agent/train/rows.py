@@ -208,7 +208,7 @@ def outcomes_of(rows: Sequence[Row]) -> Outcomes:
         group=torch.tensor([groups[t.group] for t in trajectories]),
         tool_calls=torch.tensor([len(t.tool_calls) for t in trajectories]),
         tool_successes=torch.tensor([sum(c.ok for c in t.tool_calls) for t in trajectories]),
-        tokens=torch.tensor([t.response_tokens for t in trajectories]),
+        tokens=torch.tensor([len(t.ids) - t.prompt_length for t in trajectories]),
         success=torch.tensor([t.success for t in trajectories]),
     )
 

@@ -88,7 +88,7 @@ class LocalEngine(Engine):
     def _run(self) -> dict[str, Any]:
         config = self.config
         checkpoint = newest_checkpoint(self.folder.checkpoints)
-        saved = self._state.check(checkpoint)
+        saved = self._check_folder(checkpoint)
         if checkpoint is not None and self._finished(checkpoint):
             return self._state.show_again()
         if checkpoint is not None:
@@ -146,6 +146,7 @@ class LocalEngine(Engine):
             try:
                 return loop.run(checkpoint)
             finally:
+                self.interrupted = interrupts.error() if interrupts.received else None
                 loop.close()
 
     def _finished(self, checkpoint: Path) -> bool:

@@ -134,6 +134,12 @@ class Trackers:
             run = TrackedRun(folder, kind, settings, known.get("id"), sent, (), 0)
             self._feeders.append(_Feeder(name, tracker, run, self))
 
+    def begin_anew(self) -> None:
+        """Lets the trackers begin new runs; call it before the run changes its rows."""
+        self._before = ()
+        for feeder in self._feeders:
+            feeder.run = dataclasses.replace(feeder.run, id=None, sent=0)
+
     def __enter__(self) -> Self:
         for feeder in self._feeders:
             feeder.thread.start()
@@ -175,7 +181,7 @@ class _Feeder:
     """Thread of a tracker: starts it with the first row, sends, retries and gives up."""
 
     def __init__(self, name: str, tracker: Tracker, run: TrackedRun, owner: Trackers) -> None:
-        self._name, self._tracker, self._run, self._owner = name, tracker, run, owner
+        self._name, self._tracker, self.run, self._owner = name, tracker, run, owner
         self._started = False
         self._id, self._sent, self._total = run.id, run.sent, 0
         self._in_a_row, self._failures = 0, 0
@@ -230,11 +236,11 @@ class _Feeder:
             return
         if not self._started:
             kept = self._owner.kept(points)
-            run = dataclasses.replace(self._run, points=points, kept=kept)
+            run = dataclasses.replace(self.run, points=points, kept=kept)
             begun = self._tracker.start(run)
             self._started, self._id = True, begun.id
             # An evaluation that was repeated has other values in its single row.
-            self._sent = begun.sent if self._run.kind == "train" else 0
+            self._sent = begun.sent if self.run.kind == "train" else 0
             self._owner.remember(self._name, self._id, self._sent)
         while self._sent < len(points):
             self._tracker.log(points[self._sent], self._sent + 1)

@@ -86,7 +86,7 @@ class VerlEngine(Engine):
     def _run(self) -> dict[str, Any]:
         config = self.config
         checkpoint = newest_checkpoint(self.folder.checkpoints)
-        saved = self._state.check(checkpoint)
+        saved = self._check_folder(checkpoint)
         done = 0 if checkpoint is None else steps_of(checkpoint)
         if done >= config.steps and self.folder.summary.is_file():
             return self._state.show_again()
@@ -203,6 +203,7 @@ class VerlEngine(Engine):
                 StopRequest(self.folder.path).wait(
                     lambda seconds: bool(ray.wait(running, timeout=seconds)[0]), interrupts
                 )
+            self.interrupted = interrupts.error() if interrupts.received else None
             try:
                 ray.get(running)
             except ray.exceptions.RayError as error:
