@@ -2,10 +2,11 @@
 
     python benchmarks/tools.py [--repeats 5] [--server http://127.0.0.1:5000] [--alone]
 
---alone compares with the resize alone only, which is the limit: cropping the same parts out of the
-decoded pictures and resizing them, on one thread without environment, call or check. Its share of
-our CPU seconds is printed in any case. The rest needs fastapi, uvicorn and aiohttp, which come with
-the vllm extra.
+--alone compares with two lower bounds only, which are printed in any case. The resize alone crops
+the same parts out of the decoded pictures and resizes them, on one thread without environment, call
+or check. The bare call does what no environment with a thread of its own can leave out: it reads
+the call, goes to the thread and back, and passes the part on as the array of Gymnasium's
+observation. The rest needs fastapi, uvicorn and aiohttp, which come with the vllm extra.
 
 Ours: an episode's environment runs the call on its thread, and the part is resized for the model.
 Theirs: `tool_server.py`, or VerlTool's own server that listens at --server, asked by an asyncio
@@ -21,10 +22,12 @@ import argparse
 import asyncio
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -121,6 +124,37 @@ def resize_alone(tasks: Sequence[Task], actions: Sequence[Sequence[str]]) -> tup
     return time.process_time() - cpu, pixels
 
 
+def bare_calls(tasks: Sequence[Task], actions: Sequence[Sequence[str]]) -> tuple[float, int]:
+    """CPU seconds, and pixels that came out."""
+    pictures = [source.open() for task in tasks for source in task.images]
+    asked = [queue.SimpleQueue() for _ in tasks]
+    answers = [queue.SimpleQueue() for _ in tasks]
+
+    def serve(number: int) -> None:
+        picture = pictures[number]
+        while (text := asked[number].get()) is not None:
+            found = json.loads(text[text.index("{") : text.rindex("}") + 1])
+            box = found["arguments"]["bbox_2d"]
+            part = picture.crop(pixel_box(box, *picture.size, padding=0.1, min_side=28))
+            shown = Image.fromarray(np.asarray(part))
+            resized = shown.resize(LIMITS.resized(shown.size, FACTOR), Image.Resampling.BICUBIC)
+            answers[number].put(np.asarray(resized).size)
+
+    threads = [threading.Thread(target=serve, args=(number,)) for number in range(len(tasks))]
+    for thread in threads:
+        thread.start()
+    pixels, cpu = 0, time.process_time()
+    for number in range(len(actions[0])):
+        for each, turns in zip(asked, actions, strict=True):
+            each.put(turns[number])
+        pixels += sum(each.get() for each in answers)
+    cpu = time.process_time() - cpu
+    for each, thread in zip(asked, threads, strict=True):
+        each.put(None)
+        thread.join()
+    return cpu, pixels
+
+
 async def theirs(
     tasks: Sequence[Task], actions: Sequence[Sequence[str]], url: str, tag: str, pid: int | None
 ) -> tuple[float, float, int]:
@@ -186,17 +220,19 @@ def compare(repeats: int, url: str | None, *, pid: int | None) -> None:
     ):
         mine: list[float] = []
         other: list[float] = []
-        my_cpu = other_cpu = least = 0.0
+        my_cpu = other_cpu = least = bare = 0.0
         for repeat in range(repeats + 1):
             tasks = make_tasks(count, width, height, repeat)
             actions = make_actions(tasks, calls, share, repeat)
             seconds, cpu, pixels = ours(tasks, actions)
             alone, resized = resize_alone(tasks, actions)
-            assert pixels == resized, (pixels, resized)
+            called, same_again = bare_calls(tasks, actions)
+            assert pixels == resized == same_again, (pixels, resized, same_again)
             if repeat:  # the first one warms up
                 mine.append(count * calls / seconds)
                 my_cpu += cpu
                 least += alone
+                bare += called
             if url is None:
                 continue
             http, http_cpu, same = asyncio.run(theirs(tasks, actions, url, f"{name}-{repeat}", pid))
@@ -206,9 +242,10 @@ def compare(repeats: int, url: str | None, *, pid: int | None) -> None:
                 other.append(count * calls / http)
                 other_cpu += http_cpu
         figures[f"{key}_over_resize"] = my_cpu / least
+        figures[f"{key}_over_bare"] = my_cpu / bare
         print(
             f"{name}: {1e3 * my_cpu / repeats / count / calls:.2f} CPU milliseconds a call, "
-            f"{my_cpu / least:.2f} times the resize alone",
+            f"{my_cpu / least:.2f} times the resize alone, {my_cpu / bare:.2f} times the bare call",
             flush=True,
         )
         if not other:
