@@ -38,6 +38,8 @@ B for sure ; Definitely B! ; Not A but B ; It's option B, not option C. ; Answer
 The correct answer is~~$$\\boxed{B}$$ ; **Answer: \\boxed{B}** ; \\boxed{B} (15) ; The correct answer is $\\textbf{(B)}$.
 选项 B 正确 ; 所以选项B正确。 ; 综上所述，答案为B。 ; 故答案为：B ; 我选择B ; (B)가 정답입니다 ; Bが正解です ; La opción B es correcta.
 A resposta é a letra B. ; Верный ответ: B ; सही उत्तर B है ; Rätt svar är B ; Správná odpověď je B ; Răspunsul corect este B
+I would say the answer is B ; I’d say the answer is B. ; B would be my answer. ; I would answer B. ; I'd respond with B.
+The right answer is the second option, B. ; We can say that the answer is B.
 Đáp án là B ; उत्तर: B ; คำตอบคือ B ; Odpowiedź: B ; Het antwoord is B
 """
 
@@ -112,6 +114,9 @@ def test_the_value_of_an_option_is_its_letter(
         ("B is incorrect.", None),
         ("Option B is wrong.", None),
         ("The answer is not B.", None),
+        ("B would not be my answer.", None),
+        ("They would say the answer is B.", None),
+        ("I would not say the answer is B.", None),
         ("A bus", None),
         ("The answer is a bus.", None),
         ("The boxes are labelled A, B and C.", None),

@@ -157,13 +157,15 @@ _STATED = re.compile(
     r"(?:\b(?:answer|option|choice)s?\s*(?:is|are|would be|should be|must be|will be"
     r"|:|=|→|->|[-–—](?=\s))"
     rf"|\banswer\b(?=\s*[(\[])|{cues.any_of(cues.ANSWER_IS)})[\s:=]*"
-    r"(?:(?:the|la|le|el|a|o|il|die)\s+)?(?:(?:option|choice|letter|选项|選項|opción|opção|letra"
-    rf"|lettera|lettre|вариант)\s*:?\s*)?{_TOKEN}",
+    r"(?:(?:the|la|le|el|a|o|il|die)\s+)?(?:(?:first|second|third|fourth|fifth|last)\s+(?=option|choice))?"
+    r"(?:(?:option|choice|letter|选项|選項|opción|opção|letra"
+    rf"|lettera|lettre|вариант)\s*[:,]?\s*)?{_TOKEN}",
     re.IGNORECASE,
 )
 _CHOSEN = re.compile(
     r"\b(?:leav(?:es|ing)(?:\s+only)?|only(?=\s+\(?[A-J]\)?\s+(?:satisf|match|fit|work|meet))"
-    r"|i(?:'d|'ll| would| will)?\s+(?:choose|pick|select|say|go\s+(?:with|for))|choos(?:e|ing)"
+    r"|i(?:['’]d|['’]ll| would| will)?\s+(?:choose|pick|select|say|answer"
+    r"|(?:go|respond|reply)\s+(?:with|for))|choos(?:e|ing)"
     r"|pick|select(?:ing|ed)?|go(?:ing)?\s+with|it(?:'s|\s+is|\s+must\s+be|\s+should\s+be)"
     r"|must\s+be|corresponds?\s+to|match(?:es|ing)?|that\s+is|which\s+is|namely|thus|therefore"
     r"|hence|so)\s*[:,]?\s*"
@@ -173,7 +175,8 @@ _CHOSEN = re.compile(
 _SAID_RIGHT = re.compile(rf"{_TOKEN}(?:\s*(?:,|&|and)\s*{_TOKEN})*")
 _IS_RIGHT = re.compile(
     rf"(?:(?!{_TOKEN}|\b(?:not|never|hardly|cannot|if|wrong|unlikely)\b|n't)[^.!?\n]){{0,60}}?"
-    r"(?:\b(?:is|are|must\s+be)\s+(?:the\s+)?(?:only\s+|most\s+)?"
+    r"(?:\bwould\s+be\s+my\s+(?:answer|choice|pick)\b"
+    r"|\b(?:is|are|must\s+be)\s+(?:(?:the|my)\s+)?(?:only\s+|most\s+|final\s+)?"
     r"(?:correct|right|true|best|accurate|appropriate|answer)\b"
     r"|\bmatches\s+(?:our|my|this|the)\s+(?:\w+\s+)?(?:result|answer|calculation|value)\b"
     r"|正确|が正しい|が正解|이 정답)",

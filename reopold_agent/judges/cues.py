@@ -98,7 +98,9 @@ DENIED = re.compile(
     r"|(?:\bnot|n't|\bnever|\bcannot)\s+(?:\w+\s+)?"
     r"(?:think|believe|say|claim|choose|pick|select|accept|agree|conclude|true|the\s+case|proven)\b"
     r"|\bno\s+(?:one\s+\w+\s+\w+|proof|evidence|reason|guarantee)\b|\btempting\b|\bthought\b"
-    r"|\bused\s+to\b|(?<!\bi )(?<!\bwe )\b(?:says?|said|claims?|claimed|thinks?|believes?|believed)"
+    r"|\bused\s+to\b"
+    r"|(?<!\bi )(?<!\bwe )(?<!\bi would )(?<!\bwe would )(?<!\bi['’]d )(?<!\bwe['’]d )"
+    r"(?<!\bi can )(?<!\bwe can )\b(?:says?|said|claims?|claimed|thinks?|believes?|believed)"
     r"\s+(?:that\s+)?(?:the|it|[A-J])\b"
     r"|\b(?:many|some|most|people|students?|they|you|he|she)\s+(?:(?:would|might|may|will)\s+)?"
     r"(?:choose|chose|pick(?:ed)?|select(?:ed)?|say|think)\b",
