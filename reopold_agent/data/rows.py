@@ -83,9 +83,38 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
     single = sorted(folders, key=lambda file: (len(file.parent.name), file))  # 9 before 10
     if single:
         return single
+    names = [split] if isinstance(split, str) else list(split or [])
+    files, inside = _candidates(path, names)
+    if split is None:
+        return _one_format(_only_split(path, files, inside))
+    for name in names:
+        if name is not None:
+            found = _of_split(name, path, files, inside)
+        else:
+            found = files if len({_name(file) for file in files}) == 1 else []
+        if found:
+            return _one_format(found)
+    splits = " or ".join(name for name in names if name is not None)
+    alone = len({_splits(file) for file in files}) <= 1 and not inside
+    raise DataError(
+        (f"no file for the split '{splits}' in {path}" if splits else f"several files in {path}")
+        + f"; there are {_names([*files, *inside])}.\nName the file itself as the path"
+        + (", or set split=null to take all files." if alone else ".")
+    )
+
+
+def _candidates(path: Path, names: Sequence[str | None]) -> tuple[list[Path], list[Path]]:
+    """Returns the row files of a folder, and those in its folders that are named like splits.
+
+    Args:
+        path: the folder.
+        names: names of splits besides the usual ones.
+
+    Raises:
+        DataError: there are none.
+    """
     places = (path, path / "data")
     files = sorted(file for place in places for file in _row_files(place))
-    names = [split] if isinstance(split, str) else list(split or [])
     known = {*_HELD_OUT, *_TRAIN, *(_joined(name.lower()) for name in names if name)}
     parts = sorted(
         folder
@@ -99,48 +128,56 @@ def find_row_files(path: Path, split: str | Sequence[str | None] | None) -> list
         raise DataError(_no_rows(path))
     if any(file.suffix != ".csv" for file in [*files, *inside]):
         files, inside = ([f for f in some if f.suffix != ".csv"] for some in (files, inside))
-    if split is None and not files:
+    return files, inside
+
+
+def _only_split(path: Path, files: list[Path], inside: list[Path]) -> list[Path]:
+    """Returns all files of a folder, or else of its folders, as `_candidates` gives them.
+
+    Raises:
+        DataError: they are of several splits.
+    """
+    if not files:
         if len({_joined(file.parent.name.lower()) for file in inside}) > 1:
             raise DataError(_several(path, inside))
-        return _one_format(inside)
+        return inside
     mentioned = {_splits(file) for file in files}
-    several = len(mentioned) > 1
-    if split is None:
-        if several:
-            raise DataError(_several(path, files))
-        if mentioned == {_TRAIN} and not all(map(_is_doubtful, files)):
-            _check_unnamed(files, path)
-        return _one_format(files)
-    for name in names:
-        if name is None:
-            if len({_name(file) for file in files}) == 1:
-                return _one_format(files)
-            continue
-        wanted = name.lower()
-        exact = [file for file in files if wanted in (_name(file), file.stem.lower())]
-        others = [f for f in files if f not in exact and _joined(wanted) in _words(f)]
-        own = [f for f in inside if _joined(f.parent.name.lower()) == _joined(wanted)]
-        named = exact or others
-        if not named and wanted == "train":
-            named = [file for file in files if not _HELD_OUT.intersection(_words(file))]
-            _check_unnamed(named, path)
-        named = named or own
-        left_out = [file for file in [*others, *own] if file not in named]
-        # "testmini" before "testmini_text_only" and "annot_testmini", which repeat its rows.
-        if left_out and wanted != "testmini":
-            _log.warning(
-                "the split '%s' of %s is read from %s, without %s.\nTo use all of them, put them "
-                "into a folder of their own and set split=null.",
-                *(name, path, _names(named), _names(left_out)),
-            )
-        if named:
-            return _one_format(named)
-    splits = " or ".join(name for name in names if name is not None)
-    raise DataError(
-        (f"no file for the split '{splits}' in {path}" if splits else f"several files in {path}")
-        + f"; there are {_names([*files, *inside])}.\nName the file itself as the path"
-        + ("." if several or inside else ", or set split=null to take all files.")
-    )
+    if len(mentioned) > 1:
+        raise DataError(_several(path, files))
+    if mentioned == {_TRAIN} and not all(map(_is_doubtful, files)):
+        _check_unnamed(files, path)
+    return files
+
+
+def _of_split(split: str, path: Path, files: list[Path], inside: list[Path]) -> list[Path]:
+    """Returns the files of a split, and warns of those that may be too.
+
+    Args:
+        split: its name.
+        path: the folder.
+        files, inside: as `_candidates` gives them.
+
+    Raises:
+        DataError: it is not clear which files hold the training rows.
+    """
+    wanted = split.lower()
+    exact = [file for file in files if wanted in (_name(file), file.stem.lower())]
+    others = [f for f in files if f not in exact and _joined(wanted) in _words(f)]
+    own = [f for f in inside if _joined(f.parent.name.lower()) == _joined(wanted)]
+    named = exact or others
+    if not named and wanted == "train":
+        named = [file for file in files if not _HELD_OUT.intersection(_words(file))]
+        _check_unnamed(named, path)
+    named = named or own
+    left_out = [file for file in [*others, *own] if file not in named]
+    # "testmini" before "testmini_text_only" and "annot_testmini", which repeat its rows.
+    if left_out and wanted != "testmini":
+        _log.warning(
+            "the split '%s' of %s is read from %s, without %s.\nTo use all of them, put them "
+            "into a folder of their own and set split=null.",
+            *(split, path, _names(named), _names(left_out)),
+        )
+    return named
 
 
 def _row_files(folder: Path) -> list[Path]:
