@@ -557,13 +557,24 @@ def test_export_shrinks_large_pictures_and_survives_damaged_ones(
     assert small.getpixel((0, 0)) == (255, 255, 255)  # the noise is on a transparent ground
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("no/page.html", "there is no folder DIR/no.\n  Make it, or give another --export\n"),
+        (
+            "page.html",
+            "DIR/page.html cannot be written: Is a directory.\n  Give another path to --export\n",
+        ),
+    ],
+)
 def test_export_where_nothing_can_be_written(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, told: str, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "page.html").mkdir()
     with pytest.raises(SystemExit) as ended:
-        main([str(run_folder), "--export", str(tmp_path / "no" / "page.html")])
+        main([str(run_folder), "--export", str(tmp_path / name)])
     assert ended.value.code == 2
-    assert "cannot be written" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {told}".replace("DIR", str(tmp_path))
 
 
 def test_json_in_a_page_holds_no_markup() -> None:

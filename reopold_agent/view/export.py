@@ -37,6 +37,8 @@ def export_page(runs: Sequence[Run], target: Path, *, limit: int = DEFAULT_LIMIT
     Raises:
         DataError: the file cannot be written.
     """
+    if not target.parent.is_dir():
+        raise DataError(f"there is no folder {target.parent}.\nMake it, or give another --export")
     for run in runs:
         run.load_all()
     keys = [{row["key"] for row in run.summaries} for run in runs]
