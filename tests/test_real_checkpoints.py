@@ -262,6 +262,7 @@ def test_the_real_vocabulary(
         f"model.teacher.path={teacher}",
         f"data.train.path={data}",
         f"data.eval.path={data}",
+        "data.eval.split=test",
         "evaluation.teacher=true",
         "engine.max_tokens_per_micro_batch=600",
     )
