@@ -207,6 +207,49 @@ def test_dates_ordinals_and_ranges_in_texts(gold: str, answer: str, right: bool)
     assert grade(answer, gold, "text").correct == right
 
 
+DATES = """
+July 4, 1776 | 4 July 1776  ;  July 4, 1776 | the 4th of July, 1776  ;  July 4, 1776 | Jul. 4 1776
+July 4, 1776 | 1776-07-04  ;  1776-07-04 | 1776/7/4  ;  July 4, 1776 | Thursday, July 4, 1776
+July 4, 1776 | 4-Jul-1776  ;  September 2015 | Sept 2015  ;  January | Jan  ;  Sat | Saturday
+May 5, 2020 | \\text{5 May 2020}  ;  2015-2016 | 2015-16  ;  2015/16 | 2015 to 2016
+10:30 am | 10.30 a.m.
+"""
+OTHER_DATES = """
+July 4, 1776 | July 5, 1776  ;  July 4, 1776 | 4 June 1776  ;  July 4, 1776 | July 4
+Monday, July 4, 1776 | Tuesday, July 4, 1776  ;  2015-2016 | 2016-17  ;  2015-2010 | 2015-10
+May | 5  ;  July 4 | July
+July 4, 1776 | 1776-04-07  ;  July 40, 1776 | 40 July 1777  ;  Jan | Jane  ;  10:30 am | 10.30 pm
+"""
+
+
+@pytest.mark.parametrize("kind", ["auto", "text"])
+@pytest.mark.parametrize(("table", "right"), [(DATES, True), (OTHER_DATES, False)])
+def test_dates_in_any_form(table: str, right: bool, kind: str) -> None:
+    for gold, answer in pairs(table):
+        assert grade(answer, gold, kind).correct == right, (gold, answer)
+        assert grade(f"\\boxed{{{answer}}}", gold, kind).correct == right, (gold, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        ("approximately 34", True),
+        ("about 34", True),
+        ("34 (in 2015)", True),
+        ("34 (as of 2015)", True),
+        ("34 (14 red and 20 blue)", True),
+        ("\\boxed{34 \\text{ (in 2015)}}", True),
+        ("34 (or 35)", False),
+        ("34 (in thousands)", False),
+        ("34 (base 5)", False),
+        ("35 (34 red and 1 blue)", False),
+        ("about 35", False),
+    ],
+)
+def test_what_is_said_about_a_number_is_no_part_of_it(answer: str, right: bool) -> None:
+    assert grade(answer, "34").correct == right
+
+
 @pytest.mark.parametrize(
     ("gold", "answer", "right"),
     [

@@ -70,7 +70,11 @@ _SLASH = re.compile(r"([-+]?)\s*(?:(\d+)\s+)?([-+]?\d+(?:\.\d*)?)\s*/\s*(\d+(?:\
 _PERCENT = re.compile(r"\s*(?:%|percent(?:age)?s?\b|pct\b|per cent\b)", re.IGNORECASE)
 _UNIT = re.compile(r"[a-zµμΩ°'\"][\w\s.,/^{}°µμΩ·*()$-]*", re.IGNORECASE)
 _ABBREVIATION = re.compile(r"\b([a-z])\.([a-z])\b\.?", re.IGNORECASE)
-_TIME = re.compile(r"(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\s*\.?\s*m\b\.?)?", re.IGNORECASE)
+_TIME = re.compile(
+    r"(\d{1,2})(?::|\.(?=\d\d\s*[ap]\.?\s*m))(\d{2})(?::(\d{2}))?"
+    r"\s*(?:([ap])\s*\.?\s*m\b\.?)?",
+    re.IGNORECASE,
+)
 
 _ONES = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",

@@ -22,6 +22,7 @@ from reopold_agent.judges import (
     choices,
     counts,
     cues,
+    dates,
     extract,
     intervals,
     math,
@@ -105,10 +106,6 @@ _COUNT_WORDS = {
     "nothing": "0",
 }
 _DOZENS = {"half a": 6, "a": 12, "one": 12, "two": 24, "three": 36, "four": 48, "five": 60}
-_DAY_FIRST = re.compile(
-    r"\b(\d{1,2})(?:st|nd|rd|th)?\s+((?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*)\.?,?\s+(\d{4})\b",
-    re.IGNORECASE,
-)
 _ORDINALS = {
     "first": "1st",
     "second": "2nd",
@@ -152,6 +149,19 @@ _SAME_COMMANDS = {
     "lnot": "neg", "lor": "vee", "land": "wedge", "to": "rightarrow", "ne": "neq", "le": "leq",
     "ge": "geq", "overrightarrow": "vec",
 }  # fmt: skip
+_ABOUT = re.compile(
+    r"\A\s*(?:\\approx(?![a-z])|≈|(?:approximately|approx\.?|about|around|roughly|circa)(?=[\s\\]))"
+    r"[\s\\]*(?=[-$€£\d.])",
+    re.IGNORECASE,
+)
+_REMARK = re.compile(
+    r"(?<=\d)(%?)\s*(?:\\text\{\s*)?\((?:(?:in|as of|for|since|during)\s+(?:the\s+year\s+)?\d{4}"
+    r"|(?:i\.e\.,?|because|since|namely|that is,?)\s[^()]*"
+    r"|\d+\s+[a-z]+(?:(?:\s*,\s*|\s+(?:and|plus)\s+|\s*\+\s*)\d+\s+[a-z]+)+)\)\s*\}?\s*\Z",
+    re.IGNORECASE,
+)
+"""What explains a number behind it: "34 (in 2015)", "12 (4 red and 8 blue)"."""
+
 _CHEMICAL = re.compile(r"(?:[A-Z][a-z]?(?:_?\d+)?|[()])+")
 _RANGE_OF = re.compile(
     r"[,;]?\s*\(?\s*(?:where|for|with)?\s*([kmnl])\s*"
@@ -360,6 +370,8 @@ def compare(answer: str, expected: str, rules: Rules, depth: int = 0) -> str | N
             return "number" if kind in ("number", "count") else "text"
         if text.primes_differ(*joined):
             return None
+    if (same := dates.same_date(answer, expected)) is not None:
+        return "date" if same else None
     meant = [text.latex_plain(each).strip(" .$") for each in (answer, expected)]
     if rules.kind != "text" and any(all(map(each.fullmatch, meant)) for each in _SAME_MEANING):
         return "text"
@@ -466,7 +478,6 @@ def _short_text(answer: str) -> str:
     plain = re.sub(
         r"(?<=\w)\s+times$|^in\s+(?=\d{4}$)", "", text.plain_text(answer).strip(), flags=re.I
     )
-    plain = _DAY_FIRST.sub(r"\2 \1, \3", plain)
     plain = _ORDINAL_WORD.sub(lambda match: _ORDINALS[match.group().lower()], plain)
     plain = re.sub(r"\A(\d[\d,.]*\s*-\s*\d[\d,.]*)\s+[A-Za-z]+\Z", r"\1", plain)  # a range's unit
     plain = re.sub(r"(?<=\d)%(?=\s*(?:-|to)\s*[\d.,]+%)", "", plain)  # "70%-80%" is "70-80%"
@@ -541,7 +552,7 @@ def _aligned(answer: str, expected: str) -> tuple[str, str]:
     for ratio, other in (plain, plain[::-1]):
         if re.search(r"\d\s*:\s*\d", ratio) and _TO.fullmatch(other.strip()):
             answer, expected = (_TO.sub(r"\1:\2", each) for each in plain)
-    answer = re.sub(r"\A(?:\\approx(?![a-z])|≈)\s*", "", answer)
+    answer = _REMARK.sub(r"\1", _ABOUT.sub("", answer))
     (mine, numbers_of), (wanted, others) = map(_without_range, (answer, expected))
     if not numbers_of or not others or numbers_of == others:
         answer, expected = mine, wanted
