@@ -1,4 +1,4 @@
-"""What the newer standard library has and Python 3.10 lacks."""
+"""Differences between versions of Python, and of libraries on them."""
 
 import sys
 
@@ -13,4 +13,15 @@ else:
         __str__ = str.__str__
 
 
-__all__ = ["StrEnum"]
+def silence_docstring_checks() -> None:
+    """Keeps transformers from printing that parameters of its classes are not documented.
+
+    On Python 3.13, whose docstrings are not indented, it prints such lines to stdout whenever it
+    imports a model (transformers 5.10). Call it once transformers is imported.
+    """
+    module = sys.modules.get("transformers.utils.auto_docstring")
+    if module is not None:
+        vars(module)["print"] = lambda *_, **__: None
+
+
+__all__ = ["StrEnum", "silence_docstring_checks"]

@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from reopold_agent.common.compat import silence_docstring_checks
 from reopold_agent.errors import ConfigError, first_line
 
 
@@ -468,6 +469,7 @@ def _count_parameters(name: str, values: Mapping[str, Any]) -> int:
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+    silence_docstring_checks()
     kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
         kind = "qwen2"

@@ -27,6 +27,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import cached_file
 
+from reopold_agent.common.compat import silence_docstring_checks
 from reopold_agent.common.weights import indexed_files, weights_digest
 from reopold_agent.config import ModelsConfig, group_word, model_key
 from reopold_agent.errors import (
@@ -45,6 +46,8 @@ from reopold_agent.policies.transformers_policy import CopiedPolicy, Transformer
 from reopold_agent.policies.vision import VisionProcessor
 
 _log = logging.getLogger(__name__)
+
+silence_docstring_checks()
 
 DEMO_PREFIX = "demo:"
 _VIDEOS = "video_preprocessor_config.json"
