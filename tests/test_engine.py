@@ -63,6 +63,7 @@ from reopold_agent.policies.transformers_policy import TransformersPolicy
 from reopold_agent.tracking.run_folder import RunFolder
 from reopold_agent.tracking.trackers.feed import Trackers
 from reopold_agent.train import collect, finish, loop, recovery, resume, setup, update
+from reopold_agent.train.banner import learning_rate_note
 from reopold_agent.train.data_order import DataOrder
 from reopold_agent.train.evaluation import HeldOutEvaluation
 from reopold_agent.train.resume import FREE_TO_CHANGE
@@ -514,6 +515,16 @@ def test_a_crashed_run_continues_bit_for_bit(
     assert summary["train_seconds"] == pytest.approx(
         sum(row["time/step"] for row in train_rows(folder)), abs=0.06
     )
+
+
+@pytest.mark.parametrize(("warmup", "told"), [(4, False), (5, True), (1000, True)])
+def test_a_warm_up_longer_than_the_run_is_told(warmup: int, told: bool) -> None:
+    config, _ = composed("steps=2", "batch.mini_batch=16", f"optimizer.warmup_steps={warmup}")
+    assert config.updates == 4
+    note = learning_rate_note(config, None)
+    assert (note is not None) == told
+    if note is not None:
+        assert note.endswith(f"and the run has 4: it ends at {4 / warmup:.2g} of optimizer.lr.")
 
 
 def test_a_falling_learning_rate_ends_with_the_run_also_where_it_gets_more_steps(

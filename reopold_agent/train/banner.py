@@ -137,12 +137,21 @@ def outcome_note(config: TrainConfig) -> str | None:
 
 
 def learning_rate_note(config: TrainConfig, saved: Mapping[str, Any] | None) -> str | None:
-    """Says that a learning rate which falls to the run's end rises; None if it does not.
+    """Says that the learning rate does not get as high, or gets higher, than a user may think.
 
     Args:
         config: the run's configuration.
         saved: the configuration in the folder, if the run continues.
+
+    Returns:
+        None if it does as the settings say.
     """
+    warmup, updates = config.optimizer.warmup_steps, config.updates
+    if warmup > updates:
+        return (
+            f"note: the learning rate rises over optimizer.warmup_steps={warmup} updates, and the "
+            f"run has {updates:,}: it ends at {updates / warmup:.2g} of optimizer.lr."
+        )
     falls = config.optimizer.lr_scheduler_type == COSINE
     if saved is None or saved["steps"] >= config.steps or not falls:
         return None

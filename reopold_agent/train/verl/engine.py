@@ -44,6 +44,7 @@ from reopold_agent.train.banner import (
     exploration_note,
     importance_note,
     leak_note,
+    learning_rate_note,
     outcome_note,
     preflight_note,
     self_teacher_note,
@@ -113,6 +114,7 @@ class VerlEngine(Engine):
         notes = [
             self._state.check_data(checkpoint is not None),
             exploration_note(config, objective),
+            learning_rate_note(config, saved),
             importance_note(config, objective),
             outcome_note(config),
             preflight_note(config, objective, checkpoint is not None),
