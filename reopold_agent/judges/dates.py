@@ -35,6 +35,10 @@ _FORMS = tuple(
         _WEEKDAY,
     )
 )
+_MAYBE = re.compile(
+    rf"[12]\d{{3}}|{'|'.join(name for name in (*_NUMBERS, *_WEEKDAYS) if len(name) == 3)}",
+    re.IGNORECASE,
+)
 _YEARS = re.compile(r"([12]\d)(\d\d)\s*(?:[-\N{EN DASH}\N{EM DASH}/]|to)\s*(?:([12]\d))?(\d\d)")
 
 
@@ -55,9 +59,11 @@ def same_date(answer: str, expected: str) -> bool | None:
         answer, expected: the two.
 
     Returns:
-        None if they are not both such, if one says less than the other ("July 4"), or if both are
-        written in numbers alone.
+        None if they are not both such, or one says less than the other ("July 4"); for two ranges
+        of years that differ too.
     """
+    if not (_MAYBE.search(expected) and _MAYBE.search(answer)):
+        return None
     mine, wanted = _years(answer), _years(expected)
     if mine is not None and wanted is not None:
         return True if mine == wanted else None
