@@ -563,7 +563,7 @@ def test_export_shrinks_large_pictures_and_survives_damaged_ones(
         ("no/page.html", "there is no folder DIR/no.\n  Make it, or give another --export\n"),
         (
             "page.html",
-            "DIR/page.html cannot be written: Is a directory.\n  Give another path to --export\n",
+            "cannot write DIR/page.html: Is a directory.\n  Give another path to --export\n",
         ),
     ],
 )

@@ -93,7 +93,7 @@ def cannot_write(path: Path, error: OSError) -> StorageError:
         f"cannot write {path}: {error.strerror or error}\n"
         f"{advice}; the same command then continues from what is saved."
     )
-    storage_error.errno, storage_error.strerror = error.errno, error.strerror
+    storage_error.errno = error.errno
     return storage_error
 
 

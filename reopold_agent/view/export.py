@@ -12,7 +12,7 @@ from PIL import Image
 
 from reopold_agent.common.files import write_text_atomic
 from reopold_agent.common.pictures import to_rgb
-from reopold_agent.errors import DataError
+from reopold_agent.errors import DataError, StorageError, first_line
 from reopold_agent.view.page import static_page
 from reopold_agent.view.run import PICTURE_TYPES, Run
 
@@ -46,10 +46,8 @@ def export_page(runs: Sequence[Run], target: Path, *, limit: int = DEFAULT_LIMIT
     parts = [_run_data(run, limit, shared) for run in runs]
     try:
         write_text_atomic(target, static_page({"runs": parts}))
-    except OSError as error:
-        raise DataError(
-            f"{target} cannot be written: {error.strerror or error}.\nGive another path to --export"
-        ) from error
+    except StorageError as error:
+        raise DataError(f"{first_line(error)}.\nGive another path to --export") from error
     counts = ", ".join(f"{len(p['records'])} of {p['all']} episodes" for p in parts)
     size = target.stat().st_size / 1e6
     return f"{target}: {counts}, {size:.1f} MB" + (
