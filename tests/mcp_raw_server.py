@@ -66,6 +66,9 @@ def called(number: Any, name: str) -> None:
         send({"id": number, "error": {"code": -32603, "message": "out of paper"}})
     elif behaviour == "silent":
         return
+    elif behaviour == "stuck once" and not os.path.exists(os.environ["RAW_MARK"]):
+        open(os.environ["RAW_MARK"], "x").close()
+        time.sleep(600)
     elif behaviour == "picture":
         picture = {"type": "image", "data": os.environ["RAW_PICTURE"], "mimeType": "image/png"}
         send({"id": number, "result": {"content": [picture]}})

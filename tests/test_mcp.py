@@ -418,6 +418,36 @@ def test_what_a_server_does_wrong_in_a_call_is_a_message(
         assert "wrote a line that is no message" in caplog.text
 
 
+def test_a_server_that_hangs_in_a_call_is_started_again(
+    tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from reopold_agent.tools import mcp_client
+
+    monkeypatch.setattr(mcp_client, "PROBE_SECONDS", 0.3)
+    stuck = raw("stuck once", env={"RAW_MARK": str(tmp_path / "mark")})
+    look = tools_of({**stuck, "timeout_s": 0.3})["look"]
+    assert "did not finish within 0.3 seconds" in told(look)
+    until = time.monotonic() + 20
+    while told(look, seconds=5) != "nothing":
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    assert re.search(
+        r"connected to again: its server answered nothing for \d+ seconds", caplog.text
+    )
+
+
+def test_a_server_that_answers_other_requests_is_left_alone(
+    monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    from reopold_agent.tools import mcp_client
+
+    monkeypatch.setattr(mcp_client, "PROBE_SECONDS", 0.5)
+    look = tools_of({**raw("silent", env={"SHOP": "1"}), "timeout_s": 0.2})["look"]
+    for _ in range(6):
+        assert "did not finish within 0.2 seconds" in told(look)
+    assert "connected to again" not in caplog.text
+
+
 class BadHttp(http.server.BaseHTTPRequestHandler):
     """An MCP server that answers calls badly; the address says how."""
 

@@ -62,6 +62,9 @@ LOGGED_BYTES = 20_000
 EXIT_SECONDS = 2.0
 """Time for a server to end by itself once its standard input is closed."""
 
+PROBE_SECONDS = 5.0
+"""Time for a server that answered nothing during a call to list its tools, or it counts as hung."""
+
 PAUSE_SECONDS = 10.0
 """A server that did not start again is tried again after this time."""
 
@@ -247,6 +250,8 @@ class _Session:
         self._last_words = b""
         self._hide = Redactor({})
         self._task: asyncio.Task[None] | None = None
+        self._answered_at = 0.0
+        self._probe: asyncio.Task[None] | None = None
 
     async def open(self) -> list[types.Tool]:
         """Opens it and returns the server's tools.
@@ -295,12 +300,19 @@ class _Session:
         if self._client is None or not self.alive:
             raise _LostError(self.reason, again=True)
         params = types.CallToolRequestParams(name=name, arguments=arguments)
+        began = time.monotonic()
         try:
             # Not call_tool, which checks the output against a schema, and may fetch documents.
             reply = await self._client.session.send_request(
                 types.CallToolRequest(params=params), _REPLY
             )
+        except asyncio.CancelledError:
+            # A session of one episode is not opened again, so it may go on to hang.
+            if self._answered_at < began and self._probe is None and not self._server.per_episode:
+                self._probe = asyncio.create_task(self._end_if_hung(self._client, began))
+            raise
         except MCPError as error:
+            self._answered_at = time.monotonic()
             if error.code == types.INVALID_PARAMS:
                 raise ToolError(self._hide(error.message)) from error
             if error.code == types.INVALID_REQUEST and error.message == "Session terminated":
@@ -318,9 +330,28 @@ class _Session:
             raise ToolResultError(
                 f"its server sent an invalid result ({self._hide(_invalid(error))})"
             ) from error
+        self._answered_at = time.monotonic()
         if not isinstance(reply, types.CallToolResult):
             raise ToolResultError("its server asks for input from a user, which there is not")
         return reply
+
+    async def _end_if_hung(self, client: Client, began: float) -> None:
+        """Ends the session if its server does not list its tools either.
+
+        Args:
+            client: the session's.
+            began: time of the call since which it has answered nothing.
+        """
+        listing = asyncio.ensure_future(client.list_tools())
+        await asyncio.wait({listing}, timeout=PROBE_SECONDS)
+        self._probe = None
+        if listing.done():
+            listing.exception()  # an answer too, or the end of the session
+            return
+        listing.cancel()
+        if self._answered_at < began:
+            self._hurry = True
+            self._end(f"its server answered nothing for {time.monotonic() - began:.0f} seconds")
 
     async def _run(self, ready: asyncio.Future[list[types.Tool]]) -> None:
         transport = self._by_url() if self._server.url else self._by_command()
