@@ -459,6 +459,14 @@ def test_votes_are_compared_as_the_grader_compares_them() -> None:
     assert majority(["yes"], yes) == 1
 
 
+@pytest.mark.parametrize("samples", [0, -1])
+def test_no_samples_are_refused(samples: int) -> None:
+    with initialize_config_module("reopold_agent.configs", version_base="1.3"):
+        composed = compose("evaluate", [f"samples={samples}"])
+        with pytest.raises(ConfigError, match=f"samples must be at least 1, got {samples}"):
+            load_config(composed)
+
+
 def test_answers_about_other_pictures_are_not_continued(tmp_path: Path) -> None:
     """Whether another file is named or the same one has other bytes; a zip archive is no change."""
     data, run = tmp_path / "data", tmp_path / "run"

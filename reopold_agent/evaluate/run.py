@@ -23,7 +23,7 @@ from reopold_agent.config import PolicyConfig, ToolsConfig, build, config_differ
 from reopold_agent.envs.base import show_as
 from reopold_agent.envs.from_config import shown_sizes
 from reopold_agent.envs.registration import make_found
-from reopold_agent.errors import CheckpointError, ModelError
+from reopold_agent.errors import CheckpointError, ConfigError, ModelError
 from reopold_agent.evaluate.answers import (
     Row,
     answer_questions,
@@ -161,6 +161,8 @@ def load_config(composed: DictConfig) -> tuple[EvaluateConfig, dict[str, Any]]:
     named = raw.get("benchmark") or []
     raw["benchmark"] = [named] if isinstance(named, str) else named
     config = build(EvaluateConfig, raw)
+    if config.samples is not None and config.samples < 1:
+        raise ConfigError(f"samples must be at least 1, got {config.samples}")
     if config.chat_template is not None:
         config = replace(config, chat_template=chat_template(config.chat_template))
     return config, raw
